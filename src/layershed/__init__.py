@@ -1,0 +1,1 @@
+"""Training-aware layer dropping for transformers on PyTorch Lightning."""

@@ -1,0 +1,74 @@
+"""Typed errors: each carries what it was given and says what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayershedError(Exception):
+    """Base of every error that layershed raises on purpose; its text is one sentence for a person."""
+
+
+class NoSublayersFoundError(LayershedError, ValueError):
+    """The model holds no attention or MLP sublayer that can be dropped."""
+
+
+class UnprovenStructureError(LayershedError, ValueError):
+    """A residual branch did not satisfy Y = X + f(norm(X)); dropping it could silently change the model."""
+
+
+class AmbiguousModelError(LayershedError, ValueError):
+    """A module holds more than one transformer and none was named."""
+
+
+class UnknownNameError(LayershedError, ValueError):
+    """A name is in no registry.
+
+    Args:
+        what: What the name stands for, such as "metric".
+        name: The name that was asked for.
+        available: The names that exist.
+    """
+
+    def __init__(self, what: str, name: str, available: Iterable[str]) -> None:
+        self.what, self.name, self.available = what, name, tuple(sorted(available))
+        near = difflib.get_close_matches(name, self.available, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        super().__init__(f"Unknown {what} {name!r}. {hint}Available: {', '.join(self.available)}.")
+
+
+class SelectionError(LayershedError, ValueError):
+    """A count, ratio, scope or protection that cannot be met."""
+
+
+class ScheduleError(LayershedError, ValueError):
+    """A drop schedule that cannot happen in this run."""
+
+
+class PlanError(LayershedError, ValueError):
+    """A drop plan that is malformed, or that does not fit the model."""
+
+
+class CalibrationError(LayershedError, ValueError):
+    """Importance could not be measured on the given batches."""
+
+
+class MeasurementError(LayershedError, ValueError):
+    """Speed or quality could not be measured on the given model."""
+
+
+class ModelError(LayershedError, ValueError):
+    """A model could not be built from what was asked for."""
+
+
+class DataError(LayershedError, ValueError):
+    """A data source that is missing, empty or too small."""
+
+
+class ExportError(LayershedError, ValueError):
+    """A dropped model could not be saved or loaded."""
+
+
+class CheckpointError(LayershedError, ValueError):
+    """A training checkpoint does not fit this run."""

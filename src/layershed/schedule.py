@@ -1,0 +1,71 @@
+"""When to drop: one-shot and iterative schedules. No torch, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layershed.errors import ScheduleError
+
+
+@dataclass(frozen=True)
+class DropSchedule:
+    """The optimizer steps at which sublayers are dropped.
+
+    One-shot drops everything at ``start``. Iterative repeats every ``every_n_steps`` for ``rounds`` rounds, and
+    importance is measured anew each time.
+
+    Args:
+        start: Number of optimizer steps taken before the first drop.
+        every_n_steps: Steps between two rounds; None for one-shot.
+        rounds: How many times to drop; 1 for one-shot.
+
+    Raises:
+        ScheduleError: If a number has no meaning, or the two forms are mixed.
+
+    Example:
+        >>> DropSchedule(start=100, every_n_steps=50, rounds=3).steps
+        (100, 150, 200)
+        >>> DropSchedule(start=100).should_drop(100)
+        True
+    """
+
+    start: int
+    every_n_steps: int | None = None
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise ScheduleError(f"DropSchedule(start={self.start}): start must be at least 1 optimizer step.")
+        if self.rounds < 1:
+            raise ScheduleError(f"DropSchedule(rounds={self.rounds}): rounds must be at least 1.")
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ScheduleError(f"DropSchedule(every_n_steps={self.every_n_steps}): it must be at least 1.")
+        if (self.rounds > 1) != (self.every_n_steps is not None):
+            raise ScheduleError(
+                f"DropSchedule(every_n_steps={self.every_n_steps}, rounds={self.rounds}): an iterative schedule "
+                "needs both every_n_steps and rounds above 1; a one-shot schedule needs neither."
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Every step at which something is dropped, in order."""
+        return tuple(self.start + i * (self.every_n_steps or 0) for i in range(self.rounds))
+
+    def should_drop(self, step: int) -> bool:
+        """Whether to drop once ``step`` optimizer steps are done."""
+        return step in self.steps
+
+    def check_against(self, max_steps: int) -> None:
+        """Refuse a schedule whose last drop would never happen.
+
+        Args:
+            max_steps: Number of optimizer steps of the run, or -1 if it has no end.
+
+        Raises:
+            ScheduleError: If a drop falls on or after the last step, so that no training would follow it.
+        """
+        if max_steps != -1 and self.steps[-1] >= max_steps:
+            raise ScheduleError(
+                f"The drop at step {self.steps[-1]} comes too late: training ends after {max_steps} optimizer "
+                f"steps; let the last drop come before that (start + every_n_steps * (rounds - 1) < {max_steps})."
+            )
