@@ -1,0 +1,200 @@
+"""Measuring importance: hooks that feed a metric during forward passes. Nothing here changes a weight."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from layershed.discovery import Branch, find_branches, find_transformer
+from layershed.errors import CalibrationError
+from layershed.metrics import get_metric
+from layershed.overrides import first_tensor
+from layershed.plan import ImportanceScores
+from layershed.probe import evaluating
+from layershed.surgery import bypassed_sublayers
+
+
+def estimate_importance(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    metric: str = "cosine",
+    *,
+    max_batches: int | None = None,
+    name: str | None = None,
+) -> ImportanceScores:
+    """Importance of every sublayer and every block that still runs, from one forward pass over the batches.
+
+    Runs in eval mode without gradients, and without the language-model head. Keeps running sums, never activations,
+    so that memory does not depend on the number of tokens. In a distributed run every rank gets the scores over the
+    batches of all ranks.
+
+    Args:
+        model: A transformer, or a module that holds one.
+        batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding.
+        metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
+        max_batches: Stop after that many batches; None takes all.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        Importance by sublayer, and by block in ``.blocks``; low means redundant.
+
+    Raises:
+        UnknownNameError: If there is no such metric.
+        CalibrationError: If there is no batch, a batch has no ``input_ids``, or every token is padding.
+    """
+    transformer = find_transformer(model, name=name)
+    tracker = ImportanceTracker(transformer, metric)
+    body = transformer.base_model
+    with tracker, evaluating(transformer), torch.no_grad():
+        tracker.active = True
+        for batch in islice(batches, max_batches):
+            body(**_model_inputs(batch, body), use_cache=False)
+    return tracker.compute()
+
+
+class ImportanceTracker:
+    """Hooks on a model that measure importance during whatever forward passes happen while it is active.
+
+    Register them before ``torch.compile`` sees the model: later hooks are ignored there without a word.
+
+    Args:
+        model: A transformer, or a module that holds one.
+        metric: Name of the importance metric.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+    """
+
+    def __init__(self, model: nn.Module, metric: str = "cosine", *, name: str | None = None) -> None:
+        self.metric = metric
+        metric_class = get_metric(metric)
+        self._transformer = find_transformer(model, name=name)
+        self._branches = find_branches(self._transformer)
+        self._blocks = sorted({branch.sublayer.block for branch in self._branches})
+        self._sums = metric_class(len(self._branches) + len(self._blocks))
+        self._handles: list[RemovableHandle] = []
+        self._x: dict[int, Tensor] = {}
+        self._block_sum: tuple[Tensor, Tensor] | None = None
+        self._seen: set[int] = set()
+        self._mask: Tensor | None = None
+        self.active = False
+
+    def __enter__(self) -> ImportanceTracker:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks; they do nothing until ``active`` is set."""
+        body = self._transformer.base_model
+        self._handles = [body.register_forward_pre_hook(self._start_pass, with_kwargs=True)]
+        for index, branch in enumerate(self._branches):
+            entry, leave = (self._transformer.get_submodule(path) for path in (branch.entry, branch.exit))
+            self._handles += [
+                entry.register_forward_pre_hook(partial(self._enter_branch, index), with_kwargs=True),
+                leave.register_forward_hook(partial(self._leave_branch, index, branch)),
+            ]
+
+    def detach(self) -> None:
+        """Remove the hooks; what was measured stays."""
+        self.active = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self._sums.reset()
+
+    def compute(self) -> ImportanceScores:
+        """The importances over everything seen since the last reset, over all ranks.
+
+        Raises:
+            CalibrationError: If no token was seen.
+        """
+        bypassed = set(bypassed_sublayers(self._transformer))
+        running = [(i, b.sublayer) for i, b in enumerate(self._branches) if b.sublayer not in bypassed]
+        # the public compute() would warn before raising nothing: an empty metric is an error here
+        values, tokens = self._synced()
+        if not running or min(tokens[i] for i, _ in running) == 0:
+            raise CalibrationError("No token was seen: the batches are empty, or every token in them is padding.")
+        alive = {sublayer.block for _, sublayer in running}
+        offset = len(self._branches)
+        return ImportanceScores(
+            {sublayer: values[i] for i, sublayer in running},
+            blocks={block: values[offset + k] for k, block in enumerate(self._blocks) if block in alive},
+            metric=self.metric,
+            tokens=int(max(tokens)),
+        )
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The running sums as plain numbers, exact, for a checkpoint."""
+        return {"total": self._sums.total.tolist(), "tokens": self._sums.tokens.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        for name in ("total", "tokens"):
+            own = getattr(self._sums, name)
+            setattr(self._sums, name, torch.tensor(state[name], dtype=own.dtype, device=own.device))
+        self._sums._update_count = 1  # as torchmetrics does on loading: an update has happened
+
+    def _synced(self) -> tuple[list[float], list[float]]:
+        with self._sums.sync_context(should_sync=torch.distributed.is_available() and self._sums.dist_sync_on_step is False and torch.distributed.is_initialized()):
+            return (self._sums.total / self._sums.tokens).tolist(), self._sums.tokens.tolist()
+
+    def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A new forward pass of the model: take its padding mask, and let every branch count once again."""
+        self._seen.clear()
+        self._x.clear()
+        self._block_sum = None
+        if not self.active:
+            return
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        mask = {**bound, **bound.get("kwargs", {})}.get("attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _enter_branch(self, index: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        # gradient checkpointing runs every block twice: only the first time counts
+        if self.active and index not in self._seen:
+            self._x[index] = first_tensor(args, kwargs).detach()
+
+    def _leave_branch(self, index: int, branch: Branch, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not self.active or index in self._seen:
+            return
+        self._seen.add(index)
+        x = self._x.pop(index)
+        b = (output[0] if isinstance(output, tuple) else output).detach()
+        if self._sums.device != x.device:
+            self._sums.to(x.device)
+        with torch.no_grad():
+            self._sums.update(x, b, self._mask, index)
+            self._add_to_block(branch, x, b)
+
+    def _add_to_block(self, branch: Branch, x: Tensor, b: Tensor) -> None:
+        """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
+        members = [other for other in self._branches if other.sublayer.block == branch.sublayer.block]
+        start, total = self._block_sum or (x, None)
+        total = b if total is None else total + b
+        self._block_sum = (start, total)
+        if branch is members[-1]:
+            self._sums.update(start, total, self._mask, len(self._branches) + self._blocks.index(branch.sublayer.block))
+            self._block_sum = None
+
+
+def _model_inputs(batch: Mapping[str, Any], body: nn.Module) -> dict[str, Any]:
+    """What the model without its head takes from a batch, on the model's device."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        keys = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise CalibrationError(f"A batch must be a mapping with input_ids, shape (batch, tokens); got {keys}.")
+    device = next(body.parameters()).device
+    known = inspect.signature(body.forward).parameters
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key in known
+    }

@@ -1,0 +1,298 @@
+"""The report of a run: a table for the terminal, and one self-contained HTML file. No model, no torch."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from layershed.errors import DataError
+from layershed.figures import PANELS, ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
+from layershed.plan import DropPlan, count_by_kind
+from layershed.quality import Quality
+from layershed.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+
+__all__ = [
+    "ImportancePoint",
+    "LossPoint",
+    "RunRecord",
+    "importance_heatmap",
+    "loss_figure",
+    "read_importance",
+    "summary_rows",
+    "summary_table",
+    "write_report",
+]
+
+_COLUMNS = ["step", "block", "kind", "metric", "value"]
+_MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
+
+
+def read_importance(path: str | Path) -> tuple[ImportancePoint, ...]:
+    """Read the importances that the RedundancyMonitor callback wrote.
+
+    Args:
+        path: A CSV file with the header ``step,block,kind,metric,value``.
+
+    Returns:
+        The points, in the order of the file.
+
+    Raises:
+        DataError: If there is no such file, or a line is malformed; names the line.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Importance: cannot read {str(path)!r}: {error}.") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if (header := next(reader, None)) != _COLUMNS:
+            raise ValueError(f"the header must be {','.join(_COLUMNS)}, got {header}")
+        return tuple(_point(row) for row in reader if row)
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}, line {max(reader.line_num, 1)}: {error}.") from None
+
+
+def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """What a run comes down to, as (label, value); a row is there only if its value is known.
+
+    Args:
+        record: The run.
+
+    Returns:
+        Rows for the terminal and for the HTML report, in ASCII so that any terminal can show them.
+
+    Example:
+        >>> summary_rows(RunRecord("gpt2"))
+        [('Sublayers dropped', 'nothing was dropped')]
+    """
+    rows = [(f"Validation loss {words}", _quality(record.quality[key])) for key, words in _moments(record, *_MOMENTS)]
+    if record.plan:
+        rows.append(("Sublayers dropped", _counts(record.plan)))
+    elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
+        rows.append(("Sublayers dropped", "nothing was dropped"))
+    if speed := record.speed:
+        before, after = speed.parameters_dense, speed.parameters_dropped
+        cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+        rows += [
+            ("Parameters", f"{_count(before)} -> {_count(after)}{_change(before, after)}"),
+            ("Prefill speed", _phase(speed.prefill)),
+            ("Decode speed", _phase(speed.decode)),
+            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_change(cache, left)}"),
+        ]
+        if "before" in record.quality:
+            moments = _moments(record, "after", "end")
+            rows += [(f"SDR {words}", _sdr(record, key, speed.decode)) for key, words in moments]
+    return rows
+
+
+def summary_table(record: RunRecord) -> Table:
+    """The same rows as a table for the terminal.
+
+    Args:
+        record: The run.
+
+    Returns:
+        A table for ``rich.print``. Names are shown as they are: neither markup nor control codes in them act.
+    """
+    table = Table(title=Text(_printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in summary_rows(record):
+        table.add_row(Text(label), Text(value))
+    return table
+
+
+def write_report(record: RunRecord, path: str | Path) -> Path:
+    """Write the report as one HTML file that needs nothing beside it and runs no script.
+
+    Args:
+        record: The run.
+        path: Where to write; folders are made as needed, and a file that is there is replaced in one step.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    environment = Environment(
+        loader=PackageLoader("layershed"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(typeset=_typeset, number=_number)
+    html = environment.get_template("report.html").render(
+        model=_printable(record.model),
+        lede=_lede(record.plan),
+        rows=summary_rows(record),
+        heatmaps=list(_heatmaps(record)),
+        loss=_loss_picture(record) if record.losses else None,
+        speed=_speed(record.speed) if record.speed else None,
+        plan=record.plan,
+        plan_metric=_printable(record.plan.metric or "") if record.plan else "",
+        panels=PANELS,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are private to the user, and a report is there to be shared.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(html, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A base64 PNG with its size in CSS pixels."""
+
+    data: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """The same picture arranged for a wide screen and for a phone."""
+
+    wide: _Image
+    narrow: _Image
+    alt: str
+    metric: str = ""
+
+
+def _image(figure: Figure) -> _Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    return _Image(base64.b64encode(buffer.getvalue()).decode("ascii"), width, height)
+
+
+def _heatmaps(record: RunRecord) -> Iterator[_Picture]:
+    for metric in dict.fromkeys(point.metric for point in record.importance):
+        points = [point for point in record.importance if point.metric == metric]
+        steps, blocks = {point.step for point in points}, {point.block for point in points}
+        name = _printable(metric)
+        alt = (
+            f"Heat map of the importance ({name}) of {len(blocks)} blocks, by kind of sublayer, measured "
+            f"{len(steps)} times from step {min(steps)} to step {max(steps)}. {_lede(record.plan)}"
+        )
+        wide, narrow = (importance_heatmap(points, record.plan, stacked=stacked) for stacked in (False, True))
+        yield _Picture(_image(wide), _image(narrow), alt, name)
+
+
+def _loss_picture(record: RunRecord) -> _Picture:
+    parts = []
+    for split, words in (("train", "Training"), ("val", "Validation")):
+        points = sorted((point for point in record.losses if point.split == split), key=lambda point: point.step)
+        if points:
+            first, last = points[0], points[-1]
+            parts.append(f"{words} loss: {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}.")
+    wide, narrow = loss_figure(record), loss_figure(record, narrow=True)
+    return _Picture(_image(wide), _image(narrow), " ".join([*parts, _lede(record.plan)]))
+
+
+def _speed(speed: SpeedReport) -> dict[str, object]:
+    setting = {
+        "Device": _printable(speed.device),
+        "Batch": f"{speed.batch_size:,}",
+        "Prompt": f"{speed.prompt_tokens:,} tokens",
+        "New tokens": f"{speed.new_tokens:,}",
+        "Paired runs": f"{speed.runs:,}",
+    }
+    return {"phases": {"Prefill": speed.prefill, "Decode": speed.decode}, "setting": setting}
+
+
+def _moments(record: RunRecord, *keys: str) -> Iterator[tuple[str, str]]:
+    return ((key, _MOMENTS[key]) for key in keys if key in record.quality)
+
+
+def _lede(plan: DropPlan | None) -> str:
+    if not plan:
+        return "No sublayer was dropped."
+    steps = sorted({drop.step for drop in plan.drops if drop.step is not None})
+    when = f" at step {steps[0]:,}" if steps else ""
+    if len(steps) > 1:
+        when = f" in {len(steps)} rounds from step {steps[0]:,} to step {steps[-1]:,}"
+    return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {_counts(plan)}."
+
+
+def _point(row: list[str]) -> ImportancePoint:
+    if len(row) != len(_COLUMNS):
+        raise ValueError(f"expected {len(_COLUMNS)} fields, got {len(row)}")
+    step, block, kind, metric, value = row
+    if kind not in PANELS:
+        raise ValueError(f"kind must be one of {', '.join(PANELS)}, got {kind!r}")
+    point = ImportancePoint(int(step), int(block), kind, metric, float(value))
+    if point.step < 0 or point.block < 0:
+        raise ValueError(f"step and block must not be negative, got {step} and {block}")
+    return point
+
+
+def _quality(quality: Quality) -> str:
+    return f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
+
+
+def _counts(plan: DropPlan) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in count_by_kind(plan).items() if count)
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:,}"
+
+
+def _change(before: float, after: float) -> str:
+    return f" ({(after / before - 1) * 100:+.1f} %)" if before else ""
+
+
+def _number(value: float | None) -> str:
+    """Three digits where there is a fraction to show, every digit where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _phase(phase: PhaseSpeed) -> str:
+    speedup = f"x{phase.speedup.median:.2f} [{phase.speedup.low:.2f}, {phase.speedup.high:.2f}]"
+    doubt = "" if phase.measurable else "no measurable speedup, "
+    return f"{_number(phase.dense)} -> {_number(phase.dropped)} tokens/s, {doubt}{speedup}"
+
+
+def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
+    points_lost = 100 * (record.quality["before"].accuracy - record.quality[moment].accuracy)
+    ratio = speedup_degradation_ratio(points_lost, decode.speedup.median)
+    if math.isnan(ratio):
+        return "undefined (no speed gained)"
+    doubt = "" if decode.measurable else " (speedup not measurable)"
+    return f"{ratio:.2f} points of next-token accuracy per % of decode speed{doubt}"
+
+
+def _printable(text: str) -> str:
+    """The text without control codes, text direction marks and lone surrogates, which act on a terminal or a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _typeset(text: str) -> str:
+    """The ASCII of a summary value with the signs that a browser can show."""
+    return (
+        text.replace("->", "\N{RIGHTWARDS ARROW}")
+        .replace(", x", ", \N{MULTIPLICATION SIGN}")
+        .replace("(-", "(\N{MINUS SIGN}")
+    )

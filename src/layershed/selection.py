@@ -1,0 +1,114 @@
+"""From importances to a drop plan. Pure: no model, no torch, the same answer on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from layershed.errors import SelectionError
+from layershed.plan import SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
+
+
+def select_sublayers(
+    scores: Mapping[Sublayer, float],
+    scope: Scope = "joint",
+    *,
+    count: int | None = None,
+    ratio: float | None = None,
+    protect: Iterable[Sublayer | int] = (),
+) -> DropPlan:
+    """The least important sublayers, in the order of their importance.
+
+    The four scopes are those of arXiv 2406.15786: Attention Drop and MLP Drop rank one kind; Joint Layer Drop ranks
+    both in one array; Block Drop ranks whole blocks and drops both sublayers of each.
+
+    Args:
+        scores: Importance by sublayer; low is dropped first. Scope ``"block"`` needs the block importances that
+            :func:`estimate_importance` adds.
+        scope: ``"attention"``, ``"mlp"``, ``"block"`` or ``"joint"``.
+        count: How many to drop (blocks with scope ``"block"``, else sublayers); or
+        ratio: which share of the candidates to drop, in (0, 1), rounded down; protected ones count as candidates.
+        protect: Sublayers, or indices of blocks (negative ones from the end), that stay.
+
+    Returns:
+        The plan; equal importances are taken in forward order.
+
+    Raises:
+        SelectionError: If count and ratio are not exactly one, are out of range, or cannot be met.
+
+    Example:
+        >>> scores = {Sublayer(0, "mlp", "m.0"): 0.3, Sublayer(1, "mlp", "m.1"): 0.1}
+        >>> [sublayer.name for sublayer in select_sublayers(scores, "mlp", count=1)]
+        ['mlp.1']
+    """
+    check_selection(scope, count=count, ratio=ratio)
+    groups = _candidates(scores, scope)
+    if not groups:
+        raise SelectionError(f"select_sublayers(scope={scope!r}): none of the {len(scores)} scores are of that scope.")
+    number = count if count is not None else math.floor((ratio or 0) * len(groups) + 1e-9)
+    if number < 1:
+        raise SelectionError(
+            f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
+            f"dropped; the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}."
+        )
+    kept = _protected(scores, protect)
+    free = [group for group in groups if kept.isdisjoint(group[1])]
+    if number > len(free):
+        raise SelectionError(
+            f"select_sublayers(scope={scope!r}): asked to drop {number}, but there are only {len(free)} candidates"
+            + (f" ({len(groups) - len(free)} more are protected)." if len(free) < len(groups) else ".")
+        )
+    chosen = sorted(free, key=lambda group: (group[0], group[1]))[:number]
+    metric = scores.metric if isinstance(scores, ImportanceScores) else None
+    return DropPlan(tuple(Drop(sublayer, score) for score, group in chosen for sublayer in group), scope, metric)
+
+
+def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> None:
+    """Refuse what can be refused without scores, so that a run fails before it starts.
+
+    Raises:
+        SelectionError: As :func:`select_sublayers`.
+    """
+    if scope not in SCOPES:
+        raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
+    if (count is None) == (ratio is None):
+        raise SelectionError(f"count={count}, ratio={ratio}: give exactly one of count and ratio.")
+    if count is not None and count < 1:
+        raise SelectionError(f"count={count}: count must be at least 1.")
+    if ratio is not None and not 0 < ratio < 1:
+        raise SelectionError(f"ratio={ratio}: ratio must be in (0, 1), both ends excluded.")
+
+
+def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:
+    """What is ranked: an importance, and the sublayers that go with it."""
+    if scope == "block":
+        groups = _block_groups(scores)
+    else:
+        kinds: tuple[Kind, ...] = ("attention", "mlp") if scope == "joint" else (scope,)
+        groups = [(score, (sublayer,)) for sublayer, score in scores.items() if sublayer.kind in kinds]
+    for score, group in groups:
+        if not math.isfinite(score):
+            raise SelectionError(f"The importance of {group[0].name} is {score}; check the calibration data for NaN.")
+    return groups
+
+
+def _block_groups(scores: Mapping[Sublayer, float]) -> list[tuple[float, tuple[Sublayer, ...]]]:
+    blocks = scores.blocks if isinstance(scores, ImportanceScores) else {}
+    if not blocks:
+        raise SelectionError("scope='block' needs block importances; pass what estimate_importance returned.")
+    members = {block: tuple(sorted(s for s in scores if s.block == block)) for block in blocks}
+    return [(score, members[block]) for block, score in blocks.items() if members[block]]
+
+
+def _protected(scores: Mapping[Sublayer, float], protect: Iterable[Sublayer | int]) -> set[Sublayer]:
+    last = max(sublayer.block for sublayer in scores)
+    kept: set[Sublayer] = set()
+    for item in protect:
+        if isinstance(item, Sublayer):
+            kept.add(item)
+            continue
+        block = item if item >= 0 else last + 1 + item
+        if not 0 <= block <= last:
+            raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
+        kept.update(sublayer for sublayer in scores if sublayer.block == block)
+    return kept

@@ -1,0 +1,249 @@
+"""Bypass, restore and remove against an independent reference: a hook that zeroes the branch."""
+
+import copy
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from layershed.discovery import find_branches, find_sublayers
+from layershed.errors import PlanError
+from layershed.plan import Sublayer
+from layershed.surgery import (
+    bypass,
+    bypassed_sublayers,
+    dense,
+    dropped_sublayers,
+    remove,
+    removed_sublayers,
+    restore,
+)
+from tests.conftest import build_model
+
+
+@contextmanager
+def zeroed(model, sublayers):
+    """The reference: the branches compute as ever, and hooks multiply what they give by zero."""
+
+    def zero(_module, _args, output):
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    handles = [model.get_submodule(sublayer.path).register_forward_hook(zero) for sublayer in sublayers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def logits(model, tokens, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False, **kwargs).logits
+
+
+def some(model):
+    """Block 0's attention, an MLP, and a whole block."""
+    found = find_sublayers(model)
+    return [s for s in found if (s.block, s.kind) in {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}]
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen3", "gpt2", "gpt_neox", "phi", "olmo2", "gemma3_text"])
+def any_model(request):
+    return build_model(request.param)
+
+
+def test_every_single_bypass_equals_a_zeroed_branch(any_model, tokens):
+    for sublayer in find_sublayers(any_model):
+        with zeroed(any_model, [sublayer]):
+            expected = logits(any_model, tokens)
+        bypass(any_model, [sublayer])
+        assert torch.equal(logits(any_model, tokens), expected), sublayer
+        restore(any_model)
+
+
+def test_bypass_and_remove_of_several_equal_zeroed_branches(any_model, tokens):
+    chosen = some(any_model)
+    before = logits(any_model, tokens)
+    with zeroed(any_model, chosen):
+        expected = logits(any_model, tokens)
+    bypass(any_model, chosen)
+    assert torch.equal(logits(any_model, tokens), expected)
+    assert not torch.allclose(before, expected)
+    remove(any_model)
+    assert torch.equal(logits(any_model, tokens), expected)
+    assert removed_sublayers(any_model) == tuple(sorted(chosen))
+
+
+def test_restore_is_bit_identical(model, tokens):
+    before, state = logits(model, tokens), copy.deepcopy(model.state_dict())
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    bypass(model, some(model))
+    assert list(model.state_dict()) == list(state)
+    restore(model)
+    assert torch.equal(logits(model, tokens), before)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert not any("forward" in module.__dict__ or "extra_repr" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_restore_of_some_equals_bypass_of_the_others(model_type, tokens):
+    model, reference = build_model(model_type), build_model(model_type)
+    found = find_sublayers(model)
+    bypass(model, found[:3])
+    restore(model, found[1:2])
+    bypass(reference, [found[0], found[2]])
+    assert torch.equal(logits(model, tokens), logits(reference, tokens))
+    assert bypassed_sublayers(model) == (found[0], found[2])
+
+
+def test_bypass_adds_to_what_is_bypassed(llama, tokens):
+    found = find_sublayers(llama)
+    reference = copy.deepcopy(llama)
+    bypass(llama, found[:1])
+    bypass(llama, found[:2])
+    bypass(reference, found[:2])
+    assert torch.equal(logits(llama, tokens), logits(reference, tokens))
+    restore(llama)
+    assert all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_dense_lifts_and_puts_back_also_after_an_error(llama, tokens):
+    before = logits(llama, tokens)
+    bypass(llama, some(llama))
+    dropped = logits(llama, tokens)
+    with dense(llama):
+        assert torch.equal(logits(llama, tokens), before)
+    assert torch.equal(logits(llama, tokens), dropped)
+    with pytest.raises(KeyError), dense(llama):
+        raise KeyError
+    assert torch.equal(logits(llama, tokens), dropped)
+    remove(llama)
+    with pytest.raises(PlanError, match=r"attention\.0.*were removed"), dense(llama):
+        pass
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_carries_its_own_bypass(llama, tokens, carry):
+    bypass(llama, some(llama))
+    dropped = logits(llama, tokens)
+    twin = carry(llama)
+    restore(llama)
+    assert torch.equal(logits(twin, tokens), dropped)
+    assert bypassed_sublayers(twin) == tuple(sorted(some(llama)))
+
+
+def cached_logits(model, tokens, cache, **kwargs):
+    """Prefill four tokens, then one at a time."""
+    steps = []
+    with torch.no_grad():
+        for start, stop in [(0, 4), *((i, i + 1) for i in range(4, tokens.shape[1]))]:
+            mask = kwargs["attention_mask"][:, :stop] if "attention_mask" in kwargs else None
+            step = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, attention_mask=mask)
+            steps.append(step.logits)
+    return torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize("how", [bypass, remove])
+@pytest.mark.parametrize("static", [False, True])
+def test_cached_logits_equal_uncached_ones_with_block_0_attention_dropped(any_model, tokens, how, static):
+    how(any_model, some(any_model))
+    config = any_model.config
+    cache = StaticCache(config=config, max_cache_len=32) if static else DynamicCache(config=config)
+    torch.testing.assert_close(
+        cached_logits(any_model, tokens, cache), logits(any_model, tokens), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kinds", [{"attention"}, {"mlp"}])
+def test_generate_with_cache_equals_generate_without(model, tokens, kinds):
+    bypass(model, [s for s in find_sublayers(model) if s.kind in kinds and s.block != 2])
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0  # left padding
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "eos_token_id": None}
+    expected = model.generate(tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(tokens, use_cache=True, **settings), expected)
+    beams = {**settings, "num_beams": 3}
+    assert torch.equal(
+        model.generate(tokens, use_cache=True, **beams), model.generate(tokens, use_cache=False, **beams)
+    )
+
+
+def test_every_attention_dropped_still_generates(llama, tokens):
+    bypass(llama, [s for s in find_sublayers(llama) if s.kind == "attention"])
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(
+        llama.generate(tokens, use_cache=True, **settings), llama.generate(tokens, use_cache=False, **settings)
+    )
+
+
+def test_a_bypassed_sublayer_gets_no_gradient_and_the_others_do(model, tokens):
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    chosen = some(model)
+    bypass(model, chosen)
+    model.zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    branches = {b.sublayer: b for b in find_branches(model)}
+    gone = tuple(path for s in chosen for path in (s.path, branches[s].norm))
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(gone), name
+        assert parameter.requires_grad == (not name.startswith(gone)), name
+
+
+def test_gradients_under_checkpointing_equal_those_without(llama, tokens):
+    bypass(llama, some(llama))
+    llama.train()
+    llama(input_ids=tokens, labels=tokens).loss.backward()
+    expected = {name: p.grad.clone() for name, p in llama.named_parameters() if p.grad is not None}
+    llama.zero_grad()
+    llama.activation_checkpointing_enable()
+    llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(llama.get_parameter(name).grad, gradient)
+
+
+def test_a_bypass_after_compile_is_picked_up(llama, tokens):
+    compiled = torch.compile(llama, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, tokens), logits(llama, tokens))
+    bypass(compiled, some(llama))
+    torch.testing.assert_close(logits(compiled, tokens), logits(llama, tokens))
+
+
+def test_print_shows_what_happened(llama):
+    assert "bypassed" not in repr(llama)
+    chosen = find_sublayers(llama)[:1]
+    bypass(llama, chosen)
+    assert "bypassed" in repr(llama.model.layers[0].self_attn)
+    assert "bypassed" not in repr(llama.model.layers[1])
+    remove(llama)
+    assert "attention.0, removed" in repr(llama)
+
+
+def test_remove_frees_the_weights_and_marks_the_config(llama):
+    total = llama.num_parameters()
+    found = find_sublayers(llama)
+    bypass(llama, found[2:3])
+    block = llama.model.layers[1]
+    expected = sum(p.numel() for m in (block.mlp, block.post_attention_layernorm) for p in m.parameters())
+    remove(llama, found[3:4])
+    assert total - llama.num_parameters() == expected
+    assert llama.config.per_layer_config[1].skip == ["mlp"]
+    assert bypassed_sublayers(llama) == found[2:3]
+    assert dropped_sublayers(llama) == found[2:4]
+    assert find_sublayers(llama) == (*found[:3], *found[4:])
+    remove(llama)
+    assert llama.config.per_layer_config[1].skip == ["attention", "mlp"]
+
+
+@pytest.mark.parametrize("act", [bypass, remove])
+def test_what_is_not_in_the_model_is_refused(llama, act):
+    with pytest.raises(PlanError, match=r"no sublayer attention\.9 at 'model\.layers\.9\.self_attn'.*another model"):
+        act(llama, [Sublayer(9, "attention", "model.layers.9.self_attn")])
+    with pytest.raises(PlanError, match="No sublayer was given"):
+        act(llama, [])
+
+
+def test_restore_of_what_is_not_bypassed_is_refused(llama):
+    with pytest.raises(PlanError, match=r"attention\.0 is not bypassed; bypassed are: none"):
+        restore(llama, find_sublayers(llama)[:1])
