@@ -150,9 +150,7 @@ def test_cached_logits_equal_uncached_ones_with_block_0_attention_dropped(any_mo
     how(any_model, some(any_model))
     config = any_model.config
     cache = StaticCache(config=config, max_cache_len=32) if static else DynamicCache(config=config)
-    torch.testing.assert_close(
-        cached_logits(any_model, tokens, cache), logits(any_model, tokens), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(cached_logits(any_model, tokens, cache), logits(any_model, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kinds", [{"attention"}, {"mlp"}])
@@ -171,7 +169,12 @@ def test_generate_with_cache_equals_generate_without(model, tokens, kinds):
 
 def test_every_attention_dropped_still_generates(llama, tokens):
     bypass(llama, [s for s in find_sublayers(llama) if s.kind == "attention"])
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(tokens)}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(tokens),
+    }
     assert torch.equal(
         llama.generate(tokens, use_cache=True, **settings), llama.generate(tokens, use_cache=False, **settings)
     )

@@ -75,7 +75,8 @@ class ImportanceTracker:
         metric_class = get_metric(metric)
         self._transformer = find_transformer(model, name=name)
         self._branches = find_branches(self._transformer)
-        self._blocks = sorted({branch.sublayer.block for branch in self._branches})
+        self._last_of_block = {branch.sublayer.block: index for index, branch in enumerate(self._branches)}
+        self._blocks = list(self._last_of_block)
         self._sums = metric_class(len(self._branches) + len(self._blocks))
         self._handles: list[RemovableHandle] = []
         self._x: dict[int, Tensor] = {}
@@ -121,7 +122,6 @@ class ImportanceTracker:
         """
         bypassed = set(bypassed_sublayers(self._transformer))
         running = [(i, b.sublayer) for i, b in enumerate(self._branches) if b.sublayer not in bypassed]
-        # the public compute() would warn before raising nothing: an empty metric is an error here
         values, tokens = self._synced()
         if not running or min(tokens[i] for i, _ in running) == 0:
             raise CalibrationError("No token was seen: the batches are empty, or every token in them is padding.")
@@ -146,7 +146,7 @@ class ImportanceTracker:
         self._sums._update_count = 1  # as torchmetrics does on loading: an update has happened
 
     def _synced(self) -> tuple[list[float], list[float]]:
-        with self._sums.sync_context(should_sync=torch.distributed.is_available() and self._sums.dist_sync_on_step is False and torch.distributed.is_initialized()):
+        with self._sums.sync_context():
             return (self._sums.total / self._sums.tokens).tolist(), self._sums.tokens.tolist()
 
     def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -175,17 +175,15 @@ class ImportanceTracker:
             self._sums.to(x.device)
         with torch.no_grad():
             self._sums.update(x, b, self._mask, index)
-            self._add_to_block(branch, x, b)
+            self._add_to_block(index, branch.sublayer.block, x, b)
 
-    def _add_to_block(self, branch: Branch, x: Tensor, b: Tensor) -> None:
+    def _add_to_block(self, index: int, block: int, x: Tensor, b: Tensor) -> None:
         """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
-        members = [other for other in self._branches if other.sublayer.block == branch.sublayer.block]
-        start, total = self._block_sum or (x, None)
-        total = b if total is None else total + b
-        self._block_sum = (start, total)
-        if branch is members[-1]:
-            self._sums.update(start, total, self._mask, len(self._branches) + self._blocks.index(branch.sublayer.block))
-            self._block_sum = None
+        start, total = (x, b) if self._block_sum is None else (self._block_sum[0], self._block_sum[1] + b)
+        done = index == self._last_of_block[block]
+        self._block_sum = None if done else (start, total)
+        if done:
+            self._sums.update(start, total, self._mask, len(self._branches) + self._blocks.index(block))
 
 
 def _model_inputs(batch: Mapping[str, Any], body: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,7 @@ class TextData(pl.LightningDataModule):
         """
         _ = self.tokenizer
         if self._hub:
-            self._load_hub()
+            self._load_hub(*self._hub)
 
     def setup(self, stage: str | None = None) -> None:
         """Build ``train_dataset`` and ``val_dataset``, once; items are ``{"input_ids": (T,)}``.
@@ -148,8 +149,12 @@ class TextData(pl.LightningDataModule):
         sampler = _EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
         if self.trainer is not None:
             # Resuming at an epoch's end, Lightning iterates the loader before it says which epoch it is.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        return StatefulDataLoader(self.train_dataset, sampler=sampler, drop_last=True, **self._loader_options())
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            return StatefulDataLoader(self.train_dataset, sampler=sampler, drop_last=True, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out sequences in order, the last batch possibly smaller."""
@@ -181,7 +186,7 @@ class TextData(pl.LightningDataModule):
     def _load(self, cache: str) -> tuple[Any, Any]:
         """Documents for training, and those for validation if the source says so, else None."""
         if self._hub:
-            splits = self._load_hub()
+            splits = self._load_hub(*self._hub)
             if "train" not in splits:
                 raise DataError(
                     f"{self._where}: there is no split 'train'; the dataset has the splits {', '.join(splits)}."
@@ -198,8 +203,7 @@ class TextData(pl.LightningDataModule):
             splits = datasets.load_dataset(builder, data_files=files, cache_dir=cache, **options)
         return self._texts(splits["train"]), None
 
-    def _load_hub(self) -> Any:
-        name, config = self._hub
+    def _load_hub(self, name: str, config: str | None) -> Any:
         with _explained(f"{self._where}: the dataset could not be loaded from the hub"):
             return datasets.load_dataset(name, config)
 
@@ -368,7 +372,7 @@ def _collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _have_text(texts: Sequence[str | None]) -> list[bool]:
-    return [text is not None and not text.isspace() and text != "" for text in texts]
+    return [bool(text and text.strip()) for text in texts]
 
 
 def _parse_hub(source: str) -> tuple[str, str | None] | None:
@@ -411,13 +415,13 @@ def _load_tokenizer(name: str | None) -> Any:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn the many errors of the Hugging Face libraries into a DataError of one sentence."""
+    """Turn any error of the Hugging Face libraries into a DataError of one sentence."""
     try:
         yield
-    except (datasets.exceptions.DatasetsError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        # datasets' own message for a broken file only says that something went wrong; the cause says what.
+    except Exception as error:  # whatever their back ends raise: tokenizers' own is a bare Exception
+        # datasets' message for a broken file only says that something went wrong; the cause says what.
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise DataError(f"{what} ({reason}).") from error
+        raise DataError(f"{what} ({reason.rstrip('.')}).") from error
 
 
 @contextmanager

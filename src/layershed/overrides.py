@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from layershed.plan import Sublayer
 
@@ -36,6 +37,7 @@ class ZeroBranch:
     frozen: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros of the shape of the hidden states, in the form that the module returns; advances the KV cache."""
         hidden = first_tensor(args, kwargs)
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None and self.layer_idx is not None:
@@ -57,6 +59,7 @@ class PassThrough:
     frozen: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states that came in."""
         return first_tensor(args, kwargs)
 
 
@@ -90,6 +93,10 @@ def advance_cache(cache: Any, layer_idx: int, hidden: Tensor) -> None:
     heads, size = (keys.shape[1], keys.shape[3]) if keys is not None and keys.ndim == 4 else (1, 1)
     placeholder = hidden.new_zeros(()).expand(hidden.shape[0], heads, hidden.shape[1], size)
     cache.update(placeholder, placeholder, layer_idx)
+    layer = cache.layers[layer_idx]
+    if type(layer) is DynamicLayer:
+        # the length is all that is asked for: one element of memory behind it, however many tokens pass
+        layer.keys = layer.values = hidden.new_zeros(()).expand(layer.keys.shape)
 
 
 def install(module: nn.Module, override: Override) -> None:

@@ -1,8 +1,20 @@
-"""Quality of a language model on batches: mean loss and next-token accuracy."""
+"""Quality of a causal language model on batches: mean loss and next-token accuracy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from layershed.discovery import find_transformer
+from layershed.errors import MeasurementError
+from layershed.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -18,3 +30,56 @@ class Quality:
     loss: float
     accuracy: float
     tokens: int
+
+
+def evaluate_quality(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None, name: str | None = None
+) -> Quality:
+    """Next-token loss and accuracy of the model as it stands, in eval mode, without gradients.
+
+    In a distributed run every rank gets the means over the batches of all ranks.
+
+    Args:
+        model: A causal language model, or a module that holds one.
+        batches: Mappings with ``input_ids`` of shape (batch, tokens); ``labels`` (-100 ignored) and
+            ``attention_mask`` (0 ignored) of the same shape are heeded.
+        max_batches: Stop after that many batches; None takes all.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        Means over tokens, not over batches.
+
+    Raises:
+        MeasurementError: If the batches hold no token to predict, or the model gives no logits.
+    """
+    transformer = find_transformer(model, name=name)
+    loss, accuracy = MeanMetric().to(transformer.device), MeanMetric().to(transformer.device)
+    tokens = 0
+    with evaluating(transformer), torch.no_grad():
+        for batch in islice(batches, max_batches):
+            logits, targets = _predictions(transformer, batch)
+            if targets.numel() == 0:
+                continue
+            tokens += targets.numel()
+            loss.update(cross_entropy(logits, targets, reduction="mean"), targets.numel())
+            accuracy.update((logits.argmax(-1) == targets).float().mean(), targets.numel())
+    if tokens == 0:
+        raise MeasurementError("There is no token to predict: the batches are empty, or every label is ignored.")
+    return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
+
+
+def _predictions(transformer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits of shape (predicted tokens, vocabulary) and their targets of shape (predicted tokens)."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise MeasurementError(f"A batch must be a mapping with input_ids; got a {type(batch).__name__}.")
+    device = next(transformer.parameters()).device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    output = transformer(**inputs, use_cache=False)
+    if getattr(output, "logits", None) is None:
+        raise MeasurementError(f"{type(transformer).__name__} gives no logits; quality needs a language-model head.")
+    targets = batch.get("labels", batch["input_ids"]).to(device)[:, 1:]
+    counted = targets != -100
+    if "attention_mask" in inputs:
+        # a target counts, and so does a prediction, only where there is no padding
+        counted &= inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
+    return output.logits[:, :-1][counted].float(), targets[counted]

@@ -183,9 +183,7 @@ def _overrides(
                 yield path, PassThrough(branch.sublayer)
 
 
-def _check(
-    transformer: PreTrainedModel, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]
-) -> set[Sublayer]:
+def _check(transformer: PreTrainedModel, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:
     """The sublayers as a set, all of them present in the model."""
     wanted = set(sublayers)
     if not wanted:

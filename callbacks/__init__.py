@@ -1,0 +1,13 @@
+"""Lightning callbacks that watch, drop, measure, export and report inside any Trainer.
+
+Each works alone, finds the transformer in any LightningModule, keeps its state in the checkpoint and shares nothing
+with the others but the model, what is logged, and the files of the run directory.
+"""
+
+from layershed.callbacks.export import Export
+from layershed.callbacks.redundancy_monitor import RedundancyMonitor
+from layershed.callbacks.report import Report
+from layershed.callbacks.speed_monitor import SpeedMonitor
+from layershed.callbacks.sublayer_drop import SublayerDrop
+
+__all__ = ["Export", "RedundancyMonitor", "Report", "SpeedMonitor", "SublayerDrop"]

@@ -1,0 +1,48 @@
+"""Saves the dropped model as a Hugging Face folder when training ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from layershed.callbacks.run import PLAN_FILE, current_drop, run_directory
+from layershed.export import save_pretrained
+from layershed.plan import Drop, DropPlan
+
+
+class Export(Callback):
+    """Writes the kept weights, the config with its skipped sublayers, the drop plan and the tokenizer.
+
+    Hooks: writes in ``on_train_end``, on rank 0. The training model keeps its dropped weights.
+    Logs: nothing.
+    Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder.
+    Checkpoint: keeps nothing.
+
+    Args:
+        folder: Where to write; a relative path is one inside the run directory.
+        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+    """
+
+    def __init__(self, folder: str = "pruned", transformer: str | None = None) -> None:
+        self.folder, self.transformer = folder, transformer
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        directory = run_directory(trainer)
+        if not trainer.is_global_zero:
+            return
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        plan = self._plan(directory, pl_module)
+        save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)
+
+    def _plan(self, directory: Path, pl_module: LightningModule) -> DropPlan | None:
+        """The plan with its scores if SublayerDrop left one in this run, else the bare sublayers."""
+        dropped = current_drop(pl_module)
+        if not dropped:
+            return None
+        path = directory / PLAN_FILE
+        plan = DropPlan.load(path) if path.is_file() else None
+        if plan is not None and tuple(sorted(plan)) == dropped:
+            return plan
+        return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))

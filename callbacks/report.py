@@ -1,0 +1,118 @@
+"""Ends a run with a table in the terminal and a self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from layershed.callbacks.run import IMPORTANCE_FILE, PLAN_FILE, REPORT_FILE, SPEED_FILE, run_directory
+from layershed.discovery import find_transformer
+from layershed.plan import DropPlan
+from layershed.quality import Quality
+from layershed.report import LossPoint, RunRecord, read_importance, summary_table, write_report
+from layershed.speed import SpeedReport
+
+
+class Report(Callback):
+    """Gathers what the run logged and wrote: losses, importances, the drop, its quality and its speed.
+
+    Hooks: notes losses in ``on_train_batch_end`` and ``on_validation_end``; writes in ``on_fit_end``, on rank 0.
+    Logs: nothing.
+    Writes: ``report.html`` in the run directory, and the summary table to the terminal.
+    Checkpoint: the losses so far.
+
+    Each part comes from another callback's logged metrics or file, and is left out where that callback is absent:
+    importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
+
+    Args:
+        every_n_steps: Optimizer steps between two noted training losses.
+        train_loss: Name under which the LightningModule logs its training loss.
+        val_loss: Name under which it logs its validation loss.
+        title: Title of the page; None for the name of the model.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        train_loss: str = "train_loss",
+        val_loss: str = "val_loss",
+        title: str | None = None,
+    ) -> None:
+        self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
+        self._losses: list[LossPoint] = []
+        self._quality: dict[str, Quality] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the training loss, and the quality around a drop."""
+        loss = trainer.callback_metrics.get(self.train_loss)
+        step = trainer.global_step
+        last = next((point.step for point in reversed(self._losses) if point.split == "train"), 0)
+        if loss is not None and step % self.every_n_steps == 0 and step != last:
+            self._losses.append(LossPoint(step, "train", loss.item()))
+        self._note_quality(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the validation loss."""
+        loss = trainer.callback_metrics.get(self.val_loss)
+        if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._losses.append(LossPoint(trainer.global_step, "val", loss.item()))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the page and print the table."""
+        self._note_quality(trainer)
+        directory = run_directory(trainer)
+        if not trainer.is_global_zero:
+            return
+        record = self._record(directory, pl_module)
+        path = write_report(record, directory / REPORT_FILE)
+        console = Console()
+        console.print(summary_table(record))
+        console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Losses and qualities so far, as primitives."""
+        return {
+            "losses": [[point.step, point.split, point.loss] for point in self._losses],
+            "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self._quality.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._losses = [LossPoint(*fields) for fields in state_dict["losses"]]
+        self._quality = {when: Quality(*fields) for when, fields in state_dict["quality"].items()}
+
+    def _note_quality(self, trainer: Trainer) -> None:
+        """Take up what SublayerDrop logged, and put it into the loss curve, too."""
+        for when in ("before", "after", "end"):
+            loss, accuracy = (trainer.callback_metrics.get(f"drop/{name}_{when}") for name in ("loss", "accuracy"))
+            if loss is None or accuracy is None:
+                continue
+            quality = Quality(loss.item(), accuracy.item(), 0)
+            if quality != self._quality.get(when):
+                self._quality[when] = quality
+                self._losses.append(LossPoint(trainer.global_step, "val", quality.loss))
+
+    def _record(self, directory: Path, pl_module: LightningModule) -> RunRecord:
+        importance, plan, speed = (directory / name for name in (IMPORTANCE_FILE, PLAN_FILE, SPEED_FILE))
+        return RunRecord(
+            model=self.title or _model_name(pl_module),
+            importance=read_importance(importance) if importance.is_file() else (),
+            losses=tuple(sorted(self._losses, key=lambda point: point.step)),
+            plan=DropPlan.load(plan) if plan.is_file() else None,
+            quality=self._quality,
+            speed=SpeedReport.from_dict(json.loads(speed.read_text(encoding="utf-8"))) if speed.is_file() else None,
+        )
+
+
+def _model_name(pl_module: LightningModule) -> str:
+    try:
+        transformer = find_transformer(pl_module)
+    except ValueError:
+        return type(pl_module).__name__
+    return transformer.config.name_or_path or type(transformer).__name__

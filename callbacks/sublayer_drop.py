@@ -1,0 +1,228 @@
+"""Drops sublayers by importance while a model trains, one-shot or iteratively."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from layershed.calibration import ImportanceTracker, estimate_importance
+from layershed.callbacks.batches import calibration_batches as batches_of
+from layershed.callbacks.batches import validation_batches
+from layershed.callbacks.run import PLAN_FILE, StepCounter, publish, run_directory, write_text
+from layershed.checkpoint import apply_dropped, forget_parameters, write_dropped
+from layershed.discovery import find_sublayers, find_transformer
+from layershed.errors import SelectionError
+from layershed.metrics import get_metric
+from layershed.plan import DropPlan, ImportanceScores, Scope, count_by_kind
+from layershed.quality import Quality, evaluate_quality
+from layershed.schedule import DropSchedule
+from layershed.selection import check_selection, select_sublayers
+from layershed.surgery import bypass, bypassed_sublayers
+
+CalibrateOn = Literal["running", "train", "val"]
+
+
+class SublayerDrop(Callback):
+    """Bypasses the least important sublayers at configured optimizer steps, and training goes on without them.
+
+    Hooks: decides in ``on_train_batch_end``, once the configured optimizer step is done; the optimizer forgets the
+    dropped parameters in place, so that its schedule goes on.
+    Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
+    ``drop/attention`` and ``drop/mlp``, the numbers dropped.
+    Writes: ``drop_plan.json`` in the run directory.
+    Checkpoint: the plan and the running sums; a resumed, validated or tested checkpoint is the dropped model.
+
+    Args:
+        start: Optimizer steps before the first drop.
+        scope: ``attention``, ``mlp``, ``block`` or ``joint`` (attention and MLP ranked in one array).
+        count: How many to drop at each drop step (blocks with scope ``block``, else sublayers); or
+        ratio: which share of the candidates to drop, in (0, 1); one-shot only.
+        every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
+        rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
+        metric: ``cosine``, ``relative_magnitude`` or ``angular``.
+        protect: Indices of blocks that stay whole; negative ones count from the end.
+        calibrate_on: Where importance is measured: ``running``, on the training batches of the last steps before the
+            drop, without an extra forward pass; ``train`` or ``val``, in a pass over that loader's batches.
+        calibration_batches: How many batches (optimizer steps, if ``running``) are scored.
+        quality_batches: Validation batches on which loss and accuracy are measured around the drop; 0 for none.
+        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+
+    Raises:
+        SelectionError: If count and ratio are not exactly one, or out of range; before training also if there are too
+            few sublayers.
+        ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late.
+        UnknownNameError: If there is no such metric.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        scope: Scope = "joint",
+        count: int | None = None,
+        ratio: float | None = None,
+        every_n_steps: int | None = None,
+        rounds: int = 1,
+        metric: str = "cosine",
+        protect: Sequence[int] = (),
+        calibrate_on: CalibrateOn = "running",
+        calibration_batches: int = 16,
+        quality_batches: int = 16,
+        transformer: str | None = None,
+    ) -> None:
+        check_selection(scope, count=count, ratio=ratio)
+        self.schedule = DropSchedule(start, every_n_steps, rounds)
+        if ratio is not None and rounds > 1:
+            raise SelectionError(f"ratio={ratio}, rounds={rounds}: an iterative schedule takes count, per round.")
+        if calibration_batches < 1 or quality_batches < 0:
+            raise SelectionError(
+                f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: at least one batch is "
+                "needed to calibrate, and not fewer than none for quality."
+            )
+        get_metric(metric)
+        self.scope, self.count, self.ratio, self.metric = scope, count, ratio, metric
+        self.protect, self.calibrate_on = tuple(protect), calibrate_on
+        self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
+        self.transformer = transformer
+        self.plan: DropPlan | None = None
+        self.quality: dict[str, Quality] = {}
+        self._steps = StepCounter()
+        self._tracker: ImportanceTracker | None = None
+        self._sums: dict[str, Any] | None = None
+
+    def should_drop(self, step: int) -> bool:
+        """Whether to drop after ``step`` optimizer steps; override it for another schedule."""
+        return self.schedule.should_drop(step)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot happen in this run, and prepare the optimizers of a resumed one."""
+        limit = trainer.estimated_stepping_batches
+        self.schedule.check_against(int(limit) if limit != float("inf") else -1)
+        everything = find_sublayers(pl_module, name=self.transformer)
+        equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
+        total = None if self.count is None else self.count * self.schedule.rounds
+        select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=self.protect)
+        if self.calibrate_on != "running":
+            batches_of(trainer, self.calibrate_on)
+        forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
+        if self.calibrate_on == "running":
+            self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
+            self._tracker.attach()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the plan and the running sums of a resumed run."""
+        self._steps.start(trainer)
+        if self._sums is not None and self._tracker is not None:
+            self._tracker.load_state_dict(self._sums)
+        self._sums = None
+        self._save_plan(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch this batch if it falls into the last steps before a drop."""
+        if self._tracker is not None:
+            ahead = range(trainer.global_step + 1, trainer.global_step + 1 + self.calibration_batches)
+            self._tracker.active = any(self.should_drop(step) for step in ahead)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Drop, if the optimizer step that just ended is a drop step."""
+        if self._tracker is not None:
+            self._tracker.active = False
+        if self._steps.stepped(trainer) and self.should_drop(trainer.global_step):
+            self._drop(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what the recovery was worth."""
+        if self.plan is not None:
+            self._measure(trainer, pl_module, "end")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks off the model."""
+        if self._tracker is not None:
+            self._tracker.detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off the model after an error, too."""
+        self.on_fit_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note what is bypassed."""
+        write_dropped(checkpoint, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bypass what the checkpoint's model lacked, whether it is resumed, validated, tested or used to predict."""
+        apply_dropped(checkpoint, pl_module, name=self.transformer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, qualities and running sums, as primitives."""
+        return {
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
+            "sums": None if self._tracker is None else self._tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
+        self.quality = {when: Quality(*values) for when, values in state_dict["quality"].items()}
+        self._sums = state_dict["sums"]
+
+    def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.plan is None:
+            self._measure(trainer, pl_module, "before")
+        scores = self._scores(trainer, pl_module)
+        chosen = select_sublayers(scores, self.scope, count=self.count, ratio=self.ratio, protect=self._protected(scores))
+        # every rank has the same scores; rank 0 decides all the same, as a last bit may differ between machines
+        content = trainer.strategy.broadcast(chosen.at_step(trainer.global_step).to_dict())
+        round_plan = DropPlan.from_dict(content)
+        bypass(pl_module, round_plan, name=self.transformer)
+        self.plan = round_plan if self.plan is None else self.plan + round_plan
+        forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
+        _rewrap(trainer, pl_module)
+        self._save_plan(trainer)
+        counts = count_by_kind(bypassed_sublayers(pl_module))
+        publish(trainer, {f"drop/{kind}": float(count) for kind, count in counts.items()})
+        self._measure(trainer, pl_module, "after")
+
+    def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
+        if self._tracker is not None:
+            scores = self._tracker.compute()
+            self._tracker.reset()
+            return scores
+        batches = batches_of(trainer, self.calibrate_on)
+        with trainer.precision_plugin.forward_context():
+            return estimate_importance(
+                pl_module, batches, self.metric, max_batches=self.calibration_batches, name=self.transformer
+            )
+
+    def _protected(self, scores: ImportanceScores) -> list[int]:
+        """Negative indices count from the end of the whole model, also when its last blocks are gone."""
+        blocks = {sublayer.block for sublayer in (*scores, *(self.plan or ()))}
+        return [block % (max(blocks) + 1) for block in self.protect if block % (max(blocks) + 1) in set(scores.blocks)]
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+        batches = validation_batches(trainer) if self.quality_batches else None
+        if batches is None:
+            return
+        with trainer.precision_plugin.forward_context():
+            quality = evaluate_quality(pl_module, batches, max_batches=self.quality_batches, name=self.transformer)
+        self.quality[when] = quality
+        publish(trainer, {f"drop/loss_{when}": quality.loss, f"drop/accuracy_{when}": quality.accuracy})
+
+    def _save_plan(self, trainer: Trainer) -> None:
+        folder: Path = run_directory(trainer)
+        if self.plan is not None and trainer.is_global_zero:
+            write_text(folder / PLAN_FILE, self.plan.to_json())
+
+
+def _rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+    """DistributedDataParallel fixed at its construction which gradients it waits for: build it anew."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        for parameter in pl_module.parameters():
+            parameter.grad = None
+        trainer.strategy.model = pl_module
+        trainer.strategy.configure_ddp()

@@ -1,0 +1,180 @@
+"""Saving a dropped model as a Hugging Face folder, and loading it without its dropped weights.
+
+The folder holds only the kept weights and says what is missing in upstream's own field,
+``config.per_layer_config[i].skip``. transformers itself does not read that field yet (huggingface/transformers#45332):
+it would fill the gaps with random weights, which is why :func:`load_pretrained` exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from layershed.discovery import find_sublayers, find_transformer
+from layershed.errors import ExportError, PlanError, UnprovenStructureError
+from layershed.plan import DropPlan, Sublayer
+from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_skipped, remove
+
+PLAN_FILE = "drop_plan.json"
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    plan: DropPlan | None = None,
+    tokenizer: Any = None,
+    name: str | None = None,
+) -> Path:
+    """Write a dropped model as a Hugging Face folder: kept weights as safetensors, and a config that says what is gone.
+
+    The model itself is not changed. The folder appears whole or not at all: everything is written beside it first.
+
+    Args:
+        model: A transformer with bypassed or removed sublayers (or none), or a module that holds one.
+        folder: Where to write; an existing folder is replaced only if it holds a saved model.
+        plan: Its drop plan, saved beside the weights as ``drop_plan.json``.
+        tokenizer: Saved into the same folder, if given.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: If the folder holds something else.
+        PlanError: If the plan is not what is dropped from the model.
+    """
+    transformer = find_transformer(model, name=name)
+    dropped = dropped_sublayers(transformer)
+    if plan is not None and tuple(sorted(plan)) != dropped:
+        raise PlanError(
+            f"save_pretrained: the plan drops {len(plan)} sublayers and the model lacks {len(dropped)} "
+            f"({', '.join(s.name for s in dropped) or 'none'}); they must be the same."
+        )
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ExportError(f"save_pretrained: {str(folder)!r} exists and holds no saved model; choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        fresh = Path(beside) / folder.name
+        _write(transformer, dropped, fresh)
+        if plan is not None:
+            plan.save(fresh / PLAN_FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        if folder.exists():
+            folder.rename(Path(beside) / "previous")
+        fresh.rename(folder)
+    return folder
+
+
+def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load what :func:`save_pretrained` wrote: the same logits, bit for bit.
+
+    The skeleton is built without memory (on the meta device), its dropped sublayers are removed, and only then do the
+    weights come, strictly: nothing is made up at random and nothing is left over. The residual identity of what is
+    left is proven anew.
+
+    Args:
+        folder: The folder, or a hub id; a model without dropped sublayers loads as well.
+        kwargs: As of ``PreTrainedModel.from_pretrained``, such as ``dtype``, ``device_map`` or ``attn_implementation``.
+            The dtype is the saved one unless given.
+
+    Returns:
+        The model in eval mode; ``dropped_sublayers(model)`` tells what it lacks.
+
+    Raises:
+        ExportError: If there is no such folder, a weight is missing or left over, or the config skips what is not there.
+    """
+    config = load_config(folder)
+    model_class = _model_class(config)
+    model, report = _skipping(model_class).from_pretrained(
+        folder, config=config, output_loading_info=True, use_safetensors=True, **{"dtype": "auto", **kwargs}
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(problem):
+            found = sorted(map(str, report[problem]))
+            raise ExportError(f"load_pretrained: {folder} has {problem.replace('_', ' ')}: {', '.join(found[:3])}.")
+    model.__class__ = model_class
+    try:
+        find_sublayers(model)
+    except UnprovenStructureError as error:
+        raise ExportError(f"load_pretrained: {folder}: {error}") from None
+    return model
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The config of a folder or a hub id.
+
+    Raises:
+        ExportError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(
+            f"{str(source)!r} is neither a folder with a config.json nor a model that the hub gives out ({reason})"
+        ) from None
+
+
+def skipped_in(config: PreTrainedConfig) -> dict[int, tuple[str, ...]]:
+    """What a config says is skipped: kinds by block index."""
+    text_config = config.get_text_config()
+    if not text_config.is_heterogeneous:
+        return {}
+    layers = enumerate(text_config.per_layer_config)
+    return {index: tuple(layer.skip) for index, layer in layers if getattr(layer, "skip", None)}
+
+
+def load_plan(folder: str | Path) -> DropPlan | None:
+    """The drop plan saved beside a model's weights, or None."""
+    path = Path(folder) / PLAN_FILE
+    return DropPlan.load(path) if path.is_file() else None
+
+
+def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: Path) -> None:
+    left_out = dropped_parameter_names(transformer)
+    config = copy.deepcopy(transformer.config)
+    mark_skipped(config, dropped)
+    weights = {name: tensor for name, tensor in transformer.state_dict().items() if name not in left_out}
+    own_config, transformer.config = transformer.config, config
+    try:
+        # upstream writes the weights it is given, in shards and with tied ones once, and the config that it sees
+        transformer.save_pretrained(folder, state_dict=weights)
+    finally:
+        transformer.config = own_config
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ExportError(f"load_pretrained: the config names no model that transformers has (architectures: {names}).")
+    return found
+
+
+def _skipping(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass whose instances lack what their config skips before upstream allocates or loads a weight."""
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        skipped = skipped_in(config)
+        if not skipped:
+            return
+        found: dict[tuple[int, str], Sublayer] = {(s.block, s.kind): s for s in find_sublayers(self)}
+        wanted = [(block, kind) for block, kinds in skipped.items() for kind in kinds]
+        for block, kind in wanted:
+            if (block, kind) not in found:
+                raise ExportError(f"load_pretrained: the config skips {kind!r} of block {block}, which does not exist.")
+        remove(self, [found[key] for key in wanted])
+
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
