@@ -43,7 +43,7 @@ def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
     """A second, sequential reader of a train loader's data: iterating the loader itself would move its position."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise CalibrationError(
-            "calibrate_on='train' needs a DataLoader over a map-style dataset with a batch size; use 'running' or 'val'."
+            "calibrate_on='train' needs a DataLoader over a map-style dataset; use 'running' or 'val'."
         )
     sampler: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False

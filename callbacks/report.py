@@ -20,7 +20,8 @@ from layershed.speed import SpeedReport
 class Report(Callback):
     """Gathers what the run logged and wrote: losses, importances, the drop, its quality and its speed.
 
-    Hooks: notes losses in ``on_train_batch_end`` and ``on_validation_end``; writes in ``on_fit_end``, on rank 0.
+    Hooks: notes losses in ``on_train_batch_end`` and ``on_validation_end``; writes in ``on_fit_end`` and prints in
+    ``teardown``, when the progress bar is gone, on rank 0.
     Logs: nothing.
     Writes: ``report.html`` in the run directory, and the summary table to the terminal.
     Checkpoint: the losses so far.
@@ -45,6 +46,7 @@ class Report(Callback):
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
         self._losses: list[LossPoint] = []
         self._quality: dict[str, Quality] = {}
+        self._finished: tuple[RunRecord, Path] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,10 +72,15 @@ class Report(Callback):
         if not trainer.is_global_zero:
             return
         record = self._record(directory, pl_module)
-        path = write_report(record, directory / REPORT_FILE)
-        console = Console()
-        console.print(summary_table(record))
-        console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
+        self._finished = record, write_report(record, directory / REPORT_FILE)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table."""
+        if self._finished is not None:
+            (record, path), self._finished = self._finished, None
+            console = Console()
+            console.print(summary_table(record))
+            console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Losses and qualities so far, as primitives."""

@@ -43,19 +43,20 @@ class SpeedMonitor(Callback):
         runs: int = 5,
         transformer: str | None = None,
     ) -> None:
-        self.settings = {
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "batch_size": batch_size,
-            "runs": runs,
-        }
+        self.prompt_tokens, self.new_tokens, self.batch_size, self.runs = prompt_tokens, new_tokens, batch_size, runs
         self.transformer = transformer
         self.report: SpeedReport | None = None
         self._measured: tuple[Sublayer, ...] = ()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
-        check_room(find_transformer(pl_module, name=self.transformer), **self.settings)
+        check_room(
+            find_transformer(pl_module, name=self.transformer),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            batch_size=self.batch_size,
+            runs=self.runs,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run starts with the measurement that it had."""
@@ -90,7 +91,14 @@ class SpeedMonitor(Callback):
             self.report = None
             return
         with trainer.precision_plugin.forward_context():
-            self.report = measure_speed(pl_module, name=self.transformer, **self.settings)
+            self.report = measure_speed(
+                pl_module,
+                prompt_tokens=self.prompt_tokens,
+                new_tokens=self.new_tokens,
+                batch_size=self.batch_size,
+                runs=self.runs,
+                name=self.transformer,
+            )
         self._save(trainer)
         publish(trainer, self._metrics(trainer, self.report))
 

@@ -17,10 +17,10 @@ from layershed.checkpoint import apply_dropped, forget_parameters, write_dropped
 from layershed.discovery import find_sublayers, find_transformer
 from layershed.errors import SelectionError
 from layershed.metrics import get_metric
-from layershed.plan import DropPlan, ImportanceScores, Scope, count_by_kind
+from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
 from layershed.quality import Quality, evaluate_quality
 from layershed.schedule import DropSchedule
-from layershed.selection import check_selection, select_sublayers
+from layershed.selection import check_selection, protected_sublayers, select_sublayers
 from layershed.surgery import bypass, bypassed_sublayers
 
 CalibrateOn = Literal["running", "train", "val"]
@@ -84,7 +84,8 @@ class SublayerDrop(Callback):
             )
         get_metric(metric)
         self.scope, self.count, self.ratio, self.metric = scope, count, ratio, metric
-        self.protect, self.calibrate_on = tuple(protect), calibrate_on
+        self.protect: tuple[Sublayer | int, ...] = tuple(protect)
+        self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
         self.transformer = transformer
         self.plan: DropPlan | None = None
@@ -104,6 +105,8 @@ class SublayerDrop(Callback):
         everything = find_sublayers(pl_module, name=self.transformer)
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         total = None if self.count is None else self.count * self.schedule.rounds
+        # resolved once, on the whole model: a negative index must not wander as the last blocks go
+        self.protect = tuple(protected_sublayers(everything, self.protect))
         select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=self.protect)
         if self.calibrate_on != "running":
             batches_of(trainer, self.calibrate_on)
@@ -175,7 +178,7 @@ class SublayerDrop(Callback):
         if self.plan is None:
             self._measure(trainer, pl_module, "before")
         scores = self._scores(trainer, pl_module)
-        chosen = select_sublayers(scores, self.scope, count=self.count, ratio=self.ratio, protect=self._protected(scores))
+        chosen = select_sublayers(scores, self.scope, count=self.count, ratio=self.ratio, protect=self.protect)
         # every rank has the same scores; rank 0 decides all the same, as a last bit may differ between machines
         content = trainer.strategy.broadcast(chosen.at_step(trainer.global_step).to_dict())
         round_plan = DropPlan.from_dict(content)
@@ -198,11 +201,6 @@ class SublayerDrop(Callback):
             return estimate_importance(
                 pl_module, batches, self.metric, max_batches=self.calibration_batches, name=self.transformer
             )
-
-    def _protected(self, scores: ImportanceScores) -> list[int]:
-        """Negative indices count from the end of the whole model, also when its last blocks are gone."""
-        blocks = {sublayer.block for sublayer in (*scores, *(self.plan or ()))}
-        return [block % (max(blocks) + 1) for block in self.protect if block % (max(blocks) + 1) in set(scores.blocks)]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         batches = validation_batches(trainer) if self.quality_batches else None

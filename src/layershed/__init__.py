@@ -1,1 +1,57 @@
-"""Training-aware layer dropping for transformers on PyTorch Lightning."""
+"""Training-aware layer dropping for transformers on PyTorch Lightning.
+
+The functions work on any Hugging Face transformer, inside or outside of training; the Lightning callbacks that decide
+when to call them are in :mod:`layershed.callbacks`.
+"""
+
+from layershed.calibration import ImportanceTracker, estimate_importance
+from layershed.discovery import find_sublayers, find_transformer
+from layershed.errors import LayershedError
+from layershed.export import load_plan, load_pretrained, save_pretrained
+from layershed.functional import angular, cosine_importance, relative_magnitude
+from layershed.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
+from layershed.plan import Drop, DropPlan, ImportanceScores, Sublayer
+from layershed.pruning import drop_sublayers
+from layershed.quality import Quality, evaluate_quality
+from layershed.schedule import DropSchedule
+from layershed.selection import select_sublayers
+from layershed.speed import SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, remove, removed_sublayers, restore
+
+__all__ = [
+    "METRICS",
+    "Angular",
+    "CosineImportance",
+    "Drop",
+    "DropPlan",
+    "DropSchedule",
+    "ImportanceMetric",
+    "ImportanceScores",
+    "ImportanceTracker",
+    "LayershedError",
+    "Quality",
+    "RelativeMagnitude",
+    "SpeedReport",
+    "Sublayer",
+    "angular",
+    "bypass",
+    "bypassed_sublayers",
+    "cosine_importance",
+    "dense",
+    "drop_sublayers",
+    "dropped_sublayers",
+    "estimate_importance",
+    "evaluate_quality",
+    "find_sublayers",
+    "find_transformer",
+    "load_plan",
+    "load_pretrained",
+    "measure_speed",
+    "relative_magnitude",
+    "remove",
+    "removed_sublayers",
+    "restore",
+    "save_pretrained",
+    "select_sublayers",
+    "speedup_degradation_ratio",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,11 +14,13 @@ import datasets
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from layershed.epoch_sampler import EpochSampler
 from layershed.errors import DataError
+from layershed.packing import Packer, held_out_count, split_documents
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _ENDINGS = ".txt, .jsonl, .json or .parquet"
@@ -146,7 +147,7 @@ class TextData(pl.LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled full batches of this device's share; the state is the epoch and the position, on every rank."""
         self.setup()
-        sampler = _EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
+        sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
         if self.trainer is not None:
             # Resuming at an epoch's end, Lightning iterates the loader before it says which epoch it is.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
@@ -171,13 +172,9 @@ class TextData(pl.LightningDataModule):
 
     def _loader_options(self) -> dict[str, Any]:
         # A generator of its own: reading batches must not move the global random state that dropout draws from.
-        generator = torch.Generator().manual_seed(self.seed)
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": _collate,
-            "generator": generator,
-        }
+        own = torch.Generator().manual_seed(self.seed)
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return {**sizes, "collate_fn": _collate, "generator": own}
 
     def _share(self) -> dict[str, int]:
         distributed = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -229,7 +226,7 @@ class TextData(pl.LightningDataModule):
         limit = None if self.max_tokens is None else self.max_tokens // self.block_size
         if held_out is None and len(documents) == 1:
             sequences, tokens = self._pack(documents, None)
-            last = _held_out_count(len(sequences), self.val_fraction) if len(sequences) > 1 else 0
+            last = held_out_count(len(sequences), self.val_fraction) if len(sequences) > 1 else 0
             first = len(sequences) - last
             val, val_tokens = sequences.select(range(first, len(sequences))), last * self.block_size
             train = sequences.select(range(first if limit is None else min(limit, first)))
@@ -245,7 +242,7 @@ class TextData(pl.LightningDataModule):
 
     def _pack(self, documents: Any, limit: int | None) -> tuple[Any, int]:
         """At most ``limit`` sequences, and the number of tokens that were made for them."""
-        packer = _Packer(self.tokenizer, self.block_size, limit)
+        packer = Packer(self.tokenizer, self.block_size, limit)
         packed = documents.map(
             packer,
             batched=True,
@@ -275,95 +272,6 @@ class TextData(pl.LightningDataModule):
     @property
     def _where(self) -> str:
         return f"TextData(source={self.source!r})"
-
-
-def split_documents(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the documents to train on and of those to hold out, each ascending and never empty.
-
-    Args:
-        count: Number of documents, at least 2.
-        fraction: Share to hold out, in (0, 1).
-        seed: Seed of the choice.
-
-    Example:
-        >>> split_documents(4, 0.25, seed=0)
-        ([0, 1, 2], [3])
-    """
-    held = set(random.Random(seed).sample(range(count), _held_out_count(count, fraction)))
-    return [index for index in range(count) if index not in held], sorted(held)
-
-
-def _held_out_count(count: int, fraction: float) -> int:
-    return min(count - 1, max(1, round(count * fraction)))
-
-
-class _Packer:
-    """Documents to sequences, keeping what is left over for the next call; stops at ``limit`` sequences."""
-
-    def __init__(self, tokenizer: Any, block_size: int, limit: int | None) -> None:
-        self.tokenizer, self.block_size, self.limit = tokenizer, block_size, limit
-        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.rest: list[int] = []
-        self.made = self.tokens = 0
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
-        if self.made == self.limit:
-            return {"input_ids": []}
-        # verbose=False: a document longer than the model's context is no mistake, it is cut into blocks below.
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        stream = self.rest + [token for ids in encoded for token in (*ids, *self.end)]
-        self.tokens += len(stream) - len(self.rest)
-        size = self.block_size
-        count = len(stream) // size
-        if self.limit is not None:
-            count = min(count, self.limit - self.made)
-        self.made += count
-        self.rest = stream[count * size :]
-        return {"input_ids": [stream[start : start + size] for start in range(0, count * size, size)]}
-
-
-class _EpochSampler(DistributedSampler[Any]):
-    """A rank's full batches in an order that (seed, epoch) alone decides, however often it is iterated.
-
-    Lightning leaves a DistributedSampler alone, and sets its epoch. The torchdata samplers lose the epoch on a resume:
-    their order depends on how often a generator was drawn from, or on an epoch that is set after workers prefetch.
-    """
-
-    def __init__(self, dataset: Any, batch_size: int, seed: int, num_replicas: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
-        self.num_samples = len(dataset) // (num_replicas * batch_size) * batch_size
-        self.total_size = self.num_samples * num_replicas
-
-    def __iter__(self) -> Iterator[int]:
-        return _Position(self)
-
-    def order(self, epoch: int) -> list[int]:
-        self.set_epoch(epoch)
-        return list(super().__iter__())
-
-
-class _Position(Iterator[int]):
-    """Where a pass over an :class:`_EpochSampler` stands; its state is the epoch and the number of indices given."""
-
-    def __init__(self, sampler: _EpochSampler) -> None:
-        self.sampler, self.epoch, self.given = sampler, sampler.epoch, 0
-        self.order = sampler.order(self.epoch)
-
-    def __next__(self) -> int:
-        if self.given == len(self.order):
-            raise StopIteration
-        self.given += 1
-        return self.order[self.given - 1]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.given = state["epoch"], state["given"]
-        # Lightning fetches the next epoch from a loader whose state it saved after the last batch of an epoch.
-        if self.given == len(self.order):
-            self.epoch, self.given = self.epoch + 1, 0
-        self.order = self.sampler.order(self.epoch)
 
 
 def _collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         The model in eval mode; ``dropped_sublayers(model)`` tells what it lacks.
 
     Raises:
-        ExportError: If there is no such folder, a weight is missing or left over, or the config skips what is not there.
+        ExportError: If there is no such folder, a weight is missing or left over, or a skipped one does not exist.
     """
     config = load_config(folder)
     model_class = _model_class(config)

@@ -18,8 +18,10 @@ Reduction = Literal["mean", "none"]
 def cosine_importance(x: Tensor, branch: Tensor, mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     r"""Importance :math:`S = 1 - \cos(X, X + b)`, averaged over tokens.
 
-    From arXiv 2406.15786, equation 2. Computed as :math:`\frac{|X|^2|b|^2 - (X \cdot b)^2}{|X||Y|(|X||Y| + X \cdot Y)}`
-    (Lagrange's identity), which keeps its digits near cos = 1, where ``1 - cosine_similarity`` in float32 loses them.
+    The importance score of arXiv 2406.15786. With Y split into its part along X, :math:`y_\parallel`, and the part
+    across, :math:`y_\perp`, which b alone contributes, it is computed as
+    :math:`y_\perp^2 / (|Y|(|Y| + y_\parallel))`: that keeps its digits near cos = 1, where
+    ``1 - cosine_similarity`` in float32 loses them.
 
     Args:
         x: Input of the sublayer, before its norm, shape (..., hidden).
@@ -34,35 +36,35 @@ def cosine_importance(x: Tensor, branch: Tensor, mask: Tensor | None = None, red
         >>> cosine_importance(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]]))
         tensor(1.)
     """
-    xx, xb, bb = _dots(x, branch)
-    yy = (xx + 2 * xb + bb).clamp_min(0)
-    norms, xy = xx.sqrt() * yy.sqrt(), xx + xb
-    # |b|^2 less the part of it along X: what turns X
-    turning = (bb - xb * (xb / xx)).clamp_min(0)
-    small = turning * (xx / (norms * (norms + xy)))
-    values = torch.where(xy > 0, small, 1 - xy / norms)
-    return _reduce(torch.where(norms > 0, values, torch.ones_like(values)), mask, reduction)
+    x_norm, along, turning = _parts(x, branch)
+    y_along = x_norm + along
+    y_norm = torch.hypot(y_along, turning)
+    # 1 - cos = |Y|(|Y| - Y along X) / |Y|^2, and |Y|^2 - (Y along X)^2 is what turns
+    small = turning * turning / (y_norm * (y_norm + y_along))
+    values = torch.where(y_along > 0, small, 1 - y_along / y_norm)
+    return _reduce(torch.where(_no_angle(x_norm, y_norm), torch.ones_like(values), values), mask, reduction)
 
 
 def relative_magnitude(x: Tensor, branch: Tensor, mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     r"""Relative magnitude :math:`|b| / |X|`, averaged over tokens.
 
-    A baseline of arXiv 2406.15786 (appendix on importance metrics), there attributed to Samragh et al. 2023. Shapes and
-    arguments as in :func:`cosine_importance`; infinite where X is zero and b is not.
+    A baseline that arXiv 2406.15786 compares with. Shapes and arguments as in :func:`cosine_importance`; infinite where
+    X is zero and b is not.
 
     Example:
         >>> relative_magnitude(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         tensor(0.5000)
     """
-    xx, _, bb = _dots(x, branch)
-    values = torch.where(bb > 0, (bb / xx).sqrt(), torch.zeros_like(bb))
+    x_norm, along, turning = _parts(x, branch)
+    magnitude = torch.hypot(along, turning)
+    values = torch.where(magnitude == 0, torch.zeros_like(magnitude), magnitude / x_norm)
     return _reduce(values, mask, reduction)
 
 
 def angular(x: Tensor, branch: Tensor, mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     r"""Angular distance :math:`\arccos(\cos(X, X + b)) / \pi`, averaged over tokens.
 
-    From Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887), equation 3, here of
+    The distance of Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887), here of
     one sublayer. Computed with ``atan2``, which keeps its digits near 0. Shapes and arguments as in
     :func:`cosine_importance`; a value in [0, 1], and 0.5 where X or Y is zero.
 
@@ -70,19 +72,32 @@ def angular(x: Tensor, branch: Tensor, mask: Tensor | None = None, reduction: Re
         >>> angular(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]]))
         tensor(0.5000)
     """
-    xx, xb, bb = _dots(x, branch)
-    turning = (bb - xb * (xb / xx)).clamp_min(0)
-    values = torch.atan2((turning * xx).sqrt(), xx + xb) / math.pi
-    undefined = (xx <= 0) | (xx + 2 * xb + bb <= 0)
+    x_norm, along, turning = _parts(x, branch)
+    y_along = x_norm + along
+    values = torch.atan2(turning, y_along) / math.pi
+    undefined = _no_angle(x_norm, torch.hypot(y_along, turning))
     return _reduce(torch.where(undefined, torch.full_like(values, 0.5), values), mask, reduction)
 
 
-def _dots(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X·X, X·b and b·b per token, in float32 or better: autocast would otherwise run vecdot in half precision."""
+def _parts(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Per token: :math:`|X|`, the part of b along X (signed) and the length of the part across, which turns X.
+
+    In float32 or better: autocast would otherwise run the product in half precision. The part across is subtracted
+    as a vector, since the difference of squares has no digits left where b is parallel to X.
+    """
     dtype = torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x, branch = x.to(dtype), branch.to(dtype)
-        return torch.linalg.vecdot(x, x), torch.linalg.vecdot(x, branch), torch.linalg.vecdot(branch, branch)
+        x_norm = torch.linalg.vector_norm(x, dim=-1)
+        divisor = torch.where(x_norm == 0, torch.ones_like(x_norm), x_norm)
+        along = torch.linalg.vecdot(x, branch) / divisor
+        across = torch.addcmul(branch, (along / divisor).unsqueeze(-1), x, value=-1)
+        return x_norm, along, torch.linalg.vector_norm(across, dim=-1)
+
+
+def _no_angle(x_norm: Tensor, y_norm: Tensor) -> Tensor:
+    """Where X is zero, or Y is, to the rounding of the addition that made it. False for a NaN, which must show."""
+    return (x_norm == 0) | (y_norm <= 4 * torch.finfo(x_norm.dtype).eps * x_norm)
 
 
 def _reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:

@@ -51,7 +51,7 @@ def select_sublayers(
             f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
             f"dropped; the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}."
         )
-    kept = _protected(scores, protect)
+    kept = protected_sublayers(scores, protect)
     free = [group for group in groups if kept.isdisjoint(group[1])]
     if number > len(free):
         raise SelectionError(
@@ -100,8 +100,14 @@ def _block_groups(scores: Mapping[Sublayer, float]) -> list[tuple[float, tuple[S
     return [(score, members[block]) for block, score in blocks.items() if members[block]]
 
 
-def _protected(scores: Mapping[Sublayer, float], protect: Iterable[Sublayer | int]) -> set[Sublayer]:
-    last = max(sublayer.block for sublayer in scores)
+def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublayer | int]) -> set[Sublayer]:
+    """What ``protect`` means among ``sublayers``.
+
+    Raises:
+        SelectionError: If a block index is out of range.
+    """
+    present = set(sublayers)
+    last = max(sublayer.block for sublayer in present)
     kept: set[Sublayer] = set()
     for item in protect:
         if isinstance(item, Sublayer):
@@ -110,5 +116,5 @@ def _protected(scores: Mapping[Sublayer, float], protect: Iterable[Sublayer | in
         block = item if item >= 0 else last + 1 + item
         if not 0 <= block <= last:
             raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
-        kept.update(sublayer for sublayer in scores if sublayer.block == block)
+        kept.update(sublayer for sublayer in present if sublayer.block == block)
     return kept

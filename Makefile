@@ -1,0 +1,38 @@
+# make fit: the quickstart. make test: the tests. TORCH="torch==2.13.0" installs that build of torch first.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+BIN := $(VENV)/bin
+
+.PHONY: fit test check clean
+
+fit: $(VENV)/installed
+	$(BIN)/python train.py fit --config configs/quickstart.yaml
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install "$(TORCH)")
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@

@@ -1,0 +1,253 @@
+"""Runs that the callbacks are tried in: our own module, and one that knows nothing of layershed."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from layershed.data import TextData
+from layershed.module import CausalLM
+from tests.conftest import SIZES, build_model
+
+TOKENS, BATCH = 16, 2
+
+
+class Interrupted(Exception):
+    """What stops a run."""
+
+
+class Interrupt(pl.Callback):
+    """Kills the run at the start of the batch with this number, counted over the whole run from 0."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            raise Interrupted
+
+
+class Save(pl.Callback):
+    """Writes a checkpoint once that many optimizer steps are done; behind every callback in the list."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+class Watch(pl.Callback):
+    """Notes weights, learning rates and whatever else at the end of every batch, in the order of the run."""
+
+    def __init__(self, note):
+        self.note, self.seen = note, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((trainer.global_step, self.note(trainer, pl_module)))
+
+
+class Foreign(pl.LightningModule):
+    """A plain module of somebody else's: its own attribute name, loss, optimizer and schedule."""
+
+    def __init__(self, steps=12, lr=1e-2, **overrides):
+        super().__init__()
+        self.net = build_model(**overrides).train()
+        self.steps, self.lr = steps, lr
+
+    def loss(self, batch):
+        mask = batch.get("attention_mask")
+        logits = self.net(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), batch_size=len(batch["input_ids"]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch), batch_size=len(batch["input_ids"]))
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(input_ids=batch["input_ids"], use_cache=False).logits
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def sequences(count, seed=0):
+    """Counting by a step of its own in every row: something a tiny model can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    start, stride = (torch.randint(1, 9, (count, 1), generator=generator) for _ in range(2))
+    return [{"input_ids": row} for row in (start + stride * torch.arange(TOKENS)) % 90 + 3]
+
+
+def loader(batches=6, seed=0, **kwargs):
+    return DataLoader(sequences(BATCH * batches, seed), batch_size=BATCH, **kwargs)
+
+
+def val_loader(batches=3):
+    return loader(batches, seed=100)
+
+
+def causal_lm(**kwargs):
+    """Our own module, the same weights every time."""
+    torch.manual_seed(0)
+    config = {"model_type": "llama", **SIZES, "vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1}
+    module = CausalLM(**{"config": config, "optimizer": adamw, **kwargs})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return module.train()
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Paragraphs enough for a dozen batches."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(f"{i} plus {i} is {2 * i}, and then some." for i in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def text_data(text_file):
+    """Makes the same data module anew: 8 batches an epoch."""
+    return lambda **kwargs: TextData(
+        **{"source": str(text_file), "block_size": TOKENS, "batch_size": 4, "max_tokens": 512, **kwargs}
+    )
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A quiet trainer on the CPU; ``name`` is its directory, ``csv`` asks for a CSVLogger there."""
+
+    def make(*callbacks, name="run", csv=False, **kwargs):
+        folder = tmp_path / name
+        settings = {"max_steps": 12, "enable_checkpointing": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+        return pl.Trainer(
+            accelerator="cpu",
+            logger=CSVLogger(folder, name="", version="") if csv else False,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            **{**settings, **kwargs},
+        )
+
+    return make
+
+
+def fit_foreign(trainer, module=None, train=None, val=None, **kwargs):
+    """Fit a foreign module, from the same seed every time."""
+    module = module or Foreign(**kwargs)
+    torch.manual_seed(7)
+    trainer.fit(module, train or loader(), val or val_loader())
+    return module
+
+
+def same(left, right):
+    """Whether two nests of dicts, lists, tensors and numbers are equal to the last bit."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def state_of(trainer, module):
+    """Everything of a run that the next step would depend on."""
+    return copy.deepcopy(
+        {
+            "weights": module.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedule": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "step": trainer.global_step,
+        }
+    )
+
+
+FORMULAS = {
+    "cosine": lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1),
+    "relative_magnitude": lambda x, y: (y - x).norm(dim=-1) / x.norm(dim=-1),
+    "angular": lambda x, y: torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1).arccos() / torch.pi,
+}
+
+
+class Captured:
+    """X and Y of every sublayer and block of a Llama, caught by hooks of our own; importances in float64.
+
+    Args:
+        net: A Llama.
+    """
+
+    def __init__(self, net):
+        self.pairs = {}
+        self.handles = []
+        for block, layer in enumerate(net.model.layers):
+            for kind, norm in (("attention", layer.input_layernorm), ("mlp", layer.post_attention_layernorm)):
+                self.handles.append(norm.register_forward_pre_hook(self._entered(block, kind)))
+            self.handles.append(layer.register_forward_hook(self._left(block)))
+
+    def _entered(self, block, kind):
+        def hook(_module, args):
+            x = args[0].detach().double()
+            if kind == "attention":
+                self.start = x
+            else:
+                self._note(block, "attention", self.x, x)
+            self.x = x
+
+        return hook
+
+    def _left(self, block):
+        def hook(_module, _args, output):
+            y = (output[0] if isinstance(output, tuple) else output).detach().double()
+            self._note(block, "mlp", self.x, y)
+            self._note(block, "block", self.start, y)
+
+        return hook
+
+    def _note(self, block, kind, x, y):
+        self.pairs.setdefault((block, kind), []).append((x, y))
+
+    def importances(self, metric="cosine", mask=None):
+        """Mean over all tokens seen since the last call, by (block, kind)."""
+        pairs, self.pairs = self.pairs, {}
+        values = {}
+        for key, passes in pairs.items():
+            tokens = torch.cat([FORMULAS[metric](x, y)[slice(None) if mask is None else mask] for x, y in passes])
+            values[key] = tokens.mean().item()
+        return values
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def train_by_hand(module, batches, accumulate=1):
+    """A training loop without Lightning; yields the number of each optimizer step before it is taken."""
+    settings = module.configure_optimizers()
+    optimizer, schedule = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
+    module.log = lambda *_, **__: None
+    for index, batch in enumerate(batches):
+        (module.loss(batch) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            yield (index + 1) // accumulate
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()

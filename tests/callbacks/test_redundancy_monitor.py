@@ -1,0 +1,280 @@
+"""RedundancyMonitor against a training loop without Lightning and hooks of our own."""
+
+import csv
+import itertools
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from layershed.callbacks import RedundancyMonitor, SublayerDrop
+from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
+from tests.callbacks.conftest import (
+    Captured,
+    Foreign,
+    Interrupt,
+    Interrupted,
+    Save,
+    causal_lm,
+    fit_foreign,
+    loader,
+    same,
+    sequences,
+    state_of,
+    train_by_hand,
+    val_loader,
+)
+from tests.conftest import build_model
+
+
+def rows(folder, metric=None):
+    """importance.csv as {step: {(block, kind): value}}, of one metric or of the only one."""
+    with open(folder / "importance.csv", encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    found = {}
+    for row in read:
+        assert list(row) == ["step", "block", "kind", "metric", "value"]
+        if metric in (None, row["metric"]):
+            step = found.setdefault(int(row["step"]), {})
+            assert (int(row["block"]), row["kind"]) not in step, row
+            step[int(row["block"]), row["kind"]] = float(row["value"])
+    return found
+
+
+def by_hand(batches, steps, metric="cosine", accumulate=1, mask=None, **overrides):
+    """The same rows from a loop without Lightning."""
+    module = Foreign(**overrides)
+    captured = Captured(module.net)
+    wanted = {}
+    for step in train_by_hand(module, batches, accumulate):
+        values = captured.importances(metric, mask)
+        if step in steps:
+            wanted[step] = values
+    return wanted
+
+
+def close(left, right):
+    assert left.keys() == right.keys()
+    for step in left:
+        assert left[step] == pytest.approx(right[step], rel=2e-5), step
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative_magnitude", "angular"])
+def test_rows_are_the_importances_of_the_measured_steps_batches(make_trainer, tmp_path, metric):
+    trainer = make_trainer(RedundancyMonitor(every_n_steps=3, metric=metric), max_steps=7)
+    fit_foreign(trainer)
+    wanted = by_hand(itertools.islice(itertools.cycle(loader()), 7), {3, 6}, metric)
+    assert len(wanted[3]) == 12
+    close(rows(tmp_path / "run"), wanted)
+
+
+def test_accumulation_averages_all_micro_batches_of_the_step(make_trainer, tmp_path):
+    fit_foreign(make_trainer(RedundancyMonitor(2), max_steps=4, accumulate_grad_batches=2), train=loader(8))
+    close(rows(tmp_path / "run"), by_hand(loader(8), {2, 4}, accumulate=2))
+
+
+def test_padding_does_not_count(make_trainer, tmp_path):
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 9:] = False
+    items = [{**item, "attention_mask": row.long()} for item, row in zip(sequences(2), mask, strict=True)]
+    train = torch.utils.data.DataLoader(items, batch_size=2)
+    fit_foreign(make_trainer(RedundancyMonitor(1), max_steps=1), train=train)
+    close(rows(tmp_path / "run"), by_hand(train, {1}, mask=mask))
+
+
+def test_gradient_checkpointing_changes_no_value(make_trainer, tmp_path, text_data):
+    for name, on in (("with", True), ("without", False)):
+        module = causal_lm(gradient_checkpointing=on)
+        make_trainer(RedundancyMonitor(2), max_steps=4, name=name).fit(module, datamodule=text_data())
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")
+    assert set(rows(tmp_path / "with")) == {2, 4}
+
+
+def test_training_is_bit_identical_and_no_forward_pass_is_added(make_trainer):
+    class Count(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.passes = 0
+            pl_module.net.model.register_forward_pre_hook(self.add)
+
+        def add(self, *_):
+            self.passes += 1
+
+    states, passes = [], []
+    for name, monitors in (("without", []), ("with", [RedundancyMonitor(2)])):
+        count = Count()
+        trainer = make_trainer(*monitors, count, max_steps=6, name=name, limit_val_batches=0)
+        module = fit_foreign(trainer, attention_dropout=0.2)
+        states.append((state_of(trainer, module), torch.get_rng_state()))
+        passes.append(count.passes)
+    assert passes == [6, 6]
+    assert same(states[0], states[1])
+
+
+def test_passes_outside_the_training_step_are_not_counted(make_trainer, tmp_path):
+    class Sample(pl.Callback):
+        """Runs the model on other tokens in every hook around the training step, as a sampling callback does."""
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                pl_module.net(input_ids=torch.full((3, 5), 50))
+
+        on_train_batch_start = on_validation_end = on_train_batch_end
+
+    for name, callbacks in (("before", [Sample(), RedundancyMonitor(2)]), ("after", [RedundancyMonitor(2), Sample()])):
+        # validation after every micro-batch: also between the two of a measured step
+        trainer = make_trainer(*callbacks, name=name, max_steps=4, accumulate_grad_batches=2, val_check_interval=1)
+        fit_foreign(trainer, train=loader(8))
+        close(rows(tmp_path / name), by_hand(loader(8), {2, 4}, accumulate=2))
+
+
+def test_values_reach_the_logger_and_other_callbacks(make_trainer, tmp_path):
+    checkpoint = ModelCheckpoint(
+        tmp_path / "best", filename="{step}", monitor="importance/attention_mean", mode="min", every_n_train_steps=2
+    )
+    trainer = make_trainer(RedundancyMonitor(2), checkpoint, csv=True, max_steps=6, enable_checkpointing=True)
+    fit_foreign(trainer)
+    found = rows(tmp_path / "run")
+    assert set(found) == {2, 4, 6}
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        logged = {int(row["step"]): row for row in csv.DictReader(file) if row.get("importance/mlp.0")}
+    assert set(logged) == {2, 4, 6}
+    means = {}
+    for step, values in found.items():
+        for (block, kind), value in values.items():
+            assert float(logged[step][f"importance/{kind}.{block}"]) == pytest.approx(value, rel=1e-6)
+        for kind in ("attention", "mlp", "block"):
+            own = [value for (_, other), value in values.items() if other == kind]
+            assert float(logged[step][f"importance/{kind}_mean"]) == pytest.approx(sum(own) / 4, rel=1e-6)
+        means[step] = sum(value for (_, kind), value in values.items() if kind == "attention") / 4
+    for (block, kind), value in found[6].items():
+        assert trainer.callback_metrics[f"importance/{kind}.{block}"].item() == pytest.approx(value, rel=1e-6)
+    best = min(means, key=means.get)
+    assert checkpoint.best_model_path == str(tmp_path / "best" / f"step={best}.ckpt")
+    assert checkpoint.best_model_score.item() == pytest.approx(means[best], rel=1e-6)
+
+
+def test_dropped_sublayers_have_no_rows(make_trainer, tmp_path):
+    drop = SublayerDrop(3, scope="joint", count=3, quality_batches=0)
+    fit_foreign(make_trainer(RedundancyMonitor(2), drop, max_steps=6))
+    found = rows(tmp_path / "run")
+    gone = {(sublayer.block, sublayer.kind) for sublayer in drop.plan}
+    whole = {(block, kind) for block in range(4) for kind in ("attention", "mlp", "block")}
+    empty = {(b, "block") for b in range(4) if {(b, "attention"), (b, "mlp")} <= gone}
+    assert set(found[2]) == whole
+    assert set(found[4]) == set(found[6]) == whole - gone - empty
+
+
+def hooks_of(module):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_hook_stays_on_the_model(make_trainer, interrupted):
+    module = Foreign()
+    before = hooks_of(module)
+    inside = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            inside.append(hooks_of(pl_module))
+            if interrupted and batch_idx == 2:
+                raise Interrupted
+
+    trainer = make_trainer(RedundancyMonitor(2), SublayerDrop(3, count=1), Look(), max_steps=4)
+    if interrupted:
+        with pytest.raises(Interrupted):
+            fit_foreign(trainer, module)
+    else:
+        fit_foreign(trainer, module)
+    assert sum(inside[0]) > sum(before)
+    assert hooks_of(module) == before
+
+
+def test_hooks_go_if_another_callback_refuses_the_run(make_trainer):
+    module = Foreign()
+    before = hooks_of(module)
+    with pytest.raises(ScheduleError):
+        fit_foreign(make_trainer(RedundancyMonitor(2), SublayerDrop(50, count=1)), module)
+    assert hooks_of(module) == before
+
+
+def test_two_metrics_side_by_side_equal_each_alone(make_trainer, tmp_path):
+    both = [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular")]
+    fit_foreign(make_trainer(*both, max_steps=6, name="both"))
+    fit_foreign(make_trainer(RedundancyMonitor(2), max_steps=6, name="cosine"))
+    fit_foreign(make_trainer(RedundancyMonitor(3, metric="angular"), max_steps=6, name="angular"))
+    assert rows(tmp_path / "both", "cosine") == rows(tmp_path / "cosine")
+    assert rows(tmp_path / "both", "angular") == rows(tmp_path / "angular")
+    assert set(rows(tmp_path / "both", "angular")) == {3, 6}
+
+
+@pytest.mark.parametrize("saved_at", ["between", "middle"])
+def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, saved_at):
+    """In the middle of a window Lightning loses the gradient so far: with a learning rate of 0 that is no matter."""
+    still = {} if saved_at == "between" else {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
+
+    def monitors():
+        return [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular")]
+
+    def run(name, *callbacks, ckpt_path=None):
+        trainer = make_trainer(*monitors(), *callbacks, name=name, max_steps=8, accumulate_grad_batches=2)
+        trainer.fit(causal_lm(**still), datamodule=text_data(), ckpt_path=ckpt_path)
+
+    class SaveMiddle(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 6:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    save, stop = (Save(tmp_path / "cut.ckpt", 3), 7) if saved_at == "between" else (SaveMiddle(), 7)
+    run("whole")
+    with pytest.raises(Interrupted):
+        run("cut", save, Interrupt(stop))
+    run("resumed", ckpt_path=tmp_path / "cut.ckpt")
+    whole = (tmp_path / "whole" / "importance.csv").read_text()
+    assert set(rows(tmp_path / "whole", "cosine")) == {2, 4, 6, 8}
+    assert (tmp_path / "resumed" / "importance.csv").read_text() == whole
+    # the step whose first micro-batch was seen before the interruption is measured on both
+    run("cut", ckpt_path=tmp_path / "cut.ckpt")
+    assert (tmp_path / "cut" / "importance.csv").read_text() == whole
+
+
+def test_a_new_run_in_an_old_directory_begins_a_new_file(make_trainer, tmp_path):
+    for _ in range(2):
+        fit_foreign(make_trainer(RedundancyMonitor(2), RedundancyMonitor(2, metric="angular"), max_steps=4))
+    assert set(rows(tmp_path / "run", "cosine")) == set(rows(tmp_path / "run", "angular")) == {2, 4}
+
+
+class Two(Foreign):
+    """A student with its teacher."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher = build_model(num_hidden_layers=2).requires_grad_(False)
+
+
+def test_two_transformers_need_a_name_before_training(make_trainer, tmp_path):
+    module = Two()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(AmbiguousModelError, match="net, teacher"):
+        fit_foreign(make_trainer(RedundancyMonitor(1), max_steps=2), module)
+    assert same(dict(module.state_dict()), before)
+    fit_foreign(make_trainer(RedundancyMonitor(1, transformer="net"), max_steps=2), module)
+    assert set(rows(tmp_path / "run")[1]) == {(b, k) for b in range(4) for k in ("attention", "mlp", "block")}
+
+
+def test_arguments_without_meaning_are_refused():
+    with pytest.raises(ScheduleError, match="every_n_steps=0"):
+        RedundancyMonitor(0)
+    with pytest.raises(UnknownNameError, match="cosine"):
+        RedundancyMonitor(metric="cosin")
+    assert issubclass(ScheduleError, LayershedError)
+
+
+def test_another_cadence_by_overriding_should_measure(make_trainer, tmp_path):
+    class Early(RedundancyMonitor):
+        def should_measure(self, step):
+            return step in (1, 2, 5)
+
+    fit_foreign(make_trainer(Early(), max_steps=6), val=val_loader())
+    assert set(rows(tmp_path / "run")) == {1, 2, 5}

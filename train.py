@@ -1,0 +1,12 @@
+"""The command line of layershed: ``python train.py fit``, and ``python train.py --help`` for the rest."""
+
+import logging
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # before the imports: it complains at import time about a kernel that only 4-bit inference on CPUs would use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from layershed.cli import main
+
+    sys.exit(main(quickstart=Path(__file__).parent / "configs" / "quickstart.yaml"))
