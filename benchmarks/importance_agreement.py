@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from smollm2 import batches, load
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import layershed as ls
 
 BATCHES, BATCH_SIZE, TOKENS = 4, 4, 256
 
 
-def plain_importance(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
+def plain_importance(model: PreTrainedModel, inputs: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
     """S of every sublayer and block of a Llama, storing every hidden state."""
     stored: dict[tuple[int, str, str], list[Tensor]] = defaultdict(list)
     handles = []

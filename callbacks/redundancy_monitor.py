@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
 from layershed.callbacks.run import IMPORTANCE_FILE, StepCounter, publish, run_directory, write_text
@@ -19,7 +20,7 @@ _HEADER = "step,block,kind,metric,value\n"
 class RedundancyMonitor(Callback):
     """Measures the importance of every sublayer and block on the training batches of every n-th optimizer step.
 
-    Hooks: measures between ``on_train_batch_start`` and ``on_train_batch_end``; no extra forward pass.
+    Hooks: measures between ``on_train_batch_start`` and ``on_before_backward``; no extra forward pass.
     Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the means of the three kinds.
     Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value.
     Checkpoint: the running sums and the history so far, so that a resumed run has one unbroken ``importance.csv``.
@@ -41,6 +42,7 @@ class RedundancyMonitor(Callback):
         self.every_n_steps, self.metric, self.transformer = every_n_steps, metric, transformer
         self._steps = StepCounter()
         self._tracker: ImportanceTracker | None = None
+        self._measured = False
         self._restored: dict[str, Any] | None = None
         self._file: Path | None = None
 
@@ -71,15 +73,21 @@ class RedundancyMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
-        self._require_tracker().active = self.should_measure(trainer.global_step + 1)
+        self._measured = self.should_measure(trainer.global_step + 1)
+        self._require_tracker().active = self._measured
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Switch them off: the passes that other callbacks make at the end of a batch are not the training step's."""
+        if pl_module.automatic_optimization:
+            self._require_tracker().active = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once the measured optimizer step is done, write and log the importances."""
         tracker = self._require_tracker()
-        measured, tracker.active = tracker.active, False
-        if self._steps.stepped(trainer) and measured:
+        tracker.active = False
+        if self._steps.stepped(trainer) and self._measured:
             self._record(trainer, tracker.compute())
             tracker.reset()
 

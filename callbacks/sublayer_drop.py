@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
@@ -128,6 +129,11 @@ class SublayerDrop(Callback):
         if self._tracker is not None:
             ahead = range(trainer.global_step + 1, trainer.global_step + 1 + self.calibration_batches)
             self._tracker.active = any(self.should_drop(step) for step in ahead)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Stop watching: the passes that other callbacks make at the end of a batch are not the training step's."""
+        if self._tracker is not None and pl_module.automatic_optimization:
+            self._tracker.active = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

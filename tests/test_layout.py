@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "layershed"
 RANKS = [
     {"errors"},
     {"plan"},
-    {"schedule", "functional", "overrides", "epoch_sampler", "packing"},
+    {"schedule", "functional", "overrides", "batches", "epoch_sampler", "packing"},
     {"probe", "metrics", "selection"},
     {"discovery"},
     {"surgery"},

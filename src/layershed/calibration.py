@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from layershed.batches import as_inputs, describe, select
 from layershed.discovery import Branch, find_branches, find_transformer
 from layershed.errors import CalibrationError
 from layershed.metrics import get_metric
@@ -23,7 +24,7 @@ from layershed.surgery import bypassed_sublayers
 
 def estimate_importance(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Any],
     metric: str = "cosine",
     *,
     max_batches: int | None = None,
@@ -37,7 +38,8 @@ def estimate_importance(
 
     Args:
         model: A transformer, or a module that holds one.
-        batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding.
+        batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding; or
+            the token ids alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
@@ -186,13 +188,11 @@ class ImportanceTracker:
             self._sums.update(start, total, self._mask, len(self._branches) + self._blocks.index(block))
 
 
-def _model_inputs(batch: Mapping[str, Any], body: nn.Module) -> dict[str, Any]:
+def _model_inputs(batch: Any, body: nn.Module) -> dict[str, Any]:
     """What the model without its head takes from a batch, on the model's device."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        keys = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise CalibrationError(f"A batch must be a mapping with input_ids, shape (batch, tokens); got {keys}.")
-    device = next(body.parameters()).device
-    known = inspect.signature(body.forward).parameters
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key in known
-    }
+    inputs = as_inputs(batch)
+    if inputs is None:
+        raise CalibrationError(
+            f"A batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got {describe(batch)}."
+        )
+    return select(inputs, inspect.signature(body.forward).parameters, next(body.parameters()).device)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
+from layershed.overrides import RemovedModule
 from layershed.plan import Kind, Sublayer
 from layershed.probe import Probe, run_probe
 
@@ -72,11 +73,11 @@ def find_branches(model: nn.Module, *, name: str | None = None) -> tuple[Branch,
     """As :func:`find_sublayers`, with the modules around each sublayer."""
     transformer = find_transformer(model, name=name)
     prefix, blocks = _find_blocks(transformer)
-    cores = {f"{prefix}.{i}": list(_cores(f"{prefix}.{i}", block)) for i, block in enumerate(blocks)}
-    probe = run_probe(transformer, {path: [core for core, _ in found] for path, found in cores.items()})
+    cores = {f"{prefix}.{i}": dict(_cores(f"{prefix}.{i}", block)) for i, block in enumerate(blocks)}
+    probe = run_probe(transformer, cores)
     branches = []
-    for index, (path, found) in enumerate(cores.items()):
-        branches.extend(_prove_block(index, path, dict(found), probe))
+    for index, (path, kinds) in enumerate(cores.items()):
+        branches.extend(_prove_block(index, path, kinds, probe))
     if not branches:
         raise NoSublayersFoundError(f"{_describe(transformer)} has no sublayer left: every one was removed.")
     return tuple(branches)
@@ -95,7 +96,10 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrained
     """
     if name is not None:
         model = _submodule(model, name)
-    found = dict(_outermost_transformers(model))
+    found: dict[str, PreTrainedModel] = {}
+    for path, transformer in _outermost_transformers(model):
+        if not any(transformer is other for other in found.values()):
+            found[path] = transformer
     if not found:
         raise NoSublayersFoundError(f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel).")
     if len(found) > 1:
@@ -142,6 +146,8 @@ def _find_blocks(transformer: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, RemovedModule):
+        return module.override.sublayer.kind == "attention"
     return "attention" in type(module).__name__.lower()
 
 

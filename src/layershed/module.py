@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics.text import Perplexity
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from layershed.checkpoint import apply_dropped, write_dropped
-from layershed.errors import ModelError
+from layershed.errors import LayershedError, ModelError, ScheduleError
 from layershed.export import load_config, load_pretrained, skipped_in
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -52,6 +58,7 @@ class CausalLM(pl.LightningModule):
 
     Raises:
         ModelError: If the model cannot be built; says why in one sentence.
+        ScheduleError: Before training, if the schedule needs to know the run's length and the run has no end.
     """
 
     def __init__(
@@ -65,9 +72,11 @@ class CausalLM(pl.LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        # without the optimizer: a class or a function would make the checkpoint unreadable under weights_only=True
+        self.save_hyperparameters(ignore=["optimizer"])
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.model = build_model(pretrained, config, getattr(torch, dtype))
+        # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
+        self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         self.val_perplexity = Perplexity(ignore_index=-100)
@@ -95,14 +104,21 @@ class CausalLM(pl.LightningModule):
         """The most likely next token at every position, shape (batch, tokens)."""
         return self.model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what is trainable, and its schedule by step."""
+        steps = self.trainer.estimated_stepping_batches
+        endless = not 0 <= steps < math.inf
+        if endless and not self.schedule.startswith("constant"):
+            raise ScheduleError(
+                f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
+                "max_epochs, or take a constant schedule."
+            )
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         scheduler = get_scheduler(
             self.schedule,
             optimizer,
             num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
+            num_training_steps=None if endless else int(steps),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -131,15 +147,12 @@ def build_model(
     """
     if pretrained is None:
         return _from_scratch(QUICKSTART_CONFIG if config is None else config, dtype)
-    path = Path(pretrained)
+    path = Path(pretrained).expanduser()
     if path.suffix == ".gguf":
         return _from_gguf(path, config or {}, dtype)
     if pretrained.startswith((".", "/", "~")) and not path.is_dir():
         raise ModelError(f"pretrained={pretrained!r}: there is no such folder.")
-    overrides = {**(config or {}), "dtype": dtype}
-    if skipped_in(load_config(pretrained)):
-        return load_pretrained(pretrained, dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(pretrained, **overrides)
+    return _from_pretrained(str(path) if path.is_dir() else pretrained, config or {}, dtype)
 
 
 def _from_scratch(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -147,22 +160,54 @@ def _from_scratch(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ModelError("config: it needs a model_type, such as llama, to train from scratch.")
-    try:
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ModelError(f"config: transformers knows no model_type {model_type!r}{hint}")
+    with _explained("config: no causal language model can be built from it"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=dtype)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"config: no causal language model can be built from it ({reason}).") from error
+
+
+def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    config = load_config(source)
+    if fields.get("model_type", config.model_type) != config.model_type:
+        raise ModelError(
+            f"config: pretrained={source!r} is of model_type {config.model_type!r}, not {fields['model_type']!r}; "
+            "another architecture could not take its weights."
+        )
+    with _explained(f"pretrained={source!r}: the model could not be loaded"):
+        if not skipped_in(config):
+            return AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
+        if fields.keys() - {"model_type"}:
+            raise ModelError(
+                f"config: pretrained={source!r} lacks dropped sublayers, and is loaded with its own config; leave "
+                f"out {', '.join(sorted(fields))}."
+            )
+        return load_pretrained(source, dtype=dtype)
 
 
 def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     if not path.is_file():
         raise ModelError(f"pretrained={str(path)!r}: there is no such GGUF file.")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **fields)
-    except ImportError:
-        raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
+    with _explained(f"pretrained={str(path)!r}: the model could not be loaded"):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **fields)
+        except ImportError:
+            raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
     # the weights are dequantized: what is left of the file's quantization would forbid saving
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     return model
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn any error of the Hugging Face libraries into a ModelError of one sentence."""
+    try:
+        yield
+    except LayershedError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise ModelError(f"{what} ({reason.rstrip('.')}).") from error

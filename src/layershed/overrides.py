@@ -76,6 +76,27 @@ class _Note:
 Override = ZeroBranch | PassThrough
 
 
+class RemovedModule(nn.Module):
+    """What stands where a removed module stood: no parameters, the same call.
+
+    Args:
+        override: What it does when it is called.
+    """
+
+    def __init__(self, override: Override) -> None:
+        super().__init__()
+        self.override = override
+        self.layer_idx = getattr(override, "layer_idx", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Contribute nothing to the residual stream."""
+        return self.override(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Which sublayer was removed."""
+        return f"{self.override.sublayer.name}, removed"
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states that a module was called with: its first positional tensor, else its first by keyword."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

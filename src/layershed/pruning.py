@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from layershed.surgery import bypass
 
 def drop_sublayers(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Any],
     scope: Scope = "joint",
     *,
     count: int | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
+from layershed.batches import as_inputs, describe, select
 from layershed.discovery import find_transformer
 from layershed.errors import MeasurementError
 from layershed.probe import evaluating
@@ -33,7 +34,7 @@ class Quality:
 
 
 def evaluate_quality(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None, name: str | None = None
+    model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None, name: str | None = None
 ) -> Quality:
     """Next-token loss and accuracy of the model as it stands, in eval mode, without gradients.
 
@@ -42,7 +43,7 @@ def evaluate_quality(
     Args:
         model: A causal language model, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens); ``labels`` (-100 ignored) and
-            ``attention_mask`` (0 ignored) of the same shape are heeded.
+            ``attention_mask`` (0 ignored) of the same shape are heeded. Or the token ids alone.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
@@ -68,16 +69,20 @@ def evaluate_quality(
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
 
 
-def _predictions(transformer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits of shape (predicted tokens, vocabulary) and their targets of shape (predicted tokens)."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise MeasurementError(f"A batch must be a mapping with input_ids; got a {type(batch).__name__}.")
+    inputs = as_inputs(batch)
+    if inputs is None:
+        raise MeasurementError(
+            f"A batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got {describe(batch)}."
+        )
     device = next(transformer.parameters()).device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    labels = select(inputs, ["labels"], device)
+    inputs = select(inputs, ["input_ids", "attention_mask"], device)
     output = transformer(**inputs, use_cache=False)
     if getattr(output, "logits", None) is None:
         raise MeasurementError(f"{type(transformer).__name__} gives no logits; quality needs a language-model head.")
-    targets = batch.get("labels", batch["input_ids"]).to(device)[:, 1:]
+    targets = labels.get("labels", inputs["input_ids"])[:, 1:]
     counted = targets != -100
     if "attention_mask" in inputs:
         # a target counts, and so does a prediction, only where there is no padding

@@ -16,29 +16,8 @@ from transformers import PreTrainedModel
 
 from layershed.discovery import Branch, find_branches, find_transformer
 from layershed.errors import PlanError
-from layershed.overrides import Override, PassThrough, ZeroBranch, install, lifted, overridden, uninstall
+from layershed.overrides import Override, PassThrough, RemovedModule, ZeroBranch, install, lifted, overridden, uninstall
 from layershed.plan import Sublayer
-
-
-class RemovedModule(nn.Module):
-    """What stands where a removed module stood: no parameters, the same call.
-
-    Args:
-        override: What it does when it is called.
-    """
-
-    def __init__(self, override: Override) -> None:
-        super().__init__()
-        self.override = override
-        self.layer_idx = getattr(override, "layer_idx", None)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Contribute nothing to the residual stream."""
-        return self.override(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Which sublayer was removed."""
-        return f"{self.override.sublayer.name}, removed"
 
 
 def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:

@@ -15,6 +15,15 @@ from tests.conftest import SIZES, build_model
 TOKENS, BATCH = 16, 2
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads, the more so on a machine that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Interrupted(Exception):
     """What stops a run."""
 
@@ -88,7 +97,8 @@ def sequences(count, seed=0):
     """Counting by a step of its own in every row: something a tiny model can learn."""
     generator = torch.Generator().manual_seed(seed)
     start, stride = (torch.randint(1, 9, (count, 1), generator=generator) for _ in range(2))
-    return [{"input_ids": row} for row in (start + stride * torch.arange(TOKENS)) % 90 + 3]
+    rows = (start + stride * torch.arange(TOKENS)) % 90 + 3
+    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def loader(batches=6, seed=0, **kwargs):

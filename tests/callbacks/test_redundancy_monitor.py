@@ -113,13 +113,13 @@ def test_training_is_bit_identical_and_no_forward_pass_is_added(make_trainer):
 
 def test_passes_outside_the_training_step_are_not_counted(make_trainer, tmp_path):
     class Sample(pl.Callback):
-        """Runs the model on other tokens in every hook around the training step, as a sampling callback does."""
+        """Runs the model on other tokens after every training step, as a sampling callback does."""
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             with torch.no_grad():
                 pl_module.net(input_ids=torch.full((3, 5), 50))
 
-        on_train_batch_start = on_validation_end = on_train_batch_end
+        on_before_zero_grad = on_before_optimizer_step = on_validation_end = on_train_batch_end
 
     for name, callbacks in (("before", [Sample(), RedundancyMonitor(2)]), ("after", [RedundancyMonitor(2), Sample()])):
         # validation after every micro-batch: also between the two of a measured step
