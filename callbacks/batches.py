@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -30,13 +34,12 @@ def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
 
 def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
     """Batches of the first validation loader, from its start, or None if the run has none."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    if not trainer.limit_val_batches:
+    if not trainer.enable_validation:
         return None
-    loop.setup_data()
-    loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
-    return None if not loader else _isolated(loader)
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    # one loader, or a list or a dict of them
+    loaders = CombinedLoader(trainer.val_dataloaders).flattened
+    return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None
 
 
 def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
@@ -49,13 +52,34 @@ def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
         loader.dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
     )
     again = DataLoader(
-        loader.dataset, batch_size=loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn, drop_last=True
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=sampler,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
     )
     return _isolated(again)
 
 
 def _isolated(loader: Any) -> Iterator[Any]:
-    """Iterate without drawing from the random state that training uses."""
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(loader)
-    yield from iterator
+    """Iterate without moving any random state that training and validation draw from."""
+    iterator, end = None, object()
+    while True:
+        # around every batch: a shuffling sampler draws with the first one, a random transform with each
+        with isolate_rng(include_cuda=False), _kept(loader):
+            iterator = iter(loader) if iterator is None else iterator
+            batch = next(iterator, end)
+        if batch is end:
+            return
+        yield batch
+
+
+@contextmanager
+def _kept(loader: Any) -> Iterator[None]:
+    """Put the loader's own generators back to where they were."""
+    owners = (loader, getattr(loader, "sampler", None))
+    generators = [own for owner in owners if isinstance(own := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    yield
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

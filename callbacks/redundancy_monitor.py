@@ -9,7 +9,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
-from layershed.callbacks.run import IMPORTANCE_FILE, StepCounter, publish, run_directory, write_text
+from layershed.callbacks.run import (
+    IMPORTANCE_FILE,
+    StepCounter,
+    every_share,
+    own_share,
+    publish,
+    run_directory,
+    show,
+    write_text,
+)
 from layershed.errors import ScheduleError
 from layershed.metrics import get_metric
 from layershed.plan import ImportanceScores
@@ -21,9 +30,11 @@ class RedundancyMonitor(Callback):
     """Measures the importance of every sublayer and block on the training batches of every n-th optimizer step.
 
     Hooks: measures between ``on_train_batch_start`` and ``on_before_backward``; no extra forward pass.
-    Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the means of the three kinds.
+    Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the means of the three kinds,
+    ``importance/attention_mean`` and so on; under ``importance_angular/...`` if the metric is not cosine but angular.
     Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value.
-    Checkpoint: the running sums and the history so far, so that a resumed run has one unbroken ``importance.csv``.
+    Checkpoint: the running sums of every rank and the history so far, so that a resumed run has one unbroken
+    ``importance.csv``.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
@@ -43,6 +54,7 @@ class RedundancyMonitor(Callback):
         self._steps = StepCounter()
         self._tracker: ImportanceTracker | None = None
         self._measured = False
+        self._latest: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._file: Path | None = None
 
@@ -59,21 +71,25 @@ class RedundancyMonitor(Callback):
         """Find the sublayers and register the hooks, before anything is compiled."""
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
         self._tracker.attach()
+        self._file = run_directory(trainer) / IMPORTANCE_FILE
+        if trainer.is_global_zero and self._restored is None and trainer.global_step == 0:
+            # what an earlier run left here; not in the next hook, where other monitors begin the new file
+            self._file.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin ``importance.csv``, with the history of the run that is resumed."""
-        tracker = self._require_tracker()
         self._steps.start(trainer)
-        self._file = run_directory(trainer) / IMPORTANCE_FILE
         restored, self._restored = self._restored or {}, None
-        if "sums" in restored:
-            tracker.load_state_dict(restored["sums"])
-        if trainer.is_global_zero and (restored or not self._file.exists()):
+        if restored:
+            self._require_tracker().load_state_dict(own_share(trainer, restored["sums"]))
+            self._latest = restored["latest"]
+            show(trainer, self._latest)
+        if self._file is not None and trainer.is_global_zero and (restored or not self._file.exists()):
             write_text(self._file, restored.get("history", _HEADER))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
-        self._measured = self.should_measure(trainer.global_step + 1)
+        self._measured = any(self.should_measure(step) for step in self._steps.coming(trainer))
         self._require_tracker().active = self._measured
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -87,7 +103,7 @@ class RedundancyMonitor(Callback):
         """Once the measured optimizer step is done, write and log the importances."""
         tracker = self._require_tracker()
         tracker.active = False
-        if self._steps.stepped(trainer) and self._measured:
+        if self._steps.taken(trainer) and self._measured:
             self._record(trainer, tracker.compute())
             tracker.reset()
 
@@ -105,7 +121,7 @@ class RedundancyMonitor(Callback):
         if self._tracker is None or self._file is None:
             return {}
         history = self._file.read_text(encoding="utf-8") if self._file.exists() else _HEADER
-        return {"sums": self._tracker.state_dict(), "history": history}
+        return {"sums": every_share(self._tracker.state_dict()), "history": history, "latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the run directory is known."""
@@ -117,12 +133,14 @@ class RedundancyMonitor(Callback):
             lines = [f"{trainer.global_step},{block},{kind},{self.metric},{value!r}\n" for block, kind, value in rows]
             with self._file.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        metrics = {f"importance/{kind}.{block}": value for block, kind, value in rows}
+        # two monitors of different metrics must not log under one name
+        group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
+        self._latest = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
         for kind in ("attention", "mlp", "block"):
             values = [value for _, own, value in rows if own == kind]
             if values:
-                metrics[f"importance/{kind}_mean"] = sum(values) / len(values)
-        publish(trainer, metrics)
+                self._latest[f"{group}/{kind}_mean"] = sum(values) / len(values)
+        publish(trainer, self._latest)
 
     def _require_tracker(self) -> ImportanceTracker:
         assert self._tracker is not None, "on_fit_start comes first"

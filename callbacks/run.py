@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 
 from layershed.overrides import overridden
 from layershed.plan import Sublayer
 from layershed.surgery import bypassed_sublayers
+
+Sums = dict[str, list[float]]
 
 IMPORTANCE_FILE = "importance.csv"
 PLAN_FILE = "drop_plan.json"
@@ -34,6 +37,11 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=trainer.global_step)
+    show(trainer, metrics)
+
+
+def show(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Put metrics where other callbacks can monitor them; for those of a resumed run, which are logged already."""
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
@@ -49,18 +57,45 @@ def current_drop(pl_module: LightningModule) -> tuple[Sublayer, ...]:
     return bypassed_sublayers(pl_module) if next(overridden(pl_module), None) else ()
 
 
+def every_share(own: Sums) -> list[Sums]:
+    """The running sums of every rank, for a checkpoint: rank 0 writes it, and by itself would only write its own.
+
+    Call it on every rank, as Lightning calls ``Callback.state_dict``.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    shares = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, own)
+    return shares
+
+
+def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
+    """The inverse of :func:`every_share`; on another number of ranks the first one takes everything."""
+    if len(shares) == trainer.world_size:
+        return shares[trainer.global_rank]
+    scale = 1.0 if trainer.is_global_zero else 0.0
+    columns = {name: zip(*(share[name] for share in shares), strict=True) for name in shares[0]}
+    return {name: [scale * sum(values) for values in column] for name, column in columns.items()}
+
+
 class StepCounter:
-    """Tells whether an optimizer step was taken since the last call, whatever the accumulation."""
+    """Tells which optimizer steps a batch takes: none or one by accumulation, several by manual optimization."""
 
     def __init__(self) -> None:
-        self._last = -1
+        self._last = 0
+        self._stride = 1
 
     def start(self, trainer: Trainer) -> None:
         """Begin counting at the trainer's current step."""
         self._last = trainer.global_step
 
-    def stepped(self, trainer: Trainer) -> bool:
-        """Whether ``trainer.global_step`` has moved."""
-        moved = trainer.global_step != self._last
+    def coming(self, trainer: Trainer) -> range:
+        """The steps of the coming batch, if it takes as many as the last one that took any."""
+        return range(trainer.global_step + 1, trainer.global_step + 1 + self._stride)
+
+    def taken(self, trainer: Trainer) -> range:
+        """The steps since the last call, counted from 1."""
+        taken = range(self._last + 1, trainer.global_step + 1)
         self._last = trainer.global_step
-        return moved
+        self._stride = len(taken) or self._stride
+        return taken

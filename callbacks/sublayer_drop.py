@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -13,10 +13,21 @@ from torch import Tensor
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
 from layershed.callbacks.batches import validation_batches
-from layershed.callbacks.run import PLAN_FILE, StepCounter, publish, run_directory, write_text
+from layershed.callbacks.run import (
+    PLAN_FILE,
+    StepCounter,
+    Sums,
+    current_drop,
+    every_share,
+    own_share,
+    publish,
+    run_directory,
+    show,
+    write_text,
+)
 from layershed.checkpoint import apply_dropped, forget_parameters, write_dropped
 from layershed.discovery import find_sublayers, find_transformer
-from layershed.errors import SelectionError
+from layershed.errors import SelectionError, UnknownNameError
 from layershed.metrics import get_metric
 from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
 from layershed.quality import Quality, evaluate_quality
@@ -35,7 +46,9 @@ class SublayerDrop(Callback):
     Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
     ``drop/attention`` and ``drop/mlp``, the numbers dropped.
     Writes: ``drop_plan.json`` in the run directory.
-    Checkpoint: the plan and the running sums; a resumed, validated or tested checkpoint is the dropped model.
+    Checkpoint: the plan and the running sums of every rank. What is bypassed is noted by the module's own hooks, which
+    this callback extends, so that also a checkpoint of the weights alone is the dropped model when it is resumed,
+    validated, tested or used to predict, with this callback in the Trainer.
 
     Args:
         start: Optimizer steps before the first drop.
@@ -56,7 +69,7 @@ class SublayerDrop(Callback):
         SelectionError: If count and ratio are not exactly one, or out of range; before training also if there are too
             few sublayers.
         ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late.
-        UnknownNameError: If there is no such metric.
+        UnknownNameError: If there is no such metric, or nothing like that to calibrate on.
     """
 
     def __init__(
@@ -83,6 +96,8 @@ class SublayerDrop(Callback):
                 f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: at least one batch is "
                 "needed to calibrate, and not fewer than none for quality."
             )
+        if calibrate_on not in get_args(CalibrateOn):
+            raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
         get_metric(metric)
         self.scope, self.count, self.ratio, self.metric = scope, count, ratio, metric
         self.protect: tuple[Sublayer | int, ...] = tuple(protect)
@@ -93,11 +108,21 @@ class SublayerDrop(Callback):
         self.quality: dict[str, Quality] = {}
         self._steps = StepCounter()
         self._tracker: ImportanceTracker | None = None
-        self._sums: dict[str, Any] | None = None
+        self._sums: list[Sums] | None = None
 
     def should_drop(self, step: int) -> bool:
         """Whether to drop after ``step`` optimizer steps; override it for another schedule."""
         return self.schedule.should_drop(step)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the module's own checkpoint hooks carry the drop."""
+        _leave_hooks(pl_module)
+        pl_module.__dict__.update({name: _Hook(pl_module, name, self.transformer) for name in _Hook.NAMES})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give a dense module its hooks back; a dropped one may still be saved."""
+        if not current_drop(pl_module):
+            _leave_hooks(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot happen in this run, and prepare the optimizers of a resumed one."""
@@ -120,8 +145,10 @@ class SublayerDrop(Callback):
         """Take up the plan and the running sums of a resumed run."""
         self._steps.start(trainer)
         if self._sums is not None and self._tracker is not None:
-            self._tracker.load_state_dict(self._sums)
+            self._tracker.load_state_dict(own_share(trainer, self._sums))
         self._sums = None
+        if self.plan is not None:
+            show(trainer, self._metrics(pl_module))
         self._save_plan(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -141,7 +168,7 @@ class SublayerDrop(Callback):
         """Drop, if the optimizer step that just ended is a drop step."""
         if self._tracker is not None:
             self._tracker.active = False
-        if self._steps.stepped(trainer) and self.should_drop(trainer.global_step):
+        if any(self.should_drop(step) for step in self._steps.taken(trainer)):
             self._drop(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,20 +185,12 @@ class SublayerDrop(Callback):
         """Take the hooks off the model after an error, too."""
         self.on_fit_end(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note what is bypassed."""
-        write_dropped(checkpoint, pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bypass what the checkpoint's model lacked, whether it is resumed, validated, tested or used to predict."""
-        apply_dropped(checkpoint, pl_module, name=self.transformer)
-
     def state_dict(self) -> dict[str, Any]:
         """Plan, qualities and running sums, as primitives."""
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
-            "sums": None if self._tracker is None else self._tracker.state_dict(),
+            "sums": None if self._tracker is None else every_share(self._tracker.state_dict()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,6 +236,15 @@ class SublayerDrop(Callback):
         self.quality[when] = quality
         publish(trainer, {f"drop/loss_{when}": quality.loss, f"drop/accuracy_{when}": quality.accuracy})
 
+    def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
+        """Everything that was logged and still holds."""
+        counts = count_by_kind(bypassed_sublayers(pl_module))
+        return {
+            **{f"drop/{kind}": float(count) for kind, count in counts.items()},
+            **{f"drop/loss_{when}": quality.loss for when, quality in self.quality.items()},
+            **{f"drop/accuracy_{when}": quality.accuracy for when, quality in self.quality.items()},
+        }
+
     def _save_plan(self, trainer: Trainer) -> None:
         folder: Path = run_directory(trainer)
         if self.plan is not None and trainer.is_global_zero:
@@ -230,3 +258,29 @@ def _rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
             parameter.grad = None
         trainer.strategy.model = pl_module
         trainer.strategy.configure_ddp()
+
+
+class _Hook:
+    """One of a module's own checkpoint hooks, and the drop after it.
+
+    The hooks of callbacks would not do: Lightning asks none of them for a checkpoint of the weights alone.
+    """
+
+    NAMES = ("on_save_checkpoint", "on_load_checkpoint")
+
+    def __init__(self, pl_module: LightningModule, name: str, transformer: str | None) -> None:
+        self.pl_module, self.name, self.transformer = pl_module, name, transformer
+        self.own = getattr(pl_module, name)
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.own(checkpoint)
+        if self.name == "on_save_checkpoint":
+            write_dropped(checkpoint, self.pl_module)
+        else:
+            apply_dropped(checkpoint, self.pl_module, name=self.transformer)
+
+
+def _leave_hooks(pl_module: LightningModule) -> None:
+    for name in _Hook.NAMES:
+        if isinstance(pl_module.__dict__.get(name), _Hook):
+            del pl_module.__dict__[name]

@@ -1,11 +1,17 @@
 """Tiny models built from configs: seconds for the whole suite, no download."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import AutoConfig
+
+# One thread each, here and in the processes that tests start: tensors this small gain nothing from a second one, and
+# lose seconds to its waiting where the machine is shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SIZES = {
     "vocab_size": 97,

@@ -79,6 +79,11 @@ def everything(model):
     }
 
 
+def changed(before, after):
+    """Names of what differs; pytest would take minutes to print how."""
+    return [name for name in before if before[name] != after[name]]
+
+
 def mixed_up(model):
     """Some modules in train mode, some frozen, one with a gradient, some with hooks."""
     model.train()
@@ -148,7 +153,7 @@ def test_nothing_is_touched(llama):
     model = mixed_up(llama)
     before = everything(model)
     find_branches(model)
-    assert everything(model) == before
+    assert changed(before, everything(model)) == []
 
 
 def test_nothing_is_touched_when_it_fails(llama):
@@ -157,7 +162,7 @@ def test_nothing_is_touched_when_it_fails(llama):
     before = everything(model)
     with pytest.raises(UnprovenStructureError):
         find_branches(model)
-    assert everything(model) == before
+    assert changed(before, everything(model)) == []
 
 
 def test_bypassed_sublayers_are_still_found_and_removed_ones_are_not(llama):

@@ -241,15 +241,15 @@ def at_most(k, n):
     return sum(math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
 
 
-@pytest.mark.parametrize("n", [3, 5, 7, 15, 31])
+@pytest.mark.parametrize("n", [3, 5, 7, 13, 19])
 def test_the_interval_is_that_of_the_exact_distribution_of_resampled_medians(n):
     values = [1 + i / 100 for i in range(n)]
     random.Random(0).shuffle(values)
     k = next(k for k in range(1, n + 1) if at_most(k, n) >= 0.025)
     low = 1 + (k - 1) / 100
     # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
-    assert at_most(k - 1, n) < 0.021
-    assert at_most(k, n) > 0.029
+    assert at_most(k - 1, n) < 0.016
+    assert at_most(k, n) > 0.045
     assert bootstrap_interval(values) == Interval(statistics.median(values), low, 1 + (n - k) / 100)
 
 

@@ -2,99 +2,88 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import logging
+import re
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+import torch
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
-from layershed import commands
+from layershed import callbacks  # imported, they are also known by their short names
+from layershed.commands import Trainer
 from layershed.data import TextData
-from layershed.errors import DataError, LayershedError
+from layershed.errors import CheckpointError, DataError, LayershedError
 from layershed.module import CausalLM
-from layershed.plan import Scope
+
+_WHAT_FOR = {
+    "fit": "Train, and drop sublayers on the way. Without --config, the quickstart.",
+    "validate": "Measure loss and perplexity on the held-out text; --ckpt_path takes a checkpoint of fit.",
+    "test": "The same as validate, under the names test_loss and test_perplexity.",
+    "predict": "Run the model over the held-out text.",
+    "score": "Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.",
+    "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
+}
+_USAGE = {
+    "score": "--model.pretrained MODEL [--OPTION VALUE ...]",
+    "prune": "--model.pretrained MODEL (--ratio SHARE | --count NUMBER) [--OPTION VALUE ...]",
+}
+# Instead of what Lightning and the docstrings, which know nothing of a command line, say of these options.
+_HELP = {
+    "seed_everything": "Seed of every random number generator; true draws one, false sets none.",
+    "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
+    "--trainer.callbacks.help NAME lists the options of one.",
+    "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
+    "null takes that of model.pretrained, or bytes where there is none.",
+}
+_SECTIONS = {
+    "trainer": "where and how it runs (lightning.pytorch.Trainer)",
+    "model": "the model (layershed.module.CausalLM)",
+    "data": "the text (layershed.data.TextData)",
+}
+# What score and prune have a use for; the rest is accepted, so that a config of fit serves them too, but not listed.
+_TRAINING_FREE = {
+    "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
+    "model": {"pretrained", "config", "dtype"},
+}
+# Where Lightning talks, and what of it nobody needs: advertisements, echoes of the config, hardware that is not there.
+_LOGS = ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero")
+_CHATTER = ("Tip: For seamless", "Seed set to", "GPU available: False", "TPU available: False", "`Trainer(limit_")
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
-class Trainer(pl.Trainer):
-    """A Lightning Trainer with two training-free commands, and CSV and TensorBoard logs in one numbered directory."""
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help without the markup of docstrings, and without the names of all classes that happen to be imported."""
 
-    def __init__(self, *, logger: Any = None, default_root_dir: str | Path = "runs", **kwargs: Any) -> None:
-        if logger is None or logger is True:
-            version = _next_version(Path(default_root_dir))
-            logger = [kind(default_root_dir, name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]
-        super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action) or "")
+        return re.sub(r":\w+:`[~.]*(.*?)`|``(.*?)``", r"\1\2", text)
 
-    def score(
-        self,
-        model: CausalLM,
-        datamodule: TextData,
-        metric: str = "cosine",
-        batches: int = 16,
-    ) -> None:
-        """Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.
 
-        Args:
-            model: The model to score.
-            datamodule: Where the text comes from; its training split is scored.
-            metric: cosine, relative_magnitude or angular.
-            batches: Number of batches to score.
-        """
-        commands.score(self, model, datamodule, metric=metric, batches=batches)
+class _Parser(LightningArgumentParser):
+    """A parser that says what is wrong in one sentence, with the nearest name that would have been right."""
 
-    def prune(
-        self,
-        model: CausalLM,
-        datamodule: TextData,
-        scope: Scope = "joint",
-        count: int | None = None,
-        ratio: float | None = None,
-        metric: str = "cosine",
-        protect: Sequence[int] = (),
-        batches: int = 16,
-        quality_batches: int = 16,
-        prompt_tokens: int = 128,
-        new_tokens: int = 32,
-        runs: int = 5,
-        output: str = "pruned",
-    ) -> None:
-        """Drop sublayers of a pretrained model without training: score, drop, measure, save.
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a class inside a config: the outer one will tell
+            super().error(message + _hint(message, self._options()), ex)
+        reason = _in_short(message, ex)
+        if "subcommand" in message:
+            self.print_usage(sys.stderr)
+        self.exit(2, f"error: {reason}{_hint(reason, self._options())}\n")
 
-        Args:
-            model: The model to prune.
-            datamodule: Where the text comes from: the training split is scored, quality is measured on the held-out one.
-            scope: attention, mlp, block or joint.
-            count: How many to drop (blocks with scope block, else sublayers); or
-            ratio: which share, in (0, 1).
-            metric: cosine, relative_magnitude or angular.
-            protect: Indices of blocks that stay whole; negative ones count from the end.
-            batches: Number of batches to score.
-            quality_batches: Number of held-out batches for loss and accuracy.
-            prompt_tokens: Tokens per prompt of the speed measurement.
-            new_tokens: Tokens decoded by the speed measurement.
-            runs: Pairs of dense and dropped runs of the speed measurement.
-            output: Folder for the dropped model; a relative path is one inside the run directory.
-        """
-        commands.prune(
-            self,
-            model,
-            datamodule,
-            scope=scope,
-            count=count,
-            ratio=ratio,
-            metric=metric,
-            protect=protect,
-            batches=batches,
-            quality_batches=quality_batches,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            runs=runs,
-            output=output,
-        )
+    def _options(self) -> set[str]:
+        inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        return {action.dest for parser in (self, *inner) for action in parser._actions}
 
 
 class LayershedCLI(LightningCLI):
@@ -103,12 +92,38 @@ class LayershedCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's own, and the two of :class:`Trainer`."""
-        ours = dict.fromkeys(("score", "prune"), {"model", "datamodule"})
-        return {**LightningCLI.subcommands(), **ours}
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("score", "prune")}}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Say in plain words what the subcommands and the groups of options are for."""
+        super().setup_parser(*args, **kwargs)
+        subcommands = self.parser._subcommands_action
+        for choice in subcommands._choices_actions if subcommands else ():
+            choice.help = _WHAT_FOR[choice.dest]
+        for name, parser in self._subcommand_parsers.items():
+            parser.usage = f"{self.parser.prog} {name} {_USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
+            parser.description = _WHAT_FOR[name]
+            for action in parser._actions:
+                action.help = _HELP.get(action.dest, action.help)
+                section, option = f"{action.dest}..".split(".")[:2]
+                if name in _USAGE and section in _TRAINING_FREE and option not in _TRAINING_FREE[section]:
+                    action.help = argparse.SUPPRESS
+            for section, group in (parser.groups or {}).items():
+                group.title = _SECTIONS.get(section, f"options of {name} alone")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults for a first run."""
         parser.set_defaults({"seed_everything": 0})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse a checkpoint that could not be read later.
+
+        Lightning's own warns when there is a ``sys.argv`` besides ``args``; here ``args`` are made of it.
+        """
+        self.config = parser.parse_args(args)
+        path = str(self.config[self.config.subcommand].get("ckpt_path") or "best")
+        if path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
+            _check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """The text is tokenized as the model expects it, unless said otherwise."""
@@ -142,41 +157,115 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         Exit code: 0, or 1 after an error that is said in one sentence. Wrong usage exits with 2.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    configured = any(word.split("=")[0] in ("-c", "--config", "-h", "--help", "--print_config") for word in words)
-    if words[:1] == ["fit"] and quickstart is not None and not configured:
+    named = any(word.startswith("-c") or word.split("=")[0] in ("--config", "-h", "--help") for word in words)
+    if words[:1] == ["fit"] and quickstart is not None and not named:
         words[1:1] = ["--config", str(quickstart)]
-    _quieten()
-    sys.argv[1:] = []  # LightningCLI warns about words that it sees there besides its args
     try:
-        LayershedCLI(
-            CausalLM,
-            TextData,
-            trainer_class=Trainer,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "train.py", "description": "Training-aware layer dropping for transformers."},
-            args=words,
-        )
-    except LayershedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        with _quiet():
+            LayershedCLI(
+                CausalLM,
+                TextData,
+                trainer_class=Trainer,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                parser_class=_Parser,
+                parser_kwargs={
+                    "prog": "train.py",
+                    "description": "Training-aware layer dropping for transformers.",
+                    "formatter_class": _HelpFormatter,
+                },
+                args=words,
+            )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        ours = next((cause for cause in _causes(error) if isinstance(cause, LayershedError)), None)
+        if ours is None:
+            raise
+        print(f"error: {_one_line(str(ours))}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _quieten() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """What other libraries say about themselves would bury what this run has to say."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # two cores: more loader processes than the one would only compete with training
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning 2.6 calls what torch 2.13 deprecates
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    logs = [logging.getLogger(name) for name in _LOGS]
+    with warnings.catch_warnings():
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        for log in logs:
+            log.addFilter(_worth_saying)
+        # two cores: more loader processes than the one would only compete with training
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning 2.6 calls what torch 2.13 deprecates
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        try:
+            yield
+        finally:
+            for log in logs:
+                log.removeFilter(_worth_saying)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
-def _next_version(folder: Path) -> str:
-    taken = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    return f"version_{max(taken, default=-1) + 1}"
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(chatter in record.getMessage() for chatter in _CHATTER)
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
+    try:
+        # mapped, not read: of gigabytes of weights only the index is looked at
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever torch and pickle raise for bytes that mean nothing to them
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: the file is damaged, or holds more than tensors and plain values."
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _hint(message: str, options: Iterable[str]) -> str:
+    """The nearest name there is, where a message tells of one that there is not."""
+    config = re.search(r"arguments: (\S+\.ya?ml)", message)
+    if config:
+        return f"; did you mean --config {config[1]}?"
+    wrong = re.search(r"(?:option '|arguments: --)([\w.]+)", message, re.IGNORECASE)
+    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        wrong, options = missing, dir(sys.modules[missing[1]])
+    near = difflib.get_close_matches(wrong[wrong.lastindex or 0], options, n=1) if wrong else []
+    return f"; did you mean {near[0]}?" if near and "did you mean" not in message else ""
+
+
+def _in_short(message: str, error: BaseException | None) -> str:
+    """What jsonargparse tells in nested paragraphs: where it went wrong, and the innermost reason."""
+    if message.startswith("Problems parsing config"):
+        return _one_line(message.replace('"<unicode string>", ', ""))
+    chain = [message, *(str(cause) for cause in _causes(error))]
+    reason = next(text for text in chain if text.startswith(chain[-1]))
+    found = [re.match(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""", text) for text in chain]
+    places = dict.fromkeys(match[1] for match in found if match)
+    reason = re.sub(r"Expected a dot import path string: (.*)", r"there is no class \1", reason)
+    if reason.startswith("Expected a") and len(chain) > 1:
+        # of several types that would do, the reason names only the first
+        types = re.findall(r"^\s*- Expected an? (.+)$", chain[-2], re.MULTILINE)
+        expected = " or ".join(types) or r"\1"
+        reason = re.sub(r"Expected an? (.*?)\. Got value: ", rf"expected {expected}, got ", reason)
+        reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason)
+        reason = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", reason).replace("NoneType", "null")
+    return _one_line(": ".join([*places, reason]))
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, 500, placeholder=" ...")

@@ -93,6 +93,26 @@ class Foreign(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Manual(Foreign):
+    """Two optimizers, stepped by hand: global_step moves by two with every batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(self.loss(batch) * self.scale)
+        first.step()
+        second.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(self.net.parameters(), lr=1e-2), torch.optim.SGD([self.scale], lr=1e-3)]
+
+
 def sequences(count, seed=0):
     """Counting by a step of its own in every row: something a tiny model can learn."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +137,7 @@ def causal_lm(**kwargs):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return module.train()
+    return module
 
 
 def adamw(parameters):
@@ -249,15 +269,86 @@ class Captured:
             handle.remove()
 
 
-def train_by_hand(module, batches, accumulate=1):
-    """A training loop without Lightning; yields the number of each optimizer step before it is taken."""
-    settings = module.configure_optimizers()
-    optimizer, schedule = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
-    module.log = lambda *_, **__: None
-    for index, batch in enumerate(batches):
-        (module.loss(batch) / accumulate).backward()
-        if (index + 1) % accumulate == 0:
-            yield (index + 1) // accumulate
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+def ranked(values, scope, count):
+    """The lowest of (block, kind) -> importance, in the order of dropping; a block stands for both its sublayers."""
+    kinds = {"joint": ("attention", "mlp")}.get(scope, (scope,))
+    lowest = sorted((value, key) for key, value in values.items() if key[1] in kinds)[:count]
+    if scope != "block":
+        return [key for _, key in lowest]
+    return [(block, kind) for _, (block, _) in lowest for kind in ("attention", "mlp")]
+
+
+class HandRun:
+    """A training run without Lightning and without layershed, on the same data with the same arithmetic.
+
+    Args:
+        accumulate: Micro-batches per optimizer step.
+        overrides: Of the foreign module's model.
+    """
+
+    def __init__(self, accumulate=1, **overrides):
+        self.module = Foreign(**overrides)
+        self.module.log = lambda *_, **__: None
+        self.accumulate = accumulate
+        self.captured = Captured(self.module.net)
+        settings = self.module.configure_optimizers()
+        self.optimizer, self.schedule = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
+        self.dropped, self.frozen = [], []
+
+    def train(self, batches):
+        """Yields the number of every optimizer step that was taken."""
+        for index, batch in enumerate(batches):
+            (self.module.loss(batch) / self.accumulate).backward()
+            if (index + 1) % self.accumulate == 0:
+                for parameter in self.frozen:
+                    parameter.grad = None  # which every torch optimizer passes over
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+                yield (index + 1) // self.accumulate
+
+    def drop(self, keys):
+        """Multiply branches by zero, and keep their weights and those of their norms as they are."""
+        for block, kind in keys:
+            layer = self.module.net.model.layers[block]
+            branch, norm = {
+                "attention": (layer.self_attn, layer.input_layernorm),
+                "mlp": (layer.mlp, layer.post_attention_layernorm),
+            }[kind]
+            branch.register_forward_hook(_zero)
+            self.frozen += [*branch.parameters(), *norm.parameters()]
+        self.dropped += keys
+
+    def importances(self, batches, metric="cosine"):
+        """Of what is not dropped, over batches, in eval mode."""
+        self.captured.importances()
+        self.module.net.eval()
+        with torch.no_grad():
+            for batch in batches:
+                self.module.net(input_ids=batch["input_ids"])
+        self.module.net.train()
+        return self.seen(metric)
+
+    def seen(self, metric="cosine"):
+        """Of what is not dropped, over every forward pass since the last call."""
+        values = self.captured.importances(metric)
+        gone = {*self.dropped}
+        empty = {(b, "block") for b, _ in gone if {(b, "attention"), (b, "mlp")} <= gone}
+        return {key: value for key, value in values.items() if key not in gone | empty}
+
+    def quality(self, batches):
+        """Loss and accuracy per token, in float64."""
+        self.module.net.eval()
+        losses, hits = [], []
+        with torch.no_grad():
+            for batch in batches:
+                logits = self.module.net(input_ids=batch["input_ids"]).logits[:, :-1].double()
+                targets = batch["input_ids"][:, 1:]
+                losses.append(-logits.log_softmax(-1).gather(-1, targets[..., None]).flatten())
+                hits.append((logits.argmax(-1) == targets).double().flatten())
+        self.module.net.train()
+        return torch.cat(losses).mean().item(), torch.cat(hits).mean().item()
+
+
+def _zero(_module, _args, output):
+    return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0

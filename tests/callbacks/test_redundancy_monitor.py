@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from layershed.callbacks import RedundancyMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
 from tests.callbacks.conftest import (
-    Captured,
     Foreign,
+    HandRun,
     Interrupt,
     Interrupted,
+    Manual,
     Save,
     causal_lm,
     fit_foreign,
@@ -22,7 +23,6 @@ from tests.callbacks.conftest import (
     same,
     sequences,
     state_of,
-    train_by_hand,
     val_loader,
 )
 from tests.conftest import build_model
@@ -44,11 +44,10 @@ def rows(folder, metric=None):
 
 def by_hand(batches, steps, metric="cosine", accumulate=1, mask=None, **overrides):
     """The same rows from a loop without Lightning."""
-    module = Foreign(**overrides)
-    captured = Captured(module.net)
+    run = HandRun(accumulate, **overrides)
     wanted = {}
-    for step in train_by_hand(module, batches, accumulate):
-        values = captured.importances(metric, mask)
+    for step in run.train(batches):
+        values = run.captured.importances(metric, mask)
         if step in steps:
             wanted[step] = values
     return wanted
@@ -119,7 +118,7 @@ def test_passes_outside_the_training_step_are_not_counted(make_trainer, tmp_path
             with torch.no_grad():
                 pl_module.net(input_ids=torch.full((3, 5), 50))
 
-        on_before_zero_grad = on_before_optimizer_step = on_validation_end = on_train_batch_end
+        on_before_optimizer_step = on_validation_end = on_train_batch_end
 
     for name, callbacks in (("before", [Sample(), RedundancyMonitor(2)]), ("after", [RedundancyMonitor(2), Sample()])):
         # validation after every micro-batch: also between the two of a measured step
@@ -223,7 +222,7 @@ def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_
 
     class SaveMiddle(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.fit_loop.epoch_loop.total_batch_idx == 6:
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 6 and not (tmp_path / "cut.ckpt").exists():
                 trainer.save_checkpoint(tmp_path / "cut.ckpt")
 
     save, stop = (Save(tmp_path / "cut.ckpt", 3), 7) if saved_at == "between" else (SaveMiddle(), 7)
@@ -250,7 +249,7 @@ class Two(Foreign):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.teacher = build_model(num_hidden_layers=2).requires_grad_(False)
+        self.teacher = build_model(num_hidden_layers=2).requires_grad_(False).train()
 
 
 def test_two_transformers_need_a_name_before_training(make_trainer, tmp_path):
@@ -278,3 +277,11 @@ def test_another_cadence_by_overriding_should_measure(make_trainer, tmp_path):
 
     fit_foreign(make_trainer(Early(), max_steps=6), val=val_loader())
     assert set(rows(tmp_path / "run")) == {1, 2, 5}
+
+
+def test_manual_optimization_with_two_steps_a_batch_is_measured(make_trainer, tmp_path):
+    """global_step is even after every batch: a measured batch is the one that comes to or over the step."""
+    fit_foreign(make_trainer(RedundancyMonitor(2), max_steps=8, name="even"), Manual())
+    fit_foreign(make_trainer(RedundancyMonitor(5), max_steps=12, name="odd"), Manual())
+    assert set(rows(tmp_path / "even")) == {4, 6, 8}
+    assert set(rows(tmp_path / "odd")) == {6, 10}

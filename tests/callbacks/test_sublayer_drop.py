@@ -1,0 +1,703 @@
+"""SublayerDrop against a run by hand: what it drops and when, what it measures, and that training goes on as it should."""
+
+import csv
+import itertools
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from layershed.callbacks import SublayerDrop
+from layershed.errors import (
+    CalibrationError,
+    CheckpointError,
+    LayershedError,
+    ScheduleError,
+    SelectionError,
+    UnknownNameError,
+)
+from layershed.module import CausalLM
+from layershed.surgery import bypassed_sublayers
+from tests.callbacks.conftest import (
+    BATCH,
+    TOKENS,
+    Foreign,
+    HandRun,
+    Interrupt,
+    Interrupted,
+    Manual,
+    Save,
+    Watch,
+    causal_lm,
+    fit_foreign,
+    loader,
+    ranked,
+    same,
+    sequences,
+    state_of,
+    val_loader,
+)
+
+
+def keys(plan):
+    return [(sublayer.block, sublayer.kind) for sublayer in plan]
+
+
+def endless(batches):
+    return itertools.cycle(list(batches))
+
+
+def bypassed(_trainer, pl_module):
+    return {(s.block, s.kind) for s in bypassed_sublayers(pl_module)}
+
+
+SCOPES = {"attention": 2, "mlp": 2, "block": 1, "joint": 3}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_running_drops_the_lowest_of_the_last_steps_and_trains_on_as_by_hand(make_trainer, scope):
+    """Four steps of calibration before step 5; weights equal those of the loop by hand to the last bit."""
+    drop = SublayerDrop(5, scope=scope, count=SCOPES[scope], calibration_batches=4, quality_batches=2)
+    watch = Watch(bypassed)
+    trainer = make_trainer(drop, watch, max_steps=9)
+    module = fit_foreign(trainer)
+
+    hand = HandRun()
+    for step in hand.train(itertools.islice(endless(loader()), 9)):
+        if step == 1:
+            hand.seen()
+        if step == 5:
+            scores = hand.seen()
+            hand.drop(ranked(scores, scope, SCOPES[scope]))
+    assert keys(drop.plan) == hand.dropped
+    for entry in drop.plan.drops:
+        kind = "block" if scope == "block" else entry.sublayer.kind
+        assert entry.score == pytest.approx(scores[entry.sublayer.block, kind], rel=2e-5)
+        assert entry.step == 5
+    assert watch.seen == [(step, set(hand.dropped) if step >= 5 else set()) for step in range(1, 10)]
+    assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
+
+
+@pytest.mark.parametrize("metric", ["relative_magnitude", "angular"])
+def test_other_metrics_rank_by_their_own_formula(make_trainer, metric):
+    drop = SublayerDrop(3, count=4, metric=metric, quality_batches=0)
+    fit_foreign(make_trainer(drop, max_steps=4))
+    hand = HandRun()
+    for step in hand.train(itertools.islice(loader(), 3)):
+        if step == 3:
+            assert keys(drop.plan) == ranked(hand.seen(metric), "joint", 4)
+    assert drop.plan.metric == metric
+
+
+def test_running_under_accumulation_scores_every_micro_batch_of_the_steps(make_trainer):
+    drop = SublayerDrop(3, count=3, calibration_batches=2, quality_batches=0)
+    watch = Watch(bypassed)
+    module = fit_foreign(make_trainer(drop, watch, max_steps=4, accumulate_grad_batches=2), train=loader(8))
+    hand = HandRun(accumulate=2)
+    for step in hand.train(loader(8)):
+        if step == 1:
+            hand.seen()
+        if step == 3:
+            scores = hand.seen()
+            hand.drop(ranked(scores, "joint", 3))
+    assert [entry.score for entry in drop.plan.drops] == pytest.approx([scores[key] for key in hand.dropped], rel=2e-5)
+    # both micro-batches of steps 1 to 3 but the last ran dense
+    assert watch.seen == [(step, set(hand.dropped) if step >= 3 else set()) for step in (0, 1, 1, 2, 2, 3, 3, 4)]
+    assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
+
+
+@pytest.mark.parametrize(("scope", "count"), [("joint", 3), ("block", 1)])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_pass_scores_the_model_at_the_step_on_the_splits_first_batches(make_trainer, split, scope, count):
+    drop = SublayerDrop(4, scope=scope, count=count, calibrate_on=split, calibration_batches=2, quality_batches=0)
+    module = fit_foreign(make_trainer(drop, max_steps=6))
+    hand = HandRun()
+    for step in hand.train(itertools.islice(loader(), 6)):
+        if step == 4:
+            scores = hand.importances(itertools.islice({"train": loader, "val": val_loader}[split](), 2))
+            hand.drop(ranked(scores, scope, count))
+    assert keys(drop.plan) == hand.dropped
+    kinds = ["block"] * 2 if scope == "block" else [kind for _, kind in hand.dropped]
+    wanted = [scores[block, kind] for (block, _), kind in zip(hand.dropped, kinds, strict=True)]
+    assert [entry.score for entry in drop.plan.drops] == pytest.approx(wanted, rel=2e-5)
+    assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
+
+
+@pytest.mark.parametrize(("scope", "count"), [("joint", 2), ("block", 1), ("attention", 1)])
+@pytest.mark.parametrize("calibrate_on", ["running", "val"])
+def test_iterative_rounds_measure_the_dropped_model_anew(make_trainer, tmp_path, calibrate_on, scope, count):
+    drop = SublayerDrop(
+        3, scope, count, every_n_steps=3, rounds=3, calibrate_on=calibrate_on, calibration_batches=2, quality_batches=2
+    )
+    module = fit_foreign(make_trainer(drop, max_steps=11))
+    hand = HandRun()
+    for step in hand.train(itertools.islice(endless(loader()), 11)):
+        if step in (1, 4, 7):
+            hand.seen()
+        if step in (3, 6, 9):
+            scores = hand.seen() if calibrate_on == "running" else hand.importances(itertools.islice(val_loader(), 2))
+            chosen = ranked(scores, scope, count)
+            own = [entry for entry in drop.plan.drops if entry.step == step]
+            assert keys(entry.sublayer for entry in own) == chosen
+            kinds = ["block"] * 2 if scope == "block" else [kind for _, kind in chosen]
+            wanted = [scores[block, kind] for (block, _), kind in zip(chosen, kinds, strict=True)]
+            assert [entry.score for entry in own] == pytest.approx(wanted, rel=2e-5)
+            hand.drop(chosen)
+    assert keys(drop.plan) == hand.dropped
+    assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
+    written = json.loads((tmp_path / "run" / "drop_plan.json").read_text())
+    assert [(entry["block"], entry["kind"]) for entry in written["drops"]] == hand.dropped
+    assert [entry["step"] for entry in written["drops"]] == [entry.step for entry in drop.plan.drops]
+    assert written["scope"] == scope
+
+
+def test_losses_around_the_drop_equal_an_evaluation_by_hand(make_trainer, tmp_path):
+    drop = SublayerDrop(3, count=4, quality_batches=2)
+    trainer = make_trainer(drop, max_steps=6, csv=True)
+    fit_foreign(trainer)
+    hand, wanted = HandRun(), {}
+    for step in hand.train(loader()):
+        if step == 3:
+            wanted["before"] = hand.quality(itertools.islice(val_loader(), 2))
+            hand.captured.importances()
+            hand.drop(keys(drop.plan))
+            wanted["after"] = hand.quality(itertools.islice(val_loader(), 2))
+    wanted["end"] = hand.quality(itertools.islice(val_loader(), 2))
+    assert len({loss for loss, _ in wanted.values()}) == 3
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        logged = list(csv.DictReader(file))
+    for when, (loss, accuracy) in wanted.items():
+        assert trainer.callback_metrics[f"drop/loss_{when}"].item() == pytest.approx(loss, rel=1e-5)
+        assert trainer.callback_metrics[f"drop/accuracy_{when}"].item() == pytest.approx(accuracy, abs=1e-6)
+        rows = [row for row in logged if row[f"drop/loss_{when}"]]
+        assert [int(row["step"]) for row in rows] == [6 if when == "end" else 3]
+        assert float(rows[0][f"drop/loss_{when}"]) == pytest.approx(loss, rel=1e-5)
+    counts = {kind: sum(own == kind for _, own in keys(drop.plan)) for kind in ("attention", "mlp")}
+    assert {kind: trainer.callback_metrics[f"drop/{kind}"].item() for kind in counts} == counts
+
+
+def test_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path):
+    drop = SublayerDrop(2, count=1, every_n_steps=2, rounds=2, quality_batches=1)
+    fit_foreign(make_trainer(drop, max_steps=6, csv=True))
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        logged = list(csv.DictReader(file))
+    steps = {when: [int(row["step"]) for row in logged if row[f"drop/loss_{when}"]] for when in ("before", "after", "end")}
+    assert steps == {"before": [2], "after": [2, 4], "end": [6]}
+
+
+def test_optimizer_forgets_the_parameters_and_its_schedule_goes_on(make_trainer):
+    def rates(trainer, _module):
+        return trainer.optimizers[0].param_groups[0]["lr"], len(trainer.optimizers[0].param_groups[0]["params"])
+
+    with_drop, without = Watch(rates), Watch(rates)
+    drop = SublayerDrop(4, count=3)
+    trainer = make_trainer(drop, with_drop, max_steps=9)
+    module = fit_foreign(trainer)
+    fit_foreign(make_trainer(without, max_steps=9))
+    assert [rate for _, (rate, _) in with_drop.seen] == [rate for _, (rate, _) in without.seen]
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(1, 10)]
+    assert [rate for _, (rate, _) in with_drop.seen] == pytest.approx(cosine)
+    gone = set()
+    for block, kind in keys(drop.plan):
+        layer = module.net.model.layers[block]
+        attention = kind == "attention"
+        own = (layer.self_attn, layer.input_layernorm) if attention else (layer.mlp, layer.post_attention_layernorm)
+        gone |= {parameter for part in own for parameter in part.parameters()}
+    optimizer = trainer.optimizers[0]
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(module.parameters()) - gone
+    assert set(optimizer.state) == held
+    whole = len(list(module.parameters()))
+    assert [count for _, (_, count) in with_drop.seen] == [whole] * 3 + [whole - len(gone)] * 6
+
+
+def test_dropped_weights_stay_as_they_were_and_the_others_learn(make_trainer):
+    def losses(trainer, _module):
+        return trainer.callback_metrics["train_loss"].item()
+
+    def weights(_trainer, module):
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    watch, loss = Watch(weights), Watch(losses)
+    drop = SublayerDrop(10, count=2, quality_batches=2)
+    trainer = make_trainer(drop, watch, loss, max_steps=40)
+    fit_foreign(trainer, steps=80, train=loader(4))
+    at_drop, at_end = watch.seen[9][1], watch.seen[-1][1]
+    for block, kind in keys(drop.plan):
+        prefixes = {
+            "attention": (f"net.model.layers.{block}.self_attn.", f"net.model.layers.{block}.input_layernorm."),
+            "mlp": (f"net.model.layers.{block}.mlp.", f"net.model.layers.{block}.post_attention_layernorm."),
+        }[kind]
+        names = [name for name in at_drop if name.startswith(prefixes)]
+        assert len(names) in (4, 5)
+        for name in names:
+            assert torch.equal(at_drop[name], at_end[name])
+            del at_end[name]
+    assert not any(torch.equal(at_drop[name], value) for name, value in at_end.items())
+    assert loss.seen[-1][1] < 0.7 * loss.seen[10][1]
+    assert drop.quality["end"].loss < drop.quality["after"].loss
+
+
+SPLITS = {"running": "running", "train": "train", "val": "val"}
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws from the global random state for every item, as an augmentation does."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        torch.rand(3)
+        return self.items[index]
+
+
+def shuffled(batches=6, seed=0, **kwargs):
+    return DataLoader(Noisy(sequences(2 * batches, seed)), batch_size=2, shuffle=True, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
+@pytest.mark.parametrize("calibrate_on", ["running", "train", "val"])
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_measuring_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
+    """A run that measures much and one that measures little train alike, with dropout and shuffling."""
+
+    class DropThese(SublayerDrop):
+        """Decides nothing by its scores: both runs must drop the same whatever they have measured."""
+
+        def _scores(self, trainer, pl_module):
+            scores = super()._scores(trainer, pl_module)
+            for sublayer in scores:
+                scores[sublayer] = float(sublayer.block)
+            return scores
+
+    class Losses(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_end(self, trainer, pl_module):
+            self.seen.append(trainer.callback_metrics["val_loss"].item())
+
+    states = []
+    for name, how, batches in (("little", "running", 0), ("much", calibrate_on, 4)):
+        drop = DropThese(4, count=2, calibrate_on=how, calibration_batches=3, quality_batches=batches)
+        losses = Losses()
+        trainer = make_trainer(drop, losses, max_steps=12, name=name, limit_val_batches=2)
+        own = [torch.Generator().manual_seed(i) if own_generator else None for i in (1, 2)]
+        module = Foreign(attention_dropout=0.2)
+        torch.manual_seed(7)
+        trainer.fit(module, shuffled(generator=own[0]), shuffled(seed=9, generator=own[1]))
+        states.append((state_of(trainer, module), torch.get_rng_state(), losses.seen))
+        assert len(losses.seen) == 2
+    assert same(states[0], states[1])
+
+
+def test_stateful_loader_keeps_its_position(make_trainer, text_data):
+    """Our own data: calibrating on the training split in mid-epoch reads the data beside the loader."""
+    states = []
+    for name, how, batches in (("little", "running", 0), ("much", "train", 4)):
+        drop = SublayerDrop(3, scope="mlp", count=4, calibrate_on=how, calibration_batches=8, quality_batches=batches)
+        trainer = make_trainer(drop, max_steps=12, name=name)
+        module = causal_lm(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        trainer.fit(module, datamodule=text_data())
+        states.append(state_of(trainer, module))
+    assert same(states[0], states[1])
+
+
+class Lengthless(IterableDataset):
+    def __iter__(self):
+        return iter(sequences(6, seed=100))
+
+
+@pytest.mark.parametrize("kind", ["iterable", "list", "dict", "none", "no limit"])
+def test_any_shape_of_validation_loaders(make_trainer, kind):
+    """Quality is measured on the first loader, and left out where there is none."""
+    loaders = {
+        "iterable": DataLoader(Lengthless(), batch_size=2),
+        "list": [val_loader(), loader(2, seed=5)],
+        "dict": {"a": val_loader(), "b": loader(2, seed=5)},
+        "none": None,
+        "no limit": val_loader(),
+    }
+
+    class Any(Foreign):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    class Never(Foreign):
+        validation_step = pl.LightningModule.validation_step
+
+    module = (Never if kind == "none" else Any)()
+    drop = SublayerDrop(2, count=2, quality_batches=2)
+    limits = {"limit_val_batches": 0} if kind == "no limit" else {}
+    make_trainer(drop, max_steps=4, **limits).fit(module, loader(), loaders[kind])
+    if kind in ("none", "no limit"):
+        assert drop.quality == {}
+        return
+    hand = HandRun()
+    for step in hand.train(itertools.islice(loader(), 2)):
+        if step == 2:
+            loss, accuracy = hand.quality(itertools.islice(val_loader(), 2))
+    assert drop.quality["before"].loss == pytest.approx(loss, rel=1e-5)
+    assert drop.quality["before"].accuracy == pytest.approx(accuracy, abs=1e-6)
+    assert set(drop.quality) == {"before", "after", "end"}
+
+
+def refused(make_trainer, make_drop, error, match, **kwargs):
+    """The run is refused before a training step: same weights, no batch seen."""
+
+    class Count(pl.Callback):
+        batches = 0
+
+        def on_train_batch_start(self, *_):
+            Count.batches += 1
+
+    settings = {"max_steps": 6, **kwargs}
+    val = settings.pop("val", val_loader())
+    train = settings.pop("train", loader())
+    module = settings.pop("module", None) or Foreign()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(error, match=match) as caught:
+        make_trainer(make_drop(), Count(), **settings).fit(module, train, val)
+    assert isinstance(caught.value, LayershedError)
+    assert Count.batches == 0
+    assert same(dict(module.state_dict()), before)
+    assert bypassed_sublayers(module) == ()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"ratio": 1.2}, SelectionError, r"ratio=1\.2.*\(0, 1\)"),
+        ({}, SelectionError, "count=None, ratio=None"),
+        ({"count": 2, "ratio": 0.2}, SelectionError, "exactly one"),
+        ({"count": 0}, SelectionError, "count=0"),
+        ({"count": 9}, SelectionError, "drop 9, but there are only 8"),
+        ({"count": 3, "every_n_steps": 1, "rounds": 3}, SelectionError, "drop 9, but there are only 8"),
+        ({"count": 5, "scope": "block"}, SelectionError, "only 4"),
+        ({"count": 7, "protect": (0,)}, SelectionError, r"only 6 candidates \(2 more are protected"),
+        ({"ratio": 0.1}, SelectionError, "less than one"),
+        ({"ratio": 0.2, "every_n_steps": 1, "rounds": 2}, SelectionError, "takes count"),
+        ({"count": 1, "protect": (4,)}, SelectionError, "no block 4"),
+        ({"count": 1, "protect": (-5,)}, SelectionError, "no block -5"),
+        ({"count": 1, "scope": "heads"}, SelectionError, "heads"),
+        ({"count": 1, "metric": "cosin"}, UnknownNameError, "Did you mean 'cosine'"),
+        ({"count": 1, "calibration_batches": 0}, SelectionError, "calibration_batches=0"),
+        ({"count": 1, "quality_batches": -1}, SelectionError, "quality_batches=-1"),
+        ({"count": 1, "start": 0}, ScheduleError, "start=0"),
+        ({"count": 1, "start": 6}, ScheduleError, "step 6 comes too late: training ends after 6"),
+        ({"count": 1, "every_n_steps": 2, "rounds": 3}, ScheduleError, "step 6 comes too late"),
+        ({"count": 1, "rounds": 2}, ScheduleError, "needs both"),
+        ({"count": 1, "calibrate_on": "test"}, UnknownNameError, "'test'"),
+    ],
+)
+def test_what_cannot_happen_is_refused_before_training(make_trainer, arguments, error, match):
+    refused(make_trainer, lambda: SublayerDrop(**{"start": 2, **arguments}), error, match)
+
+
+def test_a_start_after_the_last_epoch_is_refused(make_trainer):
+    """Two epochs of six batches, two per step: six steps."""
+    kwargs = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}
+    refused(make_trainer, lambda: SublayerDrop(6, count=1), ScheduleError, "ends after 6 optimizer steps", **kwargs)
+    drop = SublayerDrop(5, count=1)
+    fit_foreign(make_trainer(drop, **kwargs))
+    assert [entry.step for entry in drop.plan.drops] == [5]
+
+
+def test_calibrating_on_data_that_is_not_there_is_refused(make_trainer):
+    def on(split):
+        return lambda: SublayerDrop(2, count=1, calibrate_on=split)
+
+    refused(make_trainer, on("val"), CalibrationError, "no validation data", val=None, module=NoValidation())
+    refused(make_trainer, on("val"), CalibrationError, "no validation data", limit_val_batches=0)
+    endless_train = DataLoader(Lengthless(), batch_size=2)
+    refused(make_trainer, on("train"), CalibrationError, "map-style", train=endless_train)
+
+
+class NoValidation(Foreign):
+    validation_step = pl.LightningModule.validation_step
+
+
+def test_protected_blocks_stay_in_every_round(make_trainer):
+    """The last block by a negative index; -1 must not wander when block 3 is all that is left."""
+    drop = SublayerDrop(2, "joint", count=2, every_n_steps=2, rounds=3, protect=(-1,), quality_batches=0)
+    fit_foreign(make_trainer(drop, max_steps=8))
+    assert sorted(keys(drop.plan)) == [(b, kind) for b in range(3) for kind in ("attention", "mlp")]
+
+
+def test_ratio_is_of_all_candidates(make_trainer):
+    drop = SublayerDrop(2, ratio=0.4, quality_batches=0)
+    fit_foreign(make_trainer(drop, max_steps=4))
+    assert len(drop.plan) == 3
+
+
+def test_another_schedule_by_overriding_should_drop(make_trainer):
+    class Mine(SublayerDrop):
+        def should_drop(self, step):
+            return step in (2, 3)
+
+    drop = Mine(2, count=1, calibration_batches=1)
+    fit_foreign(make_trainer(drop, max_steps=5))
+    assert [entry.step for entry in drop.plan.drops] == [2, 3]
+
+
+def test_two_transformers_and_a_name(make_trainer):
+    class Two(Foreign):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.other = Foreign().net.requires_grad_(False)
+
+    refused(make_trainer, lambda: SublayerDrop(2, count=1), LayershedError, "net, other", module=Two())
+    drop, module = SublayerDrop(2, count=2, transformer="net"), Two()
+    fit_foreign(make_trainer(drop, max_steps=4), module)
+    assert bypassed_sublayers(module.other) == ()
+    assert sorted(keys(drop.plan)) == [(s.block, s.kind) for s in bypassed_sublayers(module.net)]
+
+
+def test_mixed_precision_runs_and_measures_in_it(make_trainer):
+    """Quality runs under autocast, as training does."""
+    dtypes = []
+
+    class Look(Foreign):
+        def on_fit_start(self):
+            self.net.lm_head.register_forward_hook(self.note)
+
+        def note(self, _module, _args, output):
+            if output.shape[:2] == (BATCH, TOKENS):  # not the probe's four tokens
+                dtypes.append(output.dtype)
+
+    drop = SublayerDrop(3, count=2, calibrate_on="val", quality_batches=2)
+    trainer = make_trainer(drop, max_steps=6, precision="bf16-mixed")
+    fit_foreign(trainer, Look())
+    assert len(drop.plan) == 2
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) == 6 + 3 * 2 + 3  # training, three measurements, one validation epoch
+    hand = HandRun()
+    for step in hand.train(itertools.islice(loader(), 3)):
+        if step == 3:
+            loss, _ = hand.quality(itertools.islice(val_loader(), 2))
+    assert drop.quality["before"].loss == pytest.approx(loss, rel=2e-2)
+
+
+def test_gradient_checkpointing_drops_and_trains_as_without(make_trainer, text_data):
+    found = []
+    for name, on in (("with", True), ("without", False)):
+        drop = SublayerDrop(4, count=3)
+        module = causal_lm(gradient_checkpointing=on)
+        trainer = make_trainer(drop, max_steps=8, name=name)
+        trainer.fit(module, datamodule=text_data())
+        found.append((drop.plan, drop.quality, state_of(trainer, module)))
+    assert found[0][:2] == found[1][:2]
+    assert same(found[0][2], found[1][2])
+    assert len(found[0][0]) == 3
+
+
+def test_a_step_that_is_passed_over_still_drops(make_trainer):
+    drop = SublayerDrop(5, count=2, calibration_batches=2)
+    fit_foreign(make_trainer(drop, max_steps=12), Manual())
+    assert [entry.step for entry in drop.plan.drops] == [6, 6]
+
+
+def primitive(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and primitive(own) for key, own in value.items())
+    if isinstance(value, list):
+        return all(map(primitive, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def later_rows(folder, step):
+    """What the callback logged behind a step; Lightning's own rows move by one step when a run is resumed."""
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = [
+        (int(row["step"]), {name: row[name] for name in row if name.startswith("drop/") and row[name]}) for row in rows
+    ]
+    return [(at, metrics) for at, metrics in own if at > step and metrics]
+
+
+def outcome(trainer, module, drop):
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("drop/")}
+    return state_of(trainer, module), drop.plan, drop.quality, metrics
+
+
+ONCE = {"start": 6, "count": 3, "calibration_batches": 4, "quality_batches": 2}
+TWICE = {**ONCE, "count": 2, "every_n_steps": 4, "rounds": 2}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize(("arguments", "cuts"), [(ONCE, (1, 4, 6, 7, 9)), (TWICE, (6, 8))])
+def test_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_path, text_data, arguments, cuts):
+    """Before the window of calibration, in it, at the drop, after it; between the rounds of two. 8 batches an epoch."""
+
+    def run(name, *callbacks, ckpt_path=None):
+        drop, module = SublayerDrop(**arguments), causal_lm()
+        every = ModelCheckpoint(
+            tmp_path / f"{name}-ckpt", filename="{step}", save_top_k=-1, save_last=True, every_n_train_steps=1
+        )
+        trainer = make_trainer(drop, every, *callbacks, name=name, csv=True, enable_checkpointing=True)
+        trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
+        return outcome(trainer, module, drop)
+
+    whole = run("whole")
+    steps = [6, 10][: arguments.get("rounds", 1)]
+    assert [entry.step for entry in whole[1].drops] == sorted(steps * arguments["count"])
+    checkpoints = {at: tmp_path / "whole-ckpt" / f"step={at}.ckpt" for at in cuts}
+    with pytest.raises(Interrupted):
+        run("killed", Interrupt(cuts[0]))
+    checkpoints["killed"] = tmp_path / "killed-ckpt" / "last.ckpt"
+    for name, checkpoint in checkpoints.items():
+        content = torch.load(checkpoint, weights_only=True)
+        at = content["global_step"]
+        assert at == (cuts[0] if name == "killed" else name)
+        assert primitive(content["callbacks"]["SublayerDrop"])
+        resumed = run(f"resumed-{name}", ckpt_path=checkpoint)
+        assert same(resumed, whole), name
+        folder = tmp_path / f"resumed-{name}"
+        assert json.loads((folder / "drop_plan.json").read_text()) == whole[1].to_dict()
+        rows = later_rows(folder, at)
+        assert rows == later_rows(tmp_path / "whole", at)
+        assert {step for step, _ in rows} == {step for step in (*steps, 12) if step > at}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize(("start", "cuts"), [(15, (1, 2)), (12, (2,)), (8, (2,))])
+def test_a_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):
+    """Epochs of six steps; before the window of calibration, in it, at the drop, after it."""
+
+    def run(name, ckpt_path=None):
+        drop, module = SublayerDrop(start, count=3, calibration_batches=4, quality_batches=2), Foreign(steps=24)
+        every = ModelCheckpoint(
+            tmp_path / f"{name}-ckpt", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True
+        )
+        trainer = make_trainer(drop, every, name=name, csv=True, enable_checkpointing=True, max_steps=20)
+        trainer.fit(module, loader(), val_loader(), ckpt_path=ckpt_path)
+        return outcome(trainer, module, drop)
+
+    whole = run("whole")
+    for cut in cuts:
+        at = 6 * cut
+        resumed = run(f"resumed-{cut}", ckpt_path=tmp_path / "whole-ckpt" / f"step={at}.ckpt")
+        assert same(resumed, whole)
+        rows = later_rows(tmp_path / f"resumed-{cut}", at)
+        assert rows == later_rows(tmp_path / "whole", at)
+        assert {step for step, _ in rows} == {step for step in (start, 20) if step > at}
+
+
+def reference_of(state, dropped):
+    """Mean validation loss of a foreign module with these weights and these branches multiplied by zero."""
+    hand = HandRun()
+    hand.module.load_state_dict(state)
+    hand.drop(dropped)
+    return hand, hand.quality(val_loader())[0]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_of_a_dropped_foreign_module_is_evaluated_dropped(make_trainer, tmp_path, weights_only):
+    drop = SublayerDrop(3, count=3)
+    trainer = make_trainer(drop, max_steps=6)
+    module = fit_foreign(trainer)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    hand, wanted = reference_of(state, keys(drop.plan))
+    assert abs(wanted - reference_of(state, [])[1]) > 1e-3
+    for how in ("validate", "test"):
+        fresh = make_trainer(SublayerDrop(3, count=3), name=how)
+        (found,) = getattr(fresh, how)(Foreign(), val_loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        assert found == {f"{how[:3] if how == 'validate' else how}_loss": pytest.approx(wanted, rel=1e-5)}
+    fresh = make_trainer(SublayerDrop(3, count=3), name="predict")
+    logits = fresh.predict(Foreign(), val_loader(), ckpt_path=tmp_path / "a.ckpt")
+    hand.module.eval()
+    with torch.no_grad():
+        for own, batch in zip(logits, val_loader(), strict=True):
+            torch.testing.assert_close(own, hand.module.net(input_ids=batch["input_ids"]).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_of_our_own_module_is_the_dropped_model_without_any_callback(
+    make_trainer, tmp_path, text_data, weights_only
+):
+    drop = SublayerDrop(3, count=3)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only, every_n_train_steps=6)
+    trainer = make_trainer(drop, checkpoint, max_steps=6, enable_checkpointing=True)
+    module = causal_lm()
+    trainer.fit(module, datamodule=text_data())
+    wanted = trainer.callback_metrics["drop/loss_end"].item()
+    data = text_data(val_fraction=0.05)
+    data.setup()
+    batches = list(data.val_dataloader())
+    hand = Foreign(vocab_size=259, eos_token_id=1)
+    hand.net.load_state_dict(module.model.state_dict())
+    run = HandRun(vocab_size=259, eos_token_id=1)
+    run.module.load_state_dict(hand.state_dict())
+    run.drop(keys(drop.plan))
+    assert run.quality(batches)[0] == pytest.approx(wanted, rel=1e-5)
+    for how in ("validate", "test"):
+        (found,) = getattr(make_trainer(name=how), how)(
+            causal_lm(), datamodule=text_data(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+        )
+        assert found[f"{how[:3] if how == 'validate' else how}_loss"] == pytest.approx(wanted, rel=1e-5)
+    predicted = make_trainer(name="predict").predict(
+        causal_lm(), datamodule=text_data(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    run.module.eval()
+    with torch.no_grad():
+        for own, batch in zip(predicted, batches, strict=True):
+            logits = run.module.net(input_ids=batch["input_ids"]).logits
+            assert torch.equal(own, logits.argmax(-1))
+            assert torch.equal(loaded(input_ids=batch["input_ids"]).logits, logits)
+    assert sorted(keys(drop.plan)) == [(s.block, s.kind) for s in bypassed_sublayers(loaded)]
+
+
+def test_a_checkpoint_from_before_the_drop_is_evaluated_dense(make_trainer, tmp_path):
+    """Also in the trainer and with the module of the very run that dropped."""
+    drop = SublayerDrop(4, count=3)
+    trainer = make_trainer(drop, Save(tmp_path / "before.ckpt", 3), max_steps=6)
+    module = fit_foreign(trainer)
+    assert len(bypassed_sublayers(module)) == 3
+    state = torch.load(tmp_path / "before.ckpt", weights_only=True)["state_dict"]
+    (found,) = trainer.validate(module, val_loader(), ckpt_path=tmp_path / "before.ckpt", verbose=False)
+    assert found["val_loss"] == pytest.approx(reference_of(state, [])[1], rel=1e-5)
+
+
+def test_a_modules_own_checkpoint_hooks_still_run_and_are_given_back(make_trainer, tmp_path):
+    class Noting(Foreign):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.found = checkpoint["mine"]
+
+    drop = SublayerDrop(4, count=1)
+    trainer = make_trainer(drop, Save(tmp_path / "dense.ckpt", 3), Save(tmp_path / "dropped.ckpt", 5), max_steps=6)
+    fit_foreign(trainer, Noting())
+    for name, dropped in (("dense", 0), ("dropped", 1)):
+        assert torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["mine"] == 3
+        fresh = Noting()
+        again = make_trainer(SublayerDrop(4, count=1))
+        again.validate(fresh, val_loader(), ckpt_path=tmp_path / f"{name}.ckpt", verbose=False)
+        assert fresh.found == 3
+        assert len(bypassed_sublayers(fresh)) == dropped
+        assert {"on_save_checkpoint", "on_load_checkpoint"} <= set(fresh.__dict__) or not dropped
+        assert not {"on_save_checkpoint", "on_load_checkpoint"} & set(fresh.__dict__) or dropped
+
+
+def test_resuming_on_a_smaller_model_is_refused(make_trainer, tmp_path):
+    drop = SublayerDrop(2, "block", count=3)
+    trainer = make_trainer(drop, max_steps=4)
+    fit_foreign(trainer)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="do not fit this model"):
+        make_trainer(SublayerDrop(2, "block", count=1)).validate(
+            Foreign(num_hidden_layers=2), val_loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False
+        )

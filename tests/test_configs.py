@@ -1,0 +1,253 @@
+"""Every shipped config: it parses, instantiates and runs, each line is commented, and the comments tell the truth."""
+
+import csv
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import layershed as ls
+from layershed.callbacks import Export, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.cli import LayershedCLI, main
+from layershed.commands import Trainer
+from layershed.data import TextData
+from layershed.module import CausalLM
+from layershed.plan import DropPlan, count_by_kind
+
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+# What each config is there to show: its drop, and what a short run of it takes away from 12 blocks.
+SHOWS = {
+    "quickstart": ({"scope": "joint", "ratio": 0.25}, 6),
+    "attention_drop": ({"scope": "attention", "ratio": 0.5}, 6),
+    "mlp_drop": ({"scope": "mlp", "count": 2}, 2),
+    "block_drop": ({"scope": "block", "count": 2}, 4),
+    "joint_drop": ({"scope": "joint", "count": 6, "protect": [0, -1]}, 6),
+    "iterative": ({"scope": "joint", "count": 2, "rounds": 3, "every_n_steps": 50, "calibrate_on": "train"}, 6),
+}
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+DATA = {"block_size": 16, "batch_size": 2, "max_tokens": 1024}
+TRAINER = {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 2, "log_every_n_steps": 1}
+SPEED = {"prompt_tokens": 8, "new_tokens": 2, "runs": 2}
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def own_world(monkeypatch, tmp_path):
+    """No run writes outside, none leaves a seed behind, and models this small wait for no second thread."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def callback_of(config, name):
+    entries = config["trainer"]["callbacks"]
+    return next(entry for entry in entries if entry["class_path"].endswith(f".{name}"))["init_args"]
+
+
+def shortened(path):
+    """The same config over six steps of a tiny model: only numbers that make it long are replaced."""
+    config = yaml.safe_load(path.read_text())
+    config["model"].update(config=TINY, warmup_steps=1)
+    config["data"].update(DATA)
+    config["trainer"].update(TRAINER)
+    callback_of(config, "RedundancyMonitor")["every_n_steps"] = 1
+    drop = callback_of(config, "SublayerDrop")
+    drop.update(start=2, calibration_batches=2, quality_batches=2)
+    if "every_n_steps" in drop:
+        drop["every_n_steps"] = 1
+    callback_of(config, "SpeedMonitor").update(SPEED)
+    callback_of(config, "Report")["every_n_steps"] = 1
+    return config
+
+
+def test_the_readme_and_the_folder_agree():
+    assert {path.stem for path in CONFIGS} == set(SHOWS)
+
+
+@every_config
+def test_parses_and_instantiates(path, monkeypatch, tmp_path):
+    seen = {}
+    # LightningCLI calls a method of its own in the place of the Trainer's, where there is one
+    monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(kwargs, trainer=self.trainer), False)
+    assert main(["fit", "--config", str(path)]) == 0
+
+    assert isinstance(seen["model"], CausalLM)
+    assert isinstance(seen["datamodule"], TextData)
+    assert seen["model"].model.num_parameters() == pytest.approx(2.4e6, rel=0.02), "what the comment promises"
+    kinds = [type(callback) for callback in seen["trainer"].callbacks]
+    for kind in (ModelCheckpoint, RedundancyMonitor, SublayerDrop, SpeedMonitor, Export, Report):
+        assert kinds.count(kind) == 1
+    assert kinds.index(SublayerDrop) < kinds.index(SpeedMonitor) < kinds.index(Export)
+    drop = next(callback for callback in seen["trainer"].callbacks if isinstance(callback, SublayerDrop))
+    asked, _ = SHOWS[path.stem]
+    written = yaml.safe_load(path.read_text())
+    assert {name: callback_of(written, "SublayerDrop").get(name) for name in asked} == asked
+    assert drop.schedule.steps[-1] < seen["trainer"].max_steps
+    assert not list(tmp_path.iterdir()), "nothing is written before training"
+
+
+@every_config
+def test_says_how_to_run_it(path):
+    head = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"python train.py fit --config configs/{path.name}" in head
+    if path.stem != "quickstart":
+        assert "--model.pretrained HuggingFaceTB/SmolLM2-135M" in head
+        assert ".gguf" in head
+
+
+@every_config
+def test_what_it_says_about_a_real_model_can_be_typed(path, monkeypatch):
+    parsed = {}
+    monkeypatch.setattr(LayershedCLI, "instantiate_classes", lambda self: parsed.update(self.config[self.subcommand]))
+    monkeypatch.setattr(LayershedCLI, "after_instantiate_classes", lambda self: None)
+    monkeypatch.setattr(LayershedCLI, "_run_subcommand", lambda self, subcommand: None)
+    words = [
+        "--model.pretrained",
+        "HuggingFaceTB/SmolLM2-135M",
+        "--model.optimizer.lr",
+        "2e-5",
+        "--data.source",
+        "x.txt",
+    ]
+    assert main(["fit", "--config", str(path), *words]) == 0
+    assert parsed["data"].tokenizer == parsed["model"].pretrained == "HuggingFaceTB/SmolLM2-135M"
+    assert parsed["model"].optimizer.init_args.lr == 2e-5
+    assert parsed["model"].optimizer.init_args.betas == [0.9, 0.95], "the rest of the optimizer stays"
+
+
+# ---- comments ----
+
+
+def settings(path):
+    """(dotted key, class whose argument it is or None, value, comment) of every line that sets something."""
+    lines = path.read_text().splitlines()
+
+    def walk(node, key, owner):
+        if isinstance(node, yaml.MappingNode):
+            fields = {name.value: value for name, value in node.value}
+            inner = fields["class_path"].value if "class_path" in fields else owner
+            for name, value in node.value:
+                line = lines[name.start_mark.line]
+                comment = line.partition(" # ")[2]
+                if not isinstance(value, yaml.MappingNode) and name.value != "callbacks":
+                    yield f"{key}{name.value}", owner, yaml.safe_load(yaml.serialize(value)), comment
+                if name.value == "init_args":
+                    yield from walk(value, f"{inner}.", inner)
+                else:
+                    yield from walk(value, f"{key}{name.value}.", owner)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                yield from walk(item, key, owner)
+
+    return list(walk(yaml.compose(path.read_text()), "", None))
+
+
+def real_defaults(key, owner):
+    """Every value that may be called the default of a setting: as written in the signature, and as it comes out."""
+    name = key.rpartition(".")[2]
+    if owner is not None:
+        module, _, class_name = owner.rpartition(".")
+        default = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters[name].default
+        return [list(default) if isinstance(default, tuple) else default]
+    section = key.partition(".")[0]
+    if section == "seed_everything":
+        return [0]
+    if section == "trainer":
+        fresh = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        lightning = inspect.signature(Trainer.__mro__[1].__init__).parameters
+        ours = inspect.signature(Trainer.__init__).parameters
+        return [{**lightning, **ours}[name].default, getattr(fresh, name, ...)]
+    kind = {"model": CausalLM, "data": TextData}[section]
+    return [inspect.signature(kind).parameters[name].default]
+
+
+@every_config
+def test_every_line_is_commented_with_its_true_default(path):
+    found = settings(path)
+    assert len(found) > 30
+    for key, owner, _, comment in found:
+        assert comment.strip(), f"{path.name}: {key} has no comment"
+        if key.endswith("class_path"):
+            continue
+        stated = re.search(r"\b(no default|default (\[.*?\]|[^\s;,:)]+))", comment)
+        assert stated, f"{path.name}: the comment of {key} states no default"
+        known = real_defaults(key, owner)
+        if stated[1] == "no default":
+            # one of count and ratio must be given, so that neither has a default that works
+            assert known == [inspect.Parameter.empty] or key.endswith((".count", ".ratio")), key
+        else:
+            assert yaml.safe_load(stated[2]) in known, f"{path.name}: {key}: {stated[2]!r} is not among {known}"
+
+
+@every_config
+def test_the_optimizer_is_described_rightly(path):
+    line = next(line for line in path.read_text().splitlines() if line.startswith("  optimizer:"))
+    default = inspect.signature(CausalLM).parameters["optimizer"].default
+    assert default is torch.optim.AdamW
+    assert "default torch.optim.AdamW" in line
+
+
+# ---- runs ----
+
+
+@every_config
+def test_a_short_run_leaves_everything(path, tmp_path, capsys):
+    config = shortened(path)
+    root = Path(config["trainer"]["default_root_dir"])
+    assert root == Path("runs") / path.stem
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "short.yaml"]) == 0
+    printed = capsys.readouterr().out
+
+    run = root / "version_0"
+    assert [entry.name for entry in root.iterdir()] == ["version_0"]
+    names = {entry.name for entry in run.iterdir()}
+    assert {"metrics.csv", "importance.csv", "drop_plan.json", "speed.json", "report.html", "config.yaml"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names), "TensorBoard beside the CSV"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "importance.csv").read_text().splitlines()[0] == "step,block,kind,metric,value"
+    logged = set(next(csv.reader((run / "metrics.csv").open())))
+    assert {"train_loss", "val_loss", "drop/loss_before", "drop/loss_end", "speed/decode_speedup"} <= logged
+
+    asked, number = SHOWS[path.stem]
+    plan = DropPlan.load(run / "drop_plan.json")
+    assert len(plan) == number
+    assert plan.scope == asked["scope"]
+    counts = count_by_kind(plan)
+    assert counts["attention"] == 0 if asked["scope"] == "mlp" else True
+    assert counts["mlp"] == 0 if asked["scope"] == "attention" else True
+    assert counts["mlp"] == counts["attention"] if asked["scope"] == "block" else True
+    assert {0, 11}.isdisjoint(sublayer.block for sublayer in plan) or "protect" not in asked
+    assert len({drop.step for drop in plan.drops}) == asked.get("rounds", 1)
+
+    model = ls.load_pretrained(run / "pruned")
+    assert set(ls.dropped_sublayers(model)) == set(plan)
+    assert torch.isfinite(model(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+
+    for line in ("before the drop", "right after the drop", "at the end", "Decode speed", "report.html"):
+        assert line in printed
+    assert "Sublayers dropped" in (run / "report.html").read_text()
