@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layershed.callbacks.run import PLAN_FILE, current_drop, run_directory
+from layershed.callbacks.run import plan_of, run_directory
 from layershed.export import save_pretrained
-from layershed.plan import Drop, DropPlan
 
 
 class Export(Callback):
@@ -33,16 +30,5 @@ class Export(Callback):
         if not trainer.is_global_zero:
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        plan = self._plan(directory, pl_module)
+        plan = plan_of(directory, pl_module)
         save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)
-
-    def _plan(self, directory: Path, pl_module: LightningModule) -> DropPlan | None:
-        """The plan with its scores if SublayerDrop left one in this run, else the bare sublayers."""
-        dropped = current_drop(pl_module)
-        if not dropped:
-            return None
-        path = directory / PLAN_FILE
-        plan = DropPlan.load(path) if path.is_file() else None
-        if plan is not None and tuple(sorted(plan)) == dropped:
-            return plan
-        return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))

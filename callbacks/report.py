@@ -9,9 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from layershed.callbacks.run import IMPORTANCE_FILE, PLAN_FILE, REPORT_FILE, SPEED_FILE, run_directory
+from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.discovery import find_transformer
-from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.report import LossPoint, RunRecord, read_importance, summary_table, write_report
 from layershed.speed import SpeedReport
@@ -47,6 +46,15 @@ class Report(Callback):
         self._losses: list[LossPoint] = []
         self._quality: dict[str, Quality] = {}
         self._finished: tuple[RunRecord, Path] | None = None
+        self._stale: set[tuple[str, int]] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which files an earlier run left in the directory: those that belong to this run are written anew."""
+        self._stale = set(_files(run_directory(trainer)).items())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the quality around a drop that was carried out by a callback further down the list."""
+        self._note_quality(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,15 +114,25 @@ class Report(Callback):
                 self._losses.append(LossPoint(trainer.global_step, "val", quality.loss))
 
     def _record(self, directory: Path, pl_module: LightningModule) -> RunRecord:
-        importance, plan, speed = (directory / name for name in (IMPORTANCE_FILE, PLAN_FILE, SPEED_FILE))
+        written = {name for name, _ in set(_files(directory).items()) - self._stale}
         return RunRecord(
             model=self.title or _model_name(pl_module),
-            importance=read_importance(importance) if importance.is_file() else (),
+            importance=read_importance(directory / IMPORTANCE_FILE) if IMPORTANCE_FILE in written else (),
             losses=tuple(sorted(self._losses, key=lambda point: point.step)),
-            plan=DropPlan.load(plan) if plan.is_file() else None,
+            plan=plan_of(directory, pl_module),
             quality=self._quality,
-            speed=SpeedReport.from_dict(json.loads(speed.read_text(encoding="utf-8"))) if speed.is_file() else None,
+            speed=_read_speed(directory / SPEED_FILE) if SPEED_FILE in written else None,
         )
+
+
+def _read_speed(path: Path) -> SpeedReport:
+    return SpeedReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Files of other callbacks in the run directory, with the time of their last change."""
+    paths = (directory / name for name in (IMPORTANCE_FILE, SPEED_FILE))
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 def _model_name(pl_module: LightningModule) -> str:

@@ -11,7 +11,7 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 
 from layershed.overrides import overridden
-from layershed.plan import Sublayer
+from layershed.plan import Drop, DropPlan, Sublayer
 from layershed.surgery import bypassed_sublayers
 
 Sums = dict[str, list[float]]
@@ -76,6 +76,19 @@ def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
     scale = 1.0 if trainer.is_global_zero else 0.0
     columns = {name: zip(*(share[name] for share in shares), strict=True) for name in shares[0]}
     return {name: [scale * sum(values) for values in column] for name, column in columns.items()}
+
+
+def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
+    """What is dropped now: the plan with its scores if SublayerDrop left one in this run, else the bare sublayers."""
+    dropped = current_drop(pl_module)
+    if not dropped:
+        return None
+    path = directory / PLAN_FILE
+    plan = DropPlan.load(path) if path.is_file() else None
+    # the file may be of an earlier run in the same directory, or the user has bypassed more by hand
+    if plan is not None and tuple(sorted(plan)) == dropped:
+        return plan
+    return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
 
 
 class StepCounter:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, write_text
+from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.discovery import find_transformer
 from layershed.plan import Sublayer
 from layershed.speed import SpeedReport, check_room, measure_speed, speedup_degradation_ratio
@@ -47,6 +47,7 @@ class SpeedMonitor(Callback):
         self.transformer = transformer
         self.report: SpeedReport | None = None
         self._measured: tuple[Sublayer, ...] = ()
+        self._latest: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
@@ -61,6 +62,7 @@ class SpeedMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run starts with the measurement that it had."""
         self._save(trainer)
+        show(trainer, self._latest)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,12 +77,14 @@ class SpeedMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The last measurement, as primitives."""
         measured = [[s.block, s.kind, s.path] for s in self._measured]
-        return {"report": None if self.report is None else self.report.to_dict(), "measured": measured}
+        report = None if self.report is None else self.report.to_dict()
+        return {"report": report, "measured": measured, "latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.report = None if state_dict["report"] is None else SpeedReport.from_dict(state_dict["report"])
         self._measured = tuple(Sublayer(*fields) for fields in state_dict["measured"])
+        self._latest = state_dict["latest"]
 
     def _measure_if_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         dropped = current_drop(pl_module)
@@ -88,7 +92,7 @@ class SpeedMonitor(Callback):
             return
         self._measured = dropped
         if not dropped:
-            self.report = None
+            self.report, self._latest = None, {}
             return
         with trainer.precision_plugin.forward_context():
             self.report = measure_speed(
@@ -100,7 +104,8 @@ class SpeedMonitor(Callback):
                 name=self.transformer,
             )
         self._save(trainer)
-        publish(trainer, self._metrics(trainer, self.report))
+        self._latest = self._metrics(trainer, self.report)
+        publish(trainer, self._latest)
 
     def _metrics(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
         metrics: dict[str, float] = {

@@ -273,14 +273,20 @@ def test_a_batch_may_be_any_mapping(llama):
     assert estimate_importance(llama, encoded) == estimate_importance(llama, BATCHES)
 
 
+def test_token_ids_alone_are_a_batch(llama):
+    bare = [batch["input_ids"] for batch in BATCHES]
+    assert estimate_importance(llama, bare) == estimate_importance(llama, [{"input_ids": ids} for ids in bare])
+
+
 @pytest.mark.parametrize(
     ("batches", "names"),
     [
         ([], "No token was seen: the batches are empty"),
         ([make_batch(0, 1, 4, padding=4)], "every token in them is padding"),
-        ([{"tokens": torch.ones(1, 4)}], r"mapping with input_ids.*keys \['tokens'\]"),
+        ([{"tokens": torch.ones(1, 4)}], "mapping with input_ids.*keys tokens"),
         ([[1, 2, 3]], "mapping with input_ids.*a list"),
-        ([torch.ones(1, 4, dtype=torch.long)], "mapping with input_ids.*a Tensor"),
+        ([torch.ones(1, 4)], r"mapping with input_ids.*shape \(1, 4\) and type torch.float32"),
+        ([torch.ones(4, dtype=torch.long)], r"mapping with input_ids.*shape \(4,\)"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(llama, batches, names):

@@ -258,12 +258,14 @@ def test_the_interval_of_one_constant_is_that_constant():
     assert bootstrap_interval([1.25]) == Interval(1.25, 1.25, 1.25)
 
 
-def test_the_interval_mirrors_with_its_values_and_is_always_the_same():
-    values = [random.Random(1).gauss(1, 0.1) for _ in range(9)]
+@pytest.mark.parametrize("n", [2, 9, 15, 24])
+def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
+    generator = random.Random(1)
+    values = [generator.gauss(1, 0.1) for _ in range(n)]
     there, back = bootstrap_interval(values), bootstrap_interval([-value for value in values])
     assert (back.low, back.median, back.high) == (-there.high, -there.median, -there.low)
     assert there == bootstrap_interval(values)
-    assert there.low <= there.median <= there.high
+    assert there.low < there.median < there.high
 
 
 def test_the_interval_widens_with_the_spread_and_narrows_with_the_number():

@@ -18,7 +18,7 @@ from layershed.errors import CalibrationError
 from layershed.metrics import get_metric
 from layershed.overrides import first_tensor
 from layershed.plan import ImportanceScores
-from layershed.probe import evaluating
+from layershed.probe import evaluating, probing
 from layershed.surgery import bypassed_sublayers
 
 
@@ -106,8 +106,9 @@ class ImportanceTracker:
             ]
 
     def detach(self) -> None:
-        """Remove the hooks; what was measured stays."""
+        """Remove the hooks; what was measured stays, and no activation does."""
         self.active = False
+        self._forget_pass()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -151,12 +152,16 @@ class ImportanceTracker:
         with self._sums.sync_context():
             return (self._sums.total / self._sums.tokens).tolist(), self._sums.tokens.tolist()
 
-    def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new forward pass of the model: take its padding mask, and let every branch count once again."""
+    def _forget_pass(self) -> None:
+        """Let go of every tensor of the last forward pass, which an error may have cut short."""
         self._seen.clear()
         self._x.clear()
-        self._block_sum = None
-        if not self.active:
+        self._block_sum = self._mask = None
+
+    def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A new forward pass of the model: take its padding mask, and let every branch count once again."""
+        self._forget_pass()
+        if not self.active or probing():
             return
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         mask = {**bound, **bound.get("kwargs", {})}.get("attention_mask")
@@ -164,14 +169,17 @@ class ImportanceTracker:
 
     def _enter_branch(self, index: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
         # gradient checkpointing runs every block twice: only the first time counts
-        if self.active and index not in self._seen:
+        if self.active and index not in self._seen and not probing():
             self._x[index] = first_tensor(args, kwargs).detach()
 
     def _leave_branch(self, index: int, branch: Branch, _module: nn.Module, _args: Any, output: Any) -> None:
-        if not self.active or index in self._seen:
+        if not self.active or index in self._seen or probing():
             return
         self._seen.add(index)
         x = self._x.pop(index)
+        if self._mask is not None and x.ndim == 3:
+            # decoding from a cache: the mask covers the past, too
+            self._mask = self._mask[:, -x.shape[1] :]
         b = (output[0] if isinstance(output, tuple) else output).detach()
         if self._sums.device != x.device:
             self._sums.to(x.device)
@@ -195,4 +203,5 @@ def _model_inputs(batch: Any, body: nn.Module) -> dict[str, Any]:
         raise CalibrationError(
             f"A batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got {describe(batch)}."
         )
-    return select(inputs, inspect.signature(body.forward).parameters, next(body.parameters()).device)
+    names = set(inspect.signature(body.forward).parameters) - {"use_cache"}
+    return select(inputs, names, next(body.parameters()).device)

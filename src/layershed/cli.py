@@ -200,8 +200,9 @@ def _quiet() -> Iterator[None]:
             log.addFilter(_worth_saying)
         # two cores: more loader processes than the one would only compete with training
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning 2.6 calls what torch 2.13 deprecates
+        # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli|jsonargparse")
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ from layershed.quality import Quality, evaluate_quality
 from layershed.report import summary_table, write_report
 from layershed.selection import check_selection, select_sublayers
 from layershed.speed import check_room, measure_speed
-from layershed.surgery import bypass, dropped_sublayers
+from layershed.surgery import bypass, dense, dropped_sublayers
 
 
 class TrainerError(LayershedError, ValueError):
@@ -82,11 +82,14 @@ class Trainer(pl.Trainer):
         _check_scoring(metric, batches)
         console, folder = Console(), _prepare(self, model, datamodule)
         scores = _score(self, model, datamodule, metric, batches, folder)
-        importance_heatmap(_points(scores)).savefig(folder / "importance.png", dpi=150)
+        figure = importance_heatmap(_points(scores))
+        for axes in figure.axes:  # one measurement, and no training whose steps an axis could show
+            axes.set(xlabel="", xticks=[])
+        figure.suptitle(f"{_name(model)}: importance ({metric})", fontsize=11)
+        figure.savefig(folder / "importance.png", dpi=150)
         console.print(_table(scores))
-        console.print(
-            f"Written: {folder}/importance.csv, importance.png", soft_wrap=True, highlight=False, markup=False
-        )
+        console.print(f"#1 is the most redundant and would go first; measured over {scores.tokens:,} tokens.")
+        _tell(console, Importances=folder / "importance.csv", Picture=folder / "importance.png")
         return scores
 
     def prune(
@@ -129,6 +132,8 @@ class Trainer(pl.Trainer):
         speed_settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
         check_room(model.model, batch_size=1, **speed_settings)
         _check_output(_run_directory(self) / output)
+        with dense(model):
+            pass  # a model that was loaded without some of its sublayers has nothing to be compared with
         everything = find_sublayers(model)
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         select_sublayers(equal, scope, count=count, ratio=ratio, protect=protect)
@@ -146,11 +151,10 @@ class Trainer(pl.Trainer):
         plan = earlier + plan
         plan.save(folder / "drop_plan.json")
         saved = save_pretrained(model, folder / output, plan=plan, tokenizer=datamodule.tokenizer)
-        name = str(model.hparams.get("pretrained") or type(model.model).__name__)
-        record = RunRecord(name, importance=_points(scores), plan=plan, quality=quality, speed=speed)
+        record = RunRecord(_name(model), importance=_points(scores), plan=plan, quality=quality, speed=speed)
         report = write_report(record, folder / "report.html")
         console.print(summary_table(record))
-        console.print(f"Model: {saved}\nReport: {report}", soft_wrap=True, highlight=False, markup=False)
+        _tell(console, Model=saved, Report=report)
         return plan
 
 
@@ -215,6 +219,15 @@ def _score(
 def _quality(trainer: pl.Trainer, model: CausalLM, data: TextData, batches: int, when: str) -> Quality:
     with trainer.precision_plugin.forward_context():
         return evaluate_quality(model, _watched(data.val_dataloader(), batches, f"Measuring quality {when}"))
+
+
+def _name(model: CausalLM) -> str:
+    return str(model.hparams.get("pretrained") or type(model.model).__name__)
+
+
+def _tell(console: Console, **written: Path) -> None:
+    for what, path in written.items():
+        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _watched(loader: Any, batches: int, what: str) -> Iterable[Any]:

@@ -33,7 +33,6 @@ class ImportanceMetric(Metric):
     def __init__(self, num_branches: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # float64: millions of tokens of 1e-6 each would be lost in a float32 sum
-        self.set_dtype(torch.float64)
         self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -56,7 +55,7 @@ class ImportanceMetric(Metric):
             self.tokens[index] += counts.sum()
 
     def compute(self) -> Tensor:
-        """Mean importance per branch, shape (num_branches,); NaN for a branch that saw no token."""
+        """Mean importance per branch, shape (num_branches,), or a scalar for one; NaN where no token was seen."""
         return self.total / self.tokens
 
 
@@ -67,7 +66,7 @@ class CosineImportance(ImportanceMetric):
         >>> metric = CosineImportance()
         >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]]))
         >>> metric.compute()
-        tensor([1.], dtype=torch.float64)
+        tensor(1., dtype=torch.float64)
     """
 
     function = staticmethod(cosine_importance)

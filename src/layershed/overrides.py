@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class ZeroBranch:
         layer_idx: The module's slot in the KV cache, or None.
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
         frozen: Names of the module's parameters that were trainable before.
+        own: Attributes of the instance that the override hides, such as a forward that accelerate put there.
     """
 
     sublayer: Sublayer
@@ -35,6 +36,7 @@ class ZeroBranch:
     layer_idx: int | None
     materialize: bool
     frozen: tuple[str, ...] = ()
+    own: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shape of the hidden states, in the form that the module returns; advances the KV cache."""
@@ -53,10 +55,12 @@ class PassThrough:
     Args:
         sublayer: The bypassed sublayer.
         frozen: Names of the module's parameters that were trainable before.
+        own: Attributes of the instance that the override hides.
     """
 
     sublayer: Sublayer
     frozen: tuple[str, ...] = ()
+    own: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states that came in."""
@@ -74,6 +78,7 @@ class _Note:
 
 
 Override = ZeroBranch | PassThrough
+_HIDDEN = ("forward", "extra_repr")
 
 
 class RemovedModule(nn.Module):
@@ -138,7 +143,7 @@ def uninstall(module: nn.Module) -> None:
     override = override_of(module)
     if override is None:
         return
-    _clear(module)
+    _clear(module, override)
     for name in override.frozen:
         module.get_parameter(name).requires_grad_(True)
 
@@ -161,8 +166,8 @@ def overridden(model: nn.Module) -> Iterator[tuple[nn.Module, Override]]:
 def lifted(model: nn.Module) -> Iterator[None]:
     """Within the context every forward is the original one; what was trainable is not changed."""
     carried = list(overridden(model))
-    for module, _ in carried:
-        _clear(module)
+    for module, override in carried:
+        _clear(module, override)
     try:
         yield
     finally:
@@ -172,10 +177,12 @@ def lifted(model: nn.Module) -> Iterator[None]:
 
 def _set(module: nn.Module, override: Override) -> None:
     # through __dict__: nn.Module's own __setattr__ is slow, and mypy rightly forbids assigning a method
+    override.own = {name: module.__dict__[name] for name in _HIDDEN if name in module.__dict__}
     module.__dict__["forward"] = override
     module.__dict__["extra_repr"] = _Note("bypassed")
 
 
-def _clear(module: nn.Module) -> None:
-    del module.__dict__["forward"]
-    del module.__dict__["extra_repr"]
+def _clear(module: nn.Module, override: Override) -> None:
+    for name in _HIDDEN:
+        del module.__dict__[name]
+    module.__dict__.update(override.own)

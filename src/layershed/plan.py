@@ -182,9 +182,10 @@ class DropPlan:
             PlanError: If the text is not JSON, or not a drop plan.
         """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"Drop plan: not JSON ({error}).") from None
+        return cls.from_dict(content)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as a JSON file."""
@@ -217,6 +218,13 @@ def _typed(value: object, kind: type, where: str) -> Any:
     return value
 
 
+def _number(value: object, where: str) -> float:
+    try:
+        return float(_typed(value, float if isinstance(value, float) else int, where))
+    except OverflowError:
+        raise PlanError(f"Drop plan: {where} is too large to be a number.") from None
+
+
 def _drop_from(entry: object) -> Drop:
     fields = _typed(entry, dict, "an entry of drops")
     block = _typed(fields.get("block"), int, "block")
@@ -226,6 +234,6 @@ def _drop_from(entry: object) -> Drop:
     score, step = fields.get("score"), fields.get("step")
     return Drop(
         Sublayer(block, cast(Kind, kind), path),
-        None if score is None else float(_typed(score, float if isinstance(score, float) else int, "score")),
+        None if score is None else _number(score, "score"),
         None if step is None else _typed(step, int, "step"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from layershed.overrides import first_tensor, lifted
 from layershed.plan import Kind
 
 _TOKENS = 4
+_PROBING: ContextVar[bool] = ContextVar("layershed_probing", default=False)
 
 
 @dataclass
@@ -97,7 +99,7 @@ def run_probe(transformer: PreTrainedModel, cores: Mapping[str, Mapping[str, Kin
     """
     symbolic = any(parameter.is_meta for parameter in transformer.parameters())
     probe = Probe(symbolic)
-    with torch.no_grad(), lifted(transformer), evaluating(transformer):
+    with _marked(), torch.no_grad(), lifted(transformer), evaluating(transformer):
         with ExitStack() as hooks:
             for block, paths in cores.items():
                 for handle in _watch_block(probe, transformer, block, paths):
@@ -115,6 +117,20 @@ def run_probe(transformer: PreTrainedModel, cores: Mapping[str, Mapping[str, Kin
             if cores[trace.block][trace.path] == "mlp":
                 trace.tokenwise = symbolic or _is_tokenwise(transformer.get_submodule(trace.path), trace.read)
     return probe
+
+
+def probing() -> bool:
+    """Whether the running forward pass is a probe: its branches are random values that nobody should measure."""
+    return _PROBING.get()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    token = _PROBING.set(True)
+    try:
+        yield
+    finally:
+        _PROBING.reset(token)
 
 
 @contextmanager

@@ -47,9 +47,10 @@ def select_sublayers(
         raise SelectionError(f"select_sublayers(scope={scope!r}): none of the {len(scores)} scores are of that scope.")
     number = count if count is not None else math.floor((ratio or 0) * len(groups) + 1e-9)
     if number < 1:
+        least = f"the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}"
         raise SelectionError(
             f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
-            f"dropped; the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}."
+            f"dropped; {least if len(groups) > 1 else 'give count=1'}."
         )
     kept = protected_sublayers(scores, protect)
     free = [group for group in groups if kept.isdisjoint(group[1])]

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from layershed.data import TextData
 from layershed.module import CausalLM
@@ -119,6 +119,13 @@ def sequences(count, seed=0):
     start, stride = (torch.randint(1, 9, (count, 1), generator=generator) for _ in range(2))
     rows = (start + stride * torch.arange(TOKENS)) % 90 + 3
     return [{"input_ids": row, "labels": row} for row in rows]
+
+
+class Lengthless(IterableDataset):
+    """Sequences that come one after the other, nobody knows how many."""
+
+    def __iter__(self):
+        return iter(sequences(6, seed=100))
 
 
 def loader(batches=6, seed=0, **kwargs):

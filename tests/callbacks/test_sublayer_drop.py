@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from layershed.callbacks import SublayerDrop
 from layershed.errors import (
@@ -37,7 +37,6 @@ from tests.callbacks.conftest import (
     loader,
     ranked,
     same,
-    sequences,
     state_of,
     val_loader,
 )
@@ -185,7 +184,9 @@ def test_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path
     fit_foreign(make_trainer(drop, max_steps=6, csv=True))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
         logged = list(csv.DictReader(file))
-    steps = {when: [int(row["step"]) for row in logged if row[f"drop/loss_{when}"]] for when in ("before", "after", "end")}
+    steps = {
+        when: [int(row["step"]) for row in logged if row[f"drop/loss_{when}"]] for when in ("before", "after", "end")
+    }
     assert steps == {"before": [2], "after": [2, 4], "end": [6]}
 
 
@@ -240,114 +241,6 @@ def test_dropped_weights_stay_as_they_were_and_the_others_learn(make_trainer):
     assert not any(torch.equal(at_drop[name], value) for name, value in at_end.items())
     assert loss.seen[-1][1] < 0.7 * loss.seen[10][1]
     assert drop.quality["end"].loss < drop.quality["after"].loss
-
-
-SPLITS = {"running": "running", "train": "train", "val": "val"}
-
-
-class Noisy(torch.utils.data.Dataset):
-    """Draws from the global random state for every item, as an augmentation does."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        torch.rand(3)
-        return self.items[index]
-
-
-def shuffled(batches=6, seed=0, **kwargs):
-    return DataLoader(Noisy(sequences(2 * batches, seed)), batch_size=2, shuffle=True, **kwargs)
-
-
-@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
-@pytest.mark.parametrize("calibrate_on", ["running", "train", "val"])
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_measuring_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
-    """A run that measures much and one that measures little train alike, with dropout and shuffling."""
-
-    class DropThese(SublayerDrop):
-        """Decides nothing by its scores: both runs must drop the same whatever they have measured."""
-
-        def _scores(self, trainer, pl_module):
-            scores = super()._scores(trainer, pl_module)
-            for sublayer in scores:
-                scores[sublayer] = float(sublayer.block)
-            return scores
-
-    class Losses(pl.Callback):
-        def __init__(self):
-            self.seen = []
-
-        def on_validation_end(self, trainer, pl_module):
-            self.seen.append(trainer.callback_metrics["val_loss"].item())
-
-    states = []
-    for name, how, batches in (("little", "running", 0), ("much", calibrate_on, 4)):
-        drop = DropThese(4, count=2, calibrate_on=how, calibration_batches=3, quality_batches=batches)
-        losses = Losses()
-        trainer = make_trainer(drop, losses, max_steps=12, name=name, limit_val_batches=2)
-        own = [torch.Generator().manual_seed(i) if own_generator else None for i in (1, 2)]
-        module = Foreign(attention_dropout=0.2)
-        torch.manual_seed(7)
-        trainer.fit(module, shuffled(generator=own[0]), shuffled(seed=9, generator=own[1]))
-        states.append((state_of(trainer, module), torch.get_rng_state(), losses.seen))
-        assert len(losses.seen) == 2
-    assert same(states[0], states[1])
-
-
-def test_stateful_loader_keeps_its_position(make_trainer, text_data):
-    """Our own data: calibrating on the training split in mid-epoch reads the data beside the loader."""
-    states = []
-    for name, how, batches in (("little", "running", 0), ("much", "train", 4)):
-        drop = SublayerDrop(3, scope="mlp", count=4, calibrate_on=how, calibration_batches=8, quality_batches=batches)
-        trainer = make_trainer(drop, max_steps=12, name=name)
-        module = causal_lm(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-        trainer.fit(module, datamodule=text_data())
-        states.append(state_of(trainer, module))
-    assert same(states[0], states[1])
-
-
-class Lengthless(IterableDataset):
-    def __iter__(self):
-        return iter(sequences(6, seed=100))
-
-
-@pytest.mark.parametrize("kind", ["iterable", "list", "dict", "none", "no limit"])
-def test_any_shape_of_validation_loaders(make_trainer, kind):
-    """Quality is measured on the first loader, and left out where there is none."""
-    loaders = {
-        "iterable": DataLoader(Lengthless(), batch_size=2),
-        "list": [val_loader(), loader(2, seed=5)],
-        "dict": {"a": val_loader(), "b": loader(2, seed=5)},
-        "none": None,
-        "no limit": val_loader(),
-    }
-
-    class Any(Foreign):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            pass
-
-    class Never(Foreign):
-        validation_step = pl.LightningModule.validation_step
-
-    module = (Never if kind == "none" else Any)()
-    drop = SublayerDrop(2, count=2, quality_batches=2)
-    limits = {"limit_val_batches": 0} if kind == "no limit" else {}
-    make_trainer(drop, max_steps=4, **limits).fit(module, loader(), loaders[kind])
-    if kind in ("none", "no limit"):
-        assert drop.quality == {}
-        return
-    hand = HandRun()
-    for step in hand.train(itertools.islice(loader(), 2)):
-        if step == 2:
-            loss, accuracy = hand.quality(itertools.islice(val_loader(), 2))
-    assert drop.quality["before"].loss == pytest.approx(loss, rel=1e-5)
-    assert drop.quality["before"].accuracy == pytest.approx(accuracy, abs=1e-6)
-    assert set(drop.quality) == {"before", "after", "end"}
 
 
 def refused(make_trainer, make_drop, error, match, **kwargs):

@@ -1,0 +1,126 @@
+"""Export: the folder is the model that was trained, whoever dropped what."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from layershed import load_pretrained
+from layershed.callbacks import Export, SublayerDrop
+from layershed.discovery import find_sublayers
+from layershed.export import load_plan
+from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, restore
+from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, val_loader
+
+
+def logits_by_hand(net, dropped=(), **overrides):
+    """Of a model with these weights whose dropped branches are multiplied by zero."""
+    hand = HandRun(**overrides)
+    hand.module.net.load_state_dict(net.state_dict())
+    hand.drop(list(dropped))
+    return logits(hand.module.net)
+
+
+def logits(net):
+    net.eval()
+    with torch.no_grad():
+        return torch.cat([net(input_ids=batch["input_ids"]).logits for batch in val_loader()])
+
+
+class ByHand(pl.Callback):
+    """Bypasses these sublayers after the second step."""
+
+    def __init__(self, *indices):
+        self.indices = indices
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2:
+            found = find_sublayers(pl_module)
+            bypass(pl_module, [found[index] for index in self.indices])
+
+
+def test_folder_holds_the_dropped_model_its_plan_and_its_tokenizer(make_trainer, tmp_path, text_data):
+    drop = SublayerDrop(3, count=3)
+    module = causal_lm()
+    make_trainer(drop, Export(), csv=True, max_steps=6).fit(module, datamodule=text_data())
+    folder = tmp_path / "run" / "pruned"
+    keys = [(s.block, s.kind) for s in drop.plan]
+    loaded = load_pretrained(folder)
+    assert torch.equal(logits(loaded), logits_by_hand(module.model, keys, vocab_size=259, eos_token_id=1))
+    assert load_plan(folder) == drop.plan
+    scores = [entry["score"] for entry in json.loads((folder / "drop_plan.json").read_text())["drops"]]
+    assert scores == sorted(scores)
+    assert len(scores) == 3
+    text = "two plus two é"
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == [byte + 3 for byte in text.encode()] + [1]
+    # fewer weights in the folder, and all of them still in the module
+    kept = sum(parameter.numel() for parameter in loaded.parameters())
+    assert kept < sum(parameter.numel() for parameter in module.model.parameters())
+    assert len(bypassed_sublayers(module)) == 3
+    restore(module)
+    assert torch.equal(logits(module.model), logits_by_hand(module.model, vocab_size=259, eos_token_id=1))
+
+
+def test_alone_in_a_foreign_module_it_writes_an_ordinary_folder(make_trainer, tmp_path):
+    module = fit_foreign(make_trainer(Export("saved"), max_steps=3))
+    folder = tmp_path / "run" / "saved"
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits_by_hand(module.net))
+    assert torch.equal(logits(load_pretrained(folder)), logits_by_hand(module.net))
+    assert not (folder / "drop_plan.json").exists()
+    assert not (folder / "tokenizer_config.json").exists()
+
+
+def test_a_bypass_by_hand_is_exported_with_a_plan_without_scores(make_trainer, tmp_path):
+    target = tmp_path / "elsewhere"
+    module = fit_foreign(make_trainer(ByHand(0, 3), Export(str(target)), max_steps=4))
+    keys = [(0, "attention"), (1, "mlp")]
+    loaded = load_pretrained(target)
+    assert torch.equal(logits(loaded), logits_by_hand(module.net, keys))
+    assert [(s.block, s.kind) for s in dropped_sublayers(loaded)] == keys
+    assert [(entry.sublayer.name, entry.score) for entry in load_plan(target).drops] == [
+        ("attention.0", None),
+        ("mlp.1", None),
+    ]
+
+
+def test_a_bypass_by_hand_beside_the_callback_is_exported_too(make_trainer, tmp_path):
+    drop = SublayerDrop(3, "mlp", count=1, quality_batches=0)
+    module = fit_foreign(make_trainer(ByHand(0), drop, Export(), max_steps=5))
+    keys = [(0, "attention"), *((s.block, s.kind) for s in drop.plan)]
+    assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
+
+
+def test_another_runs_plan_in_the_same_directory_is_not_taken(make_trainer, tmp_path):
+    """Without a logger every run has the same directory; the second export replaces the first."""
+    fit_foreign(make_trainer(SublayerDrop(2, count=2, quality_batches=0), Export(), max_steps=3))
+    assert (tmp_path / "run" / "drop_plan.json").exists()
+    module = fit_foreign(make_trainer(Export(), max_steps=3))
+    folder = tmp_path / "run" / "pruned"
+    assert torch.equal(logits(load_pretrained(folder)), logits_by_hand(module.net))
+    assert not (folder / "drop_plan.json").exists()
+
+
+def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
+    class Two(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.other = Foreign(num_hidden_layers=2).net.requires_grad_(False)
+
+    drop = SublayerDrop(2, count=2, quality_batches=0, transformer="net")
+    module = fit_foreign(make_trainer(drop, Export(transformer="net"), max_steps=3), Two())
+    keys = [(s.block, s.kind) for s in drop.plan]
+    assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2"])
+def test_another_architecture_is_exported_as_exactly(make_trainer, tmp_path, model_type):
+    class Other(Foreign):
+        def __init__(self):
+            super().__init__(model_type=model_type)
+
+    drop = SublayerDrop(2, count=2, quality_batches=0)
+    module = fit_foreign(make_trainer(drop, Export(), max_steps=4), Other())
+    assert len(drop.plan) == 2
+    assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits(module.net))

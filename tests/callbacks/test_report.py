@@ -1,0 +1,205 @@
+"""Report: the page and the table say what the run logged, whichever callbacks there were."""
+
+import csv
+from html.parser import HTMLParser
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import layershed.report
+from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from tests.callbacks.conftest import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
+
+
+class Page(HTMLParser):
+    """The rows of a page's tables, the alternative texts of its pictures, and all its text."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.rows, self.pictures, self.text, self.inside = [], [], "", False
+        self.feed((folder / "report.html").read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+            self.inside = True
+        if tag == "img":
+            self.pictures.append(dict(attributes)["alt"])
+
+    def handle_endtag(self, tag):
+        if tag in ("th", "td"):
+            self.inside = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self.inside:
+            self.rows[-1][-1] += data
+
+    @property
+    def table(self):
+        return {row[0]: row[1:] if len(row) > 2 else row[1] for row in self.rows if len(row) > 1}
+
+
+def quality(trainer, when):
+    loss, accuracy = (trainer.callback_metrics[f"drop/{what}_{when}"].item() for what in ("loss", "accuracy"))
+    return f"{loss:.4f} (next-token accuracy {100 * accuracy:.1f} %)"
+
+
+def column(folder, name):
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_page_and_table_hold_the_runs_own_figures(make_trainer, tmp_path, capsys, order):
+    speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=2)
+    drop = SublayerDrop(4, count=3, quality_batches=2)
+    callbacks = [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular"), drop, speed, Report(every_n_steps=2)]
+    trainer = make_trainer(*callbacks[::order], csv=True, max_steps=8, val_check_interval=3)
+    fit_foreign(trainer)
+    printed = " ".join(capsys.readouterr().out.split())
+    page = Page(tmp_path / "run")
+    wanted = {
+        "Validation loss before the drop": quality(trainer, "before"),
+        "Validation loss right after the drop": quality(trainer, "after"),
+        "Validation loss at the end": quality(trainer, "end"),
+    }
+    for label, value in wanted.items():
+        assert page.table[label] == value
+        assert f"{label} {value}" in printed
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in printed
+    counts = {kind: sum(s.kind == kind for s in drop.plan) for kind in ("attention", "mlp")}
+    assert page.table["Sublayers dropped"] == ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    for phase, row in (("prefill", "Prefill"), ("decode", "Decode")):
+        speedup = trainer.callback_metrics[f"speed/{phase}_speedup"].item()
+        assert page.table[row][2].startswith(f"×{speedup:.2f}")
+    names = {"attention": "Attention", "mlp": "MLP"}
+    for index, entry in enumerate(drop.plan.drops, start=1):
+        block, kind, score, step = page.table[str(index)]
+        assert (block, kind.lower(), step) == (str(entry.sublayer.block), names[entry.sublayer.kind].lower(), "4")
+        assert float(score) == pytest.approx(entry.score, rel=6e-3)
+    heatmaps = [alt for alt in page.pictures if alt.startswith("Heat map")]
+    assert any("(cosine)" in alt and "4 times from step 2 to step 8" in alt for alt in heatmaps)
+    assert any("(angular)" in alt and "2 times from step 3 to step 6" in alt for alt in heatmaps)
+    (curve,) = [alt for alt in page.pictures if alt.startswith("Training loss")]
+    train, val = column(tmp_path / "run", "train_loss"), column(tmp_path / "run", "val_loss")
+    assert f"Training loss: {train[1]:.4f} at step 2, {train[7]:.4f} at step 8." in curve
+    end = trainer.callback_metrics["drop/loss_end"].item()
+    assert f"Validation loss: {val[0]:.4f} at step 3, {end:.4f} at step 8." in curve
+    assert "Not in this report" not in page.text
+
+
+def points(report):
+    return [(point.step, point.split, point.loss) for point in report._losses]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_losses_around_the_drop_stand_at_its_step(make_trainer, order):
+    report = Report(every_n_steps=100)
+    drop = SublayerDrop(3, count=3, quality_batches=2)
+    trainer = make_trainer(*[drop, report][::order], max_steps=5, limit_val_batches=2)
+    fit_foreign(trainer)
+    values = [trainer.callback_metrics[f"drop/loss_{when}"].item() for when in ("before", "after", "end")]
+    assert points(report) == [(step, "val", value) for step, value in zip((3, 3, 5), values, strict=True)]
+
+
+def test_alone_in_a_foreign_module(make_trainer, tmp_path, capsys):
+    report = Report(every_n_steps=3)
+    trainer = make_trainer(report, csv=True, max_steps=12)
+    fit_foreign(trainer)
+    page = Page(tmp_path / "run")
+    assert page.table == {"Sublayers dropped": "nothing was dropped"}
+    assert "LlamaForCausalLM" in page.text
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    train, val = column(tmp_path / "run", "train_loss"), column(tmp_path / "run", "val_loss")
+    assert points(report) == [
+        (3, "train", pytest.approx(train[2])),
+        (6, "train", pytest.approx(train[5])),
+        (6, "val", pytest.approx(val[0])),
+        (9, "train", pytest.approx(train[8])),
+        (12, "train", pytest.approx(train[11])),
+        (12, "val", pytest.approx(val[1])),
+    ]
+    for missing in ("RedundancyMonitor", "SpeedMonitor", "SublayerDrop"):
+        assert missing in page.text
+
+
+class NoTransformer(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.line(batch).square().mean()
+        self.log("mine", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_without_a_transformer_and_with_other_names(make_trainer, tmp_path):
+    reports = []
+    for name, arguments in (("default", {}), ("named", {"train_loss": "mine", "title": "A <line>"})):
+        report = Report(every_n_steps=1, **arguments)
+        make_trainer(report, name=name, max_steps=2).fit(NoTransformer(), DataLoader(torch.ones(4, 2), batch_size=2))
+        reports.append(report)
+    assert points(reports[0]) == []
+    assert [step for step, _, _ in points(reports[1])] == [1, 2]
+    assert "NoTransformer" in Page(tmp_path / "default").text
+    assert "A <line>" in Page(tmp_path / "named").text
+
+
+@pytest.mark.parametrize(("order", "cuts"), [(1, (3, 4, 9)), (-1, (4,))])
+def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, monkeypatch, order, cuts):
+    """Cut before the drop, at it, and behind it and a validation; what Report could not see yet it sees afterwards."""
+    # painting is what takes the time, and the alternative texts say what is painted
+    monkeypatch.setattr(layershed.report, "_image", lambda _figure: layershed.report._Image("", 1, 1))
+
+    def run(name, ckpt_path=None):
+        report = Report(every_n_steps=2)
+        callbacks = [SublayerDrop(4, count=2, quality_batches=2), RedundancyMonitor(2), report][::order]
+        saves = [Save(tmp_path / f"{at}.ckpt", at) for at in cuts]
+        make_trainer(*callbacks, *saves, name=name, max_steps=12).fit(
+            causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path
+        )
+        page = Page(tmp_path / name)
+        return sorted(points(report)), page.table, page.pictures
+
+    whole = run("whole")
+    assert len(whole[0]) == 6 + 1 + 3
+    for at in cuts:
+        assert run(f"resumed-{at}", tmp_path / f"{at}.ckpt") == whole
+        state = torch.load(tmp_path / f"{at}.ckpt", weights_only=True)["callbacks"]["Report"]
+        assert len(state["losses"]) < len(whole[0])
+
+
+def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer, tmp_path):
+    speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1)
+    fit_foreign(make_trainer(RedundancyMonitor(1), SublayerDrop(2, count=2), speed, max_steps=3))
+    assert {"importance.csv", "drop_plan.json", "speed.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    fit_foreign(make_trainer(Report(), max_steps=3))
+    page = Page(tmp_path / "run")
+    assert page.table == {"Sublayers dropped": "nothing was dropped"}
+    assert not any(alt.startswith("Heat map") for alt in page.pictures)
+
+
+def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer):
+    report = Report(every_n_steps=1)
+    trainer = make_trainer(report, max_steps=3, accumulate_grad_batches=2, num_sanity_val_steps=1, limit_val_batches=1)
+    module = fit_foreign(trainer, train=loader(6))
+    before = points(report)
+    trainer.validate(module, val_loader(), verbose=False)
+    assert [(step, split) for step, split, _ in before] == [(1, "train"), (2, "train"), (3, "train"), (3, "val")]
+    assert points(report) == before
+
+
+def test_another_module_of_ours_is_named_after_its_source(make_trainer, tmp_path):
+    module = Foreign()
+    module.net.config.name_or_path = "somebody/llama"
+    fit_foreign(make_trainer(Report(), max_steps=1), module)
+    assert "somebody/llama" in Page(tmp_path / "run").text
