@@ -44,7 +44,10 @@ def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
 
 def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
     """A second, sequential reader of a train loader's data: iterating the loader itself would move its position."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    # with a batch sampler of its own (Lightning gives torchdata's loader one) a loader leaves its batch size to it
+    batching = getattr(loader, "batch_sampler", None) or loader
+    size = getattr(batching, "batch_size", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
         raise CalibrationError(
             "calibrate_on='train' needs a DataLoader over a map-style dataset; use 'running' or 'val'."
         )
@@ -53,10 +56,10 @@ def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
     )
     again = DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size,
+        batch_size=size,
         sampler=sampler,
         collate_fn=loader.collate_fn,
-        drop_last=loader.drop_last,
+        drop_last=getattr(batching, "drop_last", False),
     )
     return _isolated(again)
 

@@ -133,6 +133,11 @@ def test_a_module_that_holds_several_is_told_which(llama):
     check(evaluate_quality(holder, batches, name="student"), plain_quality(llama, rows_of(batches)))
 
 
+def test_bare_token_ids_are_a_batch_without_padding(llama):
+    batch = make_batch(0, 2, 6)
+    check(evaluate_quality(llama, [batch["input_ids"]]), plain_quality(llama, rows_of([batch])))
+
+
 def test_other_entries_of_a_batch_are_left_alone(llama):
     batch = make_batch(0, 2, 6)
     noisy = {**batch, "text": ["a", "b"], "token_type_ids": torch.zeros(2, 6)}

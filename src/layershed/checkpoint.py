@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from layershed.discovery import find_transformer
 from layershed.errors import CheckpointError, PlanError
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan
@@ -59,12 +60,15 @@ def apply_dropped(checkpoint: Mapping[str, Any], model: nn.Module, *, name: str 
         CheckpointError: If the checkpoint drops what this model does not have.
     """
     content = checkpoint.get(CHECKPOINT_KEY)
-    wanted = tuple(DropPlan.from_dict(content)) if content is not None else ()
-    if set(wanted) == set(bypassed_sublayers(model)):
-        return
-    restore(model)
-    if wanted:
-        try:
-            bypass(model, wanted, name=name)
-        except PlanError as error:
-            raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
+    try:
+        wanted = set(DropPlan.from_dict(content)) if content is not None else set()
+        if wanted == set(bypassed_sublayers(model)):
+            return
+        transformer = find_transformer(model, name=name)
+        others = set(bypassed_sublayers(transformer)) - wanted
+        if wanted:
+            bypass(transformer, wanted)
+    except PlanError as error:
+        raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
+    if others:
+        restore(transformer, others)

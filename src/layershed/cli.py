@@ -58,7 +58,14 @@ _TRAINING_FREE = {
 }
 # Where Lightning talks, and what of it nobody needs: advertisements, echoes of the config, hardware that is not there.
 _LOGS = ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero")
-_CHATTER = ("Tip: For seamless", "Seed set to", "GPU available: False", "TPU available: False", "`Trainer(limit_")
+_CHATTER = (
+    "Tip: For seamless",
+    "Seed set to",
+    "GPU available: False",
+    "TPU available: False",
+    "`Trainer(limit_",
+    "Loading `train_dataloader` to estimate",
+)
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 

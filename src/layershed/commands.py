@@ -222,7 +222,8 @@ def _quality(trainer: pl.Trainer, model: CausalLM, data: TextData, batches: int,
 
 
 def _name(model: CausalLM) -> str:
-    return str(model.hparams.get("pretrained") or type(model.model).__name__)
+    source = str(model.hparams.get("pretrained") or type(model.model).__name__)
+    return Path(source).stem if source.endswith(".gguf") else source
 
 
 def _tell(console: Console, **written: Path) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layershed.discovery import find_sublayers, find_transformer
-from layershed.errors import ExportError, PlanError, UnprovenStructureError
+from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.plan import DropPlan, Sublayer
-from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_skipped, remove
+from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_skipped, remove, removed_sublayers
 
 PLAN_FILE = "drop_plan.json"
 
@@ -58,7 +59,7 @@ def save_pretrained(
             f"({', '.join(s.name for s in dropped) or 'none'}); they must be the same."
         )
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    if folder.exists() and not _may_be_replaced(folder):
         raise ExportError(f"save_pretrained: {str(folder)!r} exists and holds no saved model; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
@@ -68,9 +69,7 @@ def save_pretrained(
             plan.save(fresh / PLAN_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        if folder.exists():
-            folder.rename(Path(beside) / "previous")
-        fresh.rename(folder)
+        _swap(fresh, folder, Path(beside) / "previous")
     return folder
 
 
@@ -94,9 +93,16 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = load_config(folder)
     model_class = _model_class(config)
-    model, report = _skipping(model_class).from_pretrained(
-        folder, config=config, output_loading_info=True, use_safetensors=True, **{"dtype": "auto", **kwargs}
-    )
+    # mismatched shapes are reported then, and refused below
+    options = {"dtype": "auto", **kwargs, "ignore_mismatched_sizes": True}
+    try:
+        model, report = _skipping(model_class).from_pretrained(
+            folder, config=config, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"load_pretrained: {folder} has no readable safetensors weights ({_first_line(error)})."
+        ) from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(problem):
             found = sorted(map(str, report[problem]))
@@ -104,6 +110,9 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     model.__class__ = model_class
     try:
         find_sublayers(model)
+    except NoSublayersFoundError as error:
+        if not removed_sublayers(model):
+            raise ExportError(f"load_pretrained: {folder}: {error}") from None
     except UnprovenStructureError as error:
         raise ExportError(f"load_pretrained: {folder}: {error}") from None
     return model
@@ -117,10 +126,12 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if (Path(source) / "config.json").is_file():
+            raise ExportError(f"The config.json in {str(source)!r} is not valid ({_first_line(error)}).") from None
         raise ExportError(
-            f"{str(source)!r} is neither a folder with a config.json nor a model that the hub gives out ({reason})"
+            f"{str(source)!r} is neither a folder with a config.json nor a model that the hub gives out "
+            f"({_first_line(error)})."
         ) from None
 
 
@@ -139,6 +150,31 @@ def load_plan(folder: str | Path) -> DropPlan | None:
     return DropPlan.load(path) if path.is_file() else None
 
 
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether a path is an empty folder or a saved model."""
+    if not folder.is_dir():
+        return False
+    saved = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return saved or not any(folder.iterdir())
+
+
+def _swap(fresh: Path, folder: Path, previous: Path) -> None:
+    """Put a folder in place of another, or leave the other where it was."""
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(previous)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if replaced:
+            previous.rename(folder)
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: Path) -> None:
     left_out = dropped_parameter_names(transformer)
     config = copy.deepcopy(transformer.config)
@@ -154,10 +190,11 @@ def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
+    if names:
+        found = getattr(transformers, names[0], None)
+    else:
         found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)):
         raise ExportError(f"load_pretrained: the config names no model that transformers has (architectures: {names}).")
     return found
 

@@ -54,7 +54,8 @@ def evaluate_quality(
         MeasurementError: If the batches hold no token to predict, or the model gives no logits.
     """
     transformer = find_transformer(model, name=name)
-    loss, accuracy = MeanMetric().to(transformer.device), MeanMetric().to(transformer.device)
+    # torchmetrics would leave a NaN out of the mean
+    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(transformer.device) for _ in range(2))
     tokens = 0
     with evaluating(transformer), torch.no_grad():
         for batch in islice(batches, max_batches):

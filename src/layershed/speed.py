@@ -149,6 +149,12 @@ def measure_speed(
     check_room(transformer, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, runs=runs)
     if not bypassed_sublayers(transformer):
         raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare; bypass first.")
+    if warmup < 0:
+        raise MeasurementError(f"measure_speed(warmup={warmup}): it must not be negative.")
+    if transformer.get_output_embeddings() is None:
+        raise MeasurementError(
+            f"measure_speed: {type(transformer).__name__} gives no logits; decoding needs a language-model head."
+        )
     stopwatch = _Stopwatch(transformer, prompt_tokens, new_tokens, batch_size, clock)
     timings: dict[str, list[_Timing]] = {"dense": [], "dropped": []}
     with evaluating(transformer), torch.no_grad():

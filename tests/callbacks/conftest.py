@@ -191,7 +191,7 @@ def fit_foreign(trainer, module=None, train=None, val=None, **kwargs):
     """Fit a foreign module, from the same seed every time."""
     module = module or Foreign(**kwargs)
     torch.manual_seed(7)
-    trainer.fit(module, train or loader(), val or val_loader())
+    trainer.fit(module, loader() if train is None else train, val_loader() if val is None else val)
     return module
 
 

@@ -76,7 +76,7 @@ def test_page_and_table_hold_the_runs_own_figures(make_trainer, tmp_path, capsys
     assert page.table["Sublayers dropped"] == ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
     for phase, row in (("prefill", "Prefill"), ("decode", "Decode")):
         speedup = trainer.callback_metrics[f"speed/{phase}_speedup"].item()
-        assert page.table[row][2].startswith(f"×{speedup:.2f}")
+        assert page.table[row][2].startswith(f"\N{MULTIPLICATION SIGN}{speedup:.2f}")
     names = {"attention": "Attention", "mlp": "MLP"}
     for index, entry in enumerate(drop.plan.drops, start=1):
         block, kind, score, step = page.table[str(index)]

@@ -1,4 +1,4 @@
-"""SublayerDrop against a run by hand: what it drops and when, what it measures, and that training goes on as it should."""
+"""SublayerDrop against a run by hand: what it drops and when, what it measures, how training goes on and resumes."""
 
 import csv
 import itertools
@@ -29,6 +29,7 @@ from tests.callbacks.conftest import (
     HandRun,
     Interrupt,
     Interrupted,
+    Lengthless,
     Manual,
     Save,
     Watch,

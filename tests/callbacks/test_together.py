@@ -1,0 +1,268 @@
+"""All callbacks in one run: in any order, resumed, and on two ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from layershed import load_pretrained
+from layershed.callbacks import Export, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.surgery import bypassed_sublayers
+from tests.callbacks.conftest import (
+    BATCH,
+    Foreign,
+    HandRun,
+    Interrupt,
+    Interrupted,
+    Save,
+    causal_lm,
+    fit_foreign,
+    ranked,
+    same,
+    sequences,
+    state_of,
+    val_loader,
+)
+
+FILES = {"importance.csv", "drop_plan.json", "speed.json", "pruned", "report.html"}
+
+
+def every_callback():
+    return [
+        RedundancyMonitor(2),
+        SublayerDrop(3, count=2, every_n_steps=2, rounds=2, calibration_batches=2, quality_batches=2),
+        SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1),
+        Export(),
+        Report(every_n_steps=2),
+    ]
+
+
+def test_any_order_of_listing_gives_the_same_run(make_trainer, tmp_path):
+    runs = []
+    for number, order in enumerate([(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 4, 1, 0, 3)]):
+        callbacks = every_callback()
+        drop = callbacks[1]
+        trainer = make_trainer(*(callbacks[index] for index in order), name=str(number), max_steps=8)
+        module = fit_foreign(trainer, attention_dropout=0.2)
+        folder = tmp_path / str(number)
+        assert {path.name for path in folder.iterdir()} >= FILES
+        pruned = load_pretrained(folder / "pruned")
+        module.eval()
+        batch = next(iter(val_loader()))
+        with torch.no_grad():
+            assert torch.equal(pruned(input_ids=batch["input_ids"]).logits, module.predict_step(batch, 0))
+        importance = (folder / "importance.csv").read_text().splitlines()
+        # steps 3 and 5 drop, and are not measured: the rows do not depend on who comes first
+        assert {line.split(",")[0] for line in importance[1:]} == {"2", "4", "6", "8"}
+        runs.append((state_of(trainer, module), drop.plan, drop.quality, importance))
+        assert len(drop.plan) == 4
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
+
+
+def test_the_step_of_a_drop_is_measured_before_or_after_it(make_trainer, tmp_path):
+    """By the order of listing: in both cases over the training batch alone, not over what the drop reads."""
+
+    def run(name, *callbacks):
+        fit_foreign(make_trainer(*callbacks, name=name, max_steps=5))
+        lines = (tmp_path / name / "importance.csv").read_text().splitlines()[1:]
+        return {tuple(line.split(",")[:3]): line for line in lines}
+
+    def drop():
+        return SublayerDrop(4, count=2, calibrate_on="val", quality_batches=2)
+
+    plain = run("plain", RedundancyMonitor(4))
+    before = run("before", RedundancyMonitor(4), drop())
+    after = run("after", drop(), RedundancyMonitor(4))
+    assert before == plain
+    assert len(plain) == 12
+    assert len(after) in (9, 10)
+    assert after.items() < plain.items()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_a_resumed_run_ends_like_the_uninterrupted_one(make_trainer, tmp_path, text_data):
+    """Killed between the two rounds, in mid-epoch and between two measurements."""
+
+    def run(name, *callbacks, ckpt_path=None):
+        own = every_callback()
+        last = ModelCheckpoint(tmp_path / f"{name}-ckpt", save_last=True, every_n_train_steps=1)
+        trainer = make_trainer(*own, last, *callbacks, name=name, csv=True, enable_checkpointing=True, max_steps=10)
+        module = causal_lm()
+        trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
+        metrics = {name for name in trainer.callback_metrics if not name.startswith("val_")}
+        importance = (tmp_path / name / "importance.csv").read_text()
+        return state_of(trainer, module), own[1].plan, own[1].quality, importance, metrics
+
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("killed", Interrupt(4))
+    resumed = run("resumed", ckpt_path=tmp_path / "killed-ckpt" / "last.ckpt")
+    assert same(resumed, whole)
+    assert {path.name for path in (tmp_path / "resumed").iterdir()} >= FILES
+    assert {"speed/decode_speedup", "importance/attention_mean", "drop/loss_end"} <= whole[4]
+
+
+# Two ranks. Everything below runs in two processes of its own, and a reference in this one.
+
+STEPS, START, WINDOW = 7, 4, 3
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["loss"].item())
+
+
+def two_ranks(folder, calibrate_on):
+    """One rank's run, and the same resumed from within the window of calibration; saves what there is to compare."""
+    torch.set_num_threads(1)
+    results = {}
+    for name in ("whole", "resumed"):
+        drop = SublayerDrop(START, count=3, calibrate_on=calibrate_on, calibration_batches=WINDOW, quality_batches=2)
+        losses = Losses()
+        callbacks = [
+            RedundancyMonitor(2),
+            drop,
+            SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1),
+            Export(),
+            Report(every_n_steps=2),
+            losses,
+            Save(folder / "cut.ckpt", START - 1),
+        ]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp",
+            logger=False,
+            default_root_dir=folder / name,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            max_steps=STEPS,
+            callbacks=callbacks,
+        )
+        module = Foreign()
+        trainer.fit(
+            module,
+            # as many as the steps need; Lightning gives each rank every second sequence
+            StatefulDataLoader(sequences(2 * BATCH * STEPS), batch_size=BATCH),
+            val_loader(4),
+            ckpt_path=folder / "cut.ckpt" if name == "resumed" else None,
+        )
+        results[name] = {
+            "state": state_of(trainer, module),
+            "plan": drop.plan.to_dict(),
+            "quality": {when: (q.loss, q.accuracy) for when, q in drop.quality.items()},
+            "bypassed": [(s.block, s.kind) for s in bypassed_sublayers(module)],
+            "losses": losses.seen,
+        }
+    torch.save(results, folder / f"{calibrate_on}-{trainer.global_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks saved, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_together", str(folder)],
+            # as torchrun would start them
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    found = {
+        how: [torch.load(folder / how / f"{how}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for how in ("running", "train")
+    }
+    return folder, found
+
+
+@pytest.mark.parametrize("calibrate_on", ["running", "train"])
+def test_both_ranks_drop_the_same_and_hold_the_same_weights(ranks, calibrate_on):
+    _, found = ranks
+    first, second = (result["whole"] for result in found[calibrate_on])
+    assert same(first["state"], second["state"])
+    assert first["plan"] == second["plan"]
+    assert first["bypassed"] == second["bypassed"]
+    assert first["quality"] == second["quality"]
+    assert first["losses"] != second["losses"]  # they did see different data
+
+
+@pytest.mark.parametrize("calibrate_on", ["running", "train"])
+def test_two_ranks_are_one_run_over_the_batches_of_both(ranks, calibrate_on):
+    """By hand in one process: each step averages the gradients of both ranks' batches."""
+    _, found = ranks
+    items = sequences(2 * BATCH * STEPS)
+    batches = [
+        next(iter(torch.utils.data.DataLoader(items[rank::2][BATCH * step : BATCH * (step + 1)], batch_size=BATCH)))
+        for step in range(STEPS)
+        for rank in (0, 1)
+    ]
+    hand = HandRun(accumulate=2)
+    quality = {}
+    for step in hand.train(batches):
+        if step == START - WINDOW:
+            hand.seen()
+        if step == START:
+            running = hand.seen()
+            scores = running if calibrate_on == "running" else hand.importances(batches[: 2 * WINDOW])
+            quality["before"] = hand.quality(val_loader(4))
+            hand.drop(ranked(scores, "joint", 3))
+            quality["after"] = hand.quality(val_loader(4))
+    quality["end"] = hand.quality(val_loader(4))
+    result = found[calibrate_on][0]["whole"]
+    drops = result["plan"]["drops"]
+    assert [(entry["block"], entry["kind"]) for entry in drops] == hand.dropped
+    assert [entry["score"] for entry in drops] == pytest.approx([scores[key] for key in hand.dropped], rel=1e-4)
+    for when, (loss, accuracy) in quality.items():
+        assert result["quality"][when] == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy, abs=1e-6))
+    for name, weight in hand.module.state_dict().items():
+        torch.testing.assert_close(result["state"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("calibrate_on", ["running", "train"])
+def test_resumed_ranks_equal_uninterrupted_ones(ranks, calibrate_on):
+    """Cut within the window: every rank goes on with its own sums."""
+    folder, found = ranks
+    for result in found[calibrate_on]:
+        whole, resumed = result["whole"], result["resumed"]
+        assert resumed["losses"] == whole["losses"][START - 1 :]
+        assert same({**resumed, "losses": 0}, {**whole, "losses": 0})
+    written = [(folder / calibrate_on / name / "importance.csv").read_text() for name in ("whole", "resumed")]
+    assert written[0] == written[1]
+    assert len(written[0].splitlines()) > 1 + 2 * 12
+    for name in ("whole", "resumed"):
+        assert {path.name for path in (folder / calibrate_on / name).iterdir()} >= FILES
+
+
+if __name__ == "__main__":
+    for how in ("running", "train"):
+        (Path(sys.argv[1]) / how).mkdir(exist_ok=True)
+        two_ranks(Path(sys.argv[1]) / how, how)
