@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from layershed.batches import as_inputs, describe
 from layershed.errors import CalibrationError
 
 
@@ -42,10 +43,28 @@ def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
     return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None
 
 
+def check_text(batches: Iterator[Any] | None, instead: str) -> None:
+    """Refuse, before training starts, batches that a language model cannot be run on from outside the module.
+
+    Args:
+        batches: What would be read later, or None.
+        instead: What to set where they are of another kind.
+
+    Raises:
+        CalibrationError: If the first batch is no text.
+    """
+    first = None if batches is None else next(batches, None)
+    if first is not None and as_inputs(first) is None:
+        raise CalibrationError(
+            f"A batch is {describe(first)}, and neither a mapping with input_ids nor token ids of shape "
+            f"(batch, tokens); set {instead}."
+        )
+
+
 def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
     """A second, sequential reader of a train loader's data: iterating the loader itself would move its position."""
     # with a batch sampler of its own (Lightning gives torchdata's loader one) a loader leaves its batch size to it
-    batching = getattr(loader, "batch_sampler", None) or loader
+    batching = loader if getattr(loader, "batch_sampler", None) is None else loader.batch_sampler
     size = getattr(batching, "batch_size", None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
         raise CalibrationError(

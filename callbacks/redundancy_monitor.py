@@ -135,7 +135,7 @@ class RedundancyMonitor(Callback):
                 file.writelines(lines)
         # two monitors of different metrics must not log under one name
         group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
-        self._latest = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
+        self._latest.update({f"{group}/{kind}.{block}": value for block, kind, value in rows})
         for kind in ("attention", "mlp", "block"):
             values = [value for _, own, value in rows if own == kind]
             if values:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
-from layershed.callbacks.batches import validation_batches
+from layershed.callbacks.batches import check_text, validation_batches
 from layershed.callbacks.run import (
     PLAN_FILE,
     StepCounter,
@@ -125,24 +125,27 @@ class SublayerDrop(Callback):
             _leave_hooks(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot happen in this run, and prepare the optimizers of a resumed one."""
-        limit = trainer.estimated_stepping_batches
-        self.schedule.check_against(int(limit) if limit != float("inf") else -1)
+        """Refuse what this model cannot do, and prepare the optimizers of a resumed run."""
         everything = find_sublayers(pl_module, name=self.transformer)
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         total = None if self.count is None else self.count * self.schedule.rounds
         # resolved once, on the whole model: a negative index must not wander as the last blocks go
         self.protect = tuple(protected_sublayers(everything, self.protect))
         select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=self.protect)
-        if self.calibrate_on != "running":
-            batches_of(trainer, self.calibrate_on)
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         if self.calibrate_on == "running":
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
             self._tracker.attach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the plan and the running sums of a resumed run."""
+        """Refuse what this run cannot do, and take up the plan and the running sums of a resumed one."""
+        # not sooner: both set up the train loader, which then would never be told where a resumed run stood
+        limit = trainer.estimated_stepping_batches
+        self.schedule.check_against(int(limit) if limit != float("inf") else -1)
+        if self.calibrate_on != "running":
+            check_text(batches_of(trainer, self.calibrate_on), "calibrate_on='running'")
+        if self.quality_batches:
+            check_text(validation_batches(trainer), "quality_batches=0")
         self._steps.start(trainer)
         if self._sums is not None and self._tracker is not None:
             self._tracker.load_state_dict(own_share(trainer, self._sums))

@@ -30,7 +30,7 @@ _WHAT_FOR = {
     "fit": "Train, and drop sublayers on the way. Without --config, the quickstart.",
     "validate": "Measure loss and perplexity on the held-out text; --ckpt_path takes a checkpoint of fit.",
     "test": "The same as validate, under the names test_loss and test_perplexity.",
-    "predict": "Run the model over the held-out text.",
+    "predict": "Run the model over the held-out text, for a callback that writes its predictions.",
     "score": "Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.",
     "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
 }

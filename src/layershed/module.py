@@ -106,7 +106,7 @@ class CausalLM(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what is trainable, and its schedule by step."""
-        steps = self.trainer.estimated_stepping_batches
+        steps = _total_steps(self.trainer)
         endless = not 0 <= steps < math.inf
         if endless and not self.schedule.startswith("constant"):
             raise ScheduleError(
@@ -135,6 +135,19 @@ class CausalLM(pl.LightningModule):
         perplexity.update(output.logits[:, :-1].float(), batch["labels"][:, 1:])
         self.log(f"{stage}_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
         self.log(f"{stage}_perplexity", perplexity)
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run, possibly infinite.
+
+    To count them Lightning sets up the train loader, and it does so only once: a resumed run would go on without its
+    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
+    """
+    loop = trainer.fit_loop
+    known = loop._combined_loader
+    steps = trainer.estimated_stepping_batches
+    loop._combined_loader = known
+    return steps
 
 
 def build_model(

@@ -5,7 +5,7 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from layershed.callbacks import SublayerDrop
 from layershed.callbacks.batches import calibration_batches, validation_batches
@@ -131,7 +131,7 @@ class Take(pl.Callback):
         self.read, self.taken = read, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 2:
+        if batch_idx == 1:
             self.taken = list(self.read(trainer))
 
 
@@ -148,6 +148,19 @@ def test_train_batches_come_in_order_from_the_start_whatever_the_shuffling(make_
     assert [len(batch["input_ids"]) for batch in take.taken] == ([2, 2, 2] if drop_last else [2, 2, 2, 1])
     wanted = torch.stack([item["input_ids"] for item in items])
     assert torch.equal(tokens(take.taken), wanted[:6] if drop_last else wanted)
+
+
+def test_train_batches_of_a_loader_with_a_batch_sampler_of_its_own(make_trainer):
+    """Such as Lightning makes of torchdata's loader on several ranks."""
+
+    class Batches(BatchSampler):
+        pass
+
+    items = sequences(5)
+    take = Take(lambda trainer: calibration_batches(trainer, "train"))
+    train = DataLoader(items, batch_sampler=Batches(RandomSampler(items), batch_size=2, drop_last=True))
+    fit_foreign(make_trainer(take, max_steps=3), train=train)
+    assert torch.equal(tokens(take.taken), torch.stack([item["input_ids"] for item in items[:4]]))
 
 
 def test_train_batches_of_less_than_one_batch(make_trainer):

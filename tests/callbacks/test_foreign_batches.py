@@ -1,0 +1,68 @@
+"""A module whose batches are not text for a language model is told so before it trains."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from layershed.callbacks import SublayerDrop
+from layershed.errors import CalibrationError
+from layershed.surgery import bypassed_sublayers
+from tests.conftest import build_model
+
+
+class Pairs(pl.LightningModule):
+    """Its batches are lists of two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.steps = build_model("llama").train(), 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        ids, labels = batch
+        return self.net(input_ids=ids, labels=labels).loss
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def loader():
+    ids = torch.randint(97, (8, 6), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(ids, ids), batch_size=2)
+
+
+def fit(module, tmp_path, **options):
+    trainer = pl.Trainer(
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        callbacks=[SublayerDrop(2, count=1, **options)],
+    )
+    trainer.fit(module, loader(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({}, "set quality_batches=0"), ({"calibrate_on": "train", "quality_batches": 0}, "set calibrate_on='running'")],
+)
+def test_batches_that_cannot_be_read_are_refused_before_training(tmp_path, options, advice):
+    module = Pairs()
+    with pytest.raises(CalibrationError, match=rf"A batch is a list, .*{advice}"):
+        fit(module, tmp_path, **options)
+    assert module.steps == 0
+
+
+def test_the_advice_works(tmp_path):
+    module = Pairs()
+    fit(module, tmp_path, quality_batches=0, calibrate_on="running")
+    assert module.steps == 3
+    assert len(bypassed_sublayers(module)) == 1
