@@ -62,7 +62,8 @@ def main() -> None:
     ours = {(block, kind): value for block, kind, value in scores.rows()}
     plain = plain_importance(model, inputs)
     worst = max(plain, key=lambda key: abs(plain[key] - ours[key]))
-    print(f"{len(plain)} importances over {scores.tokens} tokens, from {min(plain.values()):.4f} to {max(plain.values()):.4f}")
+    low, high = min(plain.values()), max(plain.values())
+    print(f"{len(plain)} importances over {scores.tokens} tokens, from {low:.4f} to {high:.4f}")
     print(f"largest difference {abs(plain[worst] - ours[worst]):.1e}, at {worst[1]}.{worst[0]}")
     same = sorted(plain, key=plain.__getitem__) == sorted(ours, key=ours.__getitem__)
     print(f"same ranking: {'yes' if same else 'no'}")

@@ -20,17 +20,17 @@ from rich.table import Table
 from layershed.calibration import estimate_importance
 from layershed.data import TextData
 from layershed.discovery import find_sublayers
-from layershed.errors import CalibrationError, ExportError, LayershedError
+from layershed.errors import CalibrationError, ExportError, LayershedError, SelectionError
 from layershed.export import save_pretrained
 from layershed.figures import ImportancePoint, RunRecord, importance_heatmap
 from layershed.metrics import get_metric
 from layershed.module import CausalLM
-from layershed.plan import Drop, DropPlan, ImportanceScores, Scope
+from layershed.plan import DropPlan, ImportanceScores, Scope
 from layershed.quality import Quality, evaluate_quality
 from layershed.report import summary_table, write_report
 from layershed.selection import check_selection, select_sublayers
 from layershed.speed import check_room, measure_speed
-from layershed.surgery import bypass, dense, dropped_sublayers
+from layershed.surgery import bypass, dropped_sublayers
 
 
 class TrainerError(LayershedError, ValueError):
@@ -132,14 +132,16 @@ class Trainer(pl.Trainer):
         speed_settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
         check_room(model.model, batch_size=1, **speed_settings)
         _check_output(_run_directory(self) / output)
-        with dense(model):
-            pass  # a model that was loaded without some of its sublayers has nothing to be compared with
+        if gone := dropped_sublayers(model):
+            raise SelectionError(
+                f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
+                "dense one to compare with; prune the model that it came from."
+            )
         everything = find_sublayers(model)
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         select_sublayers(equal, scope, count=count, ratio=ratio, protect=protect)
 
         console, folder = Console(), _prepare(self, model, datamodule)
-        earlier = DropPlan(tuple(Drop(sublayer) for sublayer in dropped_sublayers(model)))
         scores = _score(self, model, datamodule, metric, batches, folder)
         plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
         quality = {"before": _quality(self, model, datamodule, quality_batches, "before the drop")}
@@ -148,7 +150,6 @@ class Trainer(pl.Trainer):
         with self.precision_plugin.forward_context(), console.status("Measuring speed"):
             speed = measure_speed(model, **speed_settings)
         (folder / "speed.json").write_text(json.dumps(speed.to_dict(), indent=2) + "\n", encoding="utf-8")
-        plan = earlier + plan
         plan.save(folder / "drop_plan.json")
         saved = save_pretrained(model, folder / output, plan=plan, tokenizer=datamodule.tokenizer)
         record = RunRecord(_name(model), importance=_points(scores), plan=plan, quality=quality, speed=speed)

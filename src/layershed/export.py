@@ -194,7 +194,8 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         found = getattr(transformers, names[0], None)
     else:
         found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)):
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or not isinstance(config, getattr(found, "config_class", type(None))):
         raise ExportError(f"load_pretrained: the config names no model that transformers has (architectures: {names}).")
     return found
 
