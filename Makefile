@@ -1,4 +1,5 @@
-# make fit: the quickstart. make test: the tests. TORCH="torch==2.13.0" installs that build of torch first.
+# make fit: the quickstart. make test: the tests. TORCH="torch==2.13.0" asks for that build of torch; for another one
+# in a virtual environment that exists already, make clean first.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
@@ -23,16 +24,15 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH),$(BIN)/python -m pip install "$(TORCH)")
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install -e ".[test]"
+	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[test]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[dev]"
 	touch $@

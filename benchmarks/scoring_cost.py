@@ -20,10 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from smollm2 import batches, load
 
 import layershed as ls
 from layershed.speed import bootstrap_interval
+from smollm2 import batches, load
 
 PAIRS, BATCH_SIZE, TOKENS = 12, 4, 256
 
@@ -37,7 +37,7 @@ def timed(run: Callable[[], object]) -> float:
 
 def compare_times() -> None:
     """Print the ratio of scoring to a plain forward pass."""
-    model, inputs = load(), batches(1, batch_size=BATCH_SIZE, tokens=TOKENS)
+    model, inputs = load(), batches(2, batch_size=BATCH_SIZE, tokens=TOKENS)
 
     def forward(body: Callable[..., object], given: Sequence[Mapping[str, Any]]) -> None:
         with torch.no_grad():
@@ -55,7 +55,7 @@ def compare_times() -> None:
     for _ in range(PAIRS):
         for name, run in runs.items():
             seconds[name].append(timed(run))
-    print(f"{PAIRS} rounds of {BATCH_SIZE} x {TOKENS} tokens, {torch.get_num_threads()} threads")
+    print(f"{PAIRS} rounds of 2 x {BATCH_SIZE} x {TOKENS} tokens, {torch.get_num_threads()} threads")
     print(f"scoring: {statistics.median(seconds['scoring']):.2f} s")
     for name in ("without head", "with head"):
         ratio = bootstrap_interval([a / b for a, b in zip(seconds["scoring"], seconds[name], strict=True)])

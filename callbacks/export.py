@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layershed.callbacks.run import plan_of, run_directory
-from layershed.export import save_pretrained
+from layershed.export import check_folder, save_pretrained
 
 
 class Export(Callback):
@@ -24,11 +24,17 @@ class Export(Callback):
     def __init__(self, folder: str = "pruned", transformer: str | None = None) -> None:
         self.folder, self.transformer = folder, transformer
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before training, a folder that holds something else."""
+        check_folder(run_directory(trainer) / self.folder)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         directory = run_directory(trainer)
         if not trainer.is_global_zero:
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if not hasattr(tokenizer, "save_pretrained"):  # one of the user's own, which no folder can hold
+            tokenizer = None
         plan = plan_of(directory, pl_module)
         save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)

@@ -135,12 +135,13 @@ class RedundancyMonitor(Callback):
                 file.writelines(lines)
         # two monitors of different metrics must not log under one name
         group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
-        self._latest.update({f"{group}/{kind}.{block}": value for block, kind, value in rows})
+        fresh = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
         for kind in ("attention", "mlp", "block"):
             values = [value for _, own, value in rows if own == kind]
             if values:
-                self._latest[f"{group}/{kind}_mean"] = sum(values) / len(values)
-        publish(trainer, self._latest)
+                fresh[f"{group}/{kind}_mean"] = sum(values) / len(values)
+        self._latest.update(fresh)
+        publish(trainer, fresh)
 
     def _require_tracker(self) -> ImportanceTracker:
         assert self._tracker is not None, "on_fit_start comes first"

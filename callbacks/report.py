@@ -11,6 +11,7 @@ from rich.console import Console
 
 from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.discovery import find_transformer
+from layershed.errors import ScheduleError
 from layershed.quality import Quality
 from layershed.report import LossPoint, RunRecord, read_importance, summary_table, write_report
 from layershed.speed import SpeedReport
@@ -42,6 +43,8 @@ class Report(Callback):
         val_loss: str = "val_loss",
         title: str | None = None,
     ) -> None:
+        if every_n_steps < 1:
+            raise ScheduleError(f"Report(every_n_steps={every_n_steps}): it must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
         self._losses: list[LossPoint] = []
         self._quality: dict[str, Quality] = {}

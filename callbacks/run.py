@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
-from layershed.surgery import bypassed_sublayers
+from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 
 Sums = dict[str, list[float]]
 
@@ -80,14 +80,15 @@ def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
 
 def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
     """What is dropped now: the plan with its scores if SublayerDrop left one in this run, else the bare sublayers."""
-    dropped = current_drop(pl_module)
+    gone, dropped = removed_sublayers(pl_module), dropped_sublayers(pl_module)
     if not dropped:
         return None
     path = directory / PLAN_FILE
     plan = DropPlan.load(path) if path.is_file() else None
-    # the file may be of an earlier run in the same directory, or the user has bypassed more by hand
-    if plan is not None and tuple(sorted(plan)) == dropped:
-        return plan
+    # the file may be of an earlier run in the same directory, or the user has bypassed more by hand; what the model
+    # lacked from the start, having been saved without it, stands in no plan of this run
+    if plan is not None and tuple(sorted((*gone, *plan))) == dropped:
+        return DropPlan((*(Drop(sublayer) for sublayer in gone), *plan.drops), plan.scope, plan.metric)
     return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
 
 

@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.discovery import find_transformer
 from layershed.plan import Sublayer
 from layershed.speed import SpeedReport, check_room, measure_speed, speedup_degradation_ratio
+from layershed.surgery import removed_sublayers
 
 
 class SpeedMonitor(Callback):
@@ -58,6 +60,11 @@ class SpeedMonitor(Callback):
             batch_size=self.batch_size,
             runs=self.runs,
         )
+        if gone := removed_sublayers(pl_module):
+            rank_zero_warn(
+                f"SpeedMonitor measures nothing: the model was saved without {', '.join(s.name for s in gone)}, so "
+                "that there is no dense one to compare with."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run starts with the measurement that it had."""
@@ -87,6 +94,8 @@ class SpeedMonitor(Callback):
         self._latest = state_dict["latest"]
 
     def _measure_if_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if removed_sublayers(pl_module):
+            return
         dropped = current_drop(pl_module)
         if dropped == self._measured:
             return

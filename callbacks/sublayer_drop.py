@@ -30,7 +30,7 @@ from layershed.discovery import find_sublayers, find_transformer
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.metrics import get_metric
 from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
-from layershed.quality import Quality, evaluate_quality
+from layershed.quality import Quality, check_head, evaluate_quality
 from layershed.schedule import DropSchedule
 from layershed.selection import check_selection, protected_sublayers, select_sublayers
 from layershed.surgery import bypass, bypassed_sublayers
@@ -40,6 +40,8 @@ CalibrateOn = Literal["running", "train", "val"]
 
 class SublayerDrop(Callback):
     """Bypasses the least important sublayers at configured optimizer steps, and training goes on without them.
+
+    One per Trainer: a second one would write the same files and names.
 
     Hooks: decides in ``on_train_batch_end``, once the configured optimizer step is done; the optimizer forgets the
     dropped parameters in place, so that its schedule goes on.
@@ -146,6 +148,7 @@ class SublayerDrop(Callback):
             check_text(batches_of(trainer, self.calibrate_on), "calibrate_on='running'")
         if self.quality_batches:
             check_text(validation_batches(trainer), "quality_batches=0")
+            check_head(find_transformer(pl_module, name=self.transformer))
         self._steps.start(trainer)
         if self._sums is not None and self._tracker is not None:
             self._tracker.load_state_dict(own_share(trainer, self._sums))

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from layershed.data import TextData
-from layershed.packing import Packer, split_documents
 from layershed.errors import DataError
+from layershed.packing import Packer, split_documents
 
 # No two sequences of 16 bytes are alike, so that batches can be compared as sets.
 DIGESTS = [hashlib.sha256(bytes([number])).hexdigest() for number in range(30)]

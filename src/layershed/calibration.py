@@ -181,8 +181,10 @@ class ImportanceTracker:
             # decoding from a cache: the mask covers the past, too
             self._mask = self._mask[:, -x.shape[1] :]
         b = (output[0] if isinstance(output, tuple) else output).detach()
-        if self._sums.device != x.device:
-            self._sums.to(x.device)
+        # Apple's GPUs know no float64: their sums stay on the CPU
+        home = torch.device("cpu") if x.device.type == "mps" else x.device
+        if self._sums.device != home:
+            self._sums.to(home)
         with torch.no_grad():
             self._sums.update(x, b, self._mask, index)
             self._add_to_block(index, branch.sublayer.block, x, b)

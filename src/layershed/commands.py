@@ -20,8 +20,8 @@ from rich.table import Table
 from layershed.calibration import estimate_importance
 from layershed.data import TextData
 from layershed.discovery import find_sublayers
-from layershed.errors import CalibrationError, ExportError, LayershedError, SelectionError
-from layershed.export import save_pretrained
+from layershed.errors import CalibrationError, LayershedError, SelectionError
+from layershed.export import check_folder, save_pretrained
 from layershed.figures import ImportancePoint, RunRecord, importance_heatmap
 from layershed.metrics import get_metric
 from layershed.module import CausalLM
@@ -78,6 +78,12 @@ class Trainer(pl.Trainer):
             datamodule: Where the text comes from; its training split is scored.
             metric: cosine, relative_magnitude or angular.
             batches: Number of batches to score.
+
+        Returns:
+            The importances.
+
+        Raises:
+            LayershedError: Before anything is measured, if an argument has no meaning.
         """
         _check_scoring(metric, batches)
         console, folder = Console(), _prepare(self, model, datamodule)
@@ -126,12 +132,18 @@ class Trainer(pl.Trainer):
             new_tokens: Tokens decoded by the speed measurement.
             runs: Pairs of dense and dropped runs of the speed measurement.
             output: Folder for the dropped model; a relative path is one inside the run directory.
+
+        Returns:
+            What was dropped.
+
+        Raises:
+            LayershedError: Before anything is measured, if that cannot be dropped, measured or saved.
         """
         check_selection(scope, count=count, ratio=ratio)
         _check_scoring(metric, batches, quality_batches)
         speed_settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
         check_room(model.model, batch_size=1, **speed_settings)
-        _check_output(_run_directory(self) / output)
+        check_folder(_run_directory(self) / output)
         if gone := dropped_sublayers(model):
             raise SelectionError(
                 f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
@@ -172,16 +184,6 @@ def _check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
     for name, number in (("batches", batches), ("quality_batches", quality_batches)):
         if number < 1:
             raise CalibrationError(f"{name}={number}: it must be at least 1.")
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse what ``save_pretrained`` would refuse, but before minutes of measuring."""
-    if (
-        folder.exists()
-        and not (folder / "config.json").is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise ExportError(f"output={str(folder)!r}: it exists and holds no saved model; choose another folder.")
 
 
 def _next_version(folder: Path) -> int:

@@ -104,7 +104,8 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrained
         raise NoSublayersFoundError(f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel).")
     if len(found) > 1:
         raise AmbiguousModelError(
-            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Say which with name=."
+            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Say which: name= in "
+            "the functions, transformer= in the callbacks."
         )
     return next(iter(found.values()))
 

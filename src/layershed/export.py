@@ -59,8 +59,7 @@ def save_pretrained(
             f"({', '.join(s.name for s in dropped) or 'none'}); they must be the same."
         )
     folder = Path(folder)
-    if folder.exists() and not _may_be_replaced(folder):
-        raise ExportError(f"save_pretrained: {str(folder)!r} exists and holds no saved model; choose another folder.")
+    check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
         fresh = Path(beside) / folder.name
@@ -150,12 +149,17 @@ def load_plan(folder: str | Path) -> DropPlan | None:
     return DropPlan.load(path) if path.is_file() else None
 
 
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether a path is an empty folder or a saved model."""
-    if not folder.is_dir():
-        return False
+def check_folder(folder: str | Path) -> None:
+    """Refuse, before anything is computed, a place where :func:`save_pretrained` would destroy something else.
+
+    Raises:
+        ExportError: If it exists and is neither an empty folder nor a saved model.
+    """
+    folder = Path(folder)
+    empty = folder.is_dir() and not any(folder.iterdir())
     saved = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    return saved or not any(folder.iterdir())
+    if folder.exists() and not empty and not saved:
+        raise ExportError(f"save_pretrained: {str(folder)!r} exists and holds no saved model; choose another folder.")
 
 
 def _swap(fresh: Path, folder: Path, previous: Path) -> None:
@@ -189,13 +193,14 @@ def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: 
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    found: Any
     names = config.architectures or []
     if names:
         found = getattr(transformers, names[0], None)
     else:
         found = AutoModelForCausalLM._model_mapping.get(type(config), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    if not is_model or not isinstance(config, getattr(found, "config_class", type(None))):
+    if not is_model or not isinstance(config, getattr(found, "config_class", ())):
         raise ExportError(f"load_pretrained: the config names no model that transformers has (architectures: {names}).")
     return found
 

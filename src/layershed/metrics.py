@@ -45,12 +45,12 @@ class ImportanceMetric(Metric):
             mask: True where a token counts, with as many elements as there are tokens; None counts all.
             index: Which of the branches this is.
         """
-        values = type(self).function(x, branch, reduction="none").double()
+        values = type(self).function(x, branch, reduction="none").to(self.total.device).double()
         if mask is None:
             self.total[index] += values.sum()
             self.tokens[index] += values.numel()
         else:
-            counts = mask.to(torch.bool).reshape(values.shape)
+            counts = mask.to(values.device, torch.bool).reshape(values.shape)
             self.total[index] += torch.where(counts, values, torch.zeros_like(values)).sum()
             self.tokens[index] += counts.sum()
 

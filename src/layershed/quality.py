@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
 
 from layershed.batches import as_inputs, describe, select
 from layershed.discovery import find_transformer
@@ -54,6 +55,7 @@ def evaluate_quality(
         MeasurementError: If the batches hold no token to predict, or the model gives no logits.
     """
     transformer = find_transformer(model, name=name)
+    check_head(transformer)
     # torchmetrics would leave a NaN out of the mean
     loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(transformer.device) for _ in range(2))
     tokens = 0
@@ -70,6 +72,19 @@ def evaluate_quality(
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
 
 
+def check_head(transformer: PreTrainedModel) -> None:
+    """Refuse, before anything runs, a model whose quality cannot be measured.
+
+    Raises:
+        MeasurementError: If it has no language-model head.
+    """
+    if transformer.get_output_embeddings() is None:
+        raise MeasurementError(
+            f"{type(transformer).__name__} gives no logits over tokens; quality needs a language-model head "
+            "(callbacks: set quality_batches=0)."
+        )
+
+
 def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits of shape (predicted tokens, vocabulary) and their targets of shape (predicted tokens)."""
     inputs = as_inputs(batch)
@@ -81,8 +96,6 @@ def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     labels = select(inputs, ["labels"], device)
     inputs = select(inputs, ["input_ids", "attention_mask"], device)
     output = transformer(**inputs, use_cache=False)
-    if getattr(output, "logits", None) is None:
-        raise MeasurementError(f"{type(transformer).__name__} gives no logits; quality needs a language-model head.")
     targets = labels.get("labels", inputs["input_ids"])[:, 1:]
     counted = targets != -100
     if "attention_mask" in inputs:

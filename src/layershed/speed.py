@@ -151,10 +151,6 @@ def measure_speed(
         raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare; bypass first.")
     if warmup < 0:
         raise MeasurementError(f"measure_speed(warmup={warmup}): it must not be negative.")
-    if transformer.get_output_embeddings() is None:
-        raise MeasurementError(
-            f"measure_speed: {type(transformer).__name__} gives no logits; decoding needs a language-model head."
-        )
     stopwatch = _Stopwatch(transformer, prompt_tokens, new_tokens, batch_size, clock)
     timings: dict[str, list[_Timing]] = {"dense": [], "dropped": []}
     with evaluating(transformer), torch.no_grad():
@@ -234,8 +230,8 @@ class _Stopwatch:
         return _Timing(prefilled - start, decoded - prefilled, cache_bytes(output.past_key_values))
 
     def _now(self) -> float:
-        if self.transformer.device.type == "cuda":
-            torch.cuda.synchronize(self.transformer.device)
+        if self.transformer.device.type != "cpu":  # an accelerator only queues the work
+            torch.accelerator.synchronize(self.transformer.device)
         return self.clock()
 
 
@@ -273,6 +269,10 @@ def check_room(
     for name, number in numbers.items():
         if number < 1:
             raise MeasurementError(f"measure_speed({name}={number}): it must be at least 1.")
+    if transformer.get_output_embeddings() is None:
+        raise MeasurementError(
+            f"measure_speed: {type(transformer).__name__} gives no logits; decoding needs a language-model head."
+        )
     places = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and prompt_tokens + new_tokens > places:
         raise MeasurementError(
