@@ -5,9 +5,16 @@ formula S = 1 - mean cos(X, Y) in float64), as the paper's code does, by hooks o
 
     LAYERSHED_SMOLLM2=.../SmolLM2-135M-Instruct.Q4_1.gguf python benchmarks/importance_agreement.py
 
-FIGURES
+Seen on two cores of a shared Xeon, torch 2.13.0:
+
+    90 importances over 4096 tokens, from 0.0042 to 0.9918
+    largest difference 3.6e-09, at mlp.0
+    same ranking: yes
+
+It exits with 1 if the difference exceeds 1e-4.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +27,7 @@ import layershed as ls
 from smollm2 import batches, load
 
 BATCHES, BATCH_SIZE, TOKENS = 4, 4, 256
+AGREEMENT = 1e-4
 
 
 def plain_importance(model: PreTrainedModel, inputs: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
@@ -67,6 +75,8 @@ def main() -> None:
     print(f"largest difference {abs(plain[worst] - ours[worst]):.1e}, at {worst[1]}.{worst[0]}")
     same = sorted(plain, key=plain.__getitem__) == sorted(ours, key=ours.__getitem__)
     print(f"same ranking: {'yes' if same else 'no'}")
+    if abs(plain[worst] - ours[worst]) > AGREEMENT:
+        sys.exit(f"more than {AGREEMENT}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -197,6 +198,9 @@ def _run_directory(trainer: pl.Trainer) -> Path:
 
 def _prepare(trainer: pl.Trainer, model: CausalLM, data: TextData) -> Path:
     """What Lightning does before it trains: data, device, precision, and the config on disk."""
+    if model.hparams.get("pretrained") is None:
+        note = "note: without --model.pretrained the weights are random, and so is what is measured of them"
+        print(note, file=sys.stderr)
     data.prepare_data()
     data.setup()
     trainer.precision_plugin.convert_module(model)
