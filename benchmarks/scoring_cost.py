@@ -7,7 +7,14 @@ tokens, batch by batch.
 
     LAYERSHED_SMOLLM2=.../SmolLM2-135M-Instruct.Q4_1.gguf python benchmarks/scoring_cost.py
 
-FIGURES
+Seen on two cores of a shared and noisy Xeon, torch 2.13.0:
+
+    12 rounds of 2 x 4 x 256 tokens, 2 threads
+    scoring: 4.89 s
+    over a forward pass without head (4.20 s): 1.164 [1.076, 1.415]
+    over a forward pass with head (5.04 s): 0.994 [0.892, 1.414]
+    peak memory scoring 4,096 tokens: 1,356 MiB
+    peak memory scoring 32,768 tokens: 1,358 MiB
 """
 
 import argparse

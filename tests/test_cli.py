@@ -254,8 +254,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_one_sentence_before_training(case, capsys, monkeypatch):
     monkeypatch.setattr(pl.LightningModule, "optimizer_step", lambda *_, **__: pytest.fail("it trained"))
-    if case != "score: no attention":  # where scoring is what finds out
-        monkeypatch.setattr(commands, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
+    monkeypatch.setattr(commands, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
     words, code, fragments = ERRORS[case]
     assert run(words) == code
     told = capsys.readouterr().err.strip().splitlines()
@@ -325,7 +324,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "estimate_importance", interrupt)
     assert run(SCORE) == 130
-    assert capsys.readouterr().err.strip() == "interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 # ---- the process that it runs in ----
@@ -578,6 +577,13 @@ def test_score_tells_and_writes_what_the_formula_gives(saved, capsys):
     assert f"{3 * 2 * 16} tokens" in told
 
 
+def test_what_is_measured_of_random_weights_is_said_to_be_random(saved, capsys):
+    assert run([*SCORE, "--batches=1"]) == 0
+    assert capsys.readouterr().err.startswith("note: without --model.pretrained the weights are random")
+    assert run(["score", f"--model.pretrained={saved}", *DATA, "--batches=1"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 def test_score_can_be_repeated_from_its_config(saved):
     assert run(["score", f"--model.pretrained={saved}", *DATA, "--batches=2", "--metric=angular"]) == 0
     assert run(["score", "--config=runs/version_0/config.yaml"]) == 0
@@ -644,6 +650,8 @@ def plain_quality(model, batches):
         (["--scope=attention", "--count=2"], {"attention": 2, "mlp": 0}, range(4)),
         (["--scope=mlp", "--ratio=0.5"], {"attention": 0, "mlp": 2}, range(4)),
         (["--scope=block", "--count=1", "--protect=[0, -1]"], {"attention": 1, "mlp": 1}, (1, 2)),
+        # without protection it would be these two that go
+        (["--scope=mlp", "--count=2", "--protect=[1, -1]"], {"attention": 0, "mlp": 2}, (0, 2)),
     ],
 )
 def test_prune_heeds_scope_count_ratio_and_protection(words, kinds, free, saved, tmp_path):

@@ -33,6 +33,11 @@ def test_the_functions_of_the_readme_exist():
         assert callable(getattr(ls, name)), name
 
 
+def test_no_figure_is_left_open():
+    assert "<!--" not in README
+    assert not [path.name for path in (ROOT / "benchmarks").glob("*.py") if "\nFIGURES\n" in path.read_text("utf-8")]
+
+
 def test_files_that_the_readme_names_exist():
     for name in set(re.findall(r"(?:configs|benchmarks)/\w+\.(?:yaml|py)", README)):
         assert (ROOT / name).is_file(), name

@@ -87,6 +87,8 @@ class Trainer(pl.Trainer):
             LayershedError: Before anything is measured, if an argument has no meaning.
         """
         _check_scoring(metric, batches)
+        find_sublayers(model)  # or say that there are none before the text is read
+
         console, folder = Console(), _prepare(self, model, datamodule)
         scores = _score(self, model, datamodule, metric, batches, folder)
         figure = importance_heatmap(_points(scores))

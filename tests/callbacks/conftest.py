@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
+import layershed.report
 from layershed.data import TextData
 from layershed.module import CausalLM
 from tests.conftest import SIZES, build_model
@@ -149,6 +150,12 @@ def causal_lm(**kwargs):
 
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Reports without their pictures, which take most of the time; the alternative texts say what would be painted."""
+    monkeypatch.setattr(layershed.report, "_image", lambda _figure: layershed.report._Image("", 1, 1))
 
 
 @pytest.fixture(scope="session")

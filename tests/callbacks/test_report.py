@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import layershed.report
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from tests.callbacks.conftest import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 
@@ -98,7 +97,7 @@ def points(report):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_losses_around_the_drop_stand_at_its_step(make_trainer, order):
+def test_losses_around_the_drop_stand_at_its_step(make_trainer, unpainted, order):
     report = Report(every_n_steps=100)
     drop = SublayerDrop(3, count=3, quality_batches=2)
     trainer = make_trainer(*[drop, report][::order], max_steps=5, limit_val_batches=2)
@@ -107,7 +106,7 @@ def test_losses_around_the_drop_stand_at_its_step(make_trainer, order):
     assert points(report) == [(step, "val", value) for step, value in zip((3, 3, 5), values, strict=True)]
 
 
-def test_alone_in_a_foreign_module(make_trainer, tmp_path, capsys):
+def test_alone_in_a_foreign_module(make_trainer, unpainted, tmp_path, capsys):
     report = Report(every_n_steps=3)
     trainer = make_trainer(report, csv=True, max_steps=12)
     fit_foreign(trainer)
@@ -142,7 +141,7 @@ class NoTransformer(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_module_without_a_transformer_and_with_other_names(make_trainer, tmp_path):
+def test_a_module_without_a_transformer_and_with_other_names(make_trainer, unpainted, tmp_path):
     reports = []
     for name, arguments in (("default", {}), ("named", {"train_loss": "mine", "title": "A <line>"})):
         report = Report(every_n_steps=1, **arguments)
@@ -155,10 +154,8 @@ def test_a_module_without_a_transformer_and_with_other_names(make_trainer, tmp_p
 
 
 @pytest.mark.parametrize(("order", "cuts"), [(1, (3, 4, 9)), (-1, (4,))])
-def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, monkeypatch, order, cuts):
+def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, unpainted, order, cuts):
     """Cut before the drop, at it, and behind it and a validation; what Report could not see yet it sees afterwards."""
-    # painting is what takes the time, and the alternative texts say what is painted
-    monkeypatch.setattr(layershed.report, "_image", lambda _figure: layershed.report._Image("", 1, 1))
 
     def run(name, ckpt_path=None):
         report = Report(every_n_steps=2)
@@ -178,7 +175,7 @@ def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_pat
         assert len(state["losses"]) < len(whole[0])
 
 
-def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer, tmp_path):
+def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer, unpainted, tmp_path):
     speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1)
     fit_foreign(make_trainer(RedundancyMonitor(1), SublayerDrop(2, count=2), speed, max_steps=3))
     assert {"importance.csv", "drop_plan.json", "speed.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
@@ -188,7 +185,7 @@ def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer,
     assert not any(alt.startswith("Heat map") for alt in page.pictures)
 
 
-def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer):
+def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer, unpainted):
     report = Report(every_n_steps=1)
     trainer = make_trainer(report, max_steps=3, accumulate_grad_batches=2, num_sanity_val_steps=1, limit_val_batches=1)
     module = fit_foreign(trainer, train=loader(6))
@@ -198,7 +195,7 @@ def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer):
     assert points(report) == before
 
 
-def test_another_module_of_ours_is_named_after_its_source(make_trainer, tmp_path):
+def test_another_module_of_ours_is_named_after_its_source(make_trainer, unpainted, tmp_path):
     module = Foreign()
     module.net.config.name_or_path = "somebody/llama"
     fit_foreign(make_trainer(Report(), max_steps=1), module)

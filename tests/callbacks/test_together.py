@@ -1,5 +1,6 @@
 """All callbacks in one run: in any order, resumed, and on two ranks."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,9 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import layershed.report
 from layershed import load_pretrained
 from layershed.callbacks import Export, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
-from layershed.surgery import bypassed_sublayers
+from layershed.surgery import bypassed_sublayers, dropped_sublayers
 from tests.callbacks.conftest import (
     BATCH,
     Foreign,
@@ -45,7 +47,7 @@ def every_callback():
     ]
 
 
-def test_any_order_of_listing_gives_the_same_run(make_trainer, tmp_path):
+def test_any_order_of_listing_gives_the_same_run(make_trainer, tmp_path, unpainted):
     runs = []
     for number, order in enumerate([(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 4, 1, 0, 3)]):
         callbacks = every_callback()
@@ -89,7 +91,7 @@ def test_the_step_of_a_drop_is_measured_before_or_after_it(make_trainer, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-def test_a_resumed_run_ends_like_the_uninterrupted_one(make_trainer, tmp_path, text_data):
+def test_a_resumed_run_ends_like_the_uninterrupted_one(make_trainer, tmp_path, text_data, unpainted):
     """Killed between the two rounds, in mid-epoch and between two measurements."""
 
     def run(name, *callbacks, ckpt_path=None):
@@ -124,22 +126,20 @@ class Losses(pl.Callback):
         self.seen.append(outputs["loss"].item())
 
 
+RUNS = {"running": ("whole", "resumed"), "train": ("whole",)}
+
+
 def two_ranks(folder, calibrate_on):
-    """One rank's run, and the same resumed from within the window of calibration; saves what there is to compare."""
+    """One rank's run, and one resumed from within the window of calibration; saves what there is to compare."""
     torch.set_num_threads(1)
+    layershed.report._image = lambda _figure: layershed.report._Image("", 1, 1)
     results = {}
-    for name in ("whole", "resumed"):
+    for name in RUNS[calibrate_on]:
         drop = SublayerDrop(START, count=3, calibrate_on=calibrate_on, calibration_batches=WINDOW, quality_batches=2)
         losses = Losses()
-        callbacks = [
-            RedundancyMonitor(2),
-            drop,
-            SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1),
-            Export(),
-            Report(every_n_steps=2),
-            losses,
-            Save(folder / "cut.ckpt", START - 1),
-        ]
+        callbacks = [RedundancyMonitor(2), drop, losses, Save(folder / "cut.ckpt", START - 1)]
+        if (calibrate_on, name) == ("running", "whole"):
+            callbacks += [SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1), Export(), Report(every_n_steps=2)]
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=2,
@@ -200,10 +200,7 @@ def ranks(tmp_path_factory):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    found = {
-        how: [torch.load(folder / how / f"{how}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for how in ("running", "train")
-    }
+    found = {how: [torch.load(folder / how / f"{how}-{rank}.pt", weights_only=True) for rank in (0, 1)] for how in RUNS}
     return folder, found
 
 
@@ -250,22 +247,27 @@ def test_two_ranks_are_one_run_over_the_batches_of_both(ranks, calibrate_on):
         torch.testing.assert_close(result["state"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("calibrate_on", ["running", "train"])
-def test_resumed_ranks_equal_uninterrupted_ones(ranks, calibrate_on):
+def test_resumed_ranks_equal_uninterrupted_ones(ranks):
     """Cut within the window: every rank goes on with its own sums."""
     folder, found = ranks
-    for result in found[calibrate_on]:
+    for result in found["running"]:
         whole, resumed = result["whole"], result["resumed"]
         assert resumed["losses"] == whole["losses"][START - 1 :]
         assert same({**resumed, "losses": 0}, {**whole, "losses": 0})
-    written = [(folder / calibrate_on / name / "importance.csv").read_text() for name in ("whole", "resumed")]
+    written = [(folder / "running" / name / "importance.csv").read_text() for name in ("whole", "resumed")]
     assert written[0] == written[1]
     assert len(written[0].splitlines()) > 1 + 2 * 12
-    for name in ("whole", "resumed"):
-        assert {path.name for path in (folder / calibrate_on / name).iterdir()} >= FILES
+
+
+def test_two_ranks_write_every_file_once_and_whole(ranks):
+    folder, found = ranks
+    assert {path.name for path in (folder / "running" / "whole").iterdir()} == FILES
+    assert len(dropped_sublayers(load_pretrained(folder / "running" / "whole" / "pruned"))) == 3
+    plan = json.loads((folder / "running" / "whole" / "drop_plan.json").read_text())
+    assert plan == found["running"][0]["whole"]["plan"]
 
 
 if __name__ == "__main__":
-    for how in ("running", "train"):
+    for how in RUNS:
         (Path(sys.argv[1]) / how).mkdir(exist_ok=True)
         two_ranks(Path(sys.argv[1]) / how, how)
