@@ -579,9 +579,9 @@ def test_score_tells_and_writes_what_the_formula_gives(saved, capsys):
 
 def test_what_is_measured_of_random_weights_is_said_to_be_random(saved, capsys):
     assert run([*SCORE, "--batches=1"]) == 0
-    assert capsys.readouterr().err.startswith("note: without --model.pretrained the weights are random")
+    assert capsys.readouterr().out.startswith("note: without --model.pretrained the weights are random")
     assert run(["score", f"--model.pretrained={saved}", *DATA, "--batches=1"]) == 0
-    assert "note" not in capsys.readouterr().err
+    assert "note" not in capsys.readouterr().out
 
 
 def test_score_can_be_repeated_from_its_config(saved):

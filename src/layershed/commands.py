@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -202,7 +201,7 @@ def _prepare(trainer: pl.Trainer, model: CausalLM, data: TextData) -> Path:
     """What Lightning does before it trains: data, device, precision, and the config on disk."""
     if model.hparams.get("pretrained") is None:
         note = "note: without --model.pretrained the weights are random, and so is what is measured of them"
-        print(note, file=sys.stderr)
+        print(note)
     data.prepare_data()
     data.setup()
     trainer.precision_plugin.convert_module(model)
