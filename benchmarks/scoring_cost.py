@@ -7,12 +7,12 @@ tokens, batch by batch.
 
     LAYERSHED_SMOLLM2=.../SmolLM2-135M-Instruct.Q4_1.gguf python benchmarks/scoring_cost.py
 
-Seen on two cores of a shared and noisy Xeon, torch 2.13.0:
+Seen on two cores of a shared Xeon, torch 2.13.0:
 
     12 rounds of 2 x 4 x 256 tokens, 2 threads
-    scoring: 4.89 s
-    over a forward pass without head (4.20 s): 1.164 [1.076, 1.415]
-    over a forward pass with head (5.04 s): 0.994 [0.892, 1.414]
+    scoring: 4.33 s
+    over a forward pass without head (3.73 s): 1.155 [1.129, 1.195]
+    over a forward pass with head (4.58 s): 0.947 [0.914, 1.008]
     peak memory scoring 4,096 tokens: 1,356 MiB
     peak memory scoring 32,768 tokens: 1,358 MiB
 """
