@@ -55,8 +55,8 @@ class SublayerDrop(Callback):
     Args:
         start: Optimizer steps before the first drop.
         scope: ``attention``, ``mlp``, ``block`` or ``joint`` (attention and MLP ranked in one array).
-        count: How many to drop at each drop step (blocks with scope ``block``, else sublayers); or
-        ratio: which share of the candidates to drop, in (0, 1); one-shot only.
+        count: How many to drop at each drop step: blocks with scope ``block``, else sublayers. Give this or ratio.
+        ratio: Share of the candidates to drop, in (0, 1); one-shot only. Give this or count.
         every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
         rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
         metric: ``cosine``, ``relative_magnitude`` or ``angular``.

@@ -396,7 +396,7 @@ def test_too_little_held_out_text(tmp_path):
 
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="tokenizer could not be loaded") as raised:
+    with pytest.raises(DataError, match=r"tokenizer could not be loaded .*; set data\.tokenizer") as raised:
         TextData(tokenizer=str(tmp_path)).prepare_data()
     assert raised.value.__cause__ is not None
 

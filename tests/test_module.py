@@ -354,7 +354,6 @@ def one_sentence(error):
         ({**CONFIG, "hidden_size": "many"}, "hidden_size.*expected int, got str"),
         ({**CONFIG, "hidden_act": "nope"}, "nope"),
         ({**CONFIG, "num_attention_heads": 0, "head_dim": None}, "zero"),
-        ({"model_type": "vit"}, "ViTConfig"),
     ],
 )
 def test_a_config_that_builds_no_model_is_explained(config, match):

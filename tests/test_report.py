@@ -145,6 +145,12 @@ def test_sdr_says_when_the_speedup_does_not_carry_it(record, speed, speedup, exp
     assert dict(summary_rows(replace(record, speed=slow)))["SDR right after the drop"] == expected
 
 
+def test_sdr_of_no_change_has_no_sign(record):
+    before = record.quality["before"]
+    same = replace(record, quality={"before": before, "after": replace(before, accuracy=before.accuracy + 1e-7)})
+    assert dict(summary_rows(same))["SDR right after the drop"].startswith("0.00 points")
+
+
 def test_rows_are_there_only_if_known(record, speed):
     def labels(record):
         return [label for label, _ in summary_rows(record)]
@@ -352,6 +358,24 @@ def test_many_drops_are_told_apart():
     assert all(text.get_rotation() == 90 and text.get_text().isdigit() for text in axes.texts)
 
 
+def test_a_single_measurement_has_no_axis_of_steps_and_a_legend_only_for_what_is_hatched():
+    points = [ImportancePoint(0, block, kind, "cosine", 0.1) for block in range(2) for kind in ("attention", "mlp")]
+    plan = DropPlan((Drop(Sublayer(1, "mlp", "layers.1.mlp"), score=0.1),), scope="mlp", metric="cosine")
+    figure = importance_heatmap(points, plan)
+    panels = figure.axes[:2]
+    assert all(axes.get_xlabel() == "" and not axes.get_xticks().size for axes in panels)
+    assert not figure.legends
+    later = importance_heatmap([*points, *(replace(p, step=5) for p in points)], plan)
+    assert all(axes.get_xlabel() == "optimizer step" and axes.get_xticks().size for axes in later.axes[:2])
+
+
+def test_the_page_of_a_single_measurement_says_importance(tmp_path):
+    points = (ImportancePoint(0, 0, "mlp", "cosine", 0.1),)
+    page = write_report(RunRecord("m", importance=points), tmp_path / "report.html").read_text(encoding="utf-8")
+    assert headings(page)[1] == "Importance"
+    assert "measured once" in page
+
+
 # The page
 
 HEADINGS = {
@@ -383,7 +407,8 @@ def test_page_has_every_section(page, record):
 
 @pytest.mark.parametrize("missing", HEADINGS)
 def test_a_missing_section_is_one_sentence(record, tmp_path, missing):
-    kept = {"importance": record.importance[:1], "losses": record.losses[:1]}  # fewer points draw faster
+    importance = tuple(point for point in record.importance if point.block == 0)  # fewer points draw faster
+    kept = {"importance": importance, "losses": record.losses[:1]}
     nothing = {"importance": (), "losses": (), "speed": None, "plan": None}
     text = write_report(replace(record, **{**kept, missing: nothing[missing]}), tmp_path / "r.html").read_text()
     assert headings(text) == ["Summary", *(h for key, h in HEADINGS.items() if key != missing), "Not in this report"]

@@ -91,8 +91,6 @@ class Trainer(pl.Trainer):
         console, folder = Console(), _prepare(self, model, datamodule)
         scores = _score(self, model, datamodule, metric, batches, folder)
         figure = importance_heatmap(_points(scores))
-        for axes in figure.axes:  # one measurement, and no training whose steps an axis could show
-            axes.set(xlabel="", xticks=[])
         figure.suptitle(f"{_name(model)}: importance ({metric})", fontsize=11)
         figure.savefig(folder / "importance.png", dpi=150)
         console.print(_table(scores))

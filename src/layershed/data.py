@@ -315,21 +315,22 @@ def _load_tokenizer(name: str | None) -> Any:
     if name is None or name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     path = Path(name).expanduser()
-    with _explained(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded"):
+    remedy = "; set data.tokenizer to another folder, or to bytes"
+    with _explained(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded", remedy):
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else name)
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, remedy: str = "") -> Iterator[None]:
     """Turn any error of the Hugging Face libraries into a DataError of one sentence."""
     try:
         yield
     except Exception as error:  # whatever their back ends raise: tokenizers' own is a bare Exception
         # datasets' message for a broken file only says that something went wrong; the cause says what.
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise DataError(f"{what} ({reason.rstrip('.')}).") from error
+        raise DataError(f"{what} ({reason.rstrip('.')}){remedy}.") from error
 
 
 @contextmanager

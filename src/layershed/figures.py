@@ -94,7 +94,8 @@ def importance_heatmap(
     """Draw importance over training: blocks by steps, one panel per kind, on one colour scale.
 
     A sublayer has no importance once it is dropped; its cells are hatched. Cells without a value for any other reason
-    stay white. The colour scale is logarithmic where the values span more than two decades.
+    stay white. The colour scale is logarithmic where the values span more than two decades. A single measurement has
+    no axis of steps.
 
     Args:
         points: The importances, all of one metric; of two for the same cell the later one counts.
@@ -136,10 +137,12 @@ def importance_heatmap(
         lines = _mark_drops(axes, {step: f"drop at {step}" for step in _drop_steps(plan)}, underlay="white")
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel("block", **_TEXT)
+    for axes in panels if len(steps) == 1 else ():
+        axes.set_xticks([])
     for axes in panels[-1:] if stacked else panels:
-        axes.set_xlabel("optimizer step", **_TEXT)
+        axes.set_xlabel("" if len(steps) == 1 else "optimizer step", **_TEXT)
     _add_scale(figure, mesh, list(panels), stacked)
-    if dropped:
+    if any(axes.patches for axes in panels):
         patch = Patch(**_DROPPED, label="dropped: no importance left to measure")
         figure.legend(handles=[patch, *lines], loc="outside lower center", ncols=1 + (not stacked), **_LEGEND)
     return figure

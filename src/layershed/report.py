@@ -173,6 +173,7 @@ class _Picture:
     narrow: _Image
     alt: str
     metric: str = ""
+    heading: str = ""
 
 
 def _image(figure: Figure) -> _Image:
@@ -187,12 +188,14 @@ def _heatmaps(record: RunRecord) -> Iterator[_Picture]:
         points = [point for point in record.importance if point.metric == metric]
         steps, blocks = {point.step for point in points}, {point.block for point in points}
         name = _printable(metric)
-        alt = (
-            f"Heat map of the importance ({name}) of {len(blocks)} blocks, by kind of sublayer, measured "
-            f"{len(steps)} times from step {min(steps)} to step {max(steps)}. {_lede(record.plan)}"
-        )
+        heading, when = "Importance", "measured once"
+        if len(steps) > 1:
+            heading += " over training"
+            when = f"measured {len(steps)} times from step {min(steps)} to step {max(steps)}"
+        what = f"Heat map of the importance ({name}) of {len(blocks)} blocks, by kind of sublayer"
+        alt = f"{what}, {when}. {_lede(record.plan)}"
         wide, narrow = (importance_heatmap(points, record.plan, stacked=stacked) for stacked in (False, True))
-        yield _Picture(_image(wide), _image(narrow), alt, name)
+        yield _Picture(_image(wide), _image(narrow), alt, name, heading)
 
 
 def _loss_picture(record: RunRecord) -> _Picture:
@@ -281,7 +284,7 @@ def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
     if math.isnan(ratio):
         return "undefined (no speed gained)"
     doubt = "" if decode.measurable else " (speedup not measurable)"
-    return f"{ratio:.2f} points of next-token accuracy per % of decode speed{doubt}"
+    return f"{round(ratio, 2) + 0.0:.2f} points of next-token accuracy per % of decode speed{doubt}"
 
 
 def _printable(text: str) -> str:

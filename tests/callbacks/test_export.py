@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layershed import load_pretrained
 from layershed.callbacks import Export, SublayerDrop
 from layershed.discovery import find_sublayers
-from layershed.export import load_plan
+from layershed.errors import ExportError
+from layershed.export import load_plan, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, restore
 from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, val_loader
 
@@ -112,6 +113,49 @@ def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
     module = fit_foreign(make_trainer(drop, Export(transformer="net"), max_steps=3), Two())
     keys = [(s.block, s.kind) for s in drop.plan]
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_training(make_trainer, tmp_path):
+    class Never(pl.Callback):
+        def on_train_batch_start(self, *_):
+            raise AssertionError("a batch was trained")
+
+    folder = tmp_path / "run" / "pruned"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("my only copy")
+    with pytest.raises(ExportError, match="holds no saved model"):
+        fit_foreign(make_trainer(Export(), Never(), max_steps=2))
+    assert (folder / "thesis.txt").read_text() == "my only copy"
+
+
+def test_what_was_removed_before_and_dropped_now_is_exported_together(make_trainer, tmp_path):
+    """Fine-tuning a folder that layershed saved, and dropping more of it."""
+    first = Foreign()
+    found = find_sublayers(first)
+    bypass(first, [found[0], found[3]])
+    save_pretrained(first, tmp_path / "first")
+
+    class Loaded(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.net = load_pretrained(tmp_path / "first").train()
+
+    drop = SublayerDrop(2, count=2, quality_batches=2)
+    module = fit_foreign(make_trainer(drop, Export(), max_steps=4), Loaded())
+    folder = tmp_path / "run" / "pruned"
+    now = [(s.block, s.kind) for s in drop.plan]
+    before = [(0, "attention"), (1, "mlp")]
+    assert not set(now) & set(before)
+    loaded = load_pretrained(folder)
+    assert sorted(before + now) == [(s.block, s.kind) for s in dropped_sublayers(loaded)]
+    weights = {**first.net.state_dict(), **module.net.state_dict()}  # what is gone from one is zeroed anyway
+    hand = HandRun()
+    hand.module.net.load_state_dict(weights)
+    hand.drop(before + now)
+    assert torch.equal(logits(loaded), logits(hand.module.net))
+    entries = load_plan(folder).drops
+    assert [(e.sublayer.block, e.sublayer.kind) for e in entries] == before + now
+    assert [e.step for e in entries] == [None, None, 2, 2]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2"])

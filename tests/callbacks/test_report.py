@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.errors import ScheduleError
 from tests.callbacks.conftest import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 
 
@@ -200,3 +201,8 @@ def test_another_module_of_ours_is_named_after_its_source(make_trainer, unpainte
     module.net.config.name_or_path = "somebody/llama"
     fit_foreign(make_trainer(Report(), max_steps=1), module)
     assert "somebody/llama" in Page(tmp_path / "run").text
+
+
+def test_a_cadence_without_meaning_is_refused():
+    with pytest.raises(ScheduleError, match="every_n_steps=0"):
+        Report(every_n_steps=0)

@@ -13,7 +13,7 @@ from layershed.callbacks import SpeedMonitor, SublayerDrop, speed_monitor
 from layershed.discovery import find_sublayers
 from layershed.errors import MeasurementError
 from layershed.speed import Interval, PhaseSpeed, SpeedReport, measure_speed
-from layershed.surgery import bypass, restore
+from layershed.surgery import bypass, remove, restore
 from tests.callbacks.conftest import Foreign, Save, fit_foreign, same, state_of
 
 SMALL = {"prompt_tokens": 6, "new_tokens": 2, "runs": 1}
@@ -139,9 +139,9 @@ def test_sdr_is_points_of_accuracy_per_percent_of_speed(make_trainer, monkeypatc
         assert math.isnan(metrics["speed/sdr"])
 
 
-@pytest.mark.parametrize("at", [2, 3, 5])
+@pytest.mark.parametrize("at", [2, 3, 5, 8])
 def test_a_resumed_run_does_not_measure_again(make_trainer, tmp_path, text_data, monkeypatch, at):
-    """Cut before the drop, at it, and between the two rounds: the same figures at the end."""
+    """Cut before the drop, at it, between the two rounds and after both: the same figures at the end."""
     calls = []
     monkeypatch.setattr(speed_monitor, "measure_speed", lambda *_, **__: calls.append(0) or fake(1.2 + len(calls) / 10))
 
@@ -155,7 +155,7 @@ def test_a_resumed_run_does_not_measure_again(make_trainer, tmp_path, text_data,
     whole = run("whole")
     assert set(whole) == {*NAMES, "speed/sdr"}
     assert len(calls) == 2
-    del calls[: 1 if at >= 3 else 2]
+    del calls[sum(at >= step for step in (3, 7)) :]
     assert run("resumed", ckpt_path=tmp_path / "cut.ckpt") == whole
     assert len(calls) == 2
     written = [json.loads((tmp_path / name / "speed.json").read_text()) for name in ("whole", "resumed")]
@@ -195,3 +195,16 @@ def test_measures_under_the_runs_precision(make_trainer):
     drop = SublayerDrop(2, "mlp", count=2, quality_batches=0)
     fit_foreign(make_trainer(drop, SpeedMonitor(**SMALL), max_steps=4, precision="bf16-mixed"), Look())
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_model_saved_without_sublayers_is_not_measured_and_says_so(make_trainer, tmp_path, measured):
+    class Removed(Foreign):
+        def __init__(self):
+            super().__init__()
+            remove(self.net, find_sublayers(self.net)[:1])
+
+    drop = SublayerDrop(2, count=1, quality_batches=0)
+    with pytest.warns(UserWarning, match="measures nothing: the model was saved without attention.0"):
+        fit_foreign(make_trainer(drop, SpeedMonitor(**SMALL), max_steps=4), Removed())
+    assert measured == []
+    assert not (tmp_path / "run" / "speed.json").exists()
