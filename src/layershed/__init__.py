@@ -4,8 +4,10 @@ The functions work on any Hugging Face transformer, inside or outside of trainin
 when to call them are in :mod:`layershed.callbacks`.
 """
 
+from layershed.adapter import SublayerAdapter, register_adapter
+from layershed.branches import LeftAlone
 from layershed.calibration import ImportanceTracker, estimate_importance
-from layershed.discovery import find_sublayers, find_transformer
+from layershed.discovery import find_left_alone, find_sublayers, find_transformer
 from layershed.errors import LayershedError
 from layershed.export import load_plan, load_pretrained, save_pretrained
 from layershed.functional import angular, cosine_importance, relative_magnitude
@@ -29,10 +31,12 @@ __all__ = [
     "ImportanceScores",
     "ImportanceTracker",
     "LayershedError",
+    "LeftAlone",
     "Quality",
     "RelativeMagnitude",
     "SpeedReport",
     "Sublayer",
+    "SublayerAdapter",
     "angular",
     "bypass",
     "bypassed_sublayers",
@@ -42,11 +46,13 @@ __all__ = [
     "dropped_sublayers",
     "estimate_importance",
     "evaluate_quality",
+    "find_left_alone",
     "find_sublayers",
     "find_transformer",
     "load_plan",
     "load_pretrained",
     "measure_speed",
+    "register_adapter",
     "relative_magnitude",
     "remove",
     "removed_sublayers",

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 
-def as_inputs(batch: Any) -> dict[str, Any] | None:
-    """The batch as keyword arguments of a transformer, or None if it is no batch of text.
+def as_inputs(batch: Any, main: str = "input_ids") -> dict[str, Any] | None:
+    """The batch as keyword arguments of a transformer, or None if it is none.
 
     Args:
-        batch: A mapping with ``input_ids``, or token ids of shape (batch, tokens).
+        batch: A mapping with the model's main input, or that itself: token ids of shape (batch, tokens), say.
+        main: Name of the main input; ``input_ids`` of text, ``pixel_values`` of pictures.
     """
     if isinstance(batch, Mapping):
-        return dict(batch) if "input_ids" in batch else None
+        return dict(batch) if main in batch else None
+    if isinstance(batch, Tensor) and main != "input_ids":
+        return {main: batch}
     if isinstance(batch, Tensor) and batch.ndim == 2 and batch.dtype in (torch.int64, torch.int32):
         return {"input_ids": batch}
     return None

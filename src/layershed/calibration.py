@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layershed.batches import as_inputs, describe, select
-from layershed.discovery import Branch, find_branches, find_transformer
+from layershed.branches import Branch, Tap
+from layershed.discovery import dissect, find_transformer
 from layershed.errors import CalibrationError
 from layershed.metrics import get_metric
-from layershed.overrides import first_tensor
 from layershed.plan import ImportanceScores
 from layershed.probe import evaluating, probing
 from layershed.surgery import bypassed_sublayers
+from layershed.tape import Key
 
 
 def estimate_importance(
@@ -39,7 +40,7 @@ def estimate_importance(
     Args:
         model: A transformer, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding; or
-            the token ids alone.
+            the token ids alone. Of a model that reads no text, mappings with what it reads (``pixel_values``), or that.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
@@ -53,11 +54,11 @@ def estimate_importance(
     """
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
-    body = transformer.base_model
+    body = getattr(transformer, "base_model", transformer)
     with tracker, evaluating(transformer), torch.no_grad():
         tracker.active = True
         for batch in islice(batches, max_batches):
-            body(**_model_inputs(batch, body), use_cache=False)
+            body(**_model_inputs(batch, transformer))
     return tracker.compute()
 
 
@@ -76,15 +77,17 @@ class ImportanceTracker:
         self.metric = metric
         metric_class = get_metric(metric)
         self._transformer = find_transformer(model, name=name)
-        self._branches = find_branches(self._transformer)
+        self._anatomy = dissect(self._transformer)
+        self._branches = self._anatomy.branches
         self._last_of_block = {branch.sublayer.block: index for index, branch in enumerate(self._branches)}
-        self._blocks = list(self._last_of_block)
+        self._blocks = [block for block in self._last_of_block if self._anatomy.blocks[block] is not None]
         self._sums = metric_class(len(self._branches) + len(self._blocks))
+        self._decoder = _decoder_paths(self._transformer)
         self._handles: list[RemovableHandle] = []
         self._x: dict[int, Tensor] = {}
         self._block_sum: tuple[Tensor, Tensor] | None = None
         self._seen: set[int] = set()
-        self._mask: Tensor | None = None
+        self._masks: dict[str, Tensor] = {}
         self.active = False
 
     def __enter__(self) -> ImportanceTracker:
@@ -96,14 +99,26 @@ class ImportanceTracker:
 
     def attach(self) -> None:
         """Register the hooks; they do nothing until ``active`` is set."""
-        body = self._transformer.base_model
+        body = getattr(self._transformer, "base_model", self._transformer)
         self._handles = [body.register_forward_pre_hook(self._start_pass, with_kwargs=True)]
         for index, branch in enumerate(self._branches):
-            entry, leave = (self._transformer.get_submodule(path) for path in (branch.entry, branch.exit))
-            self._handles += [
-                entry.register_forward_pre_hook(partial(self._enter_branch, index), with_kwargs=True),
-                leave.register_forward_hook(partial(self._leave_branch, index, branch)),
-            ]
+            self._tap(branch.entry, partial(self._note_x, index))
+            self._tap(branch.exit, partial(self._leave_branch, index, branch))
+        for place, block in enumerate(self._blocks, len(self._branches)):
+            tap = self._anatomy.blocks[block]
+            assert tap is not None
+            if block not in self._anatomy.plain:
+                self._tap(tap, partial(self._note_x, place))
+                self._tap(Tap(tap.path), partial(self._leave_block, place))
+
+    def _tap(self, tap: Tap, take: Callable[[Tensor], None]) -> None:
+        """Hand a tensor on whenever the model comes by it."""
+        module = self._transformer.get_submodule(tap.path)
+        if tap.key is None:
+            self._handles.append(module.register_forward_hook(partial(_take_output, take)))
+        else:
+            hook = partial(_take_argument, take, tap.key)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Remove the hooks; what was measured stays, and no activation does."""
@@ -156,7 +171,8 @@ class ImportanceTracker:
         """Let go of every tensor of the last forward pass, which an error may have cut short."""
         self._seen.clear()
         self._x.clear()
-        self._block_sum = self._mask = None
+        self._block_sum = None
+        self._masks = {}
 
     def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A new forward pass of the model: take its padding mask, and let every branch count once again."""
@@ -164,46 +180,94 @@ class ImportanceTracker:
         if not self.active or probing():
             return
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        mask = {**bound, **bound.get("kwargs", {})}.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        given = {**bound, **bound.get("kwargs", {})}
+        masks = {name: given.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+        self._masks = {name: m.bool() for name, m in masks.items() if isinstance(m, Tensor) and m.ndim == 2}
 
-    def _enter_branch(self, index: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _mask_for(self, path: str) -> Tensor | None:
+        """The padding mask, shape (batch, tokens), of what a module sees."""
+        return self._masks.get("decoder_attention_mask" if path.startswith(self._decoder) else "attention_mask")
+
+    def _note_x(self, place: int, x: Tensor) -> None:
         # gradient checkpointing runs every block twice: only the first time counts
-        if self.active and index not in self._seen and not probing():
-            self._x[index] = first_tensor(args, kwargs).detach()
+        if self.active and place not in self._seen and not probing():
+            self._x[place] = x.detach()
 
-    def _leave_branch(self, index: int, branch: Branch, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _leave_branch(self, index: int, branch: Branch, output: Tensor) -> None:
         if not self.active or index in self._seen or probing():
             return
-        self._seen.add(index)
         x = self._x.pop(index)
-        if self._mask is not None and x.ndim == 3:
+        b = output.detach()
+        b = b.view_as(x)  # experts may give their tokens flattened
+        b = b.float() - x.float() if branch.scale is None else b if branch.scale == 1 else branch.scale * b
+        self._measure(index, x, b, branch.sublayer.path)
+        if branch.sublayer.block in self._anatomy.plain:
+            self._add_to_block(index, branch, x, b)
+
+    def _leave_block(self, place: int, y: Tensor) -> None:
+        if self.active and place not in self._seen and not probing():
+            x = self._x.pop(place)
+            tap = self._anatomy.blocks[self._blocks[place - len(self._branches)]]
+            assert tap is not None
+            self._measure(place, x, y.detach().float() - x.float(), tap.path)
+
+    def _add_to_block(self, index: int, branch: Branch, x: Tensor, b: Tensor) -> None:
+        """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
+        block = branch.sublayer.block
+        if self._block_sum is None:
+            # a block that adds in place would overwrite it
+            start, total = x, b.clone() if branch.stand_ins[0][1].materialize else b
+        else:
+            start, total = self._block_sum[0], self._block_sum[1] + b.view_as(self._block_sum[1])
+        done = index == self._last_of_block[block]
+        self._block_sum = None if done else (start, total)
+        if done:
+            self._measure(len(self._branches) + self._blocks.index(block), start, total, branch.sublayer.path)
+
+    def _measure(self, place: int, x: Tensor, b: Tensor, path: str) -> None:
+        self._seen.add(place)
+        if self._anatomy.tokens_first:
+            x, b = x.transpose(0, 1), b.transpose(0, 1)
+        mask = self._mask_for(path)
+        if mask is not None and x.ndim == 2:
+            x, b = x.view(*mask.shape, -1), b.view(*mask.shape, -1)  # OPT flattens its tokens
+        if mask is not None:
             # decoding from a cache: the mask covers the past, too
-            self._mask = self._mask[:, -x.shape[1] :]
-        b = (output[0] if isinstance(output, tuple) else output).detach()
+            mask = mask[:, -x.shape[1] :] if mask.shape[1] >= x.shape[1] else None
+        if x.ndim == 4:  # several streams side by side, as with hyper-connections
+            mask = None if mask is None else mask.repeat_interleave(x.shape[2], 1)
+            x, b = x.flatten(1, 2), b.flatten(1, 2)
         # Apple's GPUs know no float64: their sums stay on the CPU
         home = torch.device("cpu") if x.device.type == "mps" else x.device
         if self._sums.device != home:
             self._sums.to(home)
         with torch.no_grad():
-            self._sums.update(x, b, self._mask, index)
-            self._add_to_block(index, branch.sublayer.block, x, b)
-
-    def _add_to_block(self, index: int, block: int, x: Tensor, b: Tensor) -> None:
-        """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
-        start, total = (x, b) if self._block_sum is None else (self._block_sum[0], self._block_sum[1] + b)
-        done = index == self._last_of_block[block]
-        self._block_sum = None if done else (start, total)
-        if done:
-            self._sums.update(start, total, self._mask, len(self._branches) + self._blocks.index(block))
+            self._sums.update(x, b, mask, place)
 
 
-def _model_inputs(batch: Any, body: nn.Module) -> dict[str, Any]:
-    """What the model without its head takes from a batch, on the model's device."""
-    inputs = as_inputs(batch)
+def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
+    take(output[0] if isinstance(output, tuple | list) else output)
+
+
+def _take_argument(take: Callable[[Tensor], None], key: Key, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    take(args[key] if isinstance(key, int) else kwargs[key])
+
+
+def _decoder_paths(transformer: nn.Module) -> tuple[str, ...]:
+    """What the paths of a decoder's modules begin with, in a model that has an encoder, too."""
+    if not getattr(getattr(transformer, "config", None), "is_encoder_decoder", False):
+        return ()
+    return ("decoder.", "model.decoder.")
+
+
+def _model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
+    """What the model takes from a batch, on the model's device, and no request for its head or its cache."""
+    names = list(inspect.signature(transformer.forward).parameters)
+    main = getattr(transformer, "main_input_name", names[0])
+    inputs = as_inputs(batch, main)
     if inputs is None:
-        raise CalibrationError(
-            f"A batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got {describe(batch)}."
-        )
-    names = set(inspect.signature(body.forward).parameters) - {"use_cache"}
-    return select(inputs, names, next(body.parameters()).device)
+        what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
+        raise CalibrationError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
+    without_cache = {"use_cache": False} if "use_cache" in names else {}
+    known = set(names) - {"labels", "logits_to_keep", "use_cache"}
+    return {**select(inputs, known, next(transformer.parameters()).device), **without_cache}

@@ -1,86 +1,149 @@
-"""Finding the sublayers of a transformer by its structure, and proving what was found.
+"""Finding the sublayers of a transformer by what it does, and proving what was found.
 
-One forward pass over a few tokens is enough. Hooks see which module reads whose output (by object identity, so it
-needs no numbers), and each branch's output is replaced by random values, so that the residual identity
-``Y = X + f(norm(X))`` is proven for any weights, zero-initialised ones included.
+One forward pass over a few tokens is recorded, operation by operation. Each block's output is followed back to its
+input, so that the residual identity ``Y = X + f(norm(X))`` is read off as a fact: for any weights, zero-initialised
+ones included, and on a skeleton without any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.adapter import adapter_of
+from layershed.branches import Branch, LeftAlone, Tap, branches_of
+from layershed.dataflow import follow_block
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
-from layershed.overrides import RemovedModule
-from layershed.plan import Kind, Sublayer
-from layershed.probe import Probe, run_probe
-
-Topology = Literal["sequential", "parallel"]
+from layershed.kinds import is_attention
+from layershed.plan import Sublayer
+from layershed.probe import run_probe
+from layershed.standins import RemovedModule
+from layershed.tape import Tape
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A sublayer with what surgery and calibration need to know about it.
+class Anatomy:
+    """What discovery found.
 
     Args:
-        sublayer: The sublayer.
-        norm: Path of the norm that it reads, or None if it reads X itself.
-        tail: Paths of the modules its output passes before the residual add (post-norm, dropout), in order.
-        topology: ``"sequential"``: the MLP reads what the attention wrote; ``"parallel"``: both read the same X.
-        outputs: Length of the tuple that its module returns, or 0 where it returns a tensor.
+        branches: The sublayers in forward order.
+        left_alone: What else the blocks add to their stream, and why it cannot be dropped.
+        blocks: By index, the block and where it takes X; None where it is left alone as a
+            whole, or only a part of a module.
+        plain: Indices of the blocks that compute X plus their sublayers' branches and nothing else.
+        tokens_first: Whether X is of shape (tokens, batch, hidden), as XLNet's is.
     """
 
-    sublayer: Sublayer
-    norm: str | None
-    tail: tuple[str, ...]
-    topology: Topology
-    outputs: int
-
-    @property
-    def entry(self) -> str:
-        """Path of the module whose input is X."""
-        return self.norm or self.sublayer.path
-
-    @property
-    def exit(self) -> str:
-        """Path of the module whose output is the branch b of Y = X + b."""
-        return self.tail[-1] if self.tail else self.sublayer.path
+    branches: tuple[Branch, ...]
+    left_alone: tuple[LeftAlone, ...]
+    blocks: tuple[Tap | None, ...]
+    plain: frozenset[int]
+    tokens_first: bool
 
 
 def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
     """Every attention and MLP sublayer of a model, in forward order, bypassed ones included.
 
     Args:
-        model: A Hugging Face transformer, or any module that holds one (a LightningModule, a PeftModel, ...).
+        model: A Hugging Face transformer, one with a :class:`SublayerAdapter`, or any module that holds one (a
+            LightningModule, a PeftModel, ...).
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        The sublayers; those that were removed are absent.
+        The sublayers; those that were removed are absent, and so is what :func:`find_left_alone` names. Blocks count
+        from 0 in forward order, an encoder's before its decoder's.
 
     Raises:
         NoSublayersFoundError: If there is no transformer, or none with attention blocks.
         AmbiguousModelError: If there are several transformers and none is named.
-        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a branch; names its module.
+        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it.
     """
-    return tuple(branch.sublayer for branch in find_branches(model, name=name))
+    return tuple(branch.sublayer for branch in dissect(model, name=name).branches)
 
 
-def find_branches(model: nn.Module, *, name: str | None = None) -> tuple[Branch, ...]:
-    """As :func:`find_sublayers`, with the modules around each sublayer."""
+def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftAlone, ...]:
+    """What the blocks hold beside their sublayers, such as the state-space mixers of a hybrid, and why it stays.
+
+    Args:
+        model: As of :func:`find_sublayers`.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Raises:
+        LayershedError: As :func:`find_sublayers`.
+    """
+    return dissect(model, name=name).left_alone
+
+
+def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
+    """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
     transformer = find_transformer(model, name=name)
-    prefix, blocks = _find_blocks(transformer)
-    cores = {f"{prefix}.{i}": dict(_cores(f"{prefix}.{i}", block)) for i, block in enumerate(blocks)}
-    probe = run_probe(transformer, cores)
-    branches = []
-    for index, (path, kinds) in enumerate(cores.items()):
-        branches.extend(_prove_block(index, path, kinds, probe))
+    tape = run_probe(transformer)
+    branches: list[Branch] = []
+    left_alone: list[LeftAlone] = []
+    plain: set[int] = set()
+    tokens_first = False
+    blocks: list[Tap | None] = []
+    for path in _block_paths(transformer, tape):
+        calls = tape.calls_of(path)
+        if len(calls) != 1:
+            left_alone.append(LeftAlone(path, f"it ran {len(calls)} times in a forward pass"))
+            blocks.append(None)
+            continue
+        try:
+            flow = follow_block(tape, calls[0])
+            own, others = branches_of(flow, len(blocks), transformer)
+        except UnprovenStructureError as error:
+            if any(is_attention(tape, operation) for operation in range(calls[0].start, calls[0].stop)):
+                raise
+            left_alone.append(LeftAlone(path, str(error)))
+            blocks.append(None)
+            continue
+        tokens_first |= calls[0].shapes[flow.source][1:2] == (1,)
+        if len(own) == 1:
+            blocks.append(Tap(path, flow.source))
+            if flow.plain and not others:
+                plain.add(len(blocks) - 1)
+        else:
+            blocks += [None] * len(own)
+        branches += [branch for block in own for branch in block]
+        left_alone += others
     if not branches:
-        raise NoSublayersFoundError(f"{_describe(transformer)} has no sublayer left: every one was removed.")
-    return tuple(branches)
+        raise NoSublayersFoundError(_nothing_found(transformer, left_alone))
+    return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
+
+
+def _nothing_found(transformer: nn.Module, left_alone: list[LeftAlone]) -> str:
+    name = type(transformer).__name__
+    if any(isinstance(module, RemovedModule) for module in transformer.modules()):
+        return f"{name} has no sublayer left: every one was removed."
+    if left_alone:
+        return f"{name} has no sublayer to drop; {left_alone[0].path}, for one: {left_alone[0].reason}."
+    return f"{name} has no list of blocks with attention in them, so there is nothing to drop."
+
+
+def _block_paths(transformer: nn.Module, tape: Tape) -> Iterator[str]:
+    """Paths of the blocks: members of the outermost lists in which attention ran, in the order in which those ran."""
+    attention = {i for i in range(len(tape.operations)) if is_attention(tape, i)}
+    found: dict[str, int] = {}
+    adapter = adapter_of(transformer)
+    for path, module in transformer.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found) or len(module._modules) == 0:
+            continue
+        if adapter is not None and adapter.blocks:
+            if path not in adapter.blocks:
+                continue
+        elif not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        calls = [call for name in module._modules for call in tape.calls_of(f"{path}.{name}")]
+        removed = any(isinstance(inner, RemovedModule) for inner in module.modules())
+        if calls and (removed or any(i in call for call in calls for i in attention)):
+            found[path] = calls[0].start
+    for path in sorted(found, key=found.__getitem__):
+        yield from (f"{path}.{name}" for name in transformer.get_submodule(path)._modules)
 
 
 def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrainedModel:
@@ -96,12 +159,15 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrained
     """
     if name is not None:
         model = _submodule(model, name)
-    found: dict[str, PreTrainedModel] = {}
+    found: dict[str, Any] = {}
     for path, transformer in _outermost_transformers(model):
         if not any(transformer is other for other in found.values()):
             found[path] = transformer
     if not found:
-        raise NoSublayersFoundError(f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel).")
+        raise NoSublayersFoundError(
+            f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel), nor a module whose class "
+            "has a SublayerAdapter (register_adapter)."
+        )
     if len(found) > 1:
         raise AmbiguousModelError(
             f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Say which: name= in "
@@ -117,76 +183,9 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         raise NoSublayersFoundError(f"{type(model).__name__} has no module named {name!r}.") from None
 
 
-def _outermost_transformers(module: nn.Module, path: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
-    if isinstance(module, PreTrainedModel):
+def _outermost_transformers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, PreTrainedModel) or adapter_of(module) is not None:
         yield path, module
         return
     for child_name, child in module.named_children():
         yield from _outermost_transformers(child, f"{path}.{child_name}" if path else child_name)
-
-
-def _describe(transformer: nn.Module) -> str:
-    return type(transformer).__name__
-
-
-def _find_blocks(transformer: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The longest list of equal modules that hold attention."""
-    lists = [
-        (path, module)
-        for path, module in transformer.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(member) for member in module}) == 1
-        and any(_is_attention(inner) for member in module for inner in member.modules())
-    ]
-    if not lists:
-        raise NoSublayersFoundError(
-            f"{_describe(transformer)} has no list of equal blocks with attention in them, so there is nothing to drop."
-        )
-    return max(lists, key=lambda item: len(item[1]))
-
-
-def _is_attention(module: nn.Module) -> bool:
-    if isinstance(module, RemovedModule):
-        return module.override.sublayer.kind == "attention"
-    return "attention" in type(module).__name__.lower()
-
-
-def _cores(block_path: str, block: nn.Module) -> Iterator[tuple[str, Kind]]:
-    """The children of a block that hold a linear map, which a norm does not: one per residual branch."""
-    for name, child in block.named_children():
-        if any(parameter.ndim >= 2 for parameter in child.parameters()):
-            yield f"{block_path}.{name}", "attention" if _is_attention(child) else "mlp"
-
-
-def _prove_block(index: int, block_path: str, kinds: dict[str, Kind], probe: Probe) -> list[Branch]:
-    """The branches of one block in the order in which they ran, or an error that says what does not fit."""
-    ran = [trace for trace in probe.branches if trace.block == block_path]
-    for path in kinds:
-        if sum(trace.path == path for trace in ran) != 1:
-            raise UnprovenStructureError(f"{path} did not run exactly once in a forward pass.")
-    for kind in set(kinds.values()):
-        several = [path for path in kinds if kinds[path] == kind]
-        if len(several) > 1:
-            raise UnprovenStructureError(f"{block_path} holds more than one {kind} module: {', '.join(several)}.")
-    for trace in ran:
-        if kinds[trace.path] == "mlp" and not trace.tokenwise:
-            raise UnprovenStructureError(f"{trace.path} mixes tokens, yet its class is not named attention.")
-    topology = probe.topology_of(block_path) if ran else "sequential"
-    if topology is None:
-        raise UnprovenStructureError(
-            f"{block_path}: Y = X + f(norm(X)) does not hold for {' and '.join(kinds)}; "
-            "dropping them could silently change the model."
-        )
-    tails = [path for trace in ran for path in trace.tail]
-    # a dropout that two branches pass belongs to neither
-    return [
-        Branch(
-            Sublayer(index, kinds[trace.path], trace.path),
-            trace.norm,
-            tuple(path for path in trace.tail if tails.count(path) == 1),
-            topology,
-            trace.outputs,
-        )
-        for trace in ran
-    ]

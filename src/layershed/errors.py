@@ -22,6 +22,10 @@ class AmbiguousModelError(LayershedError, ValueError):
     """A module holds more than one transformer and none was named."""
 
 
+class AdapterError(LayershedError, TypeError):
+    """A SublayerAdapter was registered for something that is no class of modules."""
+
+
 class UnknownNameError(LayershedError, ValueError):
     """A name is in no registry.
 

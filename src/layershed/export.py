@@ -2,7 +2,8 @@
 
 The folder holds only the kept weights and says what is missing in upstream's own field,
 ``config.per_layer_config[i].skip``. transformers itself does not read that field yet (huggingface/transformers#45332):
-it would fill the gaps with random weights, which is why :func:`load_pretrained` exists.
+it would fill the gaps with random weights, which is why :func:`load_pretrained` exists, and ``standalone=True`` for
+those who do not have this package.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from layershed.discovery import find_sublayers, find_transformer
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.plan import DropPlan, Sublayer
-from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_skipped, remove, removed_sublayers
+from layershed.standalone import add_modelling_file
+from layershed.standins import RemovedModule
+from layershed.surgery import (
+    dropped_parameter_names,
+    dropped_sublayers,
+    mark_dropped,
+    remove,
+    removed_sublayers,
+    stand_in_from,
+    stand_ins_of,
+)
 
 PLAN_FILE = "drop_plan.json"
 
@@ -31,6 +42,7 @@ def save_pretrained(
     *,
     plan: DropPlan | None = None,
     tokenizer: Any = None,
+    standalone: bool = False,
     name: str | None = None,
 ) -> Path:
     """Write a dropped model as a Hugging Face folder: kept weights as safetensors, and a config that says what is gone.
@@ -42,6 +54,8 @@ def save_pretrained(
         folder: Where to write; an existing folder is replaced only if it holds a saved model.
         plan: Its drop plan, saved beside the weights as ``drop_plan.json``.
         tokenizer: Saved into the same folder, if given.
+        standalone: Add a small modelling file, so that ``AutoModelForCausalLM.from_pretrained(folder,
+            trust_remote_code=True)`` gives the same model where layershed is not installed.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
@@ -63,7 +77,7 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
         fresh = Path(beside) / folder.name
-        _write(transformer, dropped, fresh)
+        _write(transformer, fresh, standalone)
         if plan is not None:
             plan.save(fresh / PLAN_FILE)
         if tokenizer is not None:
@@ -134,13 +148,18 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         ) from None
 
 
-def skipped_in(config: PreTrainedConfig) -> dict[int, tuple[str, ...]]:
-    """What a config says is skipped: kinds by block index."""
+def lacks_sublayers(config: PreTrainedConfig) -> bool:
+    """Whether a config says that sublayers were dropped."""
+    return bool(getattr(config, "dropped_modules", None) or _skipped_in(config))
+
+
+def _skipped_in(config: PreTrainedConfig) -> set[tuple[int, str]]:
+    """What upstream's field says is skipped: (block, kind)."""
     text_config = config.get_text_config()
     if not text_config.is_heterogeneous:
-        return {}
-    layers = enumerate(text_config.per_layer_config)
-    return {index: tuple(layer.skip) for index, layer in layers if getattr(layer, "skip", None)}
+        return set()
+    layers = range(text_config.num_hidden_layers)
+    return {(i, kind) for i in layers for kind in getattr(text_config.per_layer_config[i], "skip", None) or ()}
 
 
 def load_plan(folder: str | Path) -> DropPlan | None:
@@ -179,10 +198,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: Path) -> None:
+def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None:
     left_out = dropped_parameter_names(transformer)
+    stand_ins = stand_ins_of(transformer)
     config = copy.deepcopy(transformer.config)
-    mark_skipped(config, dropped)
+    if stand_ins:
+        mark_dropped(config, stand_ins)
     weights = {name: tensor for name, tensor in transformer.state_dict().items() if name not in left_out}
     own_config, transformer.config = transformer.config, config
     try:
@@ -190,6 +211,8 @@ def _write(transformer: PreTrainedModel, dropped: tuple[Sublayer, ...], folder: 
         transformer.save_pretrained(folder, state_dict=weights)
     finally:
         transformer.config = own_config
+    if standalone:
+        add_modelling_file(folder, type(transformer))
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -210,14 +233,43 @@ def _skipping(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        skipped = skipped_in(config)
-        if not skipped:
-            return
-        found: dict[tuple[int, str], Sublayer] = {(s.block, s.kind): s for s in find_sublayers(self)}
-        wanted = [(block, kind) for block, kinds in skipped.items() for kind in kinds]
-        for block, kind in wanted:
-            if (block, kind) not in found:
-                raise ExportError(f"load_pretrained: the config skips {kind!r} of block {block}, which does not exist.")
-        remove(self, [found[key] for key in wanted])
+        if getattr(config, "dropped_modules", None):
+            _remove_modules(self, config)
+        elif _skipped_in(config):
+            _remove_skipped(self, config)
 
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Put the stand-ins that the config describes into a skeleton."""
+    try:
+        stand_ins = {path: stand_in_from(fields) for path, fields in config.dropped_modules.items()}
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ExportError(
+            f"load_pretrained: dropped_modules in the config is not valid ({_first_line(error)})."
+        ) from None
+    said = {(s.sublayer.block, s.sublayer.kind) for s in stand_ins.values() if s.core}
+    skipped = _skipped_in(config)
+    if skipped and skipped != said:
+        (block, kind), *_ = sorted(skipped ^ said)
+        raise ExportError(
+            f"load_pretrained: the config contradicts itself about {kind!r} of block {block}, which only one of "
+            "per_layer_config and dropped_modules drops."
+        )
+    for path, stand_in in stand_ins.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise ExportError(f"load_pretrained: the config drops {path!r}, and there is no such module.") from None
+        model.set_submodule(path, RemovedModule(stand_in, module))
+
+
+def _remove_skipped(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Remove from a skeleton what upstream's field skips, of which it says no more than block and kind."""
+    found: dict[tuple[int, str], Sublayer] = {(s.block, s.kind): s for s in find_sublayers(model)}
+    wanted = sorted(_skipped_in(config))
+    for block, kind in wanted:
+        if (block, kind) not in found:
+            raise ExportError(f"load_pretrained: the config skips {kind!r} of block {block}, which does not exist.")
+    remove(model, [found[key] for key in wanted])

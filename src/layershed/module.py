@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from layershed.checkpoint import apply_dropped, write_dropped
 from layershed.errors import LayershedError, ModelError, ScheduleError
-from layershed.export import load_config, load_pretrained, skipped_in
+from layershed.export import lacks_sublayers, load_config, load_pretrained
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -189,7 +189,7 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
             "another architecture could not take its weights."
         )
     with _explained(f"pretrained={source!r}: the model could not be loaded"):
-        if not skipped_in(config):
+        if not lacks_sublayers(config):
             return AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
         if fields.keys() - {"model_type"}:
             raise ModelError(

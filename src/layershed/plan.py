@@ -10,8 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 from layershed.errors import PlanError
 
-Kind = Literal["attention", "mlp"]
-Scope = Literal["attention", "mlp", "block", "joint"]
+Kind = Literal["attention", "cross_attention", "mlp"]
+Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -24,7 +24,7 @@ class Sublayer:
 
     Args:
         block: Index of the block it belongs to, from 0.
-        kind: ``"attention"`` or ``"mlp"``.
+        kind: ``"attention"``, ``"cross_attention"`` (of a decoder, to what an encoder wrote) or ``"mlp"``.
         path: Dotted path of the module of f, from the transformer's root.
 
     Example:
@@ -124,7 +124,8 @@ class DropPlan:
         seen: set[tuple[int, Kind]] = set()
         for sublayer in self:
             if sublayer.kind not in KINDS:
-                raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be attention or mlp.")
+                kinds = ", ".join(KINDS)
+                raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
             if (sublayer.block, sublayer.kind) in seen:
                 raise PlanError(f"DropPlan: {sublayer.name} appears twice.")
             seen.add((sublayer.block, sublayer.kind))
@@ -207,9 +208,9 @@ class DropPlan:
 
 
 def count_by_kind(sublayers: Iterable[Sublayer]) -> dict[Kind, int]:
-    """Number of sublayers of each kind, zero included."""
+    """Number of sublayers of each kind; zeros included, but for the cross-attention that few models have."""
     kinds = [sublayer.kind for sublayer in sublayers]
-    return {kind: kinds.count(kind) for kind in KINDS}
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds or kind != "cross_attention"}
 
 
 def _typed(value: object, kind: type, where: str) -> Any:
@@ -225,15 +226,27 @@ def _number(value: object, where: str) -> float:
         raise PlanError(f"Drop plan: {where} is too large to be a number.") from None
 
 
-def _drop_from(entry: object) -> Drop:
-    fields = _typed(entry, dict, "an entry of drops")
+def sublayer_from(entry: object) -> Sublayer:
+    """The sublayer that a mapping from a file describes; checks every field.
+
+    Raises:
+        PlanError: If anything is missing or of the wrong type; names the field.
+    """
+    fields = _typed(entry, dict, "a sublayer")
     block = _typed(fields.get("block"), int, "block")
     if block < 0:
         raise PlanError(f"Drop plan: block must not be negative, got {block}.")
     kind, path = _typed(fields.get("kind"), str, "kind"), _typed(fields.get("path"), str, "path")
+    if kind not in KINDS:
+        raise PlanError(f"Drop plan: {kind!r} is no kind; it must be one of {', '.join(KINDS)}.")
+    return Sublayer(block, cast(Kind, kind), path)
+
+
+def _drop_from(entry: object) -> Drop:
+    fields = _typed(entry, dict, "an entry of drops")
     score, step = fields.get("score"), fields.get("step")
     return Drop(
-        Sublayer(block, cast(Kind, kind), path),
+        sublayer_from(fields),
         None if score is None else _number(score, "score"),
         None if step is None else _typed(step, int, "step"),
     )

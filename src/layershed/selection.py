@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from layershed.errors import SelectionError
-from layershed.plan import SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
+from layershed.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
 
 
 def select_sublayers(
@@ -85,7 +85,7 @@ def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[fl
     if scope == "block":
         groups = _block_groups(scores)
     else:
-        kinds: tuple[Kind, ...] = ("attention", "mlp") if scope == "joint" else (scope,)
+        kinds: tuple[Kind, ...] = KINDS if scope == "joint" else (scope,)
         groups = [(score, (sublayer,)) for sublayer, score in scores.items() if sublayer.kind in kinds]
     for score, group in groups:
         if not math.isfinite(score):

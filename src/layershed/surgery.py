@@ -7,17 +7,20 @@ norm that only it used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from layershed.discovery import Branch, find_branches, find_transformer
+from layershed.branches import Branch
+from layershed.discovery import dissect, find_transformer
 from layershed.errors import PlanError
-from layershed.overrides import Override, PassThrough, RemovedModule, ZeroBranch, install, lifted, overridden, uninstall
-from layershed.plan import Sublayer
+from layershed.overrides import install, lifted, overridden, override_of, uninstall
+from layershed.plan import Sublayer, sublayer_from
+from layershed.standins import RemovedModule, StandIn
 
 
 def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:
@@ -35,12 +38,12 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
         PlanError: If nothing is given, or a sublayer is not in the model.
     """
     transformer = find_transformer(model, name=name)
-    branches = find_branches(transformer)
+    branches = dissect(transformer).branches
     wanted = _check(transformer, sublayers, branches)
-    for path, override in _overrides(transformer, branches, {*wanted, *bypassed_sublayers(transformer)}):
+    for path, stand_in in _stand_ins(branches, {*wanted, *bypassed_sublayers(transformer)}):
         module = transformer.get_submodule(path)
         uninstall(module)
-        install(module, override)
+        install(module, stand_in, keep_out=not isinstance(transformer, PreTrainedModel))
 
 
 def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None) -> None:
@@ -82,7 +85,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, name: str | None = None) -> None:
-    """Delete sublayers with their weights and note it in upstream's field ``config.per_layer_config[i].skip``.
+    """Delete sublayers with their weights and note it in the config (:func:`mark_dropped`).
 
     Args:
         model: A transformer, or a module that holds one.
@@ -94,13 +97,14 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
     """
     transformer = find_transformer(model, name=name)
     kept_bypassed = bypassed_sublayers(transformer)
-    branches = find_branches(transformer)
+    branches = dissect(transformer).branches
     wanted = _check(transformer, kept_bypassed if sublayers is None else sublayers, branches)
     gone = wanted | set(removed_sublayers(transformer))
     restore(transformer)
-    for path, override in _overrides(transformer, branches, gone):
-        transformer.set_submodule(path, RemovedModule(override))
-    mark_skipped(transformer.config, gone)
+    for path, stand_in in _stand_ins(branches, gone):
+        transformer.set_submodule(path, RemovedModule(stand_in, transformer.get_submodule(path)))
+    if isinstance(transformer, PreTrainedModel):
+        mark_dropped(transformer.config, stand_ins_of(transformer))
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
         bypass(transformer, still_bypassed)
@@ -108,13 +112,13 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
 
 def bypassed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that are bypassed now, in forward order."""
-    return tuple(sorted({o.sublayer for _, o in overridden(model) if isinstance(o, ZeroBranch)}))
+    return tuple(sorted({stand_in.sublayer for _, stand_in in overridden(model) if stand_in.core}))
 
 
 def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that were removed, in forward order."""
-    removed = (module.override for module in model.modules() if isinstance(module, RemovedModule))
-    return tuple(sorted({override.sublayer for override in removed if isinstance(override, ZeroBranch)}))
+    removed = (module.stand_in for module in model.modules() if isinstance(module, RemovedModule))
+    return tuple(sorted({stand_in.sublayer for stand_in in removed if stand_in.core}))
 
 
 def dropped_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
@@ -133,33 +137,75 @@ def dropped_parameter_names(transformer: PreTrainedModel) -> set[str]:
     }
 
 
-def mark_skipped(config: Any, sublayers: Iterable[Sublayer]) -> None:
-    """Write sublayers into ``config.per_layer_config``, keeping whatever else stands there."""
+def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
+    """What stands in for which module, by path: bypassed and removed ones."""
+    found: dict[str, StandIn] = {}
+    for path, module in transformer.named_modules():
+        stand_in = module.stand_in if isinstance(module, RemovedModule) else override_of(module)
+        if stand_in is not None:
+            found[path] = stand_in
+    return found
+
+
+def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
+    """Write into a config what is dropped, keeping whatever else stands there.
+
+    Upstream's own field, ``per_layer_config[i].skip``, says it for everybody; ``dropped_modules`` says which modules
+    that means and what to put in their place. A config whose layers differ by themselves (Gemma 4) addresses them by
+    type and takes no skip: it gets the second one alone.
+    """
+    config.dropped_modules = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
     text_config = config.get_text_config()
     spec = getattr(text_config, "_heterogeneity_spec", None)
     layers: dict[int, dict[str, Any]] = {i: dict(own) for i, own in (spec.per_layer_overrides if spec else {}).items()}
-    for sublayer in sublayers:
+    if any(own.keys() - {"skip"} for own in layers.values()):
+        return
+    for sublayer in {stand_in.sublayer for stand_in in stand_ins.values() if stand_in.core}:
         own = layers.setdefault(sublayer.block, {})
         own["skip"] = sorted({*own.get("skip", ()), sublayer.kind})
-    if layers:
+    if layers and max(layers) < text_config.num_hidden_layers:
         text_config.per_layer_config = layers
 
 
-def _overrides(
-    transformer: PreTrainedModel, branches: tuple[Branch, ...], dropped: set[Sublayer]
-) -> Iterator[tuple[str, Override]]:
-    """Path and override of every module that stops running once ``dropped`` are dropped."""
-    kept = {path for b in branches if b.sublayer not in dropped for path in (b.norm, *b.tail)}
+def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
+    """The fields that differ from their defaults, for JSON."""
+    default = StandIn(stand_in.sublayer, stand_in.zero)
+    left_out = {"sublayer", "zero", "frozen", "own"}
+    fields = {f: v for f, v in vars(stand_in).items() if f not in left_out and v != getattr(default, f)}
+    return {"sublayer": asdict(stand_in.sublayer), "zero": stand_in.zero, **fields}
+
+
+def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
+    """The stand-in that :func:`mark_dropped` described; checks every field, as the config may be a stranger's.
+
+    Raises:
+        TypeError: If a field is of the wrong type, or none of a stand-in's.
+        PlanError: If its sublayer is none.
+    """
+    known: dict[str, Any] = {
+        "zero": bool,
+        "core": bool,
+        "argument": int | str,
+        "layer_idx": int,
+        "materialize": bool,
+        "as_list": bool,
+    }
+    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes")}
+    for name, value in given.items():
+        if name not in known or not isinstance(value, known[name]):
+            raise TypeError(f"{name}={value!r} is no field of a stand-in")
+    echoes = fields.get("echoes")
+    return StandIn(sublayer_from(fields["sublayer"]), echoes=None if echoes is None else tuple(echoes), **given)
+
+
+def _stand_ins(branches: tuple[Branch, ...], dropped: set[Sublayer]) -> Iterator[tuple[str, StandIn]]:
+    """Path and stand-in of every module that stops running once ``dropped`` are dropped."""
+    kept = {path for branch in branches if branch.sublayer not in dropped for path, _ in branch.support}
     for branch in branches:
-        if branch.sublayer not in dropped:
-            continue
-        module = transformer.get_submodule(branch.sublayer.path)
-        in_place = branch.topology == "parallel"
-        layer_idx = getattr(module, "layer_idx", None) if branch.sublayer.kind == "attention" else None
-        yield branch.sublayer.path, ZeroBranch(branch.sublayer, branch.outputs, layer_idx, in_place)
-        for path in (branch.norm, *branch.tail):
-            if path is not None and path not in kept:
-                yield path, PassThrough(branch.sublayer)
+        if branch.sublayer in dropped:
+            shared = [(path, stand_in) for path, stand_in in branch.support if path not in kept]
+            for path, stand_in in (*branch.stand_ins, *shared):
+                yield path, replace(stand_in, own={})
 
 
 def _check(transformer: PreTrainedModel, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:

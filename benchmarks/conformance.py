@@ -1,0 +1,173 @@
+"""Which of transformers' causal architectures can layershed drop sublayers of? Tries all of them, as tiny models.
+
+    python benchmarks/conformance.py                          # all of them, and docs/architectures.md anew
+    python benchmarks/conformance.py --only '[llama, bert]'   # some, to the terminal
+
+Every check is one of checks.py. The last line says how many architectures pass every check.
+"""
+
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+
+import layershed as ls
+from architectures import BuildError, causal_architectures, tiny_model
+from checks import CHECKS, Case, CheckError
+
+TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
+INTRODUCTION = """\
+# Architectures
+
+Every causal architecture of transformers {version} (`MODEL_FOR_CAUSAL_LM_MAPPING`), as a tiny random model of its real
+code. Made by `python benchmarks/conformance.py`; do not edit.
+
+| check | what holds |
+|---|---|
+| found | the attention and MLP sublayers, by number; what is left alone stands below |
+| identity | in numbers: what each block adds to its stream is the sum of what its branches give |
+| single | each sublayer bypassed gives the logits of a copy whose branch has zero weights |
+| restore | bypassed and restored, logits and weights are bit for bit what they were |
+| several | several at once, block 0's attention among them, as single |
+| generate | greedy, left-padded: cached logits equal uncached ones step by step, and those of the zero-weight copy |
+| static cache | the same with a cache allocated in advance, where the dense model can do with one |
+| training | gradients with gradient checkpointing equal those without; what is dropped has none, all else has |
+| reload | saved and loaded: the same logits, no dropped weight in the file |
+| importance | of whole blocks: equals 1 - cos of input and output |
+
+*n* marks a note below the table. Where transformers' own dense model gives other logits with its cache than without,
+"generate" compares the dropped model with the zero-weight copy alone, both with the cache.
+"""
+
+
+@dataclass
+class Row:
+    """What came out for one architecture.
+
+    Args:
+        model_type: Its name.
+        found: Numbers of sublayers by kind.
+        results: By check, an empty text if it holds, or the reason why not.
+        notes: By check, what else there is to say.
+        refusal: Why no sublayer was found at all, or the model not built.
+        left_alone: What else its blocks hold, and why it stays.
+    """
+
+    model_type: str
+    found: dict[str, int] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    refusal: str = ""
+    left_alone: tuple[ls.LeftAlone, ...] = ()
+
+    @property
+    def passes(self) -> bool:
+        """Whether every check holds."""
+        return not self.refusal and not any(self.results.values())
+
+
+def try_architecture(model_type: str) -> Row:
+    """Build it and run every check.
+
+    Raises:
+        BuildError: If it cannot be built.
+    """
+    model = tiny_model(model_type)
+    try:
+        case = Case(model)
+    except ls.LayershedError as error:
+        return Row(model_type, refusal=str(error))
+    found = Counter(branch.sublayer.kind for branch in case.anatomy.branches)
+    row = Row(model_type, dict(found), left_alone=case.anatomy.left_alone)
+    for name, check in CHECKS.items():
+        try:
+            note = check(case)
+            row.results[name] = ""
+            if note:
+                row.notes[name] = note
+        except CheckError as error:
+            row.results[name] = str(error)
+        except Exception as error:  # whatever an architecture raises is its result
+            row.results[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
+    return row
+
+
+def as_markdown(rows: Sequence[Row], unbuilt: dict[str, str], last_line: str) -> str:
+    """The page: a table, the notes, and what was refused."""
+    lines = [INTRODUCTION.format(version=transformers.__version__), f"**{last_line}.**", ""]
+    lines += [f"| architecture | found | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 2) + "|"]
+    notes = []
+    for row in rows:
+        if row.refusal:
+            lines.append(f"| {row.model_type} | none |{' |' * len(CHECKS)}")
+            continue
+        cells = [", ".join(f"{number} {kind}" for kind, number in sorted(row.found.items()))]
+        for name in CHECKS:
+            reason = row.results[name] or row.notes.get(name, "")
+            cells.append("pass" if not reason else "*n*" if not row.results[name] else "**no**")
+            if reason and reason != "no static cache":
+                notes.append(f"- {row.model_type}, {name}: {reason}")
+        lines.append(f"| {row.model_type} | {' | '.join(cells)} |")
+    lines += ["", "## Notes", "", "*n* under static cache: the dense model itself has none that works.", "", *notes]
+    lines += ["", "## Left alone", "", "What blocks hold beside their sublayers, by the first of its kind.", ""]
+    for row in rows:
+        reasons = {entry.reason: entry.path for entry in reversed(row.left_alone)}
+        lines += [f"- {row.model_type}: `{path}`: {reason}" for reason, path in reasons.items()]
+    lines += ["", "## Refused", ""]
+    lines += [f"- {row.model_type}: {row.refusal}" for row in rows if row.refusal]
+    lines += ["", "## Not built tiny", "", *(f"- {reason}" for reason in unbuilt.values()), ""]
+    return "\n".join(lines)
+
+
+def main(only: Sequence[str] = ()) -> None:
+    """Try the architectures.
+
+    Args:
+        only: Model types to try; all if empty.
+    """
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    console = Console(highlight=False)
+    started = time.monotonic()
+    rows: list[Row] = []
+    unbuilt: dict[str, str] = {}
+    for model_type in track(only or list(causal_architectures()), console=console, description="Architectures"):
+        try:
+            rows.append(try_architecture(model_type))
+        except BuildError as error:
+            unbuilt[model_type] = str(error)
+            continue
+        row = rows[-1]
+        problems = [f"{name}: {reason}" for name, reason in row.results.items() if reason]
+        console.print(
+            f"{'pass' if row.passes else 'FAIL'}  {model_type}  {row.refusal or '; '.join(problems)}", markup=False
+        )
+    passing = [row for row in rows if row.passes]
+    noted = [row for row in passing if "generate" in row.notes]
+    minutes = (time.monotonic() - started) / 60
+    last_line = f"{len(passing)} of {len(rows)} architectures pass every check"
+    if not only:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(as_markdown(rows, unbuilt, last_line), encoding="utf-8")
+        console.print(f"Table: {TABLE}", markup=False)
+    console.print(
+        f"{minutes:.1f} minutes; {len(unbuilt)} could not be built; of those that pass, the dense model of {len(noted)} "
+        "gives other logits with its cache than without"
+    )
+    print(last_line)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,194 @@
+"""From the data flow of a block to its sublayers: which modules stand in for what, and where X and Y can be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Literal
+
+from torch import nn
+
+from layershed.dataflow import BlockFlow, BranchFlow
+from layershed.kinds import kind_of
+from layershed.plan import Kind, Sublayer
+from layershed.standins import StandIn
+from layershed.substitution import Modules, Unfit, outermost
+from layershed.tape import Call, Key
+
+Topology = Literal["sequential", "parallel"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place where a tensor can be read while the model runs.
+
+    Args:
+        path: Path of a module.
+        key: Position or name of one of its arguments, or None for what it returns.
+    """
+
+    path: str
+    key: Key | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sublayer with what surgery and calibration need to know about it.
+
+    Args:
+        sublayer: The sublayer.
+        topology: ``"sequential"``: it reads what the one before it wrote; ``"parallel"``: it reads the same X as
+            another one.
+        entry: Where X can be read.
+        exit: Where its output can be read.
+        scale: Y = X + scale * b, with b what is read at the exit; None if Y itself is read there.
+        stand_ins: By module path, what its own modules do once it is dropped.
+        support: By module path, what norms and the like do once every sublayer that uses them is dropped.
+    """
+
+    sublayer: Sublayer
+    topology: Topology
+    entry: Tap
+    exit: Tap
+    scale: float | None
+    stand_ins: tuple[tuple[str, StandIn], ...]
+    support: tuple[tuple[str, StandIn], ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Something that a block adds to its stream, or a whole block, that is not for dropping.
+
+    Args:
+        path: Path of its module.
+        reason: Why not, as the end of a sentence.
+    """
+
+    path: str
+    reason: str
+
+
+def branches_of(flow: BlockFlow, block: int, model: nn.Module) -> tuple[list[list[Branch]], list[LeftAlone]]:
+    """The sublayers of a block in the order in which they run, and what is left alone.
+
+    Args:
+        flow: The block's data flow.
+        block: Its index.
+        model: The model that the tape was made of.
+
+    Returns:
+        One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
+        of which begins a block of its own.
+    """
+    return _Block(flow, block, model).assemble()
+
+
+class _Block:
+    def __init__(self, flow: BlockFlow, block: int, model: nn.Module) -> None:
+        self.flow, self.tape, self.block = flow, flow.tape, block
+        self.calls = list(flow.tape.within(flow.call))
+        self.modules = Modules(flow, model)
+        parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
+        self.names = {key: parameters[key] if isinstance(key, int) else key for key in flow.call.arguments}
+        self.left_alone: list[LeftAlone] = []
+
+    def assemble(self) -> tuple[list[list[Branch]], list[LeftAlone]]:
+        found: list[tuple[Branch, list[BranchFlow]]] = []
+        for kind, parts in self._groups():
+            branch = self._branch(kind, parts)
+            if branch is not None:
+                found.append((branch, parts))
+        found.sort(key=lambda pair: self.tape.calls_of(pair[0].sublayer.path)[0].opened)
+        flows = [part for _, parts in found for part in parts]
+        blocks: list[list[Branch]] = [[]]
+        for branch, _ in found:
+            kind = branch.sublayer.kind
+            if kind == "attention" and any(other.sublayer.kind == kind for other in blocks[-1]):
+                blocks.append([])
+            elif any(other.sublayer.kind == kind for other in blocks[-1]):
+                self.left_alone.append(LeftAlone(branch.sublayer.path, f"its block has another {kind} before it"))
+                continue
+            blocks[-1].append(self._in_block(branch, self.block + len(blocks) - 1, flows))
+        return blocks, self.left_alone
+
+    def _groups(self) -> list[tuple[Kind, list[BranchFlow]]]:
+        """The terms of each sublayer; MLPs side by side are one, as experts and a shared expert are."""
+        groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
+        for branch in self.flow.branches:
+            kind, reason = kind_of(self.flow, branch, self.names)
+            if kind is None:
+                self._leave_alone(branch, reason)
+            else:
+                groups.setdefault((kind, branch.before if kind == "mlp" else branch.value), []).append(branch)
+        return [(kind, parts) for (kind, _), parts in groups.items()]
+
+    def _leave_alone(self, branch: BranchFlow, reason: str) -> None:
+        self.left_alone.append(LeftAlone(self.modules.path(branch), reason))
+
+    def _branch(self, kind: Kind, parts: list[BranchFlow]) -> Branch | None:
+        """One sublayer, or None if it has to be left alone."""
+        stand_ins: dict[str, StandIn] = {}
+        support: dict[str, StandIn] = {}
+        sublayer: Sublayer | None = None
+        try:
+            for part in parts:
+                core, around = self.modules.find(kind, part)
+                sublayer = sublayer or Sublayer(self.block, kind, core[0][0].path)
+                for call, zero, key in core:
+                    stand_ins[call.path] = self.modules.stand_in(sublayer, call, zero=zero, key=key, core=True)
+                for call, key in around:
+                    support[call.path] = self.modules.stand_in(sublayer, call, zero=False, key=key, core=False)
+            assert sublayer is not None
+            first = parts[0]
+            entry, (leave, scale) = self._entry(first), self._exit(parts)
+        except Unfit as unfit:
+            self._leave_alone(parts[0], str(unfit))
+            return None
+        others = [branch for branch in self.flow.branches if branch not in parts]
+        beside = any(other.before == first.before for other in others)
+        topology: Topology = "parallel" if beside else "sequential"
+        return Branch(sublayer, topology, entry, leave, scale, tuple(stand_ins.items()), tuple(support.items()))
+
+    def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
+        """The same branch in the block of its final index, with the support that goes once all its users go."""
+        sublayer = replace(branch.sublayer, block=block)
+        own = tuple((path, replace(stand_in, sublayer=sublayer)) for path, stand_in in branch.stand_ins)
+        support = tuple(
+            (path, replace(stand_in, sublayer=sublayer))
+            for path, stand_in in branch.support
+            if self.modules.is_spare(path, dropped)
+        )
+        return replace(branch, sublayer=sublayer, stand_ins=own, support=support)
+
+    def _entry(self, branch: BranchFlow) -> Tap:
+        for call in self._called_once():
+            if any(operation in call for operation in branch.cone):
+                for key, value in call.arguments.items():
+                    if self.flow.stream.get(value) == branch.before:
+                        return Tap(call.path, key)
+        if not branch.before:
+            return Tap(self.flow.call.path, self.flow.source)
+        raise Unfit("no module takes its X")
+
+    def _exit(self, parts: list[BranchFlow]) -> tuple[Tap, float | None]:
+        """Where b can be read, behind its dropout if it has one; else where Y can."""
+        last = parts[-1]
+        calls = self._called_once()
+        if len(parts) == 1 and last.norm is None and last.scale is not None:
+            writers = outermost([call for call in calls if call.output == last.value])
+            if writers:
+                return Tap(writers[-1].path), last.scale
+        writers = [call for call in calls if call.output == last.after]
+        if writers:
+            return Tap(writers[0].path), None
+        after = self.flow.stream[last.after]
+        for call in calls:
+            for key, value in call.arguments.items():
+                if call.start > last.join and self.flow.stream.get(value) == after:
+                    return Tap(call.path, key), None
+        if self.flow.position(self.flow.call.output) == after:
+            return Tap(self.flow.call.path), None
+        raise Unfit("no module takes its Y")
+
+    def _called_once(self) -> list[Call]:
+        return [call for call in self.calls if len(self.tape.calls_of(call.path)) == 1]

@@ -1,0 +1,132 @@
+"""What runs in the place of a module that was dropped. Needs torch and transformers and nothing of layershed.
+
+This very file also goes, as text, into folders that load without layershed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache
+
+
+@dataclass
+class StandIn:
+    """Stands in for a module: hands on the hidden states that came in, or zeros of their shape.
+
+    Args:
+        sublayer: The sublayer that is dropped.
+        zero: Whether its branch contributes zero; else the hidden states pass through.
+        core: Whether it stands for the sublayer's own module, and not for a norm or the like that only it uses.
+        argument: Where the hidden states stand in the call: a position or a name.
+        echoes: None where the module returns a tensor; where it returns a tuple, for each of its further places the
+            argument that it returns there unchanged, or None.
+        layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None.
+        materialize: Return zeros with memory of their own, for blocks that add to them in place.
+        as_list: Whether the module returns a list and not a tuple.
+        frozen: Names of the module's parameters that were trainable before.
+        own: Attributes of the instance that the stand-in hides, such as a forward that accelerate put there.
+    """
+
+    sublayer: Any
+    zero: bool
+    core: bool = True
+    argument: int | str = 0
+    echoes: tuple[int | str | None, ...] | None = None
+    layer_idx: int | None = None
+    materialize: bool = False
+    as_list: bool = False
+    frozen: tuple[str, ...] = ()
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module would return if its branch contributed nothing; advances the KV cache."""
+        hidden = _argument(self.argument, args, kwargs)
+        if not isinstance(hidden, Tensor):
+            hidden = first_tensor(args, kwargs)
+        if self.layer_idx is not None:
+            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+            if cache is not None:
+                advance_cache(cache, self.layer_idx, hidden)
+        if self.zero:
+            hidden = hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
+        if self.echoes is None:
+            return hidden
+        returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
+        return list(returned) if self.as_list else returned
+
+
+class RemovedModule(nn.Module):
+    """What stands where a removed module stood: no parameters, the same call, the same plain attributes.
+
+    Args:
+        stand_in: What it does when it is called.
+        module: The module that it replaces; its plain attributes stay readable, and so does the dtype of its weights,
+            as blocks ask for them.
+    """
+
+    def __init__(self, stand_in: StandIn, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stand_in = stand_in
+        self._stubs: dict[str, Tensor] = {}
+        for name, value in vars(module).items() if module is not None else ():
+            if isinstance(value, bool | int | float | str) and name != "training" and not name.startswith("_"):
+                setattr(self, name, value)
+        for name, parameter in module.named_parameters(recurse=False) if module is not None else ():
+            self._stubs[name] = torch.empty(0, dtype=parameter.dtype, device="cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Contribute nothing to the residual stream."""
+        return self.stand_in(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Which sublayer was removed."""
+        return f"{getattr(self.stand_in.sublayer, 'name', self.stand_in.sublayer)}, removed"
+
+    def __getattr__(self, name: str) -> Any:
+        stubs = self.__dict__.get("_stubs", {})
+        return stubs[name] if name in stubs else super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RemovedModule:
+        self._stubs = {name: fn(stub) for name, stub in self._stubs.items()}
+        return super()._apply(fn, recurse)
+
+
+def _argument(key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(key, int):
+        return args[key] if key < len(args) else None
+    return kwargs.get(key)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a module was called with: its first positional tensor, else its first by keyword."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor) -> None:
+    """Tell the KV cache that its layer saw the tokens of ``hidden``, shape (batch, tokens, hidden), storing no keys.
+
+    A model reads its position from the cache's first layer: if that attention is dropped and stays silent, cached
+    decoding goes wrong without an error. The placeholder has one head of size 1, or the shape that a cache allocated
+    in advance (static) demands.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, DummyLayer):  # it reads the keys of another layer and has none to see pass
+        return
+    keys, values = (_placeholder(hidden, getattr(layer, name, None)) for name in ("keys", "values"))
+    cache.update(keys, values, layer_idx)
+    layer = cache.layers[layer_idx]
+    if type(layer) is DynamicLayer:
+        # the length is all that is asked for: one element of memory behind it, however many tokens pass
+        layer.keys = layer.values = hidden.new_zeros(()).expand(layer.keys.shape)
+
+
+def _placeholder(hidden: Tensor, stored: Tensor | None) -> Tensor:
+    heads, size = (stored.shape[1], stored.shape[3]) if stored is not None and stored.ndim == 4 else (1, 1)
+    return hidden.new_zeros(()).expand(hidden.shape[0], heads, hidden.shape[1], size)
