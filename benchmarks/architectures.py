@@ -80,6 +80,9 @@ _LINEAR_HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "blocks":
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 FIXES: dict[str, dict[str, Any]] = {
+    # decoding takes padding out again, so that it must be no token
+    "musicgen": {"pad_token_id": VOCABULARY},
+    "musicgen_melody": {"pad_token_id": VOCABULARY},
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -217,7 +220,8 @@ def tiny_model(model_type: str, blocks: int = 3) -> PreTrainedModel:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     generation = model.generation_config
     if generation is not None and isinstance(model.get_input_embeddings(), nn.ModuleList):
-        generation.decoder_start_token_id = 0  # as the published checkpoints of models of codebooks have one
+        # as the published checkpoints of models of codebooks do
+        generation.decoder_start_token_id = generation.pad_token_id
     return model.float().eval()
 
 

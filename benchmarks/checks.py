@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import layershed as ls
 from architectures import VOCABULARY
@@ -37,21 +36,25 @@ class Case:
 
     Args:
         model: A dense model in eval mode.
+        inputs: What it is fed; two sequences of tokens if None.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
+        self.model: Any = model
         self.anatomy: Anatomy = dissect(model)
-        tables = model.get_input_embeddings()
-        rows = 2 * (len(tables) if isinstance(tables, nn.ModuleList) else 1)
-        generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(3, VOCABULARY, (rows, TOKENS), generator=generator)
+        self.inputs = {"input_ids": self.tokens, "use_cache": False} if inputs is None else dict(inputs)
 
-    def logits(self, model: Any = None, **kwargs: Any) -> Tensor:
-        """Logits of the case's tokens, without a cache."""
+    @property
+    def tokens(self) -> Tensor:
+        """Two sequences; a model of codebooks takes a row for each of them."""
+        tables = self.model.get_input_embeddings()
+        rows = 2 * (len(tables) if isinstance(tables, nn.ModuleList) else 1)
+        return torch.randint(3, VOCABULARY, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def logits(self, model: Any = None) -> Tensor:
+        """What the model makes of its inputs: its logits, or its last hidden states."""
         with torch.no_grad():
-            logits: Tensor = (model or self.model)(input_ids=self.tokens, use_cache=False, **kwargs).logits
-        return logits
+            return first_output((self.model if model is None else model)(**self.inputs))
 
     @property
     def several(self) -> list[Branch]:
@@ -64,7 +67,13 @@ class Case:
         return list(chosen.values()) if len(chosen) < len(branches) else list(chosen.values())[:-1]
 
 
-def reference(case: Case, dropped: Iterable[Branch]) -> PreTrainedModel:
+def first_output(output: Any) -> Tensor:
+    """The logits of a model's output, or whatever else comes first."""
+    found: Tensor = getattr(output, "logits", output if isinstance(output, Tensor) else output[0])
+    return found
+
+
+def reference(case: Case, dropped: Iterable[Branch]) -> Any:
     """A copy of the model in which branches contribute nothing, made without a bypass."""
     model = copy.deepcopy(case.model)
     dropped = list(dropped)
@@ -199,29 +208,31 @@ def together(case: Case) -> None:
 def generation(case: Case) -> str | None:
     """Greedy generate() with the cache gives, step by step, the logits without it, with left padding.
 
-    And those of the reference with the cache: that alone is asked where the dense model fails the first.
+    And those of the reference with the cache: that alone is asked where the reference itself fails the first.
     """
+    copied = reference(case, case.several)
     try:
-        sound = _same_steps(_generated(case.model, case), _generated(case.model, case, use_cache=False))
+        expected = _generated(copied, case)
+        sound = _same_steps(expected, _generated(copied, case, use_cache=False))
     except Exception as error:
         raise CheckError(f"transformers' dense model does not generate ({type(error).__name__})") from None
-    expected = _generated(reference(case, case.several), case)
     with _bypassed(case):
         with_cache, without = _generated(case.model, case), _generated(case.model, case, use_cache=False)
     if not _same_steps(with_cache, expected):
         raise CheckError("cached logits differ from those of zero branches")
     if not sound:
-        return "the dense model's own cached logits differ from its uncached ones"
+        return "cached logits differ from uncached ones with zero weights in place of a bypass, too"
     if not _same_steps(with_cache, without):
         raise CheckError("cached logits differ from uncached ones")
     return None
 
 
 def static_cache(case: Case) -> str | None:
-    """The same with a cache allocated in advance, where the dense model can do with one."""
+    """The same with a cache allocated in advance, where the reference can do with one."""
+    copied = reference(case, case.several)
     try:
-        dense = _generated(case.model, case, cache_implementation="static")
-        sound = _same_steps(dense, _generated(case.model, case, use_cache=False))
+        expected = _generated(copied, case, cache_implementation="static")
+        sound = _same_steps(expected, _generated(copied, case, use_cache=False))
     except Exception:
         sound = False
     if not sound:
@@ -246,7 +257,7 @@ def _same_steps(found: Tensor, expected: Tensor) -> bool:
     return True
 
 
-def _generated(model: PreTrainedModel, case: Case, **options: Any) -> Tensor:
+def _generated(model: Any, case: Case, **options: Any) -> Tensor:
     """The logits of five steps of greedy decoding, one sequence padded on its left."""
     mask = torch.ones_like(case.tokens)
     mask[0, :3] = 0
@@ -282,14 +293,14 @@ def training(case: Case) -> None:
             model.train()
             plain = _gradients(case)
             if model.supports_gradient_checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
                 checkpointed = _gradients(case)
                 same = plain.keys() == checkpointed.keys()
                 if not same or not all(_close(checkpointed[name], plain[name], 1e-4) for name in plain):
                     raise CheckError("gradients under checkpointing differ")
         finally:
             model.zero_grad()
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.eval()
     for branch in case.anatomy.branches:
         own = tuple(f"{path}." for path, _ in branch.stand_ins)
@@ -302,7 +313,8 @@ def _gradients(case: Case) -> dict[str, Tensor]:
     case.model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout
-        case.model(input_ids=case.tokens, use_cache=False).logits.float().square().mean().backward()
+        loss: Any = first_output(case.model(**case.inputs)).float().square().mean()
+        loss.backward()
     return {name: p.grad.clone() for name, p in case.model.named_parameters() if p.grad is not None}
 
 
@@ -331,7 +343,7 @@ def importance(case: Case) -> None:
         if block is not None:
             taps[index, "x"], taps[index, "y"] = block, Tap(block.path)
     seen = _read(case, taps)
-    scores = ls.estimate_importance(case.model, [{"input_ids": case.tokens}])
+    scores = ls.estimate_importance(case.model, [case.inputs])
     if set(scores) != {branch.sublayer for branch in case.anatomy.branches}:
         raise CheckError("not every sublayer is scored")
     if not all(0 <= value <= 2 for value in scores.values()):

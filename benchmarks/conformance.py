@@ -39,13 +39,13 @@ code. Made by `python benchmarks/conformance.py`; do not edit.
 | restore | bypassed and restored, logits and weights are bit for bit what they were |
 | several | several at once, block 0's attention among them, as single |
 | generate | greedy, left-padded: cached logits equal uncached ones step by step, and those of the zero-weight copy |
-| static cache | the same with a cache allocated in advance, where the dense model can do with one |
+| static cache | the same with a cache allocated in advance, where the zero-weight copy can do with one |
 | training | gradients with gradient checkpointing equal those without; what is dropped has none, all else has |
 | reload | saved and loaded: the same logits, no dropped weight in the file |
 | importance | of whole blocks: equals 1 - cos of input and output |
 
-*n* marks a note below the table. Where transformers' own dense model gives other logits with its cache than without,
-"generate" compares the dropped model with the zero-weight copy alone, both with the cache.
+*n* marks a note below the table. Where the zero-weight copy, in which layershed has no part, gives other logits with
+its cache than without, "generate" compares the dropped model with that copy alone, both with the cache.
 """
 
 
@@ -86,7 +86,7 @@ def try_architecture(model_type: str) -> Row:
         case = Case(model)
     except ls.LayershedError as error:
         return Row(model_type, refusal=str(error))
-    found = Counter(branch.sublayer.kind for branch in case.anatomy.branches)
+    found = Counter[str](branch.sublayer.kind for branch in case.anatomy.branches)
     row = Row(model_type, dict(found), left_alone=case.anatomy.left_alone)
     for name, check in CHECKS.items():
         try:
@@ -117,7 +117,7 @@ def as_markdown(rows: Sequence[Row], unbuilt: dict[str, str], last_line: str) ->
             if reason and reason != "no static cache":
                 notes.append(f"- {row.model_type}, {name}: {reason}")
         lines.append(f"| {row.model_type} | {' | '.join(cells)} |")
-    lines += ["", "## Notes", "", "*n* under static cache: the dense model itself has none that works.", "", *notes]
+    lines += ["", "## Notes", "", "*n* under static cache: transformers has none that works for it.", "", *notes]
     lines += ["", "## Left alone", "", "What blocks hold beside their sublayers, by the first of its kind.", ""]
     for row in rows:
         reasons = {entry.reason: entry.path for entry in reversed(row.left_alone)}
@@ -151,9 +151,8 @@ def main(only: Sequence[str] = ()) -> None:
             continue
         row = rows[-1]
         problems = [f"{name}: {reason}" for name, reason in row.results.items() if reason]
-        console.print(
-            f"{'pass' if row.passes else 'FAIL'}  {model_type}  {row.refusal or '; '.join(problems)}", markup=False
-        )
+        verdict = "pass" if row.passes else "FAIL"
+        console.print(f"{verdict}  {model_type}  {row.refusal or '; '.join(problems)}", markup=False)
     passing = [row for row in rows if row.passes]
     noted = [row for row in passing if "generate" in row.notes]
     minutes = (time.monotonic() - started) / 60
@@ -163,8 +162,8 @@ def main(only: Sequence[str] = ()) -> None:
         TABLE.write_text(as_markdown(rows, unbuilt, last_line), encoding="utf-8")
         console.print(f"Table: {TABLE}", markup=False)
     console.print(
-        f"{minutes:.1f} minutes; {len(unbuilt)} could not be built; of those that pass, the dense model of {len(noted)} "
-        "gives other logits with its cache than without"
+        f"{minutes:.1f} minutes; {len(unbuilt)} could not be built; for {len(noted)} of those that pass transformers "
+        "itself gives other logits with its cache than without"
     )
     print(last_line)
 

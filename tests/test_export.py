@@ -327,6 +327,16 @@ def lose_a_shard(folder):
 
 UP, QUERY = "model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 
+SELF = "model.layers.0.self_attn"
+FIELDS = {"sublayer": {"block": 0, "kind": "attention", "path": SELF}, "zero": True}
+
+
+def rewrite_modules(folder, change):
+    modules = json.loads((folder / "config.json").read_text())["dropped_modules"]
+    change(modules)
+    rewrite_config(folder, dropped_modules=modules)
+
+
 BREAKS = {
     "missing weight": (lambda f: rewrite_weights(f, lambda w: w.pop(UP)), UP),
     "weight of a dropped sublayer": (
@@ -334,8 +344,23 @@ BREAKS = {
         QUERY,
     ),
     "mismatched shape": (lambda f: rewrite_weights(f, lambda w: w.update({UP: torch.ones(5, 32)})), UP),
-    "block out of range": (lambda f: rewrite_config(f, per_layer_config={"9": {"skip": ["mlp"]}}), "9"),
-    "unknown kind": (lambda f: rewrite_config(f, per_layer_config={"0": {"skip": ["conv"]}}), "conv"),
+    "block out of range": (
+        lambda f: rewrite_config(f, dropped_modules=None, per_layer_config={"9": {"skip": ["mlp"]}}),
+        "9",
+    ),
+    "unknown kind": (
+        lambda f: rewrite_config(f, dropped_modules=None, per_layer_config={"0": {"skip": ["conv"]}}),
+        "conv",
+    ),
+    "two fields that contradict": (
+        lambda f: rewrite_config(f, per_layer_config={"3": {"skip": ["mlp"]}}),
+        "contradicts",
+    ),
+    "stand-in for no module": (lambda f: rewrite_modules(f, lambda m: m.update({"model.layers.7": FIELDS})), "layers"),
+    "stand-in with a stranger's field": (lambda f: rewrite_modules(f, lambda m: m[SELF].update(run="rm")), "run='rm'"),
+    "stand-in with a wrong type": (lambda f: rewrite_modules(f, lambda m: m[SELF].update(zero="no")), "zero='no'"),
+    "stand-in of no kind": (lambda f: rewrite_modules(f, lambda m: m[SELF]["sublayer"].update(kind="x")), "'x'"),
+    "stand-ins that are no mapping": (lambda f: rewrite_config(f, dropped_modules=[1]), "dropped_modules"),
     "skip is no list": (lambda f: rewrite_config(f, per_layer_config={"0": {"skip": "mlp"}}), "skip"),
     "per_layer_config is no mapping": (lambda f: rewrite_config(f, per_layer_config=[1]), "out"),
     "unknown architecture": (lambda f: rewrite_config(f, architectures=["LamaForCausalLM"]), "LamaForCausalLM"),

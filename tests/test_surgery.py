@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from layershed.discovery import find_branches, find_sublayers
+from layershed.discovery import dissect, find_sublayers
 from layershed.errors import PlanError
 from layershed.plan import Sublayer
 from layershed.surgery import (
@@ -187,8 +187,8 @@ def test_a_bypassed_sublayer_gets_no_gradient_and_the_others_do(model, tokens):
     bypass(model, chosen)
     model.zero_grad()
     model(input_ids=tokens, labels=tokens).loss.backward()
-    branches = {b.sublayer: b for b in find_branches(model)}
-    gone = tuple(path for s in chosen for path in (s.path, branches[s].norm))
+    branches = {b.sublayer: b for b in dissect(model).branches}
+    gone = tuple(path for s in chosen for path in (s.path, branches[s].entry.path))
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(gone), name
         assert parameter.requires_grad == (not name.startswith(gone)), name

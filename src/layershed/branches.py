@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Literal
 
@@ -44,6 +45,7 @@ class Branch:
         scale: Y = X + scale * b, with b what is read at the exit; None if Y itself is read there.
         stand_ins: By module path, what its own modules do once it is dropped.
         support: By module path, what norms and the like do once every sublayer that uses them is dropped.
+        parts: Its terms in the data flow.
     """
 
     sublayer: Sublayer
@@ -53,6 +55,7 @@ class Branch:
     scale: float | None
     stand_ins: tuple[tuple[str, StandIn], ...]
     support: tuple[tuple[str, StandIn], ...] = ()
+    parts: tuple[BranchFlow, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -68,26 +71,29 @@ class LeftAlone:
     reason: str
 
 
-def branches_of(flow: BlockFlow, block: int, model: nn.Module) -> tuple[list[list[Branch]], list[LeftAlone]]:
+def branches_of(
+    flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]]
+) -> tuple[list[list[Branch]], list[LeftAlone]]:
     """The sublayers of a block in the order in which they run, and what is left alone.
 
     Args:
         flow: The block's data flow.
         block: Its index.
         model: The model that the tape was made of.
+        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's.
 
     Returns:
         One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
         of which begins a block of its own.
     """
-    return _Block(flow, block, model).assemble()
+    return _Block(flow, block, model, slots).assemble()
 
 
 class _Block:
-    def __init__(self, flow: BlockFlow, block: int, model: nn.Module) -> None:
+    def __init__(self, flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]]) -> None:
         self.flow, self.tape, self.block = flow, flow.tape, block
         self.calls = list(flow.tape.within(flow.call))
-        self.modules = Modules(flow, model)
+        self.modules = Modules(flow, slots)
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
         self.names = {key: parameters[key] if isinstance(key, int) else key for key in flow.call.arguments}
         self.left_alone: list[LeftAlone] = []
@@ -98,17 +104,18 @@ class _Block:
             branch = self._branch(kind, parts)
             if branch is not None:
                 found.append((branch, parts))
-        found.sort(key=lambda pair: self.tape.calls_of(pair[0].sublayer.path)[0].opened)
-        flows = [part for _, parts in found for part in parts]
+        found.sort(key=lambda pair: (pair[1][0].join, self.tape.calls_of(pair[0].sublayer.path)[0].opened))
         blocks: list[list[Branch]] = [[]]
         for branch, _ in found:
             kind = branch.sublayer.kind
-            if kind == "attention" and any(other.sublayer.kind == kind for other in blocks[-1]):
+            if any(other.sublayer.kind == kind for other in blocks[-1]):
+                if kind != "attention":
+                    self.left_alone.append(LeftAlone(branch.sublayer.path, f"its block has another {kind} before it"))
+                    continue
                 blocks.append([])
-            elif any(other.sublayer.kind == kind for other in blocks[-1]):
-                self.left_alone.append(LeftAlone(branch.sublayer.path, f"its block has another {kind} before it"))
-                continue
-            blocks[-1].append(self._in_block(branch, self.block + len(blocks) - 1, flows))
+            blocks[-1].append(branch)
+        dropped = [part for block in blocks for branch in block for part in branch.parts]
+        blocks = [[self._in_block(b, self.block + i, dropped) for b in block] for i, block in enumerate(blocks)]
         return blocks, self.left_alone
 
     def _groups(self) -> list[tuple[Kind, list[BranchFlow]]]:
@@ -120,7 +127,12 @@ class _Block:
                 self._leave_alone(branch, reason)
             else:
                 groups.setdefault((kind, branch.before if kind == "mlp" else branch.value), []).append(branch)
-        return [(kind, parts) for (kind, _), parts in groups.items()]
+        return [(kind, side) for (kind, _), parts in groups.items() for side in self._side_by_side(parts)]
+
+    def _side_by_side(self, parts: list[BranchFlow]) -> list[list[BranchFlow]]:
+        """The terms together, unless something else joins the stream between them."""
+        together = self.flow.stream[parts[-1].after] - parts[0].before == {part.value for part in parts}
+        return [parts] if together else [[part] for part in parts]
 
     def _leave_alone(self, branch: BranchFlow, reason: str) -> None:
         self.left_alone.append(LeftAlone(self.modules.path(branch), reason))
@@ -147,7 +159,8 @@ class _Block:
         others = [branch for branch in self.flow.branches if branch not in parts]
         beside = any(other.before == first.before for other in others)
         topology: Topology = "parallel" if beside else "sequential"
-        return Branch(sublayer, topology, entry, leave, scale, tuple(stand_ins.items()), tuple(support.items()))
+        own, around_it = tuple(stand_ins.items()), tuple(support.items())
+        return Branch(sublayer, topology, entry, leave, scale, own, around_it, tuple(parts))
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""
@@ -182,6 +195,8 @@ class _Block:
         if writers:
             return Tap(writers[0].path), None
         after = self.flow.stream[last.after]
+        if after - parts[0].before != {part.value for part in parts}:
+            raise Unfit("what is beside it joins the stream before")
         for call in calls:
             for key, value in call.arguments.items():
                 if call.start > last.join and self.flow.stream.get(value) == after:

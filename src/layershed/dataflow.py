@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from layershed.errors import UnprovenStructureError
@@ -19,8 +20,6 @@ Position = frozenset[int]
 """A place in the stream: the branches that have been added up to there."""
 
 _RESHAPING = {"view", "_unsafe_view", "_reshape_alias", "clone", "_to_copy", "detach", "alias", "unsqueeze", "squeeze"}
-# take a shape from a tensor and no number
-_FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class _Follower:
         """Every value inside the block that depends on X."""
         reach = {self.x}
         for operation in self.tape.operations[self.call.start : self.call.stop]:
-            if operation.name not in _FRESH and not reach.isdisjoint(operation.reads):
+            if not reach.isdisjoint(operation.reads):
                 reach.update(operation.writes)
         return reach
 
@@ -244,12 +243,16 @@ class _Follower:
     def _adds_returned_bias(self, value: int) -> bool:
         """Whether a value is a sum with a constant that a module of the block returned, such as its bias."""
         operation = self._producer(value)
-        returned = {number for call in self.tape.within(self.call) for number in call.outputs}
-        return (
-            self._adds_constant(value)
-            and operation is not None
-            and not returned.isdisjoint({*operation.reads} - self.reach)
-        )
+        if operation is None or not self._adds_constant(value):
+            return False
+        constants = {self._viewed(read) for read in operation.reads if read not in self.reach}
+        return any(not constants.isdisjoint(call.outputs) for call in self.tape.within(self.call))
+
+    def _viewed(self, value: int) -> int:
+        """What a value is a view of."""
+        while (operation := self._producer(value)) is not None and operation.name in {*_RESHAPING, "expand"}:
+            value = operation.reads[0]
+        return value
 
     def _adds_constant(self, value: int) -> bool:
         """Whether a value is a sum with something that does not depend on X."""
@@ -293,5 +296,6 @@ def _as_float(argument: object, tape: Tape) -> float | None:
     if not isinstance(argument, Value):
         return float(argument) if isinstance(argument, int | float) else None
     tensor = tape.tensors[argument.number]
-    constant = tensor.ndim == 0 and not tensor.requires_grad and not isinstance(tensor, FakeTensor)
-    return float(tensor) if constant else None
+    # what comes from a parameter changes in training
+    constant = argument.number not in tape.producer and not isinstance(tensor, nn.Parameter | FakeTensor)
+    return float(tensor) if constant and tensor.ndim == 0 else None

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from layershed.adapter import adapter_of
 from layershed.branches import Branch, LeftAlone, Tap, branches_of
-from layershed.dataflow import follow_block
+from layershed.dataflow import BlockFlow, follow_block
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.kinds import is_attention
 from layershed.plan import Sublayer
-from layershed.probe import run_probe
+from layershed.probe import quietly, run_probe, watch_cache
 from layershed.standins import RemovedModule
 from layershed.tape import Tape
+from layershed.trial import sift
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
     transformer = find_transformer(model, name=name)
-    tape = run_probe(transformer)
+    tape, slots = run_probe(transformer), watch_cache(transformer)
     branches: list[Branch] = []
     left_alone: list[LeftAlone] = []
     plain: set[int] = set()
     tokens_first = False
+    known: dict[object, bool] = {}
     blocks: list[Tap | None] = []
     for path in _block_paths(transformer, tape):
         calls = tape.calls_of(path)
@@ -95,7 +97,10 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
             continue
         try:
             flow = follow_block(tape, calls[0])
-            own, others = branches_of(flow, len(blocks), transformer)
+            own, others = branches_of(flow, len(blocks), transformer, slots)
+            with quietly(transformer):
+                own, failed = _sifted(transformer, flow, own, known)
+            others = [*others, *failed]
         except UnprovenStructureError as error:
             if any(is_attention(tape, operation) for operation in range(calls[0].start, calls[0].stop)):
                 raise
@@ -114,6 +119,18 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     if not branches:
         raise NoSublayersFoundError(_nothing_found(transformer, left_alone))
     return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
+
+
+def _sifted(
+    transformer: nn.Module, flow: BlockFlow, blocks: list[list[Branch]], known: dict[object, bool]
+) -> tuple[list[list[Branch]], list[LeftAlone]]:
+    """Without the branches that do not stand the trial; those are left alone."""
+    good, bad = sift(transformer, flow, [branch for block in blocks for branch in block], known)
+    reason = "what would stand in for it does not give what a zero branch gives"
+    kept = [
+        [branch for branch in good if branch.sublayer.block == block[0].sublayer.block] for block in blocks if block
+    ]
+    return kept or [[]], [LeftAlone(branch.sublayer.path, reason) for branch in bad]
 
 
 def _nothing_found(transformer: nn.Module, left_alone: list[LeftAlone]) -> str:

@@ -158,7 +158,7 @@ def _skipped_in(config: PreTrainedConfig) -> set[tuple[int, str]]:
     text_config = config.get_text_config()
     if not text_config.is_heterogeneous:
         return set()
-    layers = range(text_config.num_hidden_layers)
+    layers = range(getattr(text_config, "num_hidden_layers", 0))
     return {(i, kind) for i in layers for kind in getattr(text_config.per_layer_config[i], "skip", None) or ()}
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 from layershed.dataflow import BlockFlow, BranchFlow
 from layershed.plan import Kind
-from layershed.tape import Key, Operation, Tape, Value
+from layershed.replay import replay
+from layershed.tape import Key, Tape
 
+_MIDDLE = 3  # tokens of which one has a neighbour on either side
 _MIXING = {"convolution", "roll", "flip", "constant_pad_nd", "_fft_r2c"}
 _LOOKUPS = {"index", "index_select", "gather", "embedding"}
 _VIEWS = {"view", "_unsafe_view", "expand", "transpose", "permute", "t", "clone", "unsqueeze", "squeeze", "_to_copy"}
@@ -59,10 +60,19 @@ def is_attention(tape: Tape, operation: int) -> bool:
             continue
         seen.add(value)
         if tape.operations[index].name in ("bmm", "baddbmm"):
-            return True
+            return not any(_is_weight(tape, factor) for factor in tape.operations[index].reads[-2:])
         if not tape.is_product(index):
             todo.extend(tape.operations[index].reads)
     return False
+
+
+def _is_weight(tape: Tape, value: int) -> bool:
+    """Whether a value is a parameter or a view of one."""
+    while (index := tape.producer.get(value)) is not None:
+        if tape.operations[index].name not in _VIEWS:
+            return False
+        value = tape.operations[index].reads[0]
+    return True
 
 
 def _extra_arguments(flow: BlockFlow, branch: BranchFlow) -> set[Key]:
@@ -86,25 +96,51 @@ def _extra_arguments(flow: BlockFlow, branch: BranchFlow) -> set[Key]:
 
 
 def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
-    """Whether a branch treats every token by itself: another first token leaves the others as they are.
+    """Whether a branch treats every token by itself.
 
-    The branch is computed again from an altered X. On fake tensors it is enough that none of its operations is known
-    to mix tokens; whoever built the skeleton asks again once it holds weights.
+    It is computed again from another X. With the first and the last token swapped, so must be its own, which leaves the
+    number of tokens of every expert as it was; and when those two are altered, the ones between must stay. On fake
+    tensors it is enough that none of its operations is known to mix tokens; whoever built the skeleton asks again once
+    it holds weights.
     """
     tape = flow.tape
     if is_symbolic(tape.tensors[branch.value]):
         return not any(_may_mix(flow, branch, operation) for operation in branch.cone)
     stream = {value: tape.tensors[value] for value in flow.stream}
-    # the small change, too: where the large one sends a token to other experts, recorded sizes do not fit any more
-    for share in (1.0, 0.01):
-        altered = {value: _with_another_first_token(tensor, share) for value, tensor in stream.items()}
+    try:
+        before = _by_token(replay(tape, branch.value, stream))
+        swapped = _by_token(replay(tape, branch.value, {value: _swapped(tensor) for value, tensor in stream.items()}))
+    except Exception:  # whatever it raises: it cannot be told
+        return False
+    size = before.abs().max().item()
+    if size == 0:  # a branch that starts at zero
+        return not any(_may_mix(flow, branch, operation) for operation in branch.cone)
+    tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5) * size
+    if before.shape[0] < _MIDDLE or not _near(_swapped(swapped[None])[0], before, tolerance):
+        return False
+    # small changes, too: a large one may send a token to other experts, which recorded sizes do not know
+    for share in (1.0, 0.01, 0.001):
+        altered = {value: _with_other_ends(tensor, share) for value, tensor in stream.items()}
         try:
-            before, after = (_by_token(replay(tape, branch, x))[1:].double() for x in (stream, altered))
-        except Exception:  # whatever it raises: it cannot be told
+            after = _by_token(replay(tape, branch.value, altered))
+        except Exception:
             continue
-        tolerance = max(8 * torch.finfo(tape.tensors[branch.value].dtype).eps, 1e-5) * before.abs().max().item()
-        return before.shape == after.shape and (before - after).abs().max().item() <= tolerance
+        telling = share == 1 or not _near(after, before, 100 * tolerance)
+        if telling and _near(after[1:-1], before[1:-1], tolerance):
+            return True
     return False
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and (a.double() - b.double()).abs().max().item() <= tolerance
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """With the first and the last token in each other's place."""
+    swapped = tensor.clone(memory_format=torch.contiguous_format)
+    tokens, own = _by_token(swapped), _by_token(tensor)
+    tokens[0], tokens[-1] = own[-1], own[0]
+    return swapped
 
 
 def _may_mix(flow: BlockFlow, branch: BranchFlow, operation: int) -> bool:
@@ -127,53 +163,9 @@ def _is_activation(flow: BlockFlow, branch: BranchFlow, value: int) -> bool:
     return value in flow.stream
 
 
-def replay(tape: Tape, branch: BranchFlow, values: dict[int, Tensor]) -> Tensor:
-    """Compute a branch again, from other values of the stream.
-
-    Args:
-        tape: The recording.
-        branch: The branch.
-        values: What to take in the place of recorded values.
-
-    Returns:
-        The new b.
-    """
-    overwritten = {value for operation in tape.operations for value in operation.renews}
-    needed = set(branch.cone)
-    # what was written over since must be made anew
-    todo = [value for index in needed for value in tape.operations[index].reads]
-    while todo:
-        value = todo.pop()
-        index = tape.producer.get(value)
-        if value in overwritten and value not in values and index is not None and index not in needed:
-            needed.add(index)
-            todo.extend(tape.operations[index].reads)
-    made = dict(values)
-    with torch.no_grad():
-        for index in sorted(needed):
-            _run(tape, tape.operations[index], made)
-    return made[branch.value]
-
-
 def is_symbolic(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no numbers."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def _run(tape: Tape, operation: Operation, made: dict[int, Tensor]) -> None:
-    """Run one operation again; what it writes over is written over here, too, views included."""
-    for number in operation.renews:
-        if number not in made:
-            made[number] = tape.tensors[number].clone()
-
-    def tensor(leaf: object) -> object:
-        return made.get(leaf.number, tape.tensors[leaf.number]) if isinstance(leaf, Value) else leaf
-
-    args, kwargs = tree_map(tensor, operation.arguments)
-    results = [leaf for leaf in tree_flatten(operation.function(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
-    made.update({new: made[old] for old, new in operation.renews.items()})
-    renewed = {id(made[old]) for old in operation.renews}
-    made.update(zip(operation.makes, (result for result in results if id(result) not in renewed), strict=True))
 
 
 def _by_token(tensor: Tensor) -> Tensor:
@@ -181,8 +173,9 @@ def _by_token(tensor: Tensor) -> Tensor:
     return tensor[0] if tensor.ndim > 2 and tensor.shape[0] == 1 else tensor
 
 
-def _with_another_first_token(tensor: Tensor, share: float) -> Tensor:
+def _with_other_ends(tensor: Tensor, share: float) -> Tensor:
     altered = tensor.clone(memory_format=torch.contiguous_format)
-    first = _by_token(altered)[0]
-    first += share * first.roll(1, -1)  # another direction: norms and gates may undo a sign or a size
+    for end in (0, -1):
+        token = _by_token(altered)[end]
+        token += share * token.roll(1, -1)  # another direction: norms and gates may undo a sign or a size
     return altered

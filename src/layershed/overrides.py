@@ -7,7 +7,7 @@ pickle carry it along, and nothing has to be kept elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,6 +93,19 @@ def lifted(model: nn.Module) -> Iterator[None]:
     finally:
         for module, override in carried:
             _set(module, override)
+
+
+@contextmanager
+def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
+    """Within the context the stand-ins run, and nothing else of the model is touched."""
+    modules = {model.get_submodule(path): stand_in for path, stand_in in stand_ins.items()}
+    for module, stand_in in modules.items():
+        _set(module, stand_in)
+    try:
+        yield
+    finally:
+        for module, stand_in in modules.items():
+            _clear(module, stand_in)
 
 
 def _set(module: nn.Module, override: StandIn) -> None:

@@ -238,7 +238,7 @@ def sublayer_from(entry: object) -> Sublayer:
         raise PlanError(f"Drop plan: block must not be negative, got {block}.")
     kind, path = _typed(fields.get("kind"), str, "kind"), _typed(fields.get("path"), str, "path")
     if kind not in KINDS:
-        raise PlanError(f"Drop plan: {kind!r} is no kind; it must be one of {', '.join(KINDS)}.")
+        raise PlanError(f"Drop plan: the kind {kind!r} is none; it must be one of {', '.join(KINDS)}.")
     return Sublayer(block, cast(Kind, kind), path)
 
 

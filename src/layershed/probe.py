@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from layershed.adapter import adapter_of
 from layershed.errors import UnprovenStructureError
@@ -33,12 +33,7 @@ def run_probe(transformer: nn.Module) -> Tape:
     Raises:
         UnprovenStructureError: If the forward pass fails.
     """
-    with ExitStack() as contexts:
-        for context in (_marked(), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(transformer)):
-            contexts.enter_context(context)
-        contexts.enter_context(lifted(transformer))
-        contexts.enter_context(_eager(transformer))
-        tape = contexts.enter_context(recording(transformer))
+    with quietly(transformer), recording(transformer) as tape:
         try:
             _forward(transformer)
         except Exception as error:
@@ -50,9 +45,51 @@ def run_probe(transformer: nn.Module) -> Tape:
     return tape
 
 
+def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which slot of the KV cache each module fills, and with how many tokens of the probe's, by path.
+
+    Asked in a forward pass of its own with a cache; empty for a model that takes none.
+    """
+    if "past_key_values" not in signature(transformer.forward).parameters or adapter_of(transformer) is not None:
+        return {}
+    assert isinstance(transformer, PreTrainedModel)
+    found: dict[str, tuple[int, int]] = {}
+    running: list[str] = []
+
+    class Watched(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            for path in running:
+                found.setdefault(path, (layer_idx, key_states.shape[-2]))
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    with quietly(transformer), ExitStack() as contexts:
+        for path, module in transformer.named_modules():
+            enter = module.register_forward_pre_hook(lambda *_, path=path: running.append(path))
+            leave = module.register_forward_hook(lambda *_: running.pop() and None)
+            contexts.callback(enter.remove)
+            contexts.callback(leave.remove)
+        try:
+            cache: Cache = Watched(config=transformer.config.get_text_config(decoder=True))
+            if transformer.config.is_encoder_decoder:
+                cache = EncoderDecoderCache(cache, DynamicCache())
+            _forward(transformer, past_key_values=cache, use_cache=True)
+        except Exception:  # whatever it raises: it does without a cache of this kind
+            return {}
+    return found
+
+
 def probing() -> bool:
     """Whether the running forward pass is a probe, which nobody should measure."""
     return _PROBING.get()
+
+
+@contextmanager
+def quietly(transformer: nn.Module) -> Iterator[None]:
+    """Within the context a forward pass is a probe: dense, eager, in eval mode, and nothing of it remains."""
+    with _marked(), torch.no_grad(), torch.random.fork_rng(devices=[]), ExitStack() as contexts:
+        for context in (evaluating(transformer), lifted(transformer), _eager(transformer)):
+            contexts.enter_context(context)
+        yield
 
 
 @contextmanager
@@ -83,11 +120,11 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _forward(transformer: nn.Module) -> None:
+def _forward(transformer: nn.Module, **more: Any) -> None:
     if not any(parameter.is_meta for parameter in transformer.parameters()):
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
-        transformer(**inputs)
+        transformer(**{**inputs, **more})
         return
     # bfloat16, which grouped matrix products of expert layers insist on without real data
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -95,7 +132,7 @@ def _forward(transformer: nn.Module) -> None:
             name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())
         }
-        functional_call(transformer, state, kwargs=dict(example_inputs(transformer)))
+        functional_call(transformer, state, kwargs={**example_inputs(transformer), **more})
 
 
 def _moved(value: Any, device: torch.device) -> Any:

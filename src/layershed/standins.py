@@ -26,6 +26,8 @@ class StandIn:
         echoes: None where the module returns a tensor; where it returns a tuple, for each of its further places the
             argument that it returns there unchanged, or None.
         layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None.
+        stride: How many of its hidden states go with one token in the cache; more than one where a model predicts
+            several tokens ahead (ProphetNet).
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
         as_list: Whether the module returns a list and not a tuple.
         frozen: Names of the module's parameters that were trainable before.
@@ -38,6 +40,7 @@ class StandIn:
     argument: int | str = 0
     echoes: tuple[int | str | None, ...] | None = None
     layer_idx: int | None = None
+    stride: int = 1
     materialize: bool = False
     as_list: bool = False
     frozen: tuple[str, ...] = ()
@@ -51,7 +54,7 @@ class StandIn:
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             if cache is not None:
-                advance_cache(cache, self.layer_idx, hidden)
+                advance_cache(cache, self.layer_idx, hidden[:, : hidden.shape[1] // self.stride])
         if self.zero:
             hidden = hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
         if self.echoes is None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import nn
+from collections.abc import Iterable, Mapping
 
 from layershed.dataflow import BlockFlow, BranchFlow
 from layershed.kinds import is_attention
@@ -26,11 +24,11 @@ class Modules:
 
     Args:
         flow: The block's data flow.
-        model: The model that the tape was made of.
+        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's.
     """
 
-    def __init__(self, flow: BlockFlow, model: nn.Module) -> None:
-        self.flow, self.tape, self.model = flow, flow.tape, model
+    def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]]) -> None:
+        self.flow, self.tape, self.slots = flow, flow.tape, slots
         self.calls = list(flow.tape.within(flow.call))
         self.spine = {flow.tape.producer[v] for v in flow.stream if flow.tape.producer.get(v, -1) in flow.call}
 
@@ -81,7 +79,7 @@ class Modules:
         self._check_by_products(branch, calls, core.output)
         support = self._support(branch, [call for call in calls if call is not core])
         self._check_tail(branch, core, [call for call, _ in support])
-        return [(core, True, self._hidden_key(core))], support
+        return [(core, True, self._hidden_key(branch, core))], support
 
     def _joining_modules(
         self, kind: Kind, branch: BranchFlow, calls: list[Call], core: Call, key: Key
@@ -112,7 +110,8 @@ class Modules:
         for call in self.calls:
             if branch.join not in call or any(join in call for join in others):
                 continue
-            key = next((k for k, v in call.arguments.items() if stream.get(v) == branch.before), None)
+            joined = stream[branch.after] - {branch.value}
+            key = next((k for k, v in call.arguments.items() if stream.get(v) == joined), None)
             done = call.output == branch.after or self.flow.position(call.output) == stream[branch.after]
             if key is not None and done and (branch.norm is None or branch.norm.start >= call.start):
                 return call, key
@@ -130,10 +129,19 @@ class Modules:
                 continue
             name = operation.name.removesuffix("_")
             # a bias that the core itself returns goes with it
-            silent = {*tainted, *core.outputs}
-            keeps = name in _ZERO_KEEPING or (name == "add" and silent.issuperset(operation.reads))
+            silent = {*tainted, *core.outputs, *self._views_of(core.outputs)}
+            keeps = name in _ZERO_KEEPING and (name != "div" or operation.reads[0] in tainted)
+            keeps = keeps or (name == "add" and silent.issuperset(operation.reads))
             if not keeps:
                 raise Unfit(f"{operation.name} comes between it and the stream")
+
+    def _views_of(self, values: Iterable[int | None]) -> set[int]:
+        """What the block makes of some values by looking at them in another shape."""
+        found = set(values)
+        for operation in self._block_operations():
+            if operation.name in _ZERO_KEEPING and found.issuperset(operation.reads):
+                found.update(operation.makes)
+        return {value for value in found if value is not None}
 
     def _check_by_products(self, branch: BranchFlow, calls: list[Call], result: int | None) -> None:
         """Nothing that its modules compute may be read by anything else, their result and shared norms aside."""
@@ -168,12 +176,17 @@ class Modules:
     def _moves(self, value: int, branch: BranchFlow) -> bool:
         return value in self.flow.stream or self.tape.producer.get(value) in branch.cone
 
-    def _hidden_key(self, core: Call) -> Key:
+    def _hidden_key(self, branch: BranchFlow, core: Call) -> Key:
         """Which argument tells the shape of the branch."""
         assert core.output is not None
         shape = tuple(self.tape.tensors[core.output].shape)
-        same = [key for key, given in core.shapes.items() if given == shape]
-        return next(iter([*same, *core.shapes]), 0)
+        moving = [key for key, value in core.arguments.items() if self._moves(value, branch)]
+        same = [key for key in moving if core.shapes[key] == shape]
+        if not moving:
+            raise Unfit(f"{core.path} takes nothing of the stream")
+        if not same and len(core.shapes[moving[0]]) < len(shape):
+            raise Unfit(f"{core.path} gives tokens by sequence and takes them flattened")
+        return (same or moving)[0]
 
     def stand_in(self, sublayer: Sublayer, call: Call, *, zero: bool, key: Key, core: bool) -> StandIn:
         """What stands in for the module of a call."""
@@ -183,9 +196,14 @@ class Modules:
         if call.container is not None:
             given = {value: key for key, value in call.arguments.items()}
             echoes = tuple(given.get(value) if value is not None else None for value in call.outputs[1:])
-        layer_idx = _layer_idx(self.model.get_submodule(call.path)) if core and sublayer.kind == "attention" else None
+        layer_idx, stride = None, 1
+        if core and sublayer.kind == "attention" and call.path in self.slots:
+            layer_idx, cached = self.slots[call.path]
+            stride = max(1, call.shapes[key][1] // cached)
         overwritten = any(call.output in operation.renews for operation in self._block_operations())
-        return StandIn(sublayer, zero, core, key, echoes, layer_idx, zero and overwritten, call.container is list)
+        return StandIn(
+            sublayer, zero, core, key, echoes, layer_idx, stride, zero and overwritten, call.container is list
+        )
 
     def _block_operations(self) -> list[Operation]:
         return self.tape.operations[self.flow.call.start : self.flow.call.stop]
@@ -203,9 +221,3 @@ class Modules:
 def outermost(calls: list[Call]) -> list[Call]:
     """Those of the calls that happened inside no other one."""
     return [call for call in calls if not any(other.contains(call) for other in calls)]
-
-
-def _layer_idx(module: nn.Module) -> int | None:
-    """The slot in the KV cache of the attention that a module is or holds."""
-    found = (getattr(inner, name, None) for inner in module.modules() for name in ("layer_idx", "layer_id"))
-    return next((index for index in found if isinstance(index, int)), None)

@@ -163,7 +163,7 @@ def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
     for sublayer in {stand_in.sublayer for stand_in in stand_ins.values() if stand_in.core}:
         own = layers.setdefault(sublayer.block, {})
         own["skip"] = sorted({*own.get("skip", ()), sublayer.kind})
-    if layers and max(layers) < text_config.num_hidden_layers:
+    if layers and max(layers) < getattr(text_config, "num_hidden_layers", 0):
         text_config.per_layer_config = layers
 
 
@@ -187,6 +187,7 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "core": bool,
         "argument": int | str,
         "layer_idx": int,
+        "stride": int,
         "materialize": bool,
         "as_list": bool,
     }

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 Key = int | str
 """Where an argument stands in a call: its position, or its name."""
 
+# take a shape from a tensor and no number
+_SHAPE_ONLY = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_grouped_mm_fallback", "convolution", "mv"}
 
 
@@ -65,6 +67,7 @@ class Call:
 
     Args:
         path: Path of the module.
+        given: What it was called with.
         opened: The moment at which it began, counting every operation, beginning and end of a call.
         closed: The moment at which it ended.
         arguments: The values that it was called with, by position or name.
@@ -74,6 +77,7 @@ class Call:
     """
 
     path: str
+    given: tuple[tuple[Any, ...], dict[str, Any]]
     opened: int
     start: int
     arguments: dict[Key, int]
@@ -152,7 +156,9 @@ class Tape:
         if function.namespace == "prim":  # a fake tensor's question after its device
             return function(*args, **kwargs)
         arguments = tree_map(lambda x: Value(self.number(x)) if isinstance(x, Tensor) else x, (args, kwargs))
-        reads = tuple(leaf.number for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Value))
+        name = function.overloadpacket.__name__
+        leaves = tree_flatten(arguments)[0] if name not in _SHAPE_ONLY else ()
+        reads = tuple(leaf.number for leaf in leaves if isinstance(leaf, Value))
         written = list(_written(function, args, kwargs))
         output = function(*args, **kwargs)
         # whatever shares the memory that was written holds something new, too
@@ -176,7 +182,7 @@ class Tape:
         arguments = {key: self.number(value) for key, value in tensors.items()}
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         self._moment += 1
-        call = Call(path, self._moment, len(self.operations), arguments, shapes)
+        call = Call(path, (args, kwargs), self._moment, len(self.operations), arguments, shapes)
         self.calls.append(call)
         open_calls.append(call)
 
@@ -201,7 +207,7 @@ def recording(model: nn.Module) -> Iterator[Tape]:
     for path, module in model.named_modules():
         enter, leave = partial(tape._enter, open_calls, path), partial(tape._leave, open_calls)
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with _Recorder(tape):
             yield tape

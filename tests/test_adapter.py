@@ -1,0 +1,173 @@
+"""A transformer that is not from Hugging Face, in the manner of nanoGPT, against branches switched off by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from layershed import adapter as adapters
+from layershed.adapter import SublayerAdapter, adapter_of, register_adapter
+from layershed.discovery import dissect, find_sublayers, find_transformer
+from layershed.errors import AdapterError, NoSublayersFoundError
+from layershed.plan import Sublayer
+from layershed.surgery import bypass, bypassed_sublayers, restore
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).split(x.shape[-1], dim=-1)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    off = frozenset()
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = CausalSelfAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def branch(self, kind, output):
+        return output * 0 if kind in self.off else output
+
+    def forward(self, x):
+        x = x + self.branch("attention", self.attn(self.ln_1(x)))
+        return x + self.branch("mlp", self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, layers=3, width=16, heads=2):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(11, width), nn.Embedding(8, width)
+        self.h = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.more = nn.ModuleList(Block(width, heads) for _ in range(1))
+        self.head = nn.Linear(width, 11, bias=False)
+
+    def forward(self, idx, targets=None):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in (*self.h, *self.more):
+            x = block(x)
+        return self.head(x), None
+
+
+class Larger(GPT):
+    pass
+
+
+ADAPTER = SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]})
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+
+
+def build(model_class=GPT):
+    torch.manual_seed(0)
+    return model_class()
+
+
+def expected(prefixes=("h.0", "h.1", "h.2", "more.0")):
+    return tuple(
+        Sublayer(i, kind, f"{prefix}.{name}")
+        for i, prefix in enumerate(prefixes)
+        for kind, name in (("attention", "attn"), ("mlp", "mlp"))
+    )
+
+
+def test_the_sublayers_of_a_registered_class_are_found_by_what_they_do():
+    register_adapter(GPT, ADAPTER)
+    model = build()
+    assert find_transformer(model) is model
+    assert find_sublayers(model) == expected()
+    assert {(b.topology, b.scale) for b in dissect(model).branches} == {("sequential", 1.0)}
+    assert dissect(model).plain == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_bypass_equals_the_branch_times_zero_and_restore_undoes_it(training):
+    register_adapter(GPT, ADAPTER)
+    model, reference = build().train(training), build()
+    before = model(TOKENS)[0]
+    for sublayer in expected():
+        block = reference.get_submodule(sublayer.path.rpartition(".")[0])
+        block.off = {sublayer.kind}
+        bypass(model, [sublayer])
+        assert bypassed_sublayers(model) == (sublayer,)
+        assert torch.equal(model(TOKENS)[0], reference(TOKENS)[0])
+        assert not torch.allclose(model(TOKENS)[0], before, atol=1e-3)
+        restore(model)
+        block.off = frozenset()
+    assert torch.equal(model(TOKENS)[0], before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_skeleton_on_the_meta_device_has_the_same_sublayers():
+    register_adapter(GPT, ADAPTER)
+    with torch.device("meta"):
+        model = GPT()
+    assert find_sublayers(model) == expected()
+
+
+def test_subclasses_are_seen_too_and_an_adapter_of_their_own_counts_before():
+    register_adapter(GPT, ADAPTER)
+    assert find_sublayers(build(Larger)) == expected()
+    register_adapter(Larger, own := SublayerAdapter(ADAPTER.inputs, blocks=("more",)))
+    assert adapter_of(build(Larger)) is own
+    assert adapter_of(build(GPT)) is ADAPTER
+    assert find_sublayers(build(GPT)) == expected()
+
+
+def test_the_last_adapter_of_a_class_counts():
+    register_adapter(GPT, ADAPTER)
+    register_adapter(GPT, last := SublayerAdapter(ADAPTER.inputs, ("h",)))
+    assert adapter_of(build()) is last
+
+
+@pytest.mark.parametrize(
+    ("blocks", "prefixes"),
+    [
+        (("h",), ("h.0", "h.1", "h.2")),
+        (("more",), ("more.0",)),
+        (("more", "h"), ("h.0", "h.1", "h.2", "more.0")),  # in the order in which they run
+    ],
+)
+def test_blocks_are_looked_for_where_the_adapter_says(blocks, prefixes):
+    register_adapter(GPT, SublayerAdapter(ADAPTER.inputs, blocks=blocks))
+    assert find_sublayers(build()) == expected(prefixes)
+
+
+def test_inside_another_module_paths_start_at_the_registered_one():
+    register_adapter(GPT, ADAPTER)
+    outer = nn.ModuleDict({"net": build(), "other": nn.Linear(2, 2)})
+    assert find_transformer(outer) is outer["net"]
+    assert find_sublayers(outer) == expected()
+
+
+def test_the_inputs_are_asked_for_with_the_model_itself():
+    seen = []
+    register_adapter(GPT, SublayerAdapter(lambda model: seen.append(model) or {"idx": torch.arange(4)[None]}))
+    find_sublayers(model := build())
+    assert len(seen) == 1
+    assert seen[0] is model
+
+
+@pytest.mark.parametrize("wrong", ["GPT", None, int, nn.Linear(2, 2), GPT(), list[int]])
+def test_what_is_no_class_of_modules_is_refused(wrong):
+    with pytest.raises(AdapterError, match=r"give the class of the model, a subclass of nn\.Module"):
+        register_adapter(wrong, ADAPTER)
+    assert adapters._ADAPTERS == {}
+
+
+def test_a_class_that_nobody_registered_is_refused():
+    with pytest.raises(NoSublayersFoundError, match=r"GPT holds no Hugging Face transformer.*SublayerAdapter"):
+        find_sublayers(build())
