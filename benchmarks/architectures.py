@@ -194,6 +194,23 @@ def tiny_config(model_type: str, blocks: int = 3) -> PreTrainedConfig:
         raise BuildError(f"The tiny config of {model_type} was rejected: {error}") from error
 
 
+# How many sublayers of three blocks there are to find, where it is not an attention and an MLP in each; read off the
+# layer types of the tiny configs. Mixers without a softmax over tokens are no attention.
+_ONE_OF_THREE = """bailing_hybrid bamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe olmo_hybrid qwen3_5_moe_text
+qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma"""
+# all but one that makes keys, or an index of keys, that another block reads; or but one mixer of another kind
+_TWO_OF_THREE = "gemma4 gemma4_text gemma4_unified gemma4_unified_text glm_moe_dsa hy_v4 lfm3 minimax"
+EXPECTED: dict[str, dict[str, int]] = {
+    **{model_type: {"attention": 1, "mlp": 3} for model_type in _ONE_OF_THREE.split()},
+    **{model_type: {"attention": 2, "mlp": 3} for model_type in _TWO_OF_THREE.split()},
+    "inkling_text": {"attention": 3},  # a short convolution behind each MLP mixes tokens
+    "longcat_flash": {"attention": 6, "mlp": 6},  # two of each in a block
+    "nemotron_h": {"attention": 1, "mlp": 2},  # a block is one sublayer; the first of four is a Mamba
+    "xmod": {"attention": 3},  # an adapter by language stands between each MLP and its norm
+    "zaya": {"attention": 3},  # each router reads the one before it
+}
+
+
 def tiny_model(model_type: str, blocks: int = 3) -> PreTrainedModel:
     """A tiny model with random weights, equal at every call; in eval mode, in float32, on the CPU.
 

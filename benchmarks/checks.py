@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import layershed as ls
-from architectures import VOCABULARY
+from architectures import EXPECTED, VOCABULARY
 from layershed.branches import Branch, Tap
 from layershed.discovery import Anatomy, dissect
 
@@ -118,6 +119,20 @@ def _close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     if found.shape != expected.shape or not torch.isfinite(found).all():
         return False
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1))
+
+
+def found(case: Case) -> None:
+    """As many sublayers of each kind as the config says, and attention where the modules are named so."""
+    counts = dict(Counter(branch.sublayer.kind for branch in case.anatomy.branches))
+    blocks = len(case.anatomy.blocks)
+    expected = EXPECTED.get(case.model.config.model_type, {"attention": blocks, "mlp": blocks})
+    if counts != expected:
+        raise CheckError(f"found {counts}, expected {expected}")
+    for branch in case.anatomy.branches:
+        path = branch.sublayer.path
+        name = f"{path.split('.')[-2:]} {type(case.model.get_submodule(path)).__name__}".lower()
+        if ("attn" in name or "attention" in name) != (branch.sublayer.kind == "attention"):
+            raise CheckError(f"{path} is taken for {branch.sublayer.kind}")
 
 
 def identity(case: Case) -> None:
@@ -221,7 +236,7 @@ def generation(case: Case) -> str | None:
     if not _same_steps(with_cache, expected):
         raise CheckError("cached logits differ from those of zero branches")
     if not sound:
-        return "cached logits differ from uncached ones with zero weights in place of a bypass, too"
+        return "as the zero-weight copy, whose cached logits differ from its uncached ones"
     if not _same_steps(with_cache, without):
         raise CheckError("cached logits differ from uncached ones")
     return None
@@ -366,6 +381,7 @@ def compiled(case: Case) -> None:
 
 # Each raises CheckError, or returns a note, or nothing.
 CHECKS: dict[str, Callable[[Case], str | None]] = {
+    "found": found,
     "identity": identity,
     "single": single,
     "restore": restored,

@@ -33,7 +33,7 @@ code. Made by `python benchmarks/conformance.py`; do not edit.
 
 | check | what holds |
 |---|---|
-| found | the attention and MLP sublayers, by number; what is left alone stands below |
+| found | as many attention and MLP sublayers as the config says; what is left alone stands below |
 | identity | in numbers: what each block adds to its stream is the sum of what its branches give |
 | single | each sublayer bypassed gives the logits of a copy whose branch has zero weights |
 | restore | bypassed and restored, logits and weights are bit for bit what they were |
@@ -44,8 +44,8 @@ code. Made by `python benchmarks/conformance.py`; do not edit.
 | reload | saved and loaded: the same logits, no dropped weight in the file |
 | importance | of whole blocks: equals 1 - cos of input and output |
 
-*n* marks a note below the table. Where the zero-weight copy, in which layershed has no part, gives other logits with
-its cache than without, "generate" compares the dropped model with that copy alone, both with the cache.
+A cell is "pass" or the reason why not. Where the zero-weight copy, in which layershed has no part, gives other logits
+with its cache than without, "generate" compares the dropped model with that copy alone, both with the cache.
 """
 
 
@@ -104,20 +104,17 @@ def try_architecture(model_type: str) -> Row:
 def as_markdown(rows: Sequence[Row], unbuilt: dict[str, str], last_line: str) -> str:
     """The page: a table, the notes, and what was refused."""
     lines = [INTRODUCTION.format(version=transformers.__version__), f"**{last_line}.**", ""]
-    lines += [f"| architecture | found | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 2) + "|"]
-    notes = []
+    lines += [f"| architecture | sublayers | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 2) + "|"]
     for row in rows:
         if row.refusal:
-            lines.append(f"| {row.model_type} | none |{' |' * len(CHECKS)}")
+            lines.append(f"| {row.model_type} | none: see below |{' |' * len(CHECKS)}")
             continue
         cells = [", ".join(f"{number} {kind}" for kind, number in sorted(row.found.items()))]
         for name in CHECKS:
-            reason = row.results[name] or row.notes.get(name, "")
-            cells.append("pass" if not reason else "*n*" if not row.results[name] else "**no**")
-            if reason and reason != "no static cache":
-                notes.append(f"- {row.model_type}, {name}: {reason}")
+            note = row.notes.get(name, "")
+            passed = note if note == "no static cache" else f"pass, *{note}*" if note else "pass"
+            cells.append(row.results[name] or passed)
         lines.append(f"| {row.model_type} | {' | '.join(cells)} |")
-    lines += ["", "## Notes", "", "*n* under static cache: transformers has none that works for it.", "", *notes]
     lines += ["", "## Left alone", "", "What blocks hold beside their sublayers, by the first of its kind.", ""]
     for row in rows:
         reasons = {entry.reason: entry.path for entry in reversed(row.left_alone)}

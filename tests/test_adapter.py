@@ -1,9 +1,15 @@
 """A transformer that is not from Hugging Face, in the manner of nanoGPT, against branches switched off by hand."""
 
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+import layershed
 from layershed import adapter as adapters
 from layershed.adapter import SublayerAdapter, adapter_of, register_adapter
 from layershed.discovery import dissect, find_sublayers, find_transformer
@@ -171,3 +177,53 @@ def test_what_is_no_class_of_modules_is_refused(wrong):
 def test_a_class_that_nobody_registered_is_refused():
     with pytest.raises(NoSublayersFoundError, match=r"GPT holds no Hugging Face transformer.*SublayerAdapter"):
         find_sublayers(build())
+
+
+def test_the_documentation_runs_as_written(monkeypatch):
+    """docs/own_models.md, with the GPT above for the reader's own."""
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    text = (Path(__file__).parents[1] / "docs" / "own_models.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    gpt = GPT().eval()
+    batches = [{"idx": torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    exec(first.replace("count=4", "count=2"), {"GPT": GPT, "gpt": gpt, "batches": batches})
+    assert [sublayer.kind for sublayer in bypassed_sublayers(gpt)] == ["attention", "attention"]
+    names = {"torch": torch, "ls": layershed}
+    exec(second, names)
+    assert len(find_sublayers(names["encoder"])) == 12
+
+
+def test_the_callbacks_take_it_too(monkeypatch, tmp_path):
+    from layershed.callbacks import RedundancyMonitor, SublayerDrop
+
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
+
+    class Task(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.gpt = GPT()
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.gpt(batch)[0][:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    torch.manual_seed(0)
+    loader = DataLoader(torch.randint(11, (24, 6)), batch_size=4)
+    drop = SublayerDrop(start=3, scope="attention", count=2, quality_batches=0)
+    trainer = pl.Trainer(
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        callbacks=[RedundancyMonitor(every_n_steps=2), drop],
+    )
+    task = Task()
+    trainer.fit(task, loader)
+    assert set(bypassed_sublayers(task)) == set(drop.plan)
+    assert len(drop.plan) == 2
+    rows = (tmp_path / "importance.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == {"2", "4", "6"}

@@ -61,6 +61,24 @@ def test_through_peft():
     assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
 
 
+def test_through_distributed_data_parallel(llama, tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(llama)
+        assert find_transformer(wrapped) is llama
+        assert find_sublayers(wrapped) == LLAMA
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_through_all_of_them_at_once(llama):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert find_sublayers(Holder(inner=torch.compile(adapted, backend="eager"))) == LLAMA
+
+
 def test_a_transformer_without_its_head_is_one_too(llama):
     found = find_sublayers(llama.model)
     assert [s.path for s in found[:2]] == ["layers.0.self_attn", "layers.0.mlp"]

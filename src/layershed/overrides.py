@@ -29,15 +29,8 @@ class _Note:
 _HIDDEN = ("forward", "extra_repr")
 
 
-def install(module: nn.Module, override: StandIn, *, keep_out: bool = False) -> None:
-    """Bypass one module: override its forward, freeze its parameters and forget their gradients.
-
-    Args:
-        module: The module.
-        override: What stands in for it.
-        keep_out: Also hang a hook on it that does nothing: torch's fused encoder layer reads the weights of its parts
-            without calling them, unless one of them has a hook.
-    """
+def install(module: nn.Module, override: StandIn) -> None:
+    """Bypass one module: override its forward, freeze its parameters and forget their gradients."""
     frozen = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -47,8 +40,6 @@ def install(module: nn.Module, override: StandIn, *, keep_out: bool = False) -> 
         parameter.grad = None
     override.frozen = tuple(frozen)
     _set(module, override)
-    if keep_out:
-        module.register_forward_pre_hook(_keep_out)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -62,6 +53,14 @@ def uninstall(module: nn.Module) -> None:
             del module._forward_pre_hooks[number]
     for name in override.frozen:
         module.get_parameter(name).requires_grad_(True)
+
+
+def keep_out(module: nn.Module) -> None:
+    """Hang a hook on a module that does nothing; :func:`uninstall` takes it off.
+
+    torch's fused encoder layer reads the weights of its parts without calling them, unless one of them has a hook.
+    """
+    module.register_forward_pre_hook(_keep_out)
 
 
 def _keep_out(_module: nn.Module, _args: object) -> None:

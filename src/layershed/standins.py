@@ -77,7 +77,7 @@ class RemovedModule(nn.Module):
         self.stand_in = stand_in
         self._stubs: dict[str, Tensor] = {}
         for name, value in vars(module).items() if module is not None else ():
-            if isinstance(value, bool | int | float | str) and name != "training" and not name.startswith("_"):
+            if isinstance(value, bool | int | float | str) and name != "training":
                 setattr(self, name, value)
         for name, parameter in module.named_parameters(recurse=False) if module is not None else ():
             self._stubs[name] = torch.empty(0, dtype=parameter.dtype, device="cpu")

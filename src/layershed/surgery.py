@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from layershed.branches import Branch
 from layershed.discovery import dissect, find_transformer
 from layershed.errors import PlanError
-from layershed.overrides import install, lifted, overridden, override_of, uninstall
+from layershed.overrides import install, keep_out, lifted, overridden, override_of, uninstall
 from layershed.plan import Sublayer, sublayer_from
 from layershed.standins import RemovedModule, StandIn
 
@@ -43,7 +43,9 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
     for path, stand_in in _stand_ins(branches, {*wanted, *bypassed_sublayers(transformer)}):
         module = transformer.get_submodule(path)
         uninstall(module)
-        install(module, stand_in, keep_out=not isinstance(transformer, PreTrainedModel))
+        install(module, stand_in)
+        if not isinstance(transformer, PreTrainedModel):
+            keep_out(module)
 
 
 def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None) -> None:
@@ -102,7 +104,10 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
     gone = wanted | set(removed_sublayers(transformer))
     restore(transformer)
     for path, stand_in in _stand_ins(branches, gone):
-        transformer.set_submodule(path, RemovedModule(stand_in, transformer.get_submodule(path)))
+        removed = RemovedModule(stand_in, transformer.get_submodule(path))
+        transformer.set_submodule(path, removed)
+        if not isinstance(transformer, PreTrainedModel):
+            keep_out(removed)
     if isinstance(transformer, PreTrainedModel):
         mark_dropped(transformer.config, stand_ins_of(transformer))
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
