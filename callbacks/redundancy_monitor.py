@@ -136,7 +136,7 @@ class RedundancyMonitor(Callback):
         # two monitors of different metrics must not log under one name
         group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
         fresh = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
-        for kind in ("attention", "mlp", "block"):
+        for kind in dict.fromkeys(kind for _, kind, _ in rows):
             values = [value for _, own, value in rows if own == kind]
             if values:
                 fresh[f"{group}/{kind}_mean"] = sum(values) / len(values)

@@ -11,6 +11,7 @@ import layershed as ls
 from checks import CHECKS, Case
 from layershed import adapter
 from layershed.discovery import dissect
+from layershed.errors import ExportError, MeasurementError
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 WORDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -178,6 +179,25 @@ def test_torchs_own_encoder_through_an_adapter(norm_first, monkeypatch):
     bypassed = case.logits()
     ls.remove(model)
     torch.testing.assert_close(case.logits(), bypassed)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_next_token_quality_and_decoding_speed_are_refused_where_there_are_none(name):
+    """A masked language model would give some loss without an error."""
+    model = build(name).model
+    with pytest.raises(MeasurementError, match="does not predict the next token"):
+        ls.evaluate_quality(model, [IDS])
+    ls.bypass(model, ls.find_sublayers(model)[:1])
+    with pytest.raises(MeasurementError, match="does not predict the next token"):
+        ls.measure_speed(model, prompt_tokens=4, new_tokens=2, runs=1)
+
+
+def test_a_model_of_ones_own_is_not_saved_as_a_hugging_face_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model; layershed\.remove"):
+        ls.save_pretrained(model, tmp_path / "out")
 
 
 def test_a_model_with_shared_blocks_is_refused_by_name():

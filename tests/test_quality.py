@@ -202,7 +202,7 @@ def test_what_is_no_batch_is_refused(llama, batch):
 
 def test_a_model_without_a_head_is_refused(llama):
     model = AutoModel.from_config(llama.config)
-    with pytest.raises(MeasurementError, match="LlamaModel gives no logits"):
+    with pytest.raises(MeasurementError, match="LlamaModel does not predict the next token"):
         evaluate_quality(model, [make_batch(0, 1, 4)])
 
 

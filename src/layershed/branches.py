@@ -95,7 +95,8 @@ class _Block:
         self.calls = list(flow.tape.within(flow.call))
         self.modules = Modules(flow, slots)
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
-        self.names = {key: parameters[key] if isinstance(key, int) else key for key in flow.call.arguments}
+        positions = dict(enumerate(parameters))
+        self.names = {key: positions.get(key, "") if isinstance(key, int) else key for key in flow.call.arguments}
         self.left_alone: list[LeftAlone] = []
 
     def assemble(self) -> tuple[list[list[Branch]], list[LeftAlone]]:

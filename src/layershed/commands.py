@@ -25,7 +25,7 @@ from layershed.export import check_folder, save_pretrained
 from layershed.figures import ImportancePoint, RunRecord, importance_heatmap
 from layershed.metrics import get_metric
 from layershed.module import CausalLM
-from layershed.plan import DropPlan, ImportanceScores, Scope
+from layershed.plan import DropPlan, ImportanceScores, Scope, count_by_kind
 from layershed.quality import Quality, evaluate_quality
 from layershed.report import summary_table, write_report
 from layershed.selection import check_selection, select_sublayers
@@ -255,11 +255,12 @@ def _table(scores: ImportanceScores) -> Table:
     ranks: dict[tuple[int, str], int] = {(sublayer.block, sublayer.kind): rank for sublayer, rank in order.items()}
     table = Table(title=f"importance ({scores.metric}), low = redundant")
     table.add_column("block", justify="right")
-    for kind in ("attention", "mlp", "block"):
+    kinds = [*count_by_kind(scores), "block"]
+    for kind in kinds:
         table.add_column(kind if kind != "block" else "whole block", justify="right")
     for block in sorted({block for block, _, _ in scores.rows()}):
         cells = []
-        for kind in ("attention", "mlp", "block"):
+        for kind in kinds:
             value, rank = by_cell.get((block, kind)), ranks.get((block, kind))
             cells.append("" if value is None else f"{value:.6f}" + (f"  #{rank}" if rank else ""))
         table.add_row(str(block), *cells)

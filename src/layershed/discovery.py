@@ -193,6 +193,13 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrained
     return next(iter(found.values()))
 
 
+def predicts_next_token(transformer: nn.Module) -> bool:
+    """Whether a transformer is a causal language model: neither an encoder nor one with an encoder, and with a head."""
+    if not isinstance(transformer, PreTrainedModel) or transformer.config.is_encoder_decoder:
+        return False
+    return transformer.can_generate() and transformer.get_output_embeddings() is not None
+
+
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)

@@ -62,10 +62,15 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ExportError: If the folder holds something else.
+        ExportError: If the folder holds something else, or it is no Hugging Face model.
         PlanError: If the plan is not what is dropped from the model.
     """
     transformer = find_transformer(model, name=name)
+    if not isinstance(transformer, PreTrainedModel):
+        raise ExportError(
+            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model; layershed.remove(model) takes "
+            "out what is bypassed, and then it can be saved as any other of its kind."
+        )
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(

@@ -24,7 +24,7 @@ from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.speed import SpeedReport
 
-PANELS = {"attention": "Attention", "mlp": "MLP", "block": "Whole block"}
+PANELS = {"attention": "Attention", "cross_attention": "Cross-attention", "mlp": "MLP", "block": "Whole block"}
 _INK, _MUTED = "#1f2328", "#59636e"
 _DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
 _TEXT: dict[str, Any] = {"color": _INK, "fontsize": 9}
@@ -40,7 +40,7 @@ class ImportancePoint:
     Args:
         step: The optimizer step at which it was measured.
         block: Index of the block, from 0.
-        kind: ``"attention"``, ``"mlp"`` or ``"block"``.
+        kind: A key of ``PANELS``: a kind of sublayer, or ``"block"``.
         metric: Name of the importance metric.
         value: The importance; low means redundant.
     """

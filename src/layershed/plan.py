@@ -102,7 +102,7 @@ class DropPlan:
 
     Args:
         drops: The entries, in the order in which they were chosen.
-        scope: What was ranked: ``"attention"``, ``"mlp"``, ``"block"`` or ``"joint"``.
+        scope: What was ranked: one of ``SCOPES``.
         metric: Name of the importance metric, or None for a plan written by hand.
 
     Raises:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel
 
 from layershed.batches import as_inputs, describe, select
-from layershed.discovery import find_transformer
+from layershed.discovery import find_transformer, predicts_next_token
 from layershed.errors import MeasurementError
 from layershed.probe import evaluating
 
@@ -52,7 +51,7 @@ def evaluate_quality(
         Means over tokens, not over batches.
 
     Raises:
-        MeasurementError: If the batches hold no token to predict, or the model gives no logits.
+        MeasurementError: If the batches hold no token to predict, or the model does not predict the next.
     """
     transformer = find_transformer(model, name=name)
     check_head(transformer)
@@ -72,15 +71,15 @@ def evaluate_quality(
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
 
 
-def check_head(transformer: PreTrainedModel) -> None:
+def check_head(transformer: nn.Module) -> None:
     """Refuse, before anything runs, a model whose quality cannot be measured.
 
     Raises:
-        MeasurementError: If it has no language-model head.
+        MeasurementError: If it does not predict the next token.
     """
-    if transformer.get_output_embeddings() is None:
+    if not predicts_next_token(transformer):
         raise MeasurementError(
-            f"{type(transformer).__name__} gives no logits over tokens; quality needs a language-model head "
+            f"{type(transformer).__name__} does not predict the next token; quality needs a causal language model "
             "(callbacks: set quality_batches=0)."
         )
 

@@ -31,17 +31,18 @@ def replay(tape: Tape, target: int, values: Mapping[int, Tensor]) -> Tensor:
 
 def _needed(tape: Tape, target: int, values: Mapping[int, Tensor]) -> set[int]:
     """The operations that lead from the changed values to the target, and those whose results were written over."""
+    last = tape.producer.get(target, -1)
     changed = set(values)
-    for operation in tape.operations:
+    first = min((readers[0] for value in values if (readers := tape.consumers.get(value))), default=last)
+    for operation in tape.operations[first : last + 1]:
         if not changed.isdisjoint(operation.reads):
             changed.update(operation.writes)
-    overwritten = {value for operation in tape.operations for value in operation.renews}
     needed: set[int] = set()
     todo = [target]
     while todo:
         value = todo.pop()
         index = tape.producer.get(value)
-        if value in values or index is None or index in needed or value not in changed | overwritten:
+        if value in values or index is None or index in needed or not (value in changed or value in tape.overwritten):
             continue
         needed.add(index)
         todo.extend(tape.operations[index].reads)

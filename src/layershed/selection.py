@@ -25,7 +25,7 @@ def select_sublayers(
     Args:
         scores: Importance by sublayer; low is dropped first. Scope ``"block"`` needs the block importances that
             :func:`estimate_importance` adds.
-        scope: ``"attention"``, ``"mlp"``, ``"block"`` or ``"joint"``.
+        scope: ``"attention"``, ``"cross_attention"``, ``"mlp"``, ``"block"`` or ``"joint"`` (every kind in one array).
         count: How many to drop (blocks with scope ``"block"``, else sublayers); or
         ratio: which share of the candidates to drop, in (0, 1), rounded down; protected ones count as candidates.
         protect: Sublayers, or indices of blocks (negative ones from the end), that stay.

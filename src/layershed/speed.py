@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershed.discovery import find_transformer
+from layershed.discovery import find_transformer, predicts_next_token
 from layershed.errors import MeasurementError
 from layershed.probe import evaluating
 from layershed.surgery import bypassed_sublayers, dense, dropped_parameter_names
@@ -269,9 +269,10 @@ def check_room(
     for name, number in numbers.items():
         if number < 1:
             raise MeasurementError(f"measure_speed({name}={number}): it must be at least 1.")
-    if transformer.get_output_embeddings() is None:
+    if not predicts_next_token(transformer):
         raise MeasurementError(
-            f"measure_speed: {type(transformer).__name__} gives no logits; decoding needs a language-model head."
+            f"measure_speed: {type(transformer).__name__} does not predict the next token; decoding needs a causal "
+            "language model."
         )
     places = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and prompt_tokens + new_tokens > places:

@@ -110,6 +110,7 @@ class Tape:
         producer: By value, the operation that made it; parameters and inputs have none.
         consumers: By value, the operations that read it.
         tensors: By value, the tensor; of a value that was overwritten, what stands there now.
+        overwritten: The values that were.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Tape:
     producer: dict[int, int] = field(default_factory=dict)
     consumers: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     tensors: list[Tensor] = field(default_factory=list)
+    overwritten: set[int] = field(default_factory=set)
     _moment: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
     _sharing: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -170,6 +172,7 @@ class Tape:
         renews = {self.number(tensor): self._new_value(tensor) for tensor in touched.values()}
         operation = Operation(function, arguments, reads, tuple(self._new_value(tensor) for tensor in fresh), renews)
         self.operations.append(operation)
+        self.overwritten.update(renews)
         for number in operation.writes:
             self.producer[number] = index
         for number in dict.fromkeys(reads):
