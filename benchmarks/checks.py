@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,12 @@ def identity(case: Case) -> None:
         total = sum((_added(branch, seen, x) for branch in own), torch.zeros_like(y))
         if not _close(y, x + total):
             raise CheckError(f"block {index}: Y differs from X + f(norm(X))")
-    for branch in anatomy.branches:
-        if not torch.isfinite(seen[branch.sublayer, "out"]).all():
-            raise CheckError(f"{branch.sublayer.name} is not finite")
+    # where a norm or a scale stands in the stream, Y is read: it is the X of the next sublayer
+    for branch, later in pairwise(anatomy.branches):
+        y, x = seen[branch.sublayer, "out"], seen[later.sublayer, "x"]
+        following = later.sublayer.block == branch.sublayer.block and later.topology == "sequential"
+        if branch.scale is None and following and not _close(y.view_as(x), x):
+            raise CheckError(f"the Y of {branch.sublayer.name} is not the X of {later.sublayer.name}")
 
 
 def _added(branch: Branch, seen: dict[Any, Tensor], like: Tensor) -> Tensor:
