@@ -53,6 +53,15 @@ def test_through_torch_compile(llama):
     assert find_sublayers(compiled) == LLAMA
 
 
+def test_a_model_compiled_in_place_is_read_as_it_is_written(llama, tokens):
+    """Compiled code calls no module, so that nothing could be recorded."""
+    llama.compile(backend="eager")
+    llama.model.layers[0].compile(backend="eager")
+    with torch.no_grad():
+        llama(tokens)
+    assert find_sublayers(llama) == LLAMA
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_through_peft():
     peft = pytest.importorskip("peft")

@@ -218,7 +218,10 @@ def test_importance_csv_without_measurements(tmp_path):
         ("step,block,kind,metric,value\n1,2,mlp,cosine,much\n", "line 2: could not convert string to float: 'much'"),
         ("step,block,kind,metric,value\n\n1.5,2,mlp,cosine,0.5\n", "line 3: invalid literal"),
         ("step,block,kind,metric,value\n1,-2,mlp,cosine,0.5\n", "line 2: step and block must not be negative"),
-        ("step,block,kind,metric,value\n1,2,ffn,cosine,0.5\n", "line 2: kind must be one of attention, mlp, block"),
+        (
+            "step,block,kind,metric,value\n1,2,ffn,cosine,0.5\n",
+            "line 2: kind must be one of attention, cross_attention, mlp, block",
+        ),
         ('step,block,kind,metric,value\n1,2,mlp,"cosine,0.5\n', "line 2: unexpected end of data"),
     ],
 )
