@@ -1,5 +1,6 @@
 """A transformer that is not from Hugging Face, in the manner of nanoGPT, against branches switched off by hand."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import DynamicCache
 
 import layershed
 from layershed import adapter as adapters
@@ -16,6 +18,7 @@ from layershed.discovery import dissect, find_sublayers, find_transformer
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.plan import Sublayer
 from layershed.surgery import bypass, bypassed_sublayers, restore
+from tests.conftest import build_model
 
 
 class CausalSelfAttention(nn.Module):
@@ -227,3 +230,67 @@ def test_the_callbacks_take_it_too(monkeypatch, tmp_path):
     assert len(drop.plan) == 2
     rows = (tmp_path / "importance.csv").read_text().splitlines()
     assert {row.split(",")[0] for row in rows[1:]} == {"2", "4", "6"}
+
+
+def test_an_adapter_of_a_hugging_face_class_keeps_its_cache_right(monkeypatch, tokens):
+    """Such as one whose forward pass must be fed something special."""
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    model = build_model("gpt2")
+    model.__class__ = type("Mine", (type(model),), {})
+    register_adapter(type(model), SublayerAdapter(lambda model: {"input_ids": torch.arange(4)[None]}))
+    bypass(model, find_sublayers(model)[:1])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        cached = model(tokens[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(cached, model(tokens, use_cache=False).logits[:, 6:])
+
+
+class InPlaceBlock(Block):
+    def forward(self, x):
+        x += self.branch("attention", self.attn(self.ln_1(x)))
+        x += self.branch("mlp", self.mlp(self.ln_2(x)))
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_that_writes_over_its_stream_is_proven_and_measured(dtype, monkeypatch):
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setitem(GPT.__init__.__globals__, "Block", InPlaceBlock)
+    register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
+    torch.manual_seed(0)
+    model, ids = GPT().eval().to(dtype), torch.arange(8)[None]
+    found = find_sublayers(model)
+    assert len(found) == 8
+    seen = {}
+    for i, block in enumerate((*model.h, *model.more)):
+        block.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0].clone()}))
+        block.register_forward_hook(lambda _m, _a, y, i=i: seen.update({i: (seen[i], y.clone())}))
+    scores = layershed.estimate_importance(model, [{"idx": ids}])
+    for i, (x, y) in seen.items():
+        plain = 1 - nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).mean().item()
+        assert scores.blocks[i] == pytest.approx(plain, abs=1e-6 if dtype is torch.float32 else 5e-3)
+        assert scores.blocks[i] > 1e-3
+    for sublayer in found:
+        reference = copy.deepcopy(model)
+        (*reference.h, *reference.more)[sublayer.block].off = {sublayer.kind}
+        bypass(model, [sublayer])
+        with torch.no_grad():
+            assert torch.equal(model(ids)[0], reference(ids)[0]), sublayer
+        restore(model)
+
+
+def test_torchs_padding_mask_of_keys_counts(monkeypatch):
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    register_adapter(nn.TransformerEncoder, SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 16)}))
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    batch = {"src": torch.randn(2, 6, 16), "src_key_padding_mask": padding}
+    seen = []
+    model.layers[0].register_forward_hook(lambda _m, args, y: seen.append((args[0], y)))
+    scores = layershed.estimate_importance(model, [batch])
+    x, y = seen[-1]
+    plain = 1 - nn.functional.cosine_similarity(x, y, dim=-1)[~padding].mean().item()
+    assert scores.tokens == 10
+    assert scores.blocks[0] == pytest.approx(plain, abs=1e-6)

@@ -8,10 +8,11 @@ import transformers
 from torch import nn
 
 import layershed as ls
+from architectures import tiny_model
 from checks import CHECKS, Case
 from layershed import adapter
 from layershed.discovery import dissect
-from layershed.errors import ExportError, MeasurementError
+from layershed.errors import CalibrationError, ExportError, MeasurementError
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 WORDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -204,3 +205,52 @@ def test_a_model_with_shared_blocks_is_refused_by_name():
     config = transformers.AlbertConfig(**TEXT, **WORDS, embedding_size=16)
     with pytest.raises(ls.LayershedError, match=r"albert_layer_groups\.0, for one: it ran 3 times"):
         dissect(transformers.AlbertForMaskedLM(config).eval())
+
+
+def test_the_mask_of_a_speech_model_counts_frames(monkeypatch):
+    """Whisper makes one token of two frames; the last 12 of 32 frames of the first sound are padding."""
+    case = build("whisper")
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[0, 20:] = 0
+    seen = {}
+    layer = case.model.model.encoder.layers[0]
+    layer.register_forward_hook(
+        lambda _m, args, kwargs, y: seen.update(x=args[0] if args else kwargs["hidden_states"], y=y), with_kwargs=True
+    )
+    scores = ls.estimate_importance(case.model, [{**case.inputs, "attention_mask": mask}])
+    y = seen["y"][0] if isinstance(seen["y"], tuple) else seen["y"]
+    cosine = nn.functional.cosine_similarity(seen["x"], y, dim=-1)
+    assert scores.blocks[0] == pytest.approx(1 - torch.cat([cosine[0, :10], cosine[1]]).mean().item(), abs=1e-6)
+
+
+def test_a_mask_that_fits_no_tokens_is_refused():
+    case = build("whisper")
+    mask = torch.ones(2, 30, dtype=torch.long)
+    with pytest.raises(CalibrationError, match=r"\(2, 30\).*leave the mask out"):
+        ls.estimate_importance(case.model, [{**case.inputs, "attention_mask": mask}])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_labels_are_enough_for_a_decoder(name):
+    case = build(name)
+    labels = IDS[:, :7].clone()
+    labels[0, 5:] = -100
+    shifted = case.model.prepare_decoder_input_ids_from_labels(labels=labels)
+    asked = {"input_ids": IDS, "decoder_input_ids": shifted, "decoder_attention_mask": labels != -100}
+    found = ls.estimate_importance(case.model, [{"input_ids": IDS, "labels": labels}])
+    assert found == ls.estimate_importance(case.model, [asked])
+    with pytest.raises(CalibrationError, match="decoder_input_ids, or labels"):
+        ls.estimate_importance(case.model, [{"input_ids": IDS}])
+
+
+def test_a_body_that_takes_something_else_is_not_asked():
+    config = transformers.DINOv3ViTConfig(**PICTURE)
+    model = transformers.DINOv3ViTModel(config).eval()
+    scores = ls.estimate_importance(model, [{"pixel_values": PIXELS}])
+    assert len(scores) == len(ls.find_sublayers(model)) == 6
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "jetmoe", "jamba", "opt", "mixtral", "bloom", "hy_v4"])
+def test_what_is_found_does_not_depend_on_the_precision(model_type):
+    model = tiny_model(model_type)
+    assert ls.find_sublayers(model.to(torch.bfloat16)) == ls.find_sublayers(tiny_model(model_type))

@@ -498,3 +498,16 @@ def test_a_model_without_a_head_stays_one(llama, tokens, tmp_path):
     assert type(loaded) is type(model)
     with torch.no_grad():
         assert torch.equal(loaded(tokens).last_hidden_state, model(tokens).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_model_with_adapters_is_refused_until_they_are_merged(tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(build_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    bypass(adapted, find_sublayers(adapted)[2:4])
+    with pytest.raises(ExportError, match="merge_and_unload"):
+        save_pretrained(adapted, tmp_path / "out")
+    merged = adapted.merge_and_unload()
+    save_pretrained(merged, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(tmp_path / "out")(tokens).logits, merged(tokens).logits)

@@ -7,6 +7,7 @@ import venv
 
 import pytest
 import torch
+import transformers
 
 import layershed as ls
 from architectures import tiny_model
@@ -108,3 +109,40 @@ def test_lm_eval_scores_it_like_the_dropped_model(tmp_path, monkeypatch):
     with torch.no_grad():
         logs = model(tokens).logits.log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])
     assert found == pytest.approx(logs[-len(asked) :].sum().item(), abs=1e-4)
+
+
+@pytest.fixture
+def folder(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ls.bypass(llama, ls.find_sublayers(llama)[:3])
+    return ls.save_pretrained(llama, tmp_path / "out", standalone=True)
+
+
+def test_without_its_head_it_is_the_same_body_and_any_other_class_is_refused(llama, folder, tokens):
+    """Another class would be filled in at random."""
+    body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(body(tokens).last_hidden_state, llama.model(tokens).last_hidden_state)
+    for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification):
+        with pytest.raises(ValueError, match="holds a LlamaForCausalLM without its dropped sublayers"):
+            auto.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_what_transformers_loaded_alone_is_not_dropped_or_saved_by_halves(llama, folder, tokens, tmp_path):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for act in (ls.find_sublayers, lambda model: ls.save_pretrained(model, tmp_path / "again")):
+        with pytest.raises(ls.LayershedError, match="comes from a standalone folder"):
+            act(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    known = ls.load_pretrained(tmp_path / "again")
+    assert ls.dropped_sublayers(known) == ls.bypassed_sublayers(llama)
+    with torch.no_grad():
+        assert torch.equal(known(tokens).logits, llama(tokens).logits)
+
+
+def test_a_dense_model_can_be_standalone_too(llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = ls.save_pretrained(llama, tmp_path / "out", standalone=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, llama(tokens).logits)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from architectures import tiny_model
+from checks import Case, reference
 from layershed.discovery import dissect, find_sublayers
-from layershed.errors import PlanError
+from layershed.errors import AmbiguousModelError, PlanError
 from layershed.plan import Sublayer
 from layershed.surgery import (
     bypass,
@@ -250,3 +252,43 @@ def test_what_is_not_in_the_model_is_refused(llama, act):
 def test_restore_of_what_is_not_bypassed_is_refused(llama):
     with pytest.raises(PlanError, match=r"attention\.0 is not bypassed; bypassed are: none"):
         restore(llama, find_sublayers(llama)[:1])
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "phi", "bert", "granitemoeshared", "bart", "jamba"])
+def test_what_is_left_after_a_removal_can_still_be_dropped(model_type):
+    """One kind removed, then one of the other kind bypassed: the reference has zero weights for both."""
+    case = Case(tiny_model(model_type))
+    for first, second in (("mlp", "attention"), ("attention", "mlp")):
+        branches = case.anatomy.branches
+        gone = [branch for branch in branches if branch.sublayer.kind == first]
+        later = next(branch for branch in branches if branch.sublayer.kind == second)
+        model = copy.deepcopy(case.model)
+        remove(model, [branch.sublayer for branch in gone])
+        assert later.sublayer in find_sublayers(model)
+        bypass(model, [later.sublayer])
+        torch.testing.assert_close(case.logits(model), case.logits(reference(case, [*gone, later])))
+
+
+def test_some_of_one_of_two_transformers_are_restored_by_its_name(llama):
+    both = torch.nn.ModuleDict({"a": llama, "b": build_model("llama")})
+    found = find_sublayers(llama)[:2]
+    for name in both:
+        bypass(both, found, name=name)
+    with pytest.raises(AmbiguousModelError):
+        restore(both, found[:1])
+    assert bypassed_sublayers(both["a"]) == bypassed_sublayers(both["b"]) == found, "an error restores nothing"
+    restore(both, found[:1], name="a")
+    assert (bypassed_sublayers(both["a"]), bypassed_sublayers(both["b"])) == (found[1:], found)
+    restore(both)
+    assert bypassed_sublayers(both) == ()
+
+
+def test_a_cache_slot_that_could_not_be_found_out_is_an_error_and_no_wrong_text(llama, tokens, monkeypatch):
+    monkeypatch.setattr("layershed.discovery.watch_cache", lambda model: None)
+    chosen = find_sublayers(llama)[:1]
+    expected = build_model("llama")
+    bypass(llama, chosen)
+    with zeroed(expected, chosen):
+        assert torch.equal(logits(llama, tokens), logits(expected, tokens))
+    with pytest.raises(NotImplementedError, match=r"attention\.0; run the model with use_cache=False"):
+        llama(input_ids=tokens, use_cache=True)

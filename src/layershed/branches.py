@@ -46,6 +46,7 @@ class Branch:
         stand_ins: By module path, what its own modules do once it is dropped.
         support: By module path, what norms and the like do once every sublayer that uses them is dropped.
         parts: Its terms in the data flow.
+        overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
     """
 
     sublayer: Sublayer
@@ -56,6 +57,7 @@ class Branch:
     stand_ins: tuple[tuple[str, StandIn], ...]
     support: tuple[tuple[str, StandIn], ...] = ()
     parts: tuple[BranchFlow, ...] = field(default=(), compare=False, repr=False)
+    overwritten: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class LeftAlone:
 
 
 def branches_of(
-    flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]]
+    flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]] | None
 ) -> tuple[list[list[Branch]], list[LeftAlone]]:
     """The sublayers of a block in the order in which they run, and what is left alone.
 
@@ -80,7 +82,8 @@ def branches_of(
         flow: The block's data flow.
         block: Its index.
         model: The model that the tape was made of.
-        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's.
+        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's; None if
+            that could not be told.
 
     Returns:
         One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
@@ -90,12 +93,16 @@ def branches_of(
 
 
 class _Block:
-    def __init__(self, flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]] | None
+    ) -> None:
         self.flow, self.tape, self.block = flow, flow.tape, block
         self.calls = list(flow.tape.within(flow.call))
         self.modules = Modules(flow, slots)
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
         positions = dict(enumerate(parameters))
+        operations = flow.tape.operations[flow.call.start : flow.call.stop]
+        self._overwritten = any(not flow.stream.keys().isdisjoint(operation.renews) for operation in operations)
         self.names = {key: positions.get(key, "") if isinstance(key, int) else key for key in flow.call.arguments}
         self.left_alone: list[LeftAlone] = []
 
@@ -161,7 +168,7 @@ class _Block:
         beside = any(other.before == first.before for other in others)
         topology: Topology = "parallel" if beside else "sequential"
         own, around_it = tuple(stand_ins.items()), tuple(support.items())
-        return Branch(sublayer, topology, entry, leave, scale, own, around_it, tuple(parts))
+        return Branch(sublayer, topology, entry, leave, scale, own, around_it, tuple(parts), self._overwritten)
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from layershed.batches import as_inputs, describe, select
 from layershed.branches import Branch, Tap
@@ -54,7 +55,7 @@ def estimate_importance(
     """
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
-    body = getattr(transformer, "base_model", transformer)
+    body = _body(transformer)
     with tracker, evaluating(transformer), torch.no_grad():
         tracker.active = True
         for batch in islice(batches, max_batches):
@@ -88,6 +89,8 @@ class ImportanceTracker:
         self._block_sum: tuple[Tensor, Tensor] | None = None
         self._seen: set[int] = set()
         self._masks: dict[str, Tensor] = {}
+        self._past = False
+        self._overwrites = any(branch.overwritten for branch in self._branches)
         self.active = False
 
     def __enter__(self) -> ImportanceTracker:
@@ -99,7 +102,7 @@ class ImportanceTracker:
 
     def attach(self) -> None:
         """Register the hooks; they do nothing until ``active`` is set."""
-        body = getattr(self._transformer, "base_model", self._transformer)
+        body = _body(self._transformer)
         self._handles = [body.register_forward_pre_hook(self._start_pass, with_kwargs=True)]
         for index, branch in enumerate(self._branches):
             self._tap(branch.entry, partial(self._note_x, index))
@@ -181,20 +184,23 @@ class ImportanceTracker:
             return
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
+        self._past = given.get("past_key_values") is not None
         masks = {name: given.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+        if "src_key_padding_mask" in given:  # torch's own encoder: true where there is padding
+            masks["attention_mask"] = ~given["src_key_padding_mask"].bool()
         self._masks = {name: m.bool() for name, m in masks.items() if isinstance(m, Tensor) and m.ndim == 2}
 
-    def _mask_for(self, path: str) -> Tensor | None:
-        """The padding mask, shape (batch, tokens), of what a module sees."""
-        return self._masks.get("decoder_attention_mask" if path.startswith(self._decoder) else "attention_mask")
+    def _counts(self, place: int) -> bool:
+        """Whether what comes by now is to be measured; gradient checkpointing runs every block twice."""
+        return self.active and place not in self._seen and not probing()
 
     def _note_x(self, place: int, x: Tensor) -> None:
-        # gradient checkpointing runs every block twice: only the first time counts
-        if self.active and place not in self._seen and not probing():
-            self._x[place] = x.detach()
+        if self._counts(place):
+            # a block that adds in place would write over it
+            self._x[place] = x.detach().clone() if self._overwrites else x.detach()
 
     def _leave_branch(self, index: int, branch: Branch, output: Tensor) -> None:
-        if not self.active or index in self._seen or probing():
+        if not self._counts(index):
             return
         x = self._x.pop(index)
         b = output.detach()
@@ -205,7 +211,7 @@ class ImportanceTracker:
             self._add_to_block(index, branch, x, b)
 
     def _leave_block(self, place: int, y: Tensor) -> None:
-        if self.active and place not in self._seen and not probing():
+        if self._counts(place):
             x = self._x.pop(place)
             tap = self._anatomy.blocks[self._blocks[place - len(self._branches)]]
             assert tap is not None
@@ -215,7 +221,7 @@ class ImportanceTracker:
         """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
         block = branch.sublayer.block
         if self._block_sum is None:
-            # a block that adds in place would overwrite it
+            # a block that adds in place would write over it
             start, total = x, b.clone() if branch.stand_ins[0][1].materialize else b
         else:
             start, total = self._block_sum[0], self._block_sum[1] + b.view_as(self._block_sum[1])
@@ -228,12 +234,11 @@ class ImportanceTracker:
         self._seen.add(place)
         if self._anatomy.tokens_first:
             x, b = x.transpose(0, 1), b.transpose(0, 1)
-        mask = self._mask_for(path)
-        if mask is not None and x.ndim == 2:
-            x, b = x.view(*mask.shape, -1), b.view(*mask.shape, -1)  # OPT flattens its tokens
+        mask = self._masks.get("decoder_attention_mask" if path.startswith(self._decoder) else "attention_mask")
         if mask is not None:
-            # decoding from a cache: the mask covers the past, too
-            mask = mask[:, -x.shape[1] :] if mask.shape[1] >= x.shape[1] else None
+            if x.ndim == 2:
+                x, b = x.view(*mask.shape, -1), b.view(*mask.shape, -1)  # OPT flattens its tokens
+            mask = self._fitted(mask, x, path)
         if x.ndim == 4:  # several streams side by side, as with hyper-connections
             mask = None if mask is None else mask.repeat_interleave(x.shape[2], 1)
             x, b = x.flatten(1, 2), b.flatten(1, 2)
@@ -243,6 +248,18 @@ class ImportanceTracker:
             self._sums.to(home)
         with torch.no_grad():
             self._sums.update(x, b, mask, place)
+
+    def _fitted(self, mask: Tensor, x: Tensor, path: str) -> Tensor:
+        """The padding mask of the tokens of x, both of shape (batch, tokens, ...)."""
+        places, tokens = mask.shape[1], x.shape[1]
+        if self._past and places > tokens:
+            return mask[:, -tokens:]  # decoding from a cache: the mask covers the past, too
+        if mask.shape[0] != x.shape[0] or places % tokens:
+            raise CalibrationError(
+                f"The padding mask has the shape {tuple(mask.shape)} and {path} sees {tuple(x.shape[:2])} tokens, so "
+                "that padding cannot be told apart; leave the mask out, or score batches without padding."
+            )
+        return mask[:, :: places // tokens]  # a speech model takes several frames for a token
 
 
 def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
@@ -255,9 +272,19 @@ def _take_argument(take: Callable[[Tensor], None], key: Key, _module: nn.Module,
 
 def _decoder_paths(transformer: nn.Module) -> tuple[str, ...]:
     """What the paths of a decoder's modules begin with, in a model that has an encoder, too."""
-    if not getattr(getattr(transformer, "config", None), "is_encoder_decoder", False):
+    if not isinstance(transformer, PreTrainedModel) or not transformer.config.is_encoder_decoder:
         return ()
-    return ("decoder.", "model.decoder.")
+    decoder = transformer.get_decoder()
+    return tuple(f"{path}." for path, module in transformer.named_modules() if module is decoder)
+
+
+def _body(transformer: nn.Module) -> nn.Module:
+    """The transformer without its head, where that takes the same inputs."""
+    body = getattr(transformer, "base_model", transformer)
+    parameters = inspect.signature(body.forward).parameters.values()
+    main = getattr(transformer, "main_input_name", "")
+    takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    return body if takes_any or any(parameter.name == main for parameter in parameters) else transformer
 
 
 def _model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
@@ -268,6 +295,19 @@ def _model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
     if inputs is None:
         what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
         raise CalibrationError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
+    if "decoder_input_ids" in names and "decoder_input_ids" not in inputs:
+        inputs = {**inputs, **_decoder_inputs(inputs, transformer)}
     without_cache = {"use_cache": False} if "use_cache" in names else {}
     known = set(names) - {"labels", "logits_to_keep", "use_cache"}
     return {**select(inputs, known, next(transformer.parameters()).device), **without_cache}
+
+
+def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
+    """What a decoder reads in training: its labels, moved on by one."""
+    labels = inputs.get("labels")
+    shift = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
+    if labels is None or shift is None:
+        raise CalibrationError(
+            f"{type(transformer).__name__} has a decoder, too: a batch must hold decoder_input_ids, or labels."
+        )
+    return {"decoder_input_ids": shift(labels=labels), "decoder_attention_mask": labels != -100}

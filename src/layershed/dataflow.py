@@ -257,7 +257,8 @@ class _Follower:
     def _adds_constant(self, value: int) -> bool:
         """Whether a value is a sum with something that does not depend on X."""
         operation = self._producer(value)
-        return operation is not None and operation.name in ("add", "add_", "sub") and len(self._parts(value)) == 1
+        adds = operation is not None and operation.name.removesuffix("_") in ("add", "sub")
+        return adds and len(self._parts(value)) == 1
 
     def _branch(self, term: int, weight: float | None, node: int) -> BranchFlow:
         """A branch with its cone, and the place in the stream where that begins."""

@@ -7,7 +7,7 @@ ones included, and on a skeleton without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,43 +82,57 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
     transformer = find_transformer(model, name=name)
+    refuse_strangers(transformer)
     tape, slots = run_probe(transformer), watch_cache(transformer)
+    with quietly(transformer):
+        anatomy = _take_apart(transformer, tape, slots)
+    if not anatomy.branches:
+        raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
+    return anatomy
+
+
+def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None) -> Anatomy:
     branches: list[Branch] = []
     left_alone: list[LeftAlone] = []
+    blocks: list[Tap | None] = []
     plain: set[int] = set()
     tokens_first = False
     known: dict[object, bool] = {}
-    blocks: list[Tap | None] = []
     for path in _block_paths(transformer, tape):
         calls = tape.calls_of(path)
-        if len(calls) != 1:
-            left_alone.append(LeftAlone(path, f"it ran {len(calls)} times in a forward pass"))
-            blocks.append(None)
-            continue
         try:
+            if len(calls) != 1:
+                raise UnprovenStructureError(f"it ran {len(calls)} times in a forward pass")
             flow = follow_block(tape, calls[0])
-            own, others = branches_of(flow, len(blocks), transformer, slots)
-            with quietly(transformer):
-                own, failed = _sifted(transformer, flow, own, known)
-            others = [*others, *failed]
         except UnprovenStructureError as error:
-            if any(is_attention(tape, operation) for operation in range(calls[0].start, calls[0].stop)):
+            if len(calls) == 1 and any(is_attention(tape, i) for i in range(calls[0].start, calls[0].stop)):
                 raise
             left_alone.append(LeftAlone(path, str(error)))
             blocks.append(None)
             continue
+        own, others = branches_of(flow, len(blocks), transformer, slots)
+        own, failed = _sifted(transformer, flow, own, known)
         tokens_first |= calls[0].shapes[flow.source][1:2] == (1,)
-        if len(own) == 1:
-            blocks.append(Tap(path, flow.source))
-            if flow.plain and not others:
-                plain.add(len(blocks) - 1)
-        else:
-            blocks += [None] * len(own)
+        if flow.plain and len(own) == 1 and not [*others, *failed]:
+            plain.add(len(blocks))
+        blocks += [Tap(path, flow.source)] if len(own) == 1 else [None] * len(own)
         branches += [branch for block in own for branch in block]
-        left_alone += others
-    if not branches:
-        raise NoSublayersFoundError(_nothing_found(transformer, left_alone))
+        left_alone += [*others, *failed]
     return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
+
+
+def refuse_strangers(transformer: nn.Module) -> None:
+    """Refuse a model that the modelling file of a standalone folder made, with stand-ins of its own.
+
+    Raises:
+        UnprovenStructureError: If it is one.
+    """
+    for module in transformer.modules():
+        if type(module).__name__ == RemovedModule.__name__ and not isinstance(module, RemovedModule):
+            raise UnprovenStructureError(
+                f"{type(transformer).__name__} comes from a standalone folder, by that folder's own modelling file; "
+                "load it by layershed.load_pretrained to go on with it here."
+            )
 
 
 def _sifted(
@@ -133,9 +147,9 @@ def _sifted(
     return kept or [[]], [LeftAlone(branch.sublayer.path, reason) for branch in bad]
 
 
-def _nothing_found(transformer: nn.Module, left_alone: list[LeftAlone]) -> str:
+def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> str:
     name = type(transformer).__name__
-    if any(isinstance(module, RemovedModule) for module in transformer.modules()):
+    if not left_alone and any(isinstance(module, RemovedModule) for module in transformer.modules()):
         return f"{name} has no sublayer left: every one was removed."
     if left_alone:
         return f"{name} has no sublayer to drop; {left_alone[0].path}, for one: {left_alone[0].reason}."

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from layershed.discovery import find_sublayers, find_transformer
+from layershed.discovery import find_sublayers, find_transformer, refuse_strangers
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.plan import DropPlan, Sublayer
 from layershed.standalone import add_modelling_file
@@ -70,6 +70,12 @@ def save_pretrained(
         raise ExportError(
             f"save_pretrained: {type(transformer).__name__} is no Hugging Face model; layershed.remove(model) takes "
             "out what is bypassed, and then it can be saved as any other of its kind."
+        )
+    refuse_strangers(transformer)
+    if any(".base_layer." in key for key in transformer.state_dict()):
+        raise ExportError(
+            "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
+            "by peft's own save_pretrained."
         )
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
@@ -217,14 +223,15 @@ def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None
     finally:
         transformer.config = own_config
     if standalone:
-        add_modelling_file(folder, type(transformer))
+        add_modelling_file(folder, transformer)
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     found: Any
     names = config.architectures or []
     if names:
-        found = getattr(transformers, names[0], None)
+        # a standalone folder's own class is one of transformers' with another name
+        found = getattr(transformers, names[0], None) or getattr(transformers, names[0].removeprefix("Dropped"), None)
     else:
         found = AutoModelForCausalLM._model_mapping.get(type(config), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)

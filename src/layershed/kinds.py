@@ -115,17 +115,18 @@ def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     size = before.abs().max().item()
     if size == 0:  # a branch that starts at zero
         return not any(_may_mix(flow, branch, operation) for operation in branch.cone)
-    tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5) * size
+    # what is computed of a token alone may round otherwise among other tokens of its expert
+    tolerance = max(2 * torch.finfo(before.dtype).eps, 1e-5) * size
     if before.shape[0] < _MIDDLE or not _near(_swapped(swapped[None])[0], before, tolerance):
         return False
     # small changes, too: a large one may send a token to other experts, which recorded sizes do not know
-    for share in (1.0, 0.01, 0.001):
+    for share in (1.0, 0.3, 0.1, 0.01, 0.001):
         altered = {value: _with_other_ends(tensor, share) for value, tensor in stream.items()}
         try:
             after = _by_token(replay(tape, branch.value, altered))
         except Exception:
             continue
-        telling = share == 1 or not _near(after, before, 100 * tolerance)
+        telling = share == 1 or not _near(after, before, 10 * tolerance)
         if telling and _near(after[1:-1], before[1:-1], tolerance):
             return True
     return False

@@ -37,22 +37,26 @@ def run_probe(transformer: nn.Module) -> Tape:
         try:
             _forward(transformer)
         except Exception as error:
-            first_line = next(iter(str(error).splitlines()), "no message")
+            name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
             raise UnprovenStructureError(
-                f"{type(transformer).__name__}: a forward pass over {_TOKENS} tokens failed "
-                f"({type(error).__name__}: {first_line})."
+                f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
+                f"{first_line.rstrip('.')}). If it takes other inputs, say which: layershed.register_adapter({name}, "
+                "layershed.SublayerAdapter(lambda model: {...}))."
             ) from error
     return tape
 
 
-def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
     """Which slot of the KV cache each module fills, and with how many tokens of the probe's, by path.
 
-    Asked in a forward pass of its own with a cache; empty for a model that takes none.
+    Asked in a forward pass of its own with a cache.
+
+    Returns:
+        Empty for a model that takes no cache; None if it does and the pass with one failed.
     """
-    if "past_key_values" not in signature(transformer.forward).parameters or adapter_of(transformer) is not None:
+    takes_cache = "past_key_values" in signature(transformer.forward).parameters
+    if not takes_cache or not isinstance(transformer, PreTrainedModel):
         return {}
-    assert isinstance(transformer, PreTrainedModel)
     found: dict[str, tuple[int, int]] = {}
     running: list[str] = []
 
@@ -74,7 +78,7 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]]:
                 cache = EncoderDecoderCache(cache, DynamicCache())
             _forward(transformer, past_key_values=cache, use_cache=True)
         except Exception:  # whatever it raises: it does without a cache of this kind
-            return {}
+            return None
     return found
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache
 
+UNKNOWN_SLOT = -1
+
 
 @dataclass
 class StandIn:
@@ -25,7 +27,8 @@ class StandIn:
         argument: Where the hidden states stand in the call: a position or a name.
         echoes: None where the module returns a tensor; where it returns a tuple, for each of its further places the
             argument that it returns there unchanged, or None.
-        layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None.
+        layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None; ``UNKNOWN_SLOT`` if it has
+            one that could not be found out.
         stride: How many of its hidden states go with one token in the cache; more than one where a model predicts
             several tokens ahead (ProphetNet).
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
@@ -46,6 +49,11 @@ class StandIn:
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """Short name of the sublayer."""
+        return str(getattr(self.sublayer, "name", self.sublayer))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module would return if its branch contributed nothing; advances the KV cache."""
         hidden = _argument(self.argument, args, kwargs)
@@ -53,6 +61,11 @@ class StandIn:
             hidden = first_tensor(args, kwargs)
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+            if cache is not None and self.layer_idx == UNKNOWN_SLOT:
+                raise NotImplementedError(
+                    f"The KV cache cannot be told of the tokens that pass the dropped {self.label}; run the model with "
+                    "use_cache=False."
+                )
             if cache is not None:
                 advance_cache(cache, self.layer_idx, hidden[:, : hidden.shape[1] // self.stride])
         if self.zero:
@@ -88,7 +101,7 @@ class RemovedModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Which sublayer was removed."""
-        return f"{getattr(self.stand_in.sublayer, 'name', self.stand_in.sublayer)}, removed"
+        return f"{self.stand_in.label}, removed"
 
     def __getattr__(self, name: str) -> Any:
         stubs = self.__dict__.get("_stubs", {})

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from layershed.dataflow import BlockFlow, BranchFlow
 from layershed.kinds import is_attention
 from layershed.plan import Kind, Sublayer
-from layershed.standins import StandIn
+from layershed.standins import UNKNOWN_SLOT, StandIn
 from layershed.tape import Call, Key, Operation
 
 # what a zero stays zero under
@@ -27,7 +27,7 @@ class Modules:
         slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's.
     """
 
-    def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]] | None) -> None:
         self.flow, self.tape, self.slots = flow, flow.tape, slots
         self.calls = list(flow.tape.within(flow.call))
         self.spine = {flow.tape.producer[v] for v in flow.stream if flow.tape.producer.get(v, -1) in flow.call}
@@ -130,10 +130,22 @@ class Modules:
             name = operation.name.removesuffix("_")
             # a bias that the core itself returns goes with it
             silent = {*tainted, *core.outputs, *self._views_of(core.outputs)}
+            silent.update(value for value in operation.reads if self._is_zero(value))
             keeps = name in _ZERO_KEEPING and (name != "div" or operation.reads[0] in tainted)
             keeps = keeps or (name == "add" and silent.issuperset(operation.reads))
             if not keeps:
                 raise Unfit(f"{operation.name} comes between it and the stream")
+
+    def _is_zero(self, value: int) -> bool:
+        """Whether a value is zeros that were just made, as a removed module gives them."""
+        while (index := self.tape.producer.get(value)) is not None:
+            operation = self.tape.operations[index]
+            if operation.name in ("new_zeros", "zeros_like", "zeros"):
+                return True
+            if operation.name not in _ZERO_KEEPING or not operation.reads:
+                return False
+            value = operation.reads[0]
+        return False
 
     def _views_of(self, values: Iterable[int | None]) -> set[int]:
         """What the block makes of some values by looking at them in another shape."""
@@ -197,7 +209,9 @@ class Modules:
             given = {value: key for key, value in call.arguments.items()}
             echoes = tuple(given.get(value) if value is not None else None for value in call.outputs[1:])
         layer_idx, stride = None, 1
-        if core and sublayer.kind == "attention" and call.path in self.slots:
+        if core and sublayer.kind == "attention" and self.slots is None:
+            layer_idx = UNKNOWN_SLOT
+        elif core and sublayer.kind == "attention" and self.slots and call.path in self.slots:
             layer_idx, cached = self.slots[call.path]
             stride = max(1, call.shapes[key][1] // cached)
         overwritten = any(call.output in operation.renews for operation in self._block_operations())

@@ -48,26 +48,32 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
             keep_out(module)
 
 
-def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None) -> None:
+def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, name: str | None = None) -> None:
     """Undo :func:`bypass`: the model is bit for bit what it was.
 
     Args:
         model: A transformer, or a module that holds some.
         sublayers: What to restore; None restores everything that is bypassed.
+        name: Path of the transformer inside ``model``, needed to restore some where it holds more than one.
 
     Raises:
-        PlanError: If a sublayer is not bypassed.
+        PlanError: If a sublayer is not bypassed; nothing is restored then.
     """
-    before = bypassed_sublayers(model)
+    if sublayers is None and name is None:
+        for module, _ in list(overridden(model)):
+            uninstall(module)
+        return
+    transformer = find_transformer(model, name=name)
+    before = bypassed_sublayers(transformer)
     wanted = set(before if sublayers is None else sublayers)
     for sublayer in sorted(wanted.difference(before)):
         raise PlanError(f"restore: {sublayer.name} is not bypassed; bypassed are: {_names(before)}.")
-    for module, _ in list(overridden(model)):
+    for module, _ in list(overridden(transformer)):
         uninstall(module)
     # a norm that two sublayers share must run again for the one that came back: bypass the others anew
     remaining = [sublayer for sublayer in before if sublayer not in wanted]
     if remaining:
-        bypass(model, remaining)
+        bypass(transformer, remaining)
 
 
 @contextmanager

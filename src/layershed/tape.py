@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 Key = int | str
@@ -185,7 +186,9 @@ class Tape:
         arguments = {key: self.number(value) for key, value in tensors.items()}
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         self._moment += 1
-        call = Call(path, (args, kwargs), self._moment, len(self.operations), arguments, shapes)
+        with _disable_current_modes():  # a block may write over what it was given
+            given_then = tree_map(_copied, (args, kwargs))
+        call = Call(path, given_then, self._moment, len(self.operations), arguments, shapes)
         self.calls.append(call)
         open_calls.append(call)
 
@@ -217,6 +220,11 @@ def recording(model: nn.Module) -> Iterator[Tape]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    """A tensor with numbers as it is now; anything else itself."""
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
 
 class _Recorder(TorchDispatchMode):
