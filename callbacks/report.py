@@ -143,4 +143,5 @@ def _model_name(pl_module: LightningModule) -> str:
         transformer = find_transformer(pl_module)
     except ValueError:
         return type(pl_module).__name__
-    return transformer.config.name_or_path or type(transformer).__name__
+    source: str = getattr(getattr(transformer, "config", None), "name_or_path", "")
+    return source or type(transformer).__name__

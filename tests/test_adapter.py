@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import layershed
 from layershed import adapter as adapters
 from layershed.adapter import SublayerAdapter, adapter_of, register_adapter
+from layershed.callbacks import report
 from layershed.discovery import dissect, find_sublayers, find_transformer
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.plan import Sublayer
@@ -294,3 +295,15 @@ def test_torchs_padding_mask_of_keys_counts(monkeypatch):
     plain = 1 - nn.functional.cosine_similarity(x, y, dim=-1)[~padding].mean().item()
     assert scores.tokens == 10
     assert scores.blocks[0] == pytest.approx(plain, abs=1e-6)
+
+
+def test_a_report_of_a_model_without_a_config_names_its_class(monkeypatch):
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
+
+    class Task(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.gpt = GPT()
+
+    assert report._model_name(Task()) == "GPT"

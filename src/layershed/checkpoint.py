@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from layershed.discovery import find_transformer
 from layershed.errors import CheckpointError, PlanError
@@ -18,7 +17,7 @@ from layershed.surgery import bypass, bypassed_sublayers, restore
 CHECKPOINT_KEY = "layershed"
 
 
-def forget_parameters(optimizers: Iterable[Optimizer], transformer: PreTrainedModel) -> None:
+def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -> None:
     """Take the parameters of bypassed sublayers out of the optimizers, with their state, in place.
 
     In place, because learning-rate schedulers hold on to the very group objects. Doing it twice changes nothing.

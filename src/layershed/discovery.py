@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -177,8 +177,10 @@ def _block_paths(transformer: nn.Module, tape: Tape) -> Iterator[str]:
         yield from (f"{path}.{name}" for name in transformer.get_submodule(path)._modules)
 
 
-def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrainedModel:
-    """The Hugging Face transformer that a module is or holds (through Lightning, PEFT, DDP or torch.compile).
+def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
+    """The transformer that a module is or holds (through Lightning, PEFT, DDP or torch.compile).
+
+    A Hugging Face one, or one whose class has a :class:`SublayerAdapter`.
 
     Args:
         model: Any module.
@@ -207,11 +209,11 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> PreTrained
     return next(iter(found.values()))
 
 
-def predicts_next_token(transformer: nn.Module) -> bool:
+def predicts_next_token(transformer: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether a transformer is a causal language model: neither an encoder nor one with an encoder, and with a head."""
     if not isinstance(transformer, PreTrainedModel) or transformer.config.is_encoder_decoder:
         return False
-    return transformer.can_generate() and transformer.get_output_embeddings() is not None
+    return bool(transformer.can_generate()) and transformer.get_output_embeddings() is not None
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -56,7 +56,7 @@ def evaluate_quality(
     transformer = find_transformer(model, name=name)
     check_head(transformer)
     # torchmetrics would leave a NaN out of the mean
-    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(transformer.device) for _ in range(2))
+    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(next(transformer.parameters()).device) for _ in range(2))
     tokens = 0
     with evaluating(transformer), torch.no_grad():
         for batch in islice(batches, max_batches):

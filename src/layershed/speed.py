@@ -173,7 +173,7 @@ def measure_speed(
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        device=_describe(transformer.device),
+        device=_describe(next(transformer.parameters()).device),
     )
 
 
@@ -257,9 +257,7 @@ def _describe(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def check_room(
-    transformer: PreTrainedModel, *, prompt_tokens: int, new_tokens: int, batch_size: int, runs: int
-) -> None:
+def check_room(transformer: nn.Module, *, prompt_tokens: int, new_tokens: int, batch_size: int, runs: int) -> None:
     """Refuse, before anything runs, settings of :func:`measure_speed` that cannot be measured.
 
     Raises:

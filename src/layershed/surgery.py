@@ -137,7 +137,7 @@ def dropped_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     return tuple(sorted({*bypassed_sublayers(model), *removed_sublayers(model)}))
 
 
-def dropped_parameter_names(transformer: PreTrainedModel) -> set[str]:
+def dropped_parameter_names(transformer: nn.Module) -> set[str]:
     """Names of the parameters and buffers that bypassed sublayers, and the norms only they use, hold."""
     carriers = {id(module) for module, _ in overridden(transformer)}
     return {
@@ -220,7 +220,7 @@ def _stand_ins(branches: tuple[Branch, ...], dropped: set[Sublayer]) -> Iterator
                 yield path, replace(stand_in, own={})
 
 
-def _check(transformer: PreTrainedModel, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:
+def _check(transformer: nn.Module, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:
     """The sublayers as a set, all of them present in the model."""
     wanted = set(sublayers)
     if not wanted:
