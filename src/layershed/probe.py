@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from layershed.adapter import adapter_of
 from layershed.errors import UnprovenStructureError
@@ -49,37 +50,46 @@ def run_probe(transformer: nn.Module) -> Tape:
 def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
     """Which slot of the KV cache each module fills, and with how many tokens of the probe's, by path.
 
-    Asked in a forward pass of its own with a cache.
+    Asked in a forward pass of its own, with the cache that the model makes for itself.
 
     Returns:
-        Empty for a model that takes no cache; None if it does and the pass with one failed.
+        Empty for a model that makes none; None if the pass failed.
     """
-    takes_cache = "past_key_values" in signature(transformer.forward).parameters
-    if not takes_cache or not isinstance(transformer, PreTrainedModel):
+    if "past_key_values" not in signature(transformer.forward).parameters:
         return {}
-    found: dict[str, tuple[int, int]] = {}
-    running: list[str] = []
-
-    class Watched(DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            for path in running:
-                found.setdefault(path, (layer_idx, key_states.shape[-2]))
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    with quietly(transformer), ExitStack() as contexts:
+    watch = _CacheWatch()
+    with quietly(transformer), ExitStack() as hooks:
         for path, module in transformer.named_modules():
-            enter = module.register_forward_pre_hook(lambda *_, path=path: running.append(path))
-            leave = module.register_forward_hook(lambda *_: running.pop() and None)
-            contexts.callback(enter.remove)
-            contexts.callback(leave.remove)
+            hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
         try:
-            cache: Cache = Watched(config=transformer.config.get_text_config(decoder=True))
-            if transformer.config.is_encoder_decoder:
-                cache = EncoderDecoderCache(cache, DynamicCache())
-            _forward(transformer, past_key_values=cache, use_cache=True)
-        except Exception:  # whatever it raises: it does without a cache of this kind
+            _forward(transformer, use_cache=True)
+        except Exception:  # whatever it raises: it does without a cache
             return None
-    return found
+    return watch.slots
+
+
+class _CacheWatch:
+    """Notes which module is running whenever a cache is filled."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, tuple[int, int]] = {}
+        self._running: list[str] = []
+
+    def enter(self, path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._running.append(path)
+        for value in (*args, *kwargs.values()):
+            cache = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+            if isinstance(cache, Cache) and "update" not in cache.__dict__:
+                cache.__dict__["update"] = partial(self._update, cache.update)
+
+    def leave(self, *_: object) -> None:
+        self._running.pop()
+
+    def _update(self, update: Any, keys: Tensor, values: Tensor, layer_idx: int, *more: Any, **options: Any) -> Any:
+        for path in self._running:
+            self.slots.setdefault(path, (layer_idx, keys.shape[-2]))
+        return update(keys, values, layer_idx, *more, **options)
 
 
 def probing() -> bool:
