@@ -64,7 +64,7 @@ def flow_of(function, shape=(1, TOKENS, WIDTH), *args, **kwargs):
 def kind_in(flow, **names):
     """The kind of the only branch; ``names``: of the block's arguments, where those were given by position."""
     (branch,) = flow.branches
-    return kind_of(flow, branch, {key: names.get(f"_{key}", str(key)) for key in flow.call.arguments})
+    return kind_of(flow, branch, {key: names.get(f"_{key}", str(key)) for key in flow.call.arguments}, {})
 
 
 def kind(function, *args, **kwargs):

@@ -74,7 +74,11 @@ class LeftAlone:
 
 
 def branches_of(
-    flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]] | None
+    flow: BlockFlow,
+    block: int,
+    model: nn.Module,
+    slots: Mapping[str, tuple[int, int]] | None,
+    known: dict[object, bool],
 ) -> tuple[list[list[Branch]], list[LeftAlone]]:
     """The sublayers of a block in the order in which they run, and what is left alone.
 
@@ -84,19 +88,25 @@ def branches_of(
         model: The model that the tape was made of.
         slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's; None if
             that could not be told.
+        known: What was found out about branches of the same make, which are not tried again.
 
     Returns:
         One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
         of which begins a block of its own.
     """
-    return _Block(flow, block, model, slots).assemble()
+    return _Block(flow, block, model, slots, known).assemble()
 
 
 class _Block:
     def __init__(
-        self, flow: BlockFlow, block: int, model: nn.Module, slots: Mapping[str, tuple[int, int]] | None
+        self,
+        flow: BlockFlow,
+        block: int,
+        model: nn.Module,
+        slots: Mapping[str, tuple[int, int]] | None,
+        known: dict[object, bool],
     ) -> None:
-        self.flow, self.tape, self.block = flow, flow.tape, block
+        self.flow, self.tape, self.block, self.known = flow, flow.tape, block, known
         self.calls = list(flow.tape.within(flow.call))
         self.modules = Modules(flow, slots)
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
@@ -130,7 +140,7 @@ class _Block:
         """The terms of each sublayer; MLPs side by side are one, as experts and a shared expert are."""
         groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
         for branch in self.flow.branches:
-            kind, reason = kind_of(self.flow, branch, self.names)
+            kind, reason = kind_of(self.flow, branch, self.names, self.known)
             if kind is None:
                 self._leave_alone(branch, reason)
             else:

@@ -110,7 +110,7 @@ def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[in
             left_alone.append(LeftAlone(path, str(error)))
             blocks.append(None)
             continue
-        own, others = branches_of(flow, len(blocks), transformer, slots)
+        own, others = branches_of(flow, len(blocks), transformer, slots, known)
         own, failed = _sifted(transformer, flow, own, known)
         tokens_first |= calls[0].shapes[flow.source][1:2] == (1,)
         if flow.plain and len(own) == 1 and not [*others, *failed]:

@@ -20,7 +20,9 @@ _VIEWS = {"view", "_unsafe_view", "expand", "transpose", "permute", "t", "clone"
 _CROSS = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}
 
 
-def kind_of(flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str]) -> tuple[Kind | None, str]:
+def kind_of(
+    flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], known: dict[object, bool]
+) -> tuple[Kind | None, str]:
     """The kind of a branch, or None and the reason why it is nothing to drop, as the end of a sentence.
 
     Attention weighs tokens by a softmax; an MLP has matrix products and treats every token by itself.
@@ -29,6 +31,7 @@ def kind_of(flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str]) -> tu
         flow: The block's data flow.
         branch: The branch.
         names: The names of the block's arguments, by which an encoder's output is known.
+        known: Whether branches of the same operations treat every token by itself, as far as that was asked before.
     """
     extra = _extra_arguments(flow, branch)
     if any(is_attention(flow.tape, operation) for operation in branch.cone):
@@ -39,7 +42,15 @@ def kind_of(flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str]) -> tu
     beside = [key for key in extra if flow.call.shapes[key][:-1] == stream[:-1]]
     if beside:
         return None, "it reads more than the stream"
-    return ("mlp", "") if _is_tokenwise(flow, branch) else (None, "it mixes tokens without attention")
+    operations = [flow.tape.operations[i] for i in sorted(branch.cone)]
+    tensor = flow.tape.tensors[branch.value]
+    make = (
+        *((operation.function, str(operation.constants)) for operation in operations),
+        is_symbolic(tensor) or bool(tensor.any()),
+    )
+    if make not in known:
+        known[make] = _is_tokenwise(flow, branch)
+    return ("mlp", "") if known[make] else (None, "it mixes tokens without attention")
 
 
 def is_attention(tape: Tape, operation: int) -> bool:

@@ -5,8 +5,9 @@ From it the data flow of a model can be read off as a fact, on tensors with numb
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 
 Key = int | str
 """Where an argument stands in a call: its position, or its name."""
@@ -50,6 +50,11 @@ class Operation:
     reads: tuple[int, ...]
     makes: tuple[int, ...] = ()
     renews: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def constants(self) -> Any:
+        """Its arguments without the tensors."""
+        return _mapped_values(self.arguments)
 
     @property
     def writes(self) -> tuple[int, ...]:
@@ -155,23 +160,30 @@ class Tape:
         self._numbers[id(tensor)] = number
         return number
 
+    def _reference(self, reads: list[int], tensor: Tensor) -> Value:
+        reads.append(self.number(tensor))
+        return Value(reads[-1])
+
     def _record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function.namespace == "prim":  # a fake tensor's question after its device
             return function(*args, **kwargs)
-        arguments = tree_map(lambda x: Value(self.number(x)) if isinstance(x, Tensor) else x, (args, kwargs))
-        name = function.overloadpacket.__name__
-        leaves = tree_flatten(arguments)[0] if name not in _SHAPE_ONLY else ()
-        reads = tuple(leaf.number for leaf in leaves if isinstance(leaf, Value))
+        reads: list[int] = []
+        arguments = _mapped(partial(self._reference, reads), (args, kwargs))
+        if function.overloadpacket.__name__ in _SHAPE_ONLY:
+            reads = []
         written = list(_written(function, args, kwargs))
         output = function(*args, **kwargs)
         # whatever shares the memory that was written holds something new, too
         touched = {id(tensor): tensor for tensor in written}
         touched |= {id(t): t for w in written for t in self._sharing[w.untyped_storage()._cdata]}
-        fresh = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and id(leaf) not in touched]
+        fresh: list[Tensor] = []
+        _mapped(lambda tensor: fresh.append(tensor) if id(tensor) not in touched else None, output)
         index = len(self.operations)
         self._moment += 1
         renews = {self.number(tensor): self._new_value(tensor) for tensor in touched.values()}
-        operation = Operation(function, arguments, reads, tuple(self._new_value(tensor) for tensor in fresh), renews)
+        operation = Operation(
+            function, arguments, tuple(reads), tuple(self._new_value(tensor) for tensor in fresh), renews
+        )
         self.operations.append(operation)
         self.overwritten.update(renews)
         for number in operation.writes:
@@ -187,7 +199,7 @@ class Tape:
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         self._moment += 1
         with _disable_current_modes():  # a block may write over what it was given
-            given_then = tree_map(_copied, (args, kwargs))
+            given_then = _mapped(_copied, (args, kwargs))
         call = Call(path, given_then, self._moment, len(self.operations), arguments, shapes)
         self.calls.append(call)
         open_calls.append(call)
@@ -222,9 +234,9 @@ def recording(model: nn.Module) -> Iterator[Tape]:
             handle.remove()
 
 
-def _copied(value: Any) -> Any:
-    """A tensor with numbers as it is now; anything else itself."""
-    return value.clone() if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+def _copied(tensor: Tensor) -> Tensor:
+    """A tensor as it is now; a fake one has nothing to keep."""
+    return tensor if isinstance(tensor, FakeTensor) else tensor.clone()
 
 
 class _Recorder(TorchDispatchMode):
@@ -237,9 +249,34 @@ class _Recorder(TorchDispatchMode):
 
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operator writes over, as its schema says."""
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[place] if place < len(args) else kwargs.get(argument.name)
-        yield from (leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor))
+    """The tensors that an operator writes over."""
+    for place, name in _writes(function):
+        given = args[place] if place < len(args) else kwargs.get(name)
+        yield from given if isinstance(given, tuple | list) else () if given is None else (given,)
+
+
+@functools.cache
+def _writes(function: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operator writes over, as its schema says."""
+    written = enumerate(function._schema.arguments)
+    return tuple((place, arg.name) for place, arg in written if arg.alias_info is not None and arg.alias_info.is_write)
+
+
+def _mapped_values(value: Any) -> Any:
+    """Nested arguments with None for every tensor."""
+    if type(value) in (tuple, list):
+        return tuple(_mapped_values(inner) for inner in value)
+    if type(value) is dict:
+        return tuple((key, _mapped_values(inner)) for key, inner in value.items())
+    return None if isinstance(value, Value) else value
+
+
+def _mapped(act: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same nested tuples, lists and dicts with every tensor replaced; the general tree_map is ten times as slow."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(act, inner) for inner in value])
+    if type(value) is dict:
+        return {key: _mapped(act, inner) for key, inner in value.items()}
+    return value
