@@ -10,11 +10,11 @@ tokens, batch by batch.
 Seen on two cores of a shared Xeon, torch 2.13.0:
 
     12 rounds of 2 x 4 x 256 tokens, 2 threads
-    scoring: 4.33 s
-    over a forward pass without head (3.73 s): 1.155 [1.129, 1.195]
-    over a forward pass with head (4.58 s): 0.947 [0.914, 1.008]
-    peak memory scoring 4,096 tokens: 1,356 MiB
-    peak memory scoring 32,768 tokens: 1,358 MiB
+    scoring: 2.69 s
+    over a forward pass without head (2.27 s): 1.179 [1.161, 1.209]
+    over a forward pass with head (2.71 s): 0.990 [0.972, 1.010]
+    peak memory scoring 4,096 tokens: 1,457 MiB
+    peak memory scoring 32,768 tokens: 1,457 MiB
 """
 
 import argparse
