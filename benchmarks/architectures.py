@@ -151,6 +151,7 @@ FIXES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layer_interval": 2} | _USE_SLIDING,
     "xlm": {"causal": True},
+    "moshi": {"sliding_window": 64},  # as in its checkpoints longer than the text: beyond it caching differs upstream
     "xlnet": {"attn_type": "uni"},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},

@@ -292,3 +292,14 @@ def test_a_cache_slot_that_could_not_be_found_out_is_an_error_and_no_wrong_text(
         assert torch.equal(logits(llama, tokens), logits(expected, tokens))
     with pytest.raises(NotImplementedError, match=r"attention\.0; run the model with use_cache=False"):
         llama(input_ids=tokens, use_cache=True)
+
+
+def test_a_second_stream_that_was_not_there_when_it_was_proven_is_an_error_and_no_wrong_logits():
+    """XLNet decodes with a query stream beside the content, which a forward pass over plain tokens does not have."""
+    model = tiny_model("xlnet")
+    tokens = torch.arange(3, 9)[None]
+    bypass(model, find_sublayers(model)[:1])
+    model(input_ids=tokens)
+    query = {"perm_mask": torch.zeros(1, 6, 6), "target_mapping": torch.eye(6)[None]}
+    with pytest.raises(NotImplementedError, match=r"attention\.0 is dropped, .* second stream"):
+        model(input_ids=tokens, **query)

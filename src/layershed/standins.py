@@ -27,6 +27,8 @@ class StandIn:
         argument: Where the hidden states stand in the call: a position or a name.
         echoes: None where the module returns a tensor; where it returns a tuple, for each of its further places the
             argument that it returns there unchanged, or None.
+        given: Where tensors stood in the call when the structure was proven. Another one of the shape of the hidden
+            states, as of XLNet's second stream, is an error: nothing is known of it.
         layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None; ``UNKNOWN_SLOT`` if it has
             one that could not be found out.
         stride: How many of its hidden states go with one token in the cache; more than one where a model predicts
@@ -42,6 +44,7 @@ class StandIn:
     core: bool = True
     argument: int | str = 0
     echoes: tuple[int | str | None, ...] | None = None
+    given: tuple[int | str, ...] = ()
     layer_idx: int | None = None
     stride: int = 1
     materialize: bool = False
@@ -59,6 +62,8 @@ class StandIn:
         hidden = _argument(self.argument, args, kwargs)
         if not isinstance(hidden, Tensor):
             hidden = first_tensor(args, kwargs)
+        if self.given:
+            self._refuse_strangers(hidden, {**dict(enumerate(args)), **kwargs})
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             if cache is not None and self.layer_idx == UNKNOWN_SLOT:
@@ -74,6 +79,15 @@ class StandIn:
             return hidden
         returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
         return list(returned) if self.as_list else returned
+
+    def _refuse_strangers(self, hidden: Tensor, given: dict[Any, Any]) -> None:
+        for key, value in given.items():
+            alike = isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point()
+            if alike and key not in self.given:
+                raise NotImplementedError(
+                    f"{self.label} is dropped, and its module gets a second stream of hidden states ({key!r}), which "
+                    "it did not when the model's structure was proven; what would become of that is not known."
+                )
 
 
 class RemovedModule(nn.Module):

@@ -216,7 +216,16 @@ class Modules:
             stride = max(1, call.shapes[key][1] // cached)
         overwritten = any(call.output in operation.renews for operation in self._block_operations())
         return StandIn(
-            sublayer, zero, core, key, echoes, layer_idx, stride, zero and overwritten, call.container is list
+            sublayer,
+            zero,
+            core,
+            argument=key,
+            echoes=echoes,
+            given=tuple(call.arguments) if core else (),
+            layer_idx=layer_idx,
+            stride=stride,
+            materialize=zero and overwritten,
+            as_list=call.container is list,
         )
 
     def _block_operations(self) -> list[Operation]:

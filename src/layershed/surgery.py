@@ -202,12 +202,15 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "materialize": bool,
         "as_list": bool,
     }
-    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes")}
+    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes", "given")}
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]):
             raise TypeError(f"{name}={value!r} is no field of a stand-in")
-    echoes = fields.get("echoes")
-    return StandIn(sublayer_from(fields["sublayer"]), echoes=None if echoes is None else tuple(echoes), **given)
+    echoes, seen = fields.get("echoes"), fields.get("given", ())
+    if not isinstance(seen, tuple | list) or not all(isinstance(key, int | str) for key in seen):
+        raise TypeError(f"given={seen!r} is no field of a stand-in")
+    echoed = None if echoes is None else tuple(echoes)
+    return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
 
 
 def _stand_ins(branches: tuple[Branch, ...], dropped: set[Sublayer]) -> Iterator[tuple[str, StandIn]]:
