@@ -8,6 +8,7 @@ from layershed.adapter import SublayerAdapter, register_adapter
 from layershed.branches import LeftAlone
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.discovery import find_left_alone, find_sublayers, find_transformer
+from layershed.distillation import Distillation, self_distillation_loss
 from layershed.errors import LayershedError
 from layershed.export import load_plan, load_pretrained, save_pretrained
 from layershed.functional import angular, cosine_importance, relative_magnitude
@@ -15,6 +16,8 @@ from layershed.metrics import METRICS, Angular, CosineImportance, ImportanceMetr
 from layershed.plan import Drop, DropPlan, ImportanceScores, Sublayer
 from layershed.pruning import drop_sublayers
 from layershed.quality import Quality, evaluate_quality
+from layershed.quantization import dequantize, quantization_of, quantize
+from layershed.recovery import adapters_off, inject_lora, merge_lora, remove_lora
 from layershed.schedule import DropSchedule
 from layershed.selection import select_sublayers
 from layershed.speed import SpeedReport, measure_speed, speedup_degradation_ratio
@@ -24,6 +27,7 @@ __all__ = [
     "METRICS",
     "Angular",
     "CosineImportance",
+    "Distillation",
     "Drop",
     "DropPlan",
     "DropSchedule",
@@ -37,11 +41,13 @@ __all__ = [
     "SpeedReport",
     "Sublayer",
     "SublayerAdapter",
+    "adapters_off",
     "angular",
     "bypass",
     "bypassed_sublayers",
     "cosine_importance",
     "dense",
+    "dequantize",
     "drop_sublayers",
     "dropped_sublayers",
     "estimate_importance",
@@ -49,15 +55,21 @@ __all__ = [
     "find_left_alone",
     "find_sublayers",
     "find_transformer",
+    "inject_lora",
     "load_plan",
     "load_pretrained",
     "measure_speed",
+    "merge_lora",
+    "quantization_of",
+    "quantize",
     "register_adapter",
     "relative_magnitude",
     "remove",
+    "remove_lora",
     "removed_sublayers",
     "restore",
     "save_pretrained",
     "select_sublayers",
+    "self_distillation_loss",
     "speedup_degradation_ratio",
 ]

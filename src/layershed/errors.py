@@ -62,6 +62,14 @@ class MeasurementError(LayershedError, ValueError):
     """Speed or quality could not be measured on the given model."""
 
 
+class RecoveryError(LayershedError, ValueError):
+    """Recovery that cannot happen as asked: adapters that do not fit, or nothing left to train."""
+
+
+class QuantizationError(LayershedError, ValueError):
+    """Weights that cannot be quantized, or an operation that quantized weights do not bear."""
+
+
 class ModelError(LayershedError, ValueError):
     """A model could not be built from what was asked for."""
 

@@ -27,6 +27,13 @@ class _Note:
 
 
 _HIDDEN = ("forward", "extra_repr")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def install(module: nn.Module, override: StandIn) -> None:
@@ -105,6 +112,29 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[
     finally:
         for module, stand_in in modules.items():
             _clear(module, stand_in)
+
+
+def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module in a module's place, which takes over its stand-in, its mode and the hooks on it.
+
+    Whoever watches or bypasses the place goes on doing so.
+    """
+    old = model.get_submodule(path)
+    new.train(old.training)
+    override = override_of(old)
+    if override is not None:
+        uninstall(old)
+    model.set_submodule(path, new)
+    take_over_hooks(old, new)
+    if override is not None:
+        install(new, override)
+
+
+def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the hooks of one module run on another one; the handles that remove them go on working."""
+    for name in _HOOKS:
+        if old.__dict__.get(name):
+            new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]
 
 
 def _set(module: nn.Module, override: StandIn) -> None:

@@ -1,0 +1,238 @@
+"""Quantizing a model in memory with bitsandbytes, without reloading it, and the way back.
+
+NF4 and FP4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) keep a weight in blocks of 64 as 4-bit codes with a scale
+for each; double quantization quantizes the scales as well. LLM.int8() (arXiv 2208.07339) keeps 8 bits and a scale a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from layershed.discovery import find_transformer
+from layershed.errors import QuantizationError, UnknownNameError
+from layershed.overrides import exchange
+from layershed.recovery import adapted_modules, inject_at, lora_settings, remove_lora
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+Mode = Literal["nf4", "fp4", "int8"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a model is quantized.
+
+    Args:
+        mode: ``nf4``, ``fp4`` or ``int8``.
+        double_quant: Whether the scales of 4-bit weights are quantized, too.
+        compute_dtype: Dtype of the products with 4-bit weights.
+        skip_modules: Names of what is not quantized.
+    """
+
+    mode: Mode
+    double_quant: bool
+    compute_dtype: ComputeDtype
+    skip_modules: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As primitives."""
+        return {**asdict(self), "skip_modules": list(self.skip_modules)}
+
+
+def quantize(
+    model: nn.Module,
+    mode: Mode = "nf4",
+    *,
+    double_quant: bool = True,
+    compute_dtype: ComputeDtype | None = None,
+    skip_modules: Sequence[str] = (),
+    name: str | None = None,
+) -> Quantized:
+    """Quantize the linear maps of a model in place, on the device where they are.
+
+    What is dropped stays so. Embeddings, norms and the output embedding keep their precision, and so do experts that
+    are no linear modules. Quantized weights are frozen.
+
+    Args:
+        model: A Hugging Face transformer, or a module that holds one.
+        mode: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: Quantize the scales of 4-bit weights, too: 0.37 bits a weight less. Not for int8.
+        compute_dtype: Dtype of the products with 4-bit weights; None for the model's own.
+        skip_modules: Further modules to leave alone, by any part of their path, such as ``["down_proj"]``.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        What was done, for another model's sake: ``quantize_as(other, done)``.
+
+    Raises:
+        QuantizationError: If it is quantized already, carries adapters, is no Hugging Face model, or has nothing to
+            quantize.
+    """
+    transformer = find_transformer(model, name=name)
+    check_mode(mode)
+    if not isinstance(transformer, PreTrainedModel):
+        raise QuantizationError(
+            f"quantize: {type(transformer).__name__} is no Hugging Face model, and only those say in their config how "
+            "they are quantized."
+        )
+    if getattr(transformer, "is_quantized", False):
+        raise QuantizationError("quantize: the model is quantized already; call layershed.dequantize(model) first.")
+    if getattr(transformer, "peft_config", None):
+        raise QuantizationError(
+            "quantize: the model carries adapters; the order is drop, quantize, LoRA. Quantize first, so that LoRA "
+            "learns to make up for that, too, or merge it before (layershed.merge_lora)."
+        )
+    own = str(transformer.dtype).removeprefix("torch.")
+    done = Quantized(mode, double_quant and mode != "int8", compute_dtype or own, tuple(skip_modules))
+    quantize_as(transformer, done)
+    return done
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown mode.
+
+    Raises:
+        UnknownNameError: If there is no such mode.
+    """
+    if mode not in get_args(Mode):
+        raise UnknownNameError("quantization mode", mode, get_args(Mode))
+
+
+def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
+    """As :func:`quantize`, with everything decided."""
+    config = _upstream_config(how)
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    # upstream's own list: the output embedding and what is tied to it, and what must stay in float32
+    left = quantizer.get_modules_to_not_convert(transformer, None, transformer._keep_in_fp32_modules)
+    config.llm_int8_skip_modules = sorted({*left, *how.skip_modules})
+    paths = [
+        path
+        for path, module in transformer.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(path, config.llm_int8_skip_modules)
+    ]
+    if not paths:
+        raise QuantizationError(f"quantize: {type(transformer).__name__} has no linear map to quantize.")
+    for path in paths:
+        exchange(transformer, path, _quantized(transformer.get_submodule(path), how))
+    transformer.config.quantization_config = config
+    quantizer.quantization_config = config
+    mark_quantized(transformer, quantizer)
+
+
+def mark_quantized(transformer: PreTrainedModel, quantizer: Any) -> None:
+    """Tell transformers and peft that a model is quantized."""
+    transformer.hf_quantizer, transformer.is_quantized = quantizer, True
+    transformer.quantization_method = quantizer.quantization_config.quant_method
+    bits = "4" if quantizer.quantization_config.load_in_4bit else "8"
+    setattr(transformer, f"is_loaded_in_{bits}bit", True)
+    transformer._weight_conversions = None
+
+
+def quantization_of(model: nn.Module, *, name: str | None = None) -> Quantized | None:
+    """How a model is quantized by bitsandbytes, or None."""
+    config = getattr(getattr(find_transformer(model, name=name), "config", None), "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig):
+        return None
+    mode: Any = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
+    dtype: Any = str(config.bnb_4bit_compute_dtype).removeprefix("torch.")
+    skipped = tuple(config.llm_int8_skip_modules or ())
+    return Quantized(mode, bool(config.bnb_4bit_use_double_quant) and mode != "int8", dtype, skipped)
+
+
+def dequantize(model: nn.Module, *, name: str | None = None) -> None:
+    """Turn quantized weights into ordinary ones of the same values; adapters stay, and merge exactly afterwards.
+
+    Args:
+        model: A transformer, or a module that holds one.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Raises:
+        QuantizationError: If it is not quantized.
+    """
+    transformer = find_transformer(model, name=name)
+    if quantization_of(transformer) is None:
+        raise QuantizationError(f"dequantize: {type(transformer).__name__} is not quantized by bitsandbytes.")
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    # peft's modules for quantized weights are of other classes: out, and in again
+    adapters = lora_settings(transformer)
+    learned = {path: layer.state_dict() for path, layer in adapted_modules(transformer).items()}
+    if adapters is not None:
+        remove_lora(transformer)
+    for path, module in list(transformer.named_modules()):
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            exchange(transformer, path, _dequantized(module, transformer.dtype))
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        transformer.__dict__.pop(attribute, None)
+    del transformer.config.quantization_config
+    if adapters is not None:
+        inject_at(transformer, set(adapters["targets"]), adapters["settings"])
+        for path, layer in adapted_modules(transformer).items():
+            own = {key: value for key, value in learned[path].items() if not key.startswith("base_layer.")}
+            layer.load_state_dict(own, strict=False)
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and of the scales that go with quantized ones."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _upstream_config(how: Quantized) -> BitsAndBytesConfig:
+    if how.mode == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=how.mode,
+        bnb_4bit_use_double_quant=how.double_quant,
+        bnb_4bit_compute_dtype=how.compute_dtype,
+    )
+
+
+def _quantized(module: Any, how: Quantized) -> nn.Module:
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    from layershed.quantized_linear import Linear4bit, Linear8bitLt
+
+    weight = module.weight.detach()
+    if isinstance(module, Conv1D):
+        weight = weight.T.contiguous()
+    sizes = (weight.shape[1], weight.shape[0], module.bias is not None)
+    new: Any
+    if how.mode == "int8":
+        new = Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+        new.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
+    else:
+        dtype = getattr(torch, how.compute_dtype)
+        new = Linear4bit(*sizes, dtype, compress_statistics=how.double_quant, quant_type=how.mode, device="meta")
+        options = {"compress_statistics": how.double_quant, "quant_type": how.mode, "module": new}
+        new.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
+    new.bias = module.bias
+    new.source_cls = type(module)  # upstream's name for it; tells Conv1D, which keeps its weight transposed
+    return new
+
+
+def _dequantized(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn.Module:
+    from layershed.quantized_linear import dequantized_weight
+
+    weight = dequantized_weight(module).to(dtype)
+    rows, columns = weight.shape
+    new: Any
+    if getattr(module, "source_cls", nn.Linear) is Conv1D:
+        new, weight = Conv1D(rows, columns), weight.T.contiguous()
+        new.bias = module.bias
+    else:
+        new = nn.Linear(columns, rows, bias=False, device="meta")
+        new.bias = module.bias
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    return new
