@@ -1,13 +1,15 @@
-"""Lightning callbacks that watch, drop, measure, export and report inside any Trainer.
+"""Lightning callbacks that watch, drop, quantize, recover, measure, export and report inside any Trainer.
 
 Each works alone, finds the transformer in any LightningModule, keeps its state in the checkpoint and shares nothing
 with the others but the model, what is logged, and the files of the run directory.
 """
 
 from layershed.callbacks.export import Export
+from layershed.callbacks.lora_recovery import LoRARecovery
+from layershed.callbacks.quantization import Quantization
 from layershed.callbacks.redundancy_monitor import RedundancyMonitor
 from layershed.callbacks.report import Report
 from layershed.callbacks.speed_monitor import SpeedMonitor
 from layershed.callbacks.sublayer_drop import SublayerDrop
 
-__all__ = ["Export", "RedundancyMonitor", "Report", "SpeedMonitor", "SublayerDrop"]
+__all__ = ["Export", "LoRARecovery", "Quantization", "RedundancyMonitor", "Report", "SpeedMonitor", "SublayerDrop"]

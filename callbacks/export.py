@@ -5,13 +5,15 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layershed.callbacks.run import plan_of, run_directory
+from layershed.callbacks.structure import check_order
 from layershed.export import check_folder, save_pretrained
 
 
 class Export(Callback):
     """Writes the kept weights, the config with its skipped sublayers, the drop plan and the tokenizer.
 
-    Hooks: writes in ``on_train_end``, on rank 0. The training model keeps its dropped weights.
+    Hooks: writes in ``on_fit_end``, on rank 0, when adapters are merged or the model is quantized by the callbacks
+    before it. The training model keeps its dropped weights.
     Logs: nothing.
     Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder.
     Checkpoint: keeps nothing.
@@ -21,14 +23,17 @@ class Export(Callback):
         transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
     """
 
+    place = 5  # in the order drop, quantize, LoRA, export
+
     def __init__(self, folder: str = "pruned", transformer: str | None = None) -> None:
         self.folder, self.transformer = folder, transformer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before training, a folder that holds something else."""
+        check_order(trainer)
         check_folder(run_directory(trainer) / self.folder)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         directory = run_directory(trainer)
         if not trainer.is_global_zero:

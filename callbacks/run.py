@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
@@ -90,6 +91,15 @@ def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
     if plan is not None and tuple(sorted((*gone, *plan))) == dropped:
         return DropPlan((*(Drop(sublayer) for sublayer in gone), *plan.drops), plan.scope, plan.metric)
     return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
+
+
+def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+    """DistributedDataParallel fixed at its construction which gradients it waits for: build it anew."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        for parameter in pl_module.parameters():
+            parameter.grad = None
+        trainer.strategy.model = pl_module
+        trainer.strategy.configure_ddp()
 
 
 class StepCounter:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from layershed.calibration import ImportanceTracker, estimate_importance
@@ -17,18 +16,19 @@ from layershed.callbacks.run import (
     PLAN_FILE,
     StepCounter,
     Sums,
-    current_drop,
     every_share,
     own_share,
     publish,
+    rewrap,
     run_directory,
     show,
     write_text,
 )
-from layershed.checkpoint import apply_dropped, forget_parameters, write_dropped
+from layershed.callbacks.structure import carry_structure, check_order, leave_structure
 from layershed.discovery import find_sublayers, find_transformer
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.metrics import get_metric
+from layershed.optimizers import forget_parameters
 from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
 from layershed.quality import Quality, check_head, evaluate_quality
 from layershed.schedule import DropSchedule
@@ -74,6 +74,8 @@ class SublayerDrop(Callback):
         UnknownNameError: If there is no such metric, or nothing like that to calibrate on.
     """
 
+    place = 1  # in the order drop, quantize, LoRA, export
+
     def __init__(
         self,
         start: int,
@@ -112,22 +114,26 @@ class SublayerDrop(Callback):
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None
 
+    @property
+    def first_step(self) -> int:
+        """The step of the first drop."""
+        return self.schedule.steps[0]
+
     def should_drop(self, step: int) -> bool:
         """Whether to drop after ``step`` optimizer steps; override it for another schedule."""
         return self.schedule.should_drop(step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the module's own checkpoint hooks carry the drop."""
-        _leave_hooks(pl_module)
-        pl_module.__dict__.update({name: _Hook(pl_module, name, self.transformer) for name in _Hook.NAMES})
+        carry_structure(pl_module, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give a dense module its hooks back; a dropped one may still be saved."""
-        if not current_drop(pl_module):
-            _leave_hooks(pl_module)
+        leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this model cannot do, and prepare the optimizers of a resumed run."""
+        check_order(trainer)
         everything = find_sublayers(pl_module, name=self.transformer)
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         total = None if self.count is None else self.count * self.schedule.rounds
@@ -216,7 +222,7 @@ class SublayerDrop(Callback):
         bypass(pl_module, round_plan, name=self.transformer)
         self.plan = round_plan if self.plan is None else self.plan + round_plan
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
-        _rewrap(trainer, pl_module)
+        rewrap(trainer, pl_module)
         self._save_plan(trainer)
         counts = count_by_kind(bypassed_sublayers(pl_module))
         publish(trainer, {f"drop/{kind}": float(count) for kind, count in counts.items()})
@@ -255,38 +261,3 @@ class SublayerDrop(Callback):
         folder: Path = run_directory(trainer)
         if self.plan is not None and trainer.is_global_zero:
             write_text(folder / PLAN_FILE, self.plan.to_json())
-
-
-def _rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """DistributedDataParallel fixed at its construction which gradients it waits for: build it anew."""
-    if isinstance(trainer.strategy, DDPStrategy):
-        for parameter in pl_module.parameters():
-            parameter.grad = None
-        trainer.strategy.model = pl_module
-        trainer.strategy.configure_ddp()
-
-
-class _Hook:
-    """One of a module's own checkpoint hooks, and the drop after it.
-
-    The hooks of callbacks would not do: Lightning asks none of them for a checkpoint of the weights alone.
-    """
-
-    NAMES = ("on_save_checkpoint", "on_load_checkpoint")
-
-    def __init__(self, pl_module: LightningModule, name: str, transformer: str | None) -> None:
-        self.pl_module, self.name, self.transformer = pl_module, name, transformer
-        self.own = getattr(pl_module, name)
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        self.own(checkpoint)
-        if self.name == "on_save_checkpoint":
-            write_dropped(checkpoint, self.pl_module)
-        else:
-            apply_dropped(checkpoint, self.pl_module, name=self.transformer)
-
-
-def _leave_hooks(pl_module: LightningModule) -> None:
-    for name in _Hook.NAMES:
-        if isinstance(pl_module.__dict__.get(name), _Hook):
-            del pl_module.__dict__[name]

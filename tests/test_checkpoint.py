@@ -11,9 +11,10 @@ from lightning import LightningModule
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from layershed.checkpoint import CHECKPOINT_KEY, apply_dropped, forget_parameters, write_dropped
+from layershed.checkpoint import CHECKPOINT_KEY, apply_structure, write_structure
 from layershed.discovery import find_sublayers
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError
+from layershed.optimizers import forget_parameters
 from layershed.surgery import bypass, bypassed_sublayers
 from tests.conftest import build_model
 
@@ -195,7 +196,7 @@ def logits(model, tokens):
 
 def noted(model):
     checkpoint = {"state_dict": model.state_dict()}
-    write_dropped(checkpoint, model)
+    write_structure(checkpoint, model)
     return through_a_file(checkpoint)
 
 
@@ -209,7 +210,7 @@ def checkpoint():
 def test_what_is_bypassed_is_noted_as_plain_json(checkpoint):
     content = checkpoint[CHECKPOINT_KEY]
     assert json.loads(json.dumps(content)) == content
-    assert [(drop["block"], drop["kind"], drop["path"]) for drop in content["drops"]] == [
+    assert [(drop["block"], drop["kind"], drop["path"]) for drop in content["dropped"]["drops"]] == [
         (0, "attention", "model.layers.0.self_attn"),
         (2, "mlp", "model.layers.2.mlp"),
     ]
@@ -219,7 +220,7 @@ def test_a_checkpoint_brings_back_the_bypass(checkpoint, tokens):
     dropped = build_model()
     bypass(dropped, some(dropped))
     run = Run(net=build_model())
-    apply_dropped(checkpoint, run)
+    apply_structure(checkpoint, run)
     run.load_state_dict(checkpoint["state_dict"])
     assert torch.equal(logits(run.net, tokens), logits(dropped, tokens))
 
@@ -230,7 +231,7 @@ def test_exactly_what_is_noted_is_bypassed_whatever_was_before(checkpoint, earli
     before = [s for s in find_sublayers(model) if s.name in earlier]
     if before:
         bypass(model, before)
-    apply_dropped(checkpoint, Run(net=model))
+    apply_structure(checkpoint, Run(net=model))
     bypass(reference, some(reference))
     assert [s.name for s in bypassed_sublayers(model)] == ["attention.0", "mlp.2"]
     assert torch.equal(logits(model, tokens), logits(reference, tokens))
@@ -241,7 +242,7 @@ def test_a_checkpoint_that_notes_nothing_restores_everything(llama, tokens):
     checkpoint, dense = noted(Run(net=llama)), logits(llama, tokens)
     assert CHECKPOINT_KEY not in checkpoint
     bypass(llama, some(llama))
-    apply_dropped(checkpoint, Run(net=llama))
+    apply_structure(checkpoint, Run(net=llama))
     assert bypassed_sublayers(llama) == ()
     assert torch.equal(logits(llama, tokens), dense)
     assert all(parameter.requires_grad for parameter in llama.parameters())
@@ -249,9 +250,9 @@ def test_a_checkpoint_that_notes_nothing_restores_everything(llama, tokens):
 
 def test_applying_twice_is_the_same_as_once(checkpoint):
     run = Run(net=build_model())
-    apply_dropped(checkpoint, run)
+    apply_structure(checkpoint, run)
     forwards = {path: id(m.__dict__.get("forward")) for path, m in run.named_modules() if "forward" in m.__dict__}
-    apply_dropped(checkpoint, run)
+    apply_structure(checkpoint, run)
     assert forwards
     assert {p: id(m.__dict__.get("forward")) for p, m in run.named_modules() if "forward" in m.__dict__} == forwards
 
@@ -259,8 +260,8 @@ def test_applying_twice_is_the_same_as_once(checkpoint):
 def test_one_of_two_transformers_is_meant_by_its_name(checkpoint):
     run = Run(student=build_model(), teacher=build_model())
     with pytest.raises(AmbiguousModelError):
-        apply_dropped(checkpoint, run)
-    apply_dropped(checkpoint, run, name="student")
+        apply_structure(checkpoint, run)
+    apply_structure(checkpoint, run, name="student")
     assert len(bypassed_sublayers(run.student)) == 2
     assert bypassed_sublayers(run.teacher) == ()
 
@@ -271,21 +272,25 @@ def test_one_of_two_transformers_is_meant_by_its_name(checkpoint):
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, other):
     model = build_model(**other)
     with pytest.raises(CheckpointError, match=r"(attention\.0|mlp\.2).*another model"):
-        apply_dropped(checkpoint, Run(net=model))
+        apply_structure(checkpoint, Run(net=model))
     assert bypassed_sublayers(model) == ()
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        {"format": "layershed.drop_plan.v0", "drops": []},
+        {"format": "layershed.drop_plan.v1", "drops": []},
         "attention.0",
-        {"format": "layershed.drop_plan.v1", "scope": "joint", "drops": [{"block": "0"}]},
+        {"dropped": {"format": "layershed.drop_plan.v0", "drops": []}, "quantized": None, "adapters": None},
+        {"dropped": {"format": "layershed.drop_plan.v1", "scope": "joint", "drops": [{"block": "0"}]}}
+        | {"quantized": None, "adapters": None},
+        {"dropped": None, "quantized": {"mode": "nf3"}, "adapters": None},
+        {"dropped": None, "quantized": None, "adapters": {"targets": 3}},
     ],
-    ids=["another version", "no mapping", "broken drop"],
+    ids=["another version", "no mapping", "another plan", "broken drop", "broken quantization", "broken adapters"],
 )
 def test_a_malformed_note_is_refused_and_changes_nothing(llama, content):
     bypass(llama, some(llama))
     with pytest.raises(LayershedError):
-        apply_dropped({CHECKPOINT_KEY: content}, Run(net=llama))
+        apply_structure({CHECKPOINT_KEY: content}, Run(net=llama))
     assert bypassed_sublayers(llama) == tuple(some(llama))

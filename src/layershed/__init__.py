@@ -5,6 +5,7 @@ when to call them are in :mod:`layershed.callbacks`.
 """
 
 from layershed.adapter import SublayerAdapter, register_adapter
+from layershed.adapter_folder import load_adapter, save_adapter
 from layershed.branches import LeftAlone
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.discovery import find_left_alone, find_sublayers, find_transformer
@@ -56,6 +57,7 @@ __all__ = [
     "find_sublayers",
     "find_transformer",
     "inject_lora",
+    "load_adapter",
     "load_plan",
     "load_pretrained",
     "measure_speed",
@@ -68,6 +70,7 @@ __all__ = [
     "remove_lora",
     "removed_sublayers",
     "restore",
+    "save_adapter",
     "save_pretrained",
     "select_sublayers",
     "self_distillation_loss",

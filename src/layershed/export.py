@@ -9,7 +9,6 @@ those who do not have this package.
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from layershed.adapter_folder import PLAN_FILE, load_adapter, save_adapter
 from layershed.discovery import find_sublayers, find_transformer, refuse_strangers
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
+from layershed.folders import check_free, replacing
 from layershed.plan import DropPlan, Sublayer
+from layershed.quantization import secure_quantized
+from layershed.recovery import ADAPTER, adapted_modules
 from layershed.standalone import add_modelling_file
 from layershed.standins import RemovedModule
 from layershed.surgery import (
@@ -33,7 +36,7 @@ from layershed.surgery import (
     stand_ins_of,
 )
 
-PLAN_FILE = "drop_plan.json"
+ADAPTER_FOLDER = "adapter"
 
 
 def save_pretrained(
@@ -46,6 +49,8 @@ def save_pretrained(
     name: str | None = None,
 ) -> Path:
     """Write a dropped model as a Hugging Face folder: kept weights as safetensors, and a config that says what is gone.
+
+    Recovery adapters that are not merged go into a subfolder of their own, ``adapter``, in peft's format.
 
     The model itself is not changed. The folder appears whole or not at all: everything is written beside it first.
 
@@ -72,11 +77,7 @@ def save_pretrained(
             "out what is bypassed, and then it can be saved as any other of its kind."
         )
     refuse_strangers(transformer)
-    if any(".base_layer." in key for key in transformer.state_dict()):
-        raise ExportError(
-            "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
-            "by peft's own save_pretrained."
-        )
+    _refuse_adapters(transformer, standalone)
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(
@@ -85,20 +86,19 @@ def save_pretrained(
         )
     folder = Path(folder)
     check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-        fresh = Path(beside) / folder.name
+    with replacing(folder) as fresh:
         _write(transformer, fresh, standalone)
         if plan is not None:
             plan.save(fresh / PLAN_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        _swap(fresh, folder, Path(beside) / "previous")
+        if adapted_modules(transformer):
+            save_adapter(transformer, fresh / ADAPTER_FOLDER, plan=plan)
     return folder
 
 
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load what :func:`save_pretrained` wrote: the same logits, bit for bit.
+    """Load what :func:`save_pretrained` wrote: the same logits, bit for bit, quantized and adapted as it was.
 
     The skeleton is built without memory (on the meta device), its dropped sublayers are removed, and only then do the
     weights come, strictly: nothing is made up at random and nothing is left over. The residual identity of what is
@@ -132,6 +132,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             found = sorted(map(str, report[problem]))
             raise ExportError(f"load_pretrained: {folder} has {problem.replace('_', ' ')}: {', '.join(found[:3])}.")
     model.__class__ = model_class
+    secure_quantized(model)
     try:
         find_sublayers(model)
     except NoSublayersFoundError as error:
@@ -139,6 +140,8 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             raise ExportError(f"load_pretrained: {folder}: {error}") from None
     except UnprovenStructureError as error:
         raise ExportError(f"load_pretrained: {folder}: {error}") from None
+    if (Path(folder) / ADAPTER_FOLDER).is_dir():
+        load_adapter(model, Path(folder) / ADAPTER_FOLDER)
     return model
 
 
@@ -185,24 +188,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         ExportError: If it exists and is neither an empty folder nor a saved model.
     """
-    folder = Path(folder)
-    empty = folder.is_dir() and not any(folder.iterdir())
-    saved = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    if folder.exists() and not empty and not saved:
-        raise ExportError(f"save_pretrained: {str(folder)!r} exists and holds no saved model; choose another folder.")
-
-
-def _swap(fresh: Path, folder: Path, previous: Path) -> None:
-    """Put a folder in place of another, or leave the other where it was."""
-    replaced = folder.exists()
-    if replaced:
-        folder.rename(previous)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        if replaced:
-            previous.rename(folder)
-        raise
+    check_free(folder, mark="config.json", what="saved model")
 
 
 def _first_line(error: Exception) -> str:
@@ -215,7 +201,13 @@ def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None
     config = copy.deepcopy(transformer.config)
     if stand_ins:
         mark_dropped(config, stand_ins)
-    weights = {name: tensor for name, tensor in transformer.state_dict().items() if name not in left_out}
+    # a wrapper of peft keeps the weights of its module under another name, beside its own
+    adapted = tuple(f"{path}." for path in adapted_modules(transformer))
+    weights = {
+        name.replace(".base_layer.", ".") if name.startswith(adapted) else name: tensor
+        for name, tensor in transformer.state_dict().items()
+        if name not in left_out and not (name.startswith(adapted) and ".base_layer." not in name)
+    }
     own_config, transformer.config = transformer.config, config
     try:
         # upstream writes the weights it is given, in shards and with tied ones once, and the config that it sees
@@ -224,6 +216,17 @@ def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None
         transformer.config = own_config
     if standalone:
         add_modelling_file(folder, transformer)
+
+
+def _refuse_adapters(transformer: PreTrainedModel, standalone: bool) -> None:
+    others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
+    if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
+        raise ExportError(
+            "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
+            "by peft's own save_pretrained."
+        )
+    if standalone and adapted_modules(transformer):
+        raise ExportError("save_pretrained: standalone=True takes no adapters; merge them first (layershed.merge_lora).")
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
-from layershed.checkpoint import apply_dropped, write_dropped
+from layershed.checkpoint import apply_structure, write_structure
+from layershed.distillation import Distillation, check_teacher, self_distillation
 from layershed.errors import LayershedError, ModelError, ScheduleError
 from layershed.export import lacks_sublayers, load_config, load_pretrained
+from layershed.quantization import secure_quantized
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -43,7 +46,8 @@ QUICKSTART_CONFIG: dict[str, Any] = {
 class CausalLM(pl.LightningModule):
     """Trains, validates and tests a Hugging Face causal language model.
 
-    Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation.
+    Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation; with
+    distillation also its parts, ``train_lm_loss`` and ``train_divergence``, and its cost, ``teacher_seconds`` a step.
 
     Args:
         pretrained: What to start from: a local folder (also one that layershed saved), a hub id, or the path of a
@@ -55,9 +59,12 @@ class CausalLM(pl.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         dtype: Weights as ``float32``, ``bfloat16`` or ``float16``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
+        distillation: From the drop on, learn from the model as it was before; None learns from the text alone. With
+            adapters (LoRARecovery) the teacher stays what it was; trained in full, it changes along.
 
     Raises:
         ModelError: If the model cannot be built; says why in one sentence.
+        LayershedError: Before training, if distillation has no teacher, as sublayers were removed.
         ScheduleError: Before training, if the schedule needs to know the run's length and the run has no end.
     """
 
@@ -70,10 +77,15 @@ class CausalLM(pl.LightningModule):
         warmup_steps: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         gradient_checkpointing: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
-        # without the optimizer: a class or a function would make the checkpoint unreadable under weights_only=True
+        # only primitives: a class or a function would make the checkpoint unreadable under weights_only=True
         self.save_hyperparameters(ignore=["optimizer"])
+        if isinstance(distillation, Mapping):  # as a checkpoint has it
+            distillation = Distillation(**distillation)
+        self.distillation = distillation
+        self.hparams["distillation"] = None if distillation is None else asdict(distillation)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
@@ -87,10 +99,21 @@ class CausalLM(pl.LightningModule):
         return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean next-token cross-entropy of a batch, in nats."""
-        loss: Tensor = self.model(**batch, use_cache=False).loss
+        """Mean next-token cross-entropy of a batch, in nats, mixed with the divergence from the teacher."""
+        if self.distillation is None:
+            loss: Tensor = self.model(**batch, use_cache=False).loss
+        else:
+            parts = self_distillation(self.model, batch, self.distillation)
+            loss = parts.loss
+            self.log_dict({"train_lm_loss": parts.lm, "train_divergence": parts.divergence})
+            self.log("teacher_seconds", parts.teacher_seconds)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_fit_start(self) -> None:
+        """Refuse a distillation without a teacher."""
+        if self.distillation is not None:
+            check_teacher(self.model)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss and perplexity of a validation batch."""
@@ -123,12 +146,12 @@ class CausalLM(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what is bypassed, also in a checkpoint of the weights alone."""
-        write_dropped(checkpoint, self)
+        """Note what is dropped, quantized and adapted, also in a checkpoint of the weights alone."""
+        write_structure(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Become the dropped model that was saved; never the dense one in silence."""
-        apply_dropped(checkpoint, self)
+        """Become the model that was saved; never the dense one in silence."""
+        apply_structure(checkpoint, self)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity) -> None:
         output = self.model(**batch, use_cache=False)
@@ -190,7 +213,9 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
         )
     with _explained(f"pretrained={source!r}: the model could not be loaded"):
         if not lacks_sublayers(config):
-            return AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
+            model = AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
+            secure_quantized(model)
+            return model
         if fields.keys() - {"model_type"}:
             raise ModelError(
                 f"config: pretrained={source!r} lacks dropped sublayers, and is loaded with its own config; leave "

@@ -6,7 +6,7 @@ for each; double quantization quantizes the scales as well. LLM.int8() (arXiv 22
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -49,6 +49,22 @@ class Quantized:
         """As primitives."""
         return {**asdict(self), "skip_modules": list(self.skip_modules)}
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Quantized:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            QuantizationError: If the content is no such thing.
+        """
+        try:
+            found = cls(**{**content, "skip_modules": tuple(content["skip_modules"])})
+        except (TypeError, KeyError) as error:
+            raise QuantizationError(f"This does not say how a model is quantized: {error}.") from None
+        check_mode(found.mode)
+        if found.compute_dtype not in get_args(ComputeDtype):
+            raise UnknownNameError("compute dtype", str(found.compute_dtype), get_args(ComputeDtype))
+        return found
+
 
 def quantize(
     model: nn.Module,
@@ -73,7 +89,7 @@ def quantize(
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        What was done, for another model's sake: ``quantize_as(other, done)``.
+        What was done.
 
     Raises:
         QuantizationError: If it is quantized already, carries adapters, is no Hugging Face model, or has nothing to
@@ -93,9 +109,12 @@ def quantize(
             "quantize: the model carries adapters; the order is drop, quantize, LoRA. Quantize first, so that LoRA "
             "learns to make up for that, too, or merge it before (layershed.merge_lora)."
         )
-    own = str(transformer.dtype).removeprefix("torch.")
-    done = Quantized(mode, double_quant and mode != "int8", compute_dtype or own, tuple(skip_modules))
-    quantize_as(transformer, done)
+    own: Any = str(transformer.dtype).removeprefix("torch.")
+    if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
+        raise UnknownNameError("compute dtype", compute_dtype, get_args(ComputeDtype))
+    quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, tuple(skip_modules)))
+    done = quantization_of(transformer)
+    assert done is not None
     return done
 
 
@@ -183,8 +202,16 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
             layer.load_state_dict(own, strict=False)
 
 
-def quantized_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and of the scales that go with quantized ones."""
+def secure_quantized(model: nn.Module) -> None:
+    """Make layers of bitsandbytes that transformers loaded safe to train around and to checkpoint."""
+    if quantization_of(model) is not None:
+        from layershed.quantized_linear import secure
+
+        secure(model)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers that are saved, with the scales of quantized ones."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 

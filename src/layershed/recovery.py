@@ -6,7 +6,7 @@ B of shape (out, rank), and s = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -72,7 +72,7 @@ def inject_lora(
     present = adapted_modules(transformer)
     if not targets - present.keys() and not present:
         raise RecoveryError(_no_target(transformer, target_modules, placement))
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "use_dora": dora}
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": float(dropout), "use_rslora": rslora, "use_dora": dora}
     return inject_at(transformer, targets | present.keys(), settings, seed=seed)
 
 
@@ -115,6 +115,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     # Conv1D, as of GPT-2, keeps its weight transposed
     fields = {**settings, "fan_in_fan_out": kinds == {True}}
     if wanted:
+        transformer.__dict__.pop("peft_config", None)  # peft would warn of a second adapter; it is the same one
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
             inject_adapter_in_model(LoraConfig(**fields, target_modules=sorted(wanted)), transformer, ADAPTER)
@@ -148,6 +149,23 @@ def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
     return {"targets": targets, "settings": {field: getattr(config, field) for field in fields}}
 
 
+def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
+    """The targets and arguments that :func:`lora_settings` gave, checked, as they may come from a stranger's file.
+
+    Raises:
+        RecoveryError: If they are of another form.
+    """
+    types = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
+    try:
+        targets, settings = set(content["targets"]), dict(content["settings"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise RecoveryError(f"This does not describe adapters: {error}.") from None
+    fit = settings.keys() == types.keys() and all(type(settings[field]) is kind for field, kind in types.items())
+    if not fit or not targets or not all(isinstance(path, str) for path in targets):
+        raise RecoveryError(f"This does not describe adapters: {settings}.")
+    return targets, settings
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes as if it had no adapters.
@@ -155,13 +173,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     What is trainable is not changed, as peft's own way of switching them off would.
     """
     layers = [layer for layer in adapted_modules(model).values() if not layer.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
+    _switch(layers, False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        _switch(layers, True)
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switch the adapters on or off for good; what is trainable is not changed."""
+    _switch(adapted_modules(model).values(), enabled)
 
 
 def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None) -> None:
@@ -199,6 +220,11 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     """
     transformer = find_transformer(model, name=name)
     _unwrap(transformer, _adapted(transformer, "remove_lora"))
+
+
+def _switch(layers: Iterable[Any], enabled: bool) -> None:
+    for layer in layers:
+        layer._disable_adapters = not enabled  # peft's own setter would also decide anew what is trainable
 
 
 def _unwrap(transformer: nn.Module, layers: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 import statistics
 import time
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from layershed.discovery import find_transformer, predicts_next_token
 from layershed.errors import MeasurementError
 from layershed.probe import evaluating
+from layershed.recovery import adapted_modules, adapters_off
 from layershed.surgery import bypassed_sublayers, dense, dropped_parameter_names
 
 
@@ -127,7 +129,8 @@ def measure_speed(
     """Speed of the dropped model against the dense one: the same weights with the bypass lifted.
 
     Dense and dropped alternate in one process (A B A B ...), in eval mode without gradients, so that whatever else the
-    machine does hits both. The speedup is the median over the pairs, with a 95 % bootstrap interval.
+    machine does hits both. The speedup is the median over the pairs, with a 95 % bootstrap interval. Recovery adapters
+    are off on both sides, as if they were merged; of a quantized model both sides are quantized.
 
     Args:
         model: A causal language model with bypassed sublayers, or a module that holds one.
@@ -153,7 +156,8 @@ def measure_speed(
         raise MeasurementError(f"measure_speed(warmup={warmup}): it must not be negative.")
     stopwatch = _Stopwatch(transformer, prompt_tokens, new_tokens, batch_size, clock)
     timings: dict[str, list[_Timing]] = {"dense": [], "dropped": []}
-    with evaluating(transformer), torch.no_grad():
+    # adapters off on both sides: merged, they cost nothing
+    with evaluating(transformer), torch.no_grad(), adapters_off(transformer):
         for pair in range(warmup + runs):
             for side, context in (("dense", dense(transformer)), ("dropped", nullcontext())):
                 timing = stopwatch.run(context)
@@ -161,7 +165,7 @@ def measure_speed(
                     timings[side].append(timing)
     prompt, decoded = batch_size * prompt_tokens, batch_size * new_tokens
     gone = dropped_parameter_names(transformer)
-    parameters = {name: parameter.numel() for name, parameter in transformer.named_parameters()}
+    parameters = _parameter_sizes(transformer)
     return SpeedReport(
         prefill=_phase([t.prefill for t in timings["dense"]], [t.prefill for t in timings["dropped"]], prompt),
         decode=_phase([t.decode for t in timings["dense"]], [t.decode for t in timings["dropped"]], decoded),
@@ -240,6 +244,21 @@ def cache_bytes(cache: Any) -> int:
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _parameter_sizes(transformer: nn.Module) -> dict[str, int]:
+    """Number of weights by name: of a packed 4-bit one those that it stands for, and none of adapters."""
+    adapters = {
+        id(parameter)
+        for layer in adapted_modules(transformer).values()
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    return {
+        name: math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+        for name, parameter in transformer.named_parameters()
+        if id(parameter) not in adapters
+    }
 
 
 def _phase(dense_seconds: list[float], dropped_seconds: list[float], tokens: int) -> PhaseSpeed:

@@ -1,0 +1,281 @@
+"""Trains what a drop has left: LoRA in the remaining linear maps, or everything, and merges or saves at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from layershed.adapter_folder import check_adapter_folder, save_adapter
+from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
+from layershed.callbacks.structure import carry_structure, check_order, leave_structure
+from layershed.discovery import find_transformer
+from layershed.errors import QuantizationError, RecoveryError, ScheduleError, UnknownNameError
+from layershed.optimizers import LearningRateFactor, Layout, forget_parameters, hand_over, layout_of, restore_layout
+from layershed.plan import Sublayer
+from layershed.quantization import dequantize, quantization_of
+from layershed.recovery import Placement, adapted_modules, check_lora, inject_lora, merge_lora, set_enabled
+from layershed.schedule import DropSchedule
+from layershed.surgery import dropped_sublayers
+
+Mode = Literal["lora", "full", "none"]
+Finish = Literal["merge", "adapter", "dequantize"]
+
+
+class LoRARecovery(Callback):
+    """Recovers a dropped model: trains adapters, or everything that is left, from the drop on.
+
+    With ``mode: lora`` the transformer is frozen and adapters of peft go into its remaining linear maps; what stands
+    outside it in the LightningModule trains on. The optimizer takes them over in place, so that the learning-rate
+    schedule goes on. One per Trainer.
+
+    Hooks: begins in ``on_train_batch_end``, once the configured optimizer step is done, or in ``on_train_start``;
+    merges or saves in ``on_fit_end``.
+    Logs: ``recovery/trainable_parameters`` when it begins; at the end ``recovery/regained``, the share of the lost
+    validation loss that came back, where SublayerDrop measured it.
+    Writes: with ``finish: adapter``, the adapter in peft's format, with the drop plan, in the run directory.
+    Checkpoint: where it began and which parameters the optimizer holds; the adapters are in the model's own state.
+
+    Args:
+        start: Optimizer steps before recovery begins; None for the drop, or at once if something is dropped already.
+        mode: ``lora``; ``full``, train everything that is left; ``none``, end the run there, for comparison.
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank.
+        dropout: Dropout probability of what goes into them, in [0, 1).
+        target_modules: ``all-linear``, every linear map but the output embedding, or a list of ends of module paths.
+        placement: ``all``, or ``neighbours``: only in the nearest sublayers before and after each dropped one.
+        rslora: Scale by alpha / sqrt(rank) (rank-stabilised LoRA).
+        dora: Train magnitude and direction apart (DoRA).
+        seed: Seed of the adapters' initial values.
+        lr_factor: What the scheduled learning rate is multiplied by from then on.
+        warmup_steps: Optimizer steps over which that factor rises from 0.
+        finish: ``merge`` adds the adapters into the weights; ``adapter`` saves them and leaves them in the model;
+            ``dequantize`` turns quantized weights back before it merges.
+        folder: Where ``finish: adapter`` writes; a relative path is one inside the run directory.
+        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+
+    Raises:
+        RecoveryError: If an option has no meaning; before training, if something contradicts the mode.
+        ScheduleError: Before training, if recovery would never begin or the callbacks stand in another order.
+        QuantizationError: Before training, if it would merge into quantized weights.
+    """
+
+    place = 3  # in the order drop, quantize, LoRA, export
+
+    def __init__(
+        self,
+        start: int | None = None,
+        mode: Mode = "lora",
+        rank: int = 8,
+        alpha: int = 16,
+        dropout: float = 0.0,
+        target_modules: str | Sequence[str] = "all-linear",
+        placement: Placement = "all",
+        rslora: bool = False,
+        dora: bool = False,
+        seed: int = 0,
+        lr_factor: float = 1.0,
+        warmup_steps: int = 0,
+        finish: Finish = "merge",
+        folder: str = "adapter",
+        transformer: str | None = None,
+    ) -> None:
+        for what, value, known in (("mode", mode, get_args(Mode)), ("finish", finish, get_args(Finish))):
+            if value not in known:
+                raise UnknownNameError(f"{what} of recovery", value, known)
+        check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
+        if start is not None and start < 0:
+            raise ScheduleError(f"LoRARecovery(start={start}): it must not be negative.")
+        if not lr_factor > 0 or warmup_steps < 0:
+            raise RecoveryError(
+                f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): the factor must be above 0, and "
+                "the steps not negative."
+            )
+        self.start, self.mode, self.finish, self.folder = start, mode, finish, folder
+        self.options: dict[str, Any] = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": target_modules,
+            "placement": placement,
+            "rslora": rslora,
+            "dora": dora,
+            "seed": seed,
+        }
+        self.lr_factor, self.warmup_steps, self.transformer = lr_factor, warmup_steps, transformer
+        self.began: int | None = None
+        self._layout: Layout | None = None
+        self._dropped: tuple[Sublayer, ...] = ()
+        self._steps = StepCounter()
+        self._trainer: Trainer | None = None
+        self._rates = LearningRateFactor(self._factor)
+
+    @property
+    def first_step(self) -> int | None:
+        """The step of the beginning; None for that of the drop."""
+        return self.start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
+        carry_structure(pl_module, self.transformer)
+        if stage == "fit" and self._sharded(trainer):
+            if self.options["placement"] != "all":
+                raise RecoveryError(
+                    "LoRARecovery: under ModelParallelStrategy adapters are put in before the drop, and "
+                    "placement='neighbours' cannot be known then; use placement='all'."
+                )
+            frozen = {p for p in pl_module.parameters() if not p.requires_grad}
+            inject_lora(pl_module, name=self.transformer, **self.options)
+            for parameter in pl_module.parameters():
+                parameter.requires_grad_(parameter not in frozen)  # until recovery begins, everything trains
+            set_enabled(pl_module, False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give a module in its original state its hooks back."""
+        leave_structure(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what this run cannot do, and prepare the optimizers of a resumed run."""
+        check_order(trainer)
+        self._trainer = trainer
+        transformer = find_transformer(pl_module, name=self.transformer)
+        self._check(trainer, pl_module)
+        if self.mode == "lora" and self.finish == "adapter":
+            check_adapter_folder(run_directory(trainer) / self.folder)
+        if self.began is not None:
+            if self._layout is not None:
+                restore_layout(trainer.optimizers, pl_module, self._layout)
+                forget_parameters(trainer.optimizers, transformer)
+            self._rates.attach(trainer.optimizers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at once where nothing is to be waited for."""
+        limit = trainer.estimated_stepping_batches
+        if self.start is not None and limit != float("inf") and self.start >= limit:
+            raise ScheduleError(
+                f"LoRARecovery(start={self.start}): the run ends after {int(limit)} steps, so that recovery would "
+                "never begin."
+            )
+        self._steps.start(trainer)
+        if self.began is not None:
+            self._dropped = current_drop(pl_module)
+            show(trainer, self._metrics(pl_module))
+        elif self.start == 0 or (self.start is None and dropped_sublayers(pl_module)):
+            self._begin(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin, if it is time; after a further drop, put in the adapters that it asks for."""
+        taken = self._steps.taken(trainer)
+        if self.began is None:
+            due = current_drop(pl_module) if self.start is None else self.start in taken
+            if due:
+                self._begin(trainer, pl_module)
+        elif self.mode == "lora" and self.options["placement"] == "neighbours":
+            dropped = current_drop(pl_module)
+            if dropped != self._dropped:
+                self._adapt(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell how much of the lost loss came back."""
+        if self.began is None:
+            rank_zero_warn("LoRARecovery never began: the run ended before its step, or before any drop.")
+        losses = [trainer.callback_metrics.get(f"drop/loss_{when}") for when in ("before", "after", "end")]
+        if all(loss is not None for loss in losses):
+            before, after, end = (float(loss) for loss in losses if loss is not None)
+            if after > before:
+                publish(trainer, {"recovery/regained": (after - end) / (after - before)})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge or save the adapters; after the last checkpoint, which can so be resumed."""
+        self._rates.detach()
+        transformer = find_transformer(pl_module, name=self.transformer)
+        if self.began is None or not adapted_modules(transformer):
+            return
+        if self.finish == "adapter":
+            if trainer.is_global_zero:
+                directory = run_directory(trainer)
+                plan = plan_of(directory, pl_module)
+                save_adapter(transformer, directory / self.folder, plan=plan)
+            return
+        if self.finish == "dequantize" and quantization_of(transformer) is not None:
+            dequantize(transformer)
+        merge_lora(transformer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the learning rates as they were."""
+        self._rates.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it began and what the optimizer holds, as primitives."""
+        return {"began": self.began, "layout": self._layout}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.began, self._layout = state_dict["began"], state_dict["layout"]
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        drops = any(isinstance(getattr(callback, "schedule", None), DropSchedule) for callback in trainer.callbacks)
+        if self.start is None and not drops and not dropped_sublayers(pl_module):
+            raise ScheduleError(
+                "LoRARecovery(start=None): it waits for a drop, and there is neither a SublayerDrop among the callbacks "
+                "nor anything dropped; set start to an optimizer step."
+            )
+        before = any(getattr(callback, "quantizes_before_recovery", False) for callback in trainer.callbacks)
+        if not before and quantization_of(pl_module, name=self.transformer) is None:
+            return
+        if self.mode == "full":
+            raise RecoveryError(
+                "LoRARecovery(mode='full'): quantized weights cannot be trained; use mode='lora', or quantize at the "
+                "end (Quantization(start='end'))."
+            )
+        if self.mode == "lora" and self.finish == "merge":
+            raise QuantizationError(
+                "LoRARecovery(finish='merge'): merging into quantized weights would round the recovery away; use "
+                "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
+            )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = trainer.global_step
+        if self.mode == "none":
+            trainer.should_stop = True
+            return
+        if self.mode == "lora":
+            self._adapt(trainer, pl_module)
+        self._rates.attach(trainer.optimizers)
+        publish(trainer, self._metrics(pl_module))
+
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put adapters in, or switch them on, and have the optimizers train them."""
+        transformer = find_transformer(pl_module, name=self.transformer)
+        if self._sharded(trainer):
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+                parameter.grad = None
+            set_enabled(transformer, True)
+        else:
+            inject_lora(transformer, **self.options)
+        hand_over(trainer.optimizers, pl_module, transformer)
+        forget_parameters(trainer.optimizers, transformer)
+        self._layout = layout_of(trainer.optimizers, pl_module)
+        self._dropped = current_drop(pl_module)
+        rewrap(trainer, pl_module)
+
+    def _factor(self) -> float:
+        """What the learning rate of the coming step is multiplied by."""
+        assert self._trainer is not None
+        assert self.began is not None
+        # while an optimizer steps, Lightning has not counted that step yet
+        done = self._trainer.global_step - self.began + 1
+        return self.lr_factor * min(1.0, done / self.warmup_steps if self.warmup_steps else 1.0)
+
+    def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        return {"recovery/trainable_parameters": float(trained)}
+
+    def _sharded(self, trainer: Trainer) -> bool:
+        return self.mode == "lora" and isinstance(trainer.strategy, ModelParallelStrategy)

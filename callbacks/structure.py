@@ -1,0 +1,81 @@
+"""What the callbacks that change a model agree on: their order, and that every checkpoint says what they did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from layershed.checkpoint import apply_structure, has_structure, write_structure
+from layershed.errors import ScheduleError
+
+ORDER = "drop, quantize, LoRA, recover, export"
+
+
+def carry_structure(pl_module: LightningModule, transformer: str | None) -> None:
+    """Have the module's own checkpoint hooks carry what is dropped, quantized and adapted.
+
+    The hooks of callbacks would not do: Lightning asks none of them for a checkpoint of the weights alone.
+    """
+    before = pl_module.__dict__.get(_Hook.NAMES[0])
+    named = before.transformer if isinstance(before, _Hook) else None
+    _release(pl_module)
+    pl_module.__dict__.update({name: _Hook(pl_module, name, transformer or named) for name in _Hook.NAMES})
+
+
+def leave_structure(pl_module: LightningModule) -> None:
+    """Give a module in its original state its hooks back; a changed one may still be saved."""
+    hook = pl_module.__dict__.get(_Hook.NAMES[0])
+    if isinstance(hook, _Hook) and not has_structure(pl_module, name=hook.transformer):
+        _release(pl_module)
+
+
+def check_order(trainer: Trainer) -> None:
+    """Refuse, before training, callbacks of this package in an order that loses more than it need.
+
+    A drop decided on the model as it is, then the quantization, then adapters that learn to make up for both; whatever
+    is saved comes last.
+
+    Raises:
+        ScheduleError: If one is listed before, or acts before, one that must come first.
+    """
+    ours = [(callback, callback.place) for callback in trainer.callbacks if hasattr(callback, "place")]
+    for (first, place), (second, later) in zip(ours, ours[1:], strict=False):
+        if place > later:
+            raise ScheduleError(
+                f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
+            )
+    acting = [(callback, step) for callback, _ in ours if (step := getattr(callback, "first_step", None)) is not None]
+    for (first, step), (second, then) in zip(acting, acting[1:], strict=False):
+        if step > then:
+            raise ScheduleError(
+                f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
+                "give it the same step or a later one."
+            )
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__
+
+
+class _Hook:
+    """One of a module's own checkpoint hooks, and the structure with it."""
+
+    NAMES = ("on_save_checkpoint", "on_load_checkpoint")
+
+    def __init__(self, pl_module: LightningModule, name: str, transformer: str | None) -> None:
+        self.pl_module, self.name, self.transformer = pl_module, name, transformer
+        self.own = getattr(pl_module, name)
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.own(checkpoint)
+        if self.name == "on_save_checkpoint":
+            write_structure(checkpoint, self.pl_module, name=self.transformer)
+        else:
+            apply_structure(checkpoint, self.pl_module, name=self.transformer)
+
+
+def _release(pl_module: LightningModule) -> None:
+    for name in _Hook.NAMES:
+        if isinstance(pl_module.__dict__.get(name), _Hook):
+            del pl_module.__dict__[name]
