@@ -11,14 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.adapter_folder import check_adapter_folder, save_adapter
 from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
-from layershed.callbacks.structure import carry_structure, check_order, leave_structure
+from layershed.callbacks.structure import (
+    callbacks_of,
+    carry_structure,
+    check_order,
+    leave_structure,
+    waits_for_nothing,
+)
 from layershed.discovery import find_transformer
 from layershed.errors import QuantizationError, RecoveryError, ScheduleError, UnknownNameError
-from layershed.optimizers import LearningRateFactor, Layout, forget_parameters, hand_over, layout_of, restore_layout
+from layershed.optimizers import Layout, LearningRateFactor, forget_parameters, hand_over, layout_of, restore_layout
 from layershed.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
 from layershed.recovery import Placement, adapted_modules, check_lora, inject_lora, merge_lora, set_enabled
-from layershed.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
 Mode = Literal["lora", "full", "none"]
@@ -219,13 +224,12 @@ class LoRARecovery(Callback):
         self.began, self._layout = state_dict["began"], state_dict["layout"]
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        drops = any(isinstance(getattr(callback, "schedule", None), DropSchedule) for callback in trainer.callbacks)
-        if self.start is None and not drops and not dropped_sublayers(pl_module):
+        if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "LoRARecovery(start=None): it waits for a drop, and there is neither a SublayerDrop among the callbacks "
-                "nor anything dropped; set start to an optimizer step."
+                "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, nor is a SublayerDrop among the "
+                "callbacks; set start to an optimizer step."
             )
-        before = any(getattr(callback, "quantizes_before_recovery", False) for callback in trainer.callbacks)
+        before = any(getattr(callback, "quantizes_before_recovery", False) for callback in callbacks_of(trainer))
         if not before and quantization_of(pl_module, name=self.transformer) is None:
             return
         if self.mode == "full":

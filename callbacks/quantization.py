@@ -9,12 +9,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from layershed.callbacks.run import StepCounter, current_drop, publish, rewrap
-from layershed.callbacks.structure import carry_structure, check_order, leave_structure
+from layershed.callbacks.structure import (
+    callbacks_of,
+    carry_structure,
+    check_order,
+    leave_structure,
+    waits_for_nothing,
+)
 from layershed.discovery import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.optimizers import forget_quantized
 from layershed.quantization import ComputeDtype, Mode, check_mode, quantization_of, quantize, stored_bytes
-from layershed.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
 
@@ -95,13 +100,14 @@ class Quantization(Callback):
         if self._done(pl_module):
             forget_quantized(trainer.optimizers, pl_module)
             return
-        drops = any(isinstance(getattr(callback, "schedule", None), DropSchedule) for callback in trainer.callbacks)
-        if self.start is None and not drops and not dropped_sublayers(pl_module):
+        if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "Quantization(start=None): it waits for a drop, and there is neither a SublayerDrop among the callbacks "
-                "nor anything dropped; set start to an optimizer step, or to 'end'."
+                "Quantization(start=None): it waits for a drop, and nothing is dropped, nor is a SublayerDrop among the "
+                "callbacks; set start to an optimizer step, or to 'end'."
             )
-        if self.start != "end" and not any(getattr(callback, "mode", "") == "lora" for callback in trainer.callbacks):
+        if self.start != "end" and not any(
+            getattr(callback, "mode", "") == "lora" for callback in callbacks_of(trainer)
+        ):
             raise QuantizationError(
                 f"Quantization(start={self.start!r}): quantized weights do not train, so that only norms and embeddings "
                 "would; add LoRARecovery behind it, or set start='end'."

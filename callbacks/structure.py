@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layershed.checkpoint import apply_structure, has_structure, write_structure
 from layershed.errors import ScheduleError
+from layershed.schedule import DropSchedule
+from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, recover, export"
 
@@ -39,19 +42,31 @@ def check_order(trainer: Trainer) -> None:
     Raises:
         ScheduleError: If one is listed before, or acts before, one that must come first.
     """
-    ours = [(callback, callback.place) for callback in trainer.callbacks if hasattr(callback, "place")]
-    for (first, place), (second, later) in zip(ours, ours[1:], strict=False):
+    ours = [(callback, callback.place) for callback in callbacks_of(trainer) if hasattr(callback, "place")]
+    for (first, place), (second, later) in pairwise(ours):
         if place > later:
             raise ScheduleError(
                 f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
             )
     acting = [(callback, step) for callback, _ in ours if (step := getattr(callback, "first_step", None)) is not None]
-    for (first, step), (second, then) in zip(acting, acting[1:], strict=False):
+    for (first, step), (second, then) in pairwise(acting):
         if step > then:
             raise ScheduleError(
                 f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
                 "give it the same step or a later one."
             )
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a trainer, which sets them in a way that type checkers do not see."""
+    found: list[Callback] = getattr(trainer, "callbacks", [])
+    return found
+
+
+def waits_for_nothing(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether nothing is dropped, and no SublayerDrop is there to drop anything."""
+    schedules = (getattr(callback, "schedule", None) for callback in callbacks_of(trainer))
+    return not any(isinstance(schedule, DropSchedule) for schedule in schedules) and not dropped_sublayers(pl_module)
 
 
 def _name(callback: Callback) -> str:

@@ -111,7 +111,9 @@ def self_distillation(
         raise RecoveryError(f"distillation: {type(transformer).__name__} does not predict the next token.")
     inputs, labels = _inputs(batch, transformer)
     wants_hidden = settings.kind != "kl"
-    same = not bypassed_sublayers(transformer) and not adapted_modules(transformer) and not removed_sublayers(transformer)
+    same = (
+        not bypassed_sublayers(transformer) and not adapted_modules(transformer) and not removed_sublayers(transformer)
+    )
     start = _now(labels.device)
     teacher = None if same else _teacher(transformer, inputs, wants_hidden)
     seconds = _now(labels.device) - start

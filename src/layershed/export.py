@@ -226,7 +226,9 @@ def _refuse_adapters(transformer: PreTrainedModel, standalone: bool) -> None:
             "by peft's own save_pretrained."
         )
     if standalone and adapted_modules(transformer):
-        raise ExportError("save_pretrained: standalone=True takes no adapters; merge them first (layershed.merge_lora).")
+        raise ExportError(
+            "save_pretrained: standalone=True takes no adapters; merge them first (layershed.merge_lora)."
+        )
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

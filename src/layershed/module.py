@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,8 +59,9 @@ class CausalLM(pl.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         dtype: Weights as ``float32``, ``bfloat16`` or ``float16``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
-        distillation: From the drop on, learn from the model as it was before; None learns from the text alone. With
-            adapters (LoRARecovery) the teacher stays what it was; trained in full, it changes along.
+        distillation: How to learn from the model as it was before the drop: weight, temperature and kind, as of
+            layershed.Distillation; None learns from the text alone. With adapters (LoRARecovery) the teacher stays what
+            it was; trained in full, it changes along.
 
     Raises:
         ModelError: If the model cannot be built; says why in one sentence.
@@ -82,10 +83,9 @@ class CausalLM(pl.LightningModule):
         super().__init__()
         # only primitives: a class or a function would make the checkpoint unreadable under weights_only=True
         self.save_hyperparameters(ignore=["optimizer"])
-        if isinstance(distillation, Mapping):  # as a checkpoint has it
-            distillation = Distillation(**distillation)
-        self.distillation = distillation
-        self.hparams["distillation"] = None if distillation is None else asdict(distillation)
+        given: Any = distillation  # a checkpoint has it as a dict
+        self.distillation: Distillation | None = Distillation(**given) if isinstance(given, dict) else given
+        self.hparams["distillation"] = None if self.distillation is None else asdict(self.distillation)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()

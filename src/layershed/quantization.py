@@ -1,7 +1,8 @@
 """Quantizing a model in memory with bitsandbytes, without reloading it, and the way back.
 
 NF4 and FP4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) keep a weight in blocks of 64 as 4-bit codes with a scale
-for each; double quantization quantizes the scales as well. LLM.int8() (arXiv 2208.07339) keeps 8 bits and a scale a row.
+for each; double quantization quantizes the scales as well. LLM.int8() (arXiv 2208.07339) keeps 8 bits a weight, and a
+scale for each row.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
     Raises:
         QuantizationError: If it is not quantized.
     """
-    transformer = find_transformer(model, name=name)
+    transformer: Any = find_transformer(model, name=name)
     if quantization_of(transformer) is None:
         raise QuantizationError(f"dequantize: {type(transformer).__name__} is not quantized by bitsandbytes.")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 import bitsandbytes as bnb
-import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -23,6 +22,8 @@ class Linear4bit(bnb.nn.Linear4bit):
     On a CPU with AVX512-BF16 bitsandbytes repacks a weight in place at the first forward pass in eval mode without
     gradients; after that, gradients through it and its state dict are silently wrong. Here it never does.
     """
+
+    weight: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,6 +48,8 @@ class Linear4bit(bnb.nn.Linear4bit):
 class Linear8bitLt(bnb.nn.Linear8bitLt):
     """An 8-bit linear map that loads its scales whether it has run before or not."""
 
+    weight: Any
+
     def forward(self, x: Tensor) -> Tensor:
         """As bitsandbytes; in a probe the plain product with the dequantized weight."""
         return _plain(self, x) if probing() else super().forward(x)
@@ -64,6 +67,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
 
 def secure(model: nn.Module) -> None:
     """Make the stock layers of bitsandbytes in a model, as transformers puts them there, into those above."""
+    module: Any
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = Linear4bit

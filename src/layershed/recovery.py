@@ -76,9 +76,7 @@ def inject_lora(
     return inject_at(transformer, targets | present.keys(), settings, seed=seed)
 
 
-def check_lora(
-    *, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str
-) -> None:
+def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str) -> None:
     """Refuse options of :func:`inject_lora` that have no meaning, without a model.
 
     Raises:
@@ -119,24 +117,21 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
             inject_adapter_in_model(LoraConfig(**fields, target_modules=sorted(wanted)), transformer, ADAPTER)
+        wrapper: Any
         for path in wanted:
             wrapper = transformer.get_submodule(path)
             wrapper.train(wrapper.base_layer.training)
             take_over_hooks(wrapper.base_layer, wrapper)
         for _, override in overridden(transformer):
             override.frozen = ()  # what is restored later is frozen, as all the rest
-    config: LoraConfig = transformer.peft_config[ADAPTER]
+    config = _peft_config(transformer)
     config.target_modules = set(targets)
     return config
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
     """The modules of peft that hold a recovery adapter, by path; empty where there is none."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if ADAPTER in getattr(module, "lora_A", ())
-    }
+    return {path: module for path, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
 def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
@@ -144,7 +139,7 @@ def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
     targets = sorted(adapted_modules(transformer))
     if not targets:
         return None
-    config = transformer.peft_config[ADAPTER]
+    config = _peft_config(transformer)
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     return {"targets": targets, "settings": {field: getattr(config, field) for field in fields}}
 
@@ -222,6 +217,12 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     _unwrap(transformer, _adapted(transformer, "remove_lora"))
 
 
+def _peft_config(transformer: Any) -> LoraConfig:
+    """Where peft leaves it in the models that it adapts."""
+    config: LoraConfig = transformer.peft_config[ADAPTER]
+    return config
+
+
 def _switch(layers: Iterable[Any], enabled: bool) -> None:
     for layer in layers:
         layer._disable_adapters = not enabled  # peft's own setter would also decide anew what is trainable
@@ -249,8 +250,8 @@ def _refuse_others(transformer: nn.Module) -> None:
     others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
     if others:
         raise RecoveryError(
-            f"The model carries adapters of peft already ({', '.join(sorted(others))}); merge them (merge_and_unload()) "
-            "or take them out before recovery puts in its own."
+            f"The model carries adapters of peft already ({', '.join(sorted(others))}); merge them "
+            "(merge_and_unload()) or take them out before recovery puts in its own."
         )
 
 
@@ -302,8 +303,7 @@ def _neighbours(transformer: nn.Module) -> set[str]:
             if sublayer not in dropped and beside_dropped:
                 near.add(sublayer)
             beside_dropped = sublayer in dropped
-    found = {path for sublayer in near for path, _ in (*branches[sublayer].stand_ins, *branches[sublayer].support)}
-    return found
+    return {path for sublayer in near for path, _ in (*branches[sublayer].stand_ins, *branches[sublayer].support)}
 
 
 def _no_target(transformer: nn.Module, target_modules: str | Sequence[str], placement: str) -> str:
