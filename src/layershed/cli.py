@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import logging
 import re
 import sys
@@ -57,7 +58,12 @@ _TRAINING_FREE = {
     "model": {"pretrained", "config", "dtype"},
 }
 # Where Lightning talks, and what of it nobody needs: advertisements, echoes of the config, hardware that is not there.
-_LOGS = ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero")
+_LOGS = (
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.utilities.rank_zero",
+    "bitsandbytes.backends.cpu.ops",
+    "bitsandbytes.autograd._functions",
+)
 _CHATTER = (
     "Tip: For seamless",
     "Seed set to",
@@ -65,6 +71,8 @@ _CHATTER = (
     "TPU available: False",
     "`Trainer(limit_",
     "Loading `train_dataloader` to estimate",
+    "Failed to load CPU gemm_4bit_forward",
+    "MatMul8bitLt: inputs will be cast",
 )
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
@@ -169,6 +177,10 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         words[1:1] = ["--config", str(quickstart)]
     try:
         with _quiet():
+            if any("8bit" in word for word in words):
+                # jsonargparse knows classes by their short names once they are imported; always imported,
+                # bitsandbytes would make plain AdamW ambiguous
+                importlib.import_module("bitsandbytes.optim")
             LayershedCLI(
                 CausalLM,
                 TextData,

@@ -208,12 +208,15 @@ def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None
         for name, tensor in transformer.state_dict().items()
         if name not in left_out and not (name.startswith(adapted) and ".base_layer." not in name)
     }
-    own_config, transformer.config = transformer.config, config
+    # upstream writes the weights it is given, in shards and with tied ones once, and the config that it sees; but of a
+    # model with a quantizer all that it has
+    own = {name: value for name, value in vars(transformer).items() if name in ("config", "hf_quantizer")}
+    transformer.__dict__.update(config=config, hf_quantizer=None)
     try:
-        # upstream writes the weights it is given, in shards and with tied ones once, and the config that it sees
         transformer.save_pretrained(folder, state_dict=weights)
     finally:
-        transformer.config = own_config
+        del transformer.__dict__["hf_quantizer"]
+        transformer.__dict__.update(own)
     if standalone:
         add_modelling_file(folder, transformer)
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics.text import Perplexity
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layershed.checkpoint import apply_structure, write_structure
 from layershed.distillation import Distillation, check_teacher, self_distillation
@@ -129,6 +129,9 @@ class CausalLM(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what is trainable, and its schedule by step."""
+        # imported here: it imports peft and bitsandbytes, whose AdamW would make torch's ambiguous on a command line
+        from transformers import get_scheduler
+
         steps = _total_steps(self.trainer)
         endless = not 0 <= steps < math.inf
         if endless and not self.schedule.startswith("constant"):

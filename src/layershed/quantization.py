@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from layershed.discovery import find_transformer
 from layershed.errors import QuantizationError, UnknownNameError
@@ -131,6 +129,10 @@ def check_mode(mode: str) -> None:
 
 def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
     """As :func:`quantize`, with everything decided."""
+    # imported here, for they import bitsandbytes
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     config = _upstream_config(how)
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=True)
     # upstream's own list: the output embedding and what is tied to it, and what must stay in float32
