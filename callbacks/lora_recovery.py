@@ -202,10 +202,9 @@ class LoRARecovery(Callback):
         if self.began is None or not adapted_modules(transformer):
             return
         if self.finish == "adapter":
+            directory = run_directory(trainer)  # asks all ranks
             if trainer.is_global_zero:
-                directory = run_directory(trainer)
-                plan = plan_of(directory, pl_module)
-                save_adapter(transformer, directory / self.folder, plan=plan)
+                save_adapter(transformer, directory / self.folder, plan=plan_of(directory, pl_module))
             return
         if self.finish == "dequantize" and quantization_of(transformer) is not None:
             dequantize(transformer)
@@ -226,8 +225,8 @@ class LoRARecovery(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, nor is a SublayerDrop among the "
-                "callbacks; set start to an optimizer step."
+                "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
+                "the callbacks; set start to an optimizer step."
             )
         before = any(getattr(callback, "quantizes_before_recovery", False) for callback in callbacks_of(trainer))
         if not before and quantization_of(pl_module, name=self.transformer) is None:

@@ -102,8 +102,8 @@ class Quantization(Callback):
             return
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "Quantization(start=None): it waits for a drop, and nothing is dropped, nor is a SublayerDrop among the "
-                "callbacks; set start to an optimizer step, or to 'end'."
+                "Quantization(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
+                "the callbacks; set start to an optimizer step, or to 'end'."
             )
         if self.start != "end" and not any(
             getattr(callback, "mode", "") == "lora" for callback in callbacks_of(trainer)

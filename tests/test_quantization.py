@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 import layershed as ls
@@ -40,9 +41,7 @@ def rounded(weight, mode, double_quant=True):
     if mode == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
         return codes.float() * scales[:, None] / 127
-    codes, state = functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=double_quant, quant_type=mode
-    )
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type=mode)
     return functional.dequantize_4bit(codes, state)
 
 
@@ -105,9 +104,9 @@ def test_linear_maps_but_the_head_are_quantized_and_frozen_and_nothing_else_is_t
     ("architecture", "skip", "left"),
     [
         ("llama", ["down_proj"], {f"model.layers.{i}.mlp.down_proj" for i in range(4)}),
-        ("llama", ["layers.2", "k_proj"], {*maps("llama", [2], [2]), *(f"model.layers.{i}.self_attn.k_proj" for i in range(4))}),
+        ("llama", ["model.layers.2"], maps("llama", [2], [2])),
         ("opt", ["fc2"], {f"model.decoder.layers.{i}.fc2" for i in range(4)}),
-        ("gpt2", ["mlp"], maps("gpt2", (), range(4))),
+        ("gpt2", ["c_fc", "mlp.c_proj"], maps("gpt2", (), range(4))),
     ],
 )
 def test_what_is_to_be_skipped_keeps_its_class_and_its_weights(architecture, skip, left):
@@ -226,7 +225,7 @@ def test_an_evaluation_changes_neither_gradients_nor_the_state(mode, tokens):
     assert same(before, after)
     assert all(gradient.any() for gradient in after.values())
     packed = [getattr(m.weight, "quant_state", None) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert len(packed) == (25 - 1 if mode != "int8" else 0) or len(packed) == (28 if mode != "int8" else 0)
+    assert len(packed) == (0 if mode == "int8" else 28)
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in packed)
 
 
@@ -282,10 +281,52 @@ def test_secured_stock_layers_are_ours(mode, tokens):
     assert ls.find_sublayers(stock) == ls.find_sublayers(ours)
 
 
+@pytest.fixture
+def loaded(mode, tmp_path):
+    """A model that transformers quantized while it loaded it."""
+    build_model("llama", **EVEN).save_pretrained(tmp_path)
+    options = {"bnb_4bit_quant_type": mode, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True) if mode == "int8" else BitsAndBytesConfig(load_in_4bit=True, **options)
+    )
+    return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
+
+
+def test_quantizing_in_memory_is_what_transformers_does_on_loading(loaded, mode, tokens):
+    model = build_model("llama", **EVEN)
+    done = quantize(model, mode)
+    assert same(loaded.state_dict(), model.state_dict())
+    told = quantization_of(loaded)
+    assert (told.mode, told.double_quant, told.compute_dtype) == (done.mode, done.double_quant, done.compute_dtype)
+    with pytest.raises(QuantizationError, match="quantized already"):
+        quantize(loaded)
+
+
+def test_looking_for_sublayers_finds_all_and_changes_no_weight_of_a_loaded_model(loaded, mode):
+    dense = build_model("llama", **EVEN)
+    before = [module.weight.detach().clone() for module in loaded.modules() if isinstance(module, nn.Linear)]
+    assert ls.find_sublayers(loaded) == ls.find_sublayers(dense)
+    after = [module.weight for module in loaded.modules() if isinstance(module, nn.Linear)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["nf4"])
+def test_adapters_in_a_loaded_model_have_the_right_gradients_after_an_evaluation(loaded, tokens):
+    reference = by_hand("llama", "nf4", **EVEN)
+    for each in (loaded, reference):
+        inject_lora(each)
+        learn(each)
+    logits(loaded, tokens)
+    expected, found = gradients(reference, tokens), gradients(loaded, tokens)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.skipif(not functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16")
 def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(tokens):
     ours = build_model("llama", **EVEN)
-    quantize(ours, "nf4", double_quant=False)
+    quantize(ours)
     stock = copy.deepcopy(ours)
     for module in stock.modules():
         if type(module) is Linear4bit:
@@ -293,14 +334,16 @@ def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(t
     logits(stock, tokens)
     secure(stock)
     for path in quantized_paths(ours):
+        found, expected = (dequantized_weight(model.get_submodule(path)).float() for model in (stock, ours))
         # packing rounds the scales to bfloat16
-        weights = (dequantized_weight(model.get_submodule(path)).float() for model in (stock, ours))
-        torch.testing.assert_close(*weights, rtol=0.01, atol=0)
+        assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("source_ran", [False, True])
 @pytest.mark.parametrize("target_ran", [False, True])
-def test_a_quantized_state_loads_strictly_into_another_quantized_model(architecture, mode, source_ran, target_ran, tokens):
+def test_a_quantized_state_loads_strictly_into_another_quantized_model(
+    architecture, mode, source_ran, target_ran, tokens
+):
     source, target = build_model(architecture), build_model(architecture)
     with torch.no_grad():
         for parameter in target.parameters():
@@ -332,13 +375,12 @@ def test_what_was_loaded_is_no_view_of_the_state_it_came_from(mode, tokens):
     assert torch.equal(logits(target, tokens), before)
 
 
-def test_a_state_that_lacks_the_scales_is_not_loaded_in_silence(mode):
+def test_a_state_that_lacks_a_weight_is_refused_as_torch_does(mode):
     model = build_model("llama")
     quantize(model, mode)
     state = dict(model.state_dict())
-    path = "model.layers.0.mlp.up_proj.weight"
-    del state[path]
-    with pytest.raises(RuntimeError, match="model.layers.0.mlp.up_proj.weight"):
+    del state["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*model.layers.0.mlp.up_proj.weight"):
         model.load_state_dict(state)
 
 
@@ -393,16 +435,17 @@ def test_merging_into_quantized_weights_is_refused_unless_forced(mode, tokens):
     assert adapted_modules(model) == {}
     assert quantized_paths(model) == set(change)
     for path, weight in change.items():
-        got = dequantized_weight(model.get_submodule(path)).float()
-        assert (got - weight).norm() < (0.02 if mode == "int8" else 0.15) * weight.norm()
-    logits(model, tokens)
+        got, expected = dequantized_weight(model.get_submodule(path)), rounded(weight, mode)
+        # 8 bit: one step apart where peft's own dequantization rounds otherwise
+        assert (got - expected).abs().max() <= (weight.abs().max() / 127 if mode == "int8" else 1e-6)
+    assert not torch.allclose(logits(model, tokens), adapted, atol=1e-2)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("mode", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("architecture", "mode", "dora"),
+    [*((name, "nf4", False) for name in ARCHITECTURES), ("llama", "fp4", False), ("llama", "nf4", True)],
+)
 def test_dequantized_and_merged_is_what_the_quantized_model_computes(architecture, mode, dora, tokens):
-    if dora and architecture == "gpt2":
-        pytest.skip("one architecture is enough for DoRA")
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     bypassed = ls.bypassed_sublayers(model)
     quantize(model, mode)
@@ -419,6 +462,26 @@ def test_dequantized_and_merged_is_what_the_quantized_model_computes(architectur
     assert [(p, type(m)) for p, m in model.named_modules()] == [
         (p, type(m)) for p, m in build_model(architecture).named_modules()
     ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_dropped_with_its_adapters_comes_back_from_dequantizing_and_merging(mode, tokens):
+    model, reference = build_model("llama"), by_hand("llama", mode)
+    quantize(model, mode)
+    for each in (model, reference):
+        inject_lora(each)
+        learn(each)
+        ls.bypass(each, pick(each, (1, "attention"), (2, "mlp")))
+    dequantize(model)
+    gone = maps("llama", [1], [2])
+    trainable = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == maps("llama", range(4), range(4)) - gone
+    torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
+    for end in (merge_lora, ls.restore):
+        end(model)
+        if end is ls.restore:
+            end(reference)
+        torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_dequantizing_an_8_bit_model_keeps_what_was_learned(tokens):
@@ -484,28 +547,17 @@ def test_products_are_computed_in_the_dtype_that_is_asked_for(tokens):
     quantize(model, compute_dtype="bfloat16")
     expected = logits(reference, tokens)
     for path in maps("llama", range(4), range(4)):
-        reference.get_submodule(path).forward = lambda x, own=reference.get_submodule(path): nn.functional.linear(
-            x.bfloat16(), own.weight.bfloat16()
-        ).float()
+        module = reference.get_submodule(path)
+        module.forward = lambda x, own=module: nn.functional.linear(x.bfloat16(), own.weight.bfloat16()).float()
     rounding = logits(reference, tokens)
     assert not torch.allclose(rounding, expected, atol=1e-4)
     torch.testing.assert_close(logits(model, tokens), rounding, rtol=1e-3, atol=1e-3)
 
 
-def test_it_takes_fewer_bytes(tokens):
-    sizes = {}
-    for mode in MODES:
-        model = build_model("llama", **EVEN)
-        quantize(model, mode)
-        sizes[mode] = sum(m.weight.numel() for p, m in model.named_modules() if p in quantized_paths(model))
-    weights = sum(build_model("llama", **EVEN).get_submodule(p).weight.numel() for p in maps("llama", range(4), range(4)))
-    assert sizes == {"nf4": weights / 2, "fp4": weights / 2, "int8": weights}
-
-
 def test_twice_is_refused(llama, mode):
     quantize(llama, mode)
     state = kept(llama.state_dict())
-    with pytest.raises(QuantizationError, match="quantized already; call layershed.dequantize"):
+    with pytest.raises(QuantizationError, match=r"quantized already; call layershed\.dequantize"):
         quantize(llama)
     assert same(llama.state_dict(), state)
 
@@ -518,7 +570,7 @@ def test_a_model_with_adapters_is_refused(llama):
 
 
 def test_an_unknown_mode_is_refused(llama):
-    with pytest.raises(UnknownNameError, match="quantization mode 'nf5'. Did you mean 'nf4'.*fp4, int8, nf4"):
+    with pytest.raises(UnknownNameError, match=r"quantization mode 'nf5'\. Did you mean 'nf4'.*fp4, int8, nf4"):
         quantize(llama, "nf5")
     assert quantized_paths(llama) == set()
 
@@ -526,7 +578,7 @@ def test_an_unknown_mode_is_refused(llama):
 def test_nothing_to_quantize_is_refused_and_leaves_the_model_plain(llama, tokens):
     before = logits(llama, tokens)
     with pytest.raises(QuantizationError, match="LlamaForCausalLM has no linear map to quantize"):
-        quantize(llama, skip_modules=["layers"])
+        quantize(llama, skip_modules=["model"])
     assert quantization_of(llama) is None
     assert torch.equal(logits(llama, tokens), before)
 

@@ -1,6 +1,7 @@
 """LoRA after a drop, against weights that are altered by hand and against the model without any adapter."""
 
 import copy
+import re
 
 import peft
 import pytest
@@ -119,6 +120,22 @@ def test_the_head_is_adapted_where_it_is_asked_for(llama, tokens):
     torch.testing.assert_close(logits(llama, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_head_and_transposed_maps_can_be_adapted_together(tokens):
+    model = build_model("gpt2", tie_word_embeddings=False)
+    inject_lora(model, target_modules=["c_attn", "lm_head"])
+    expected = logits(learn(model), tokens)
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_refused():
+    """Merging would change the embedding as well, and with it the model."""
+    model = build_model("gpt2")
+    with pytest.raises(RecoveryError, match="tied"):
+        inject_lora(model, target_modules=["lm_head"])
+    assert adapted_modules(model) == {}
+
+
 @pytest.mark.parametrize("ends", [["q_proj"], ["self_attn.q_proj", "down_proj"]])
 def test_targets_are_chosen_by_the_ends_of_their_paths(ends):
     model = dropped("llama", (1, "attention"))
@@ -176,6 +193,21 @@ def test_a_second_injection_keeps_the_adapters_of_what_is_dropped_meanwhile():
     second = values(model)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_adapters_of_what_is_dropped_meanwhile_do_not_train_until_it_is_restored(architecture):
+    model = build_model(architecture)
+    first = MAPS[architecture][0][0]
+    inject_lora(model, target_modules=[first])
+    ls.bypass(model, pick(model, (1, "attention")))
+    inject_lora(model)
+    trainable = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == maps(architecture, (0, 2, 3), range(4))
+    ls.restore(model)
+    trainable = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    own = WHERE[architecture][0].format(1) + first
+    assert trainable == {*maps(architecture, (0, 2, 3), range(4)), own}
 
 
 def test_the_seed_decides_and_the_global_random_state_is_not_moved(architecture):
@@ -281,7 +313,9 @@ def test_the_dense_model_without_adapters_is_the_original(architecture, tokens):
         assert torch.equal(logits(model, tokens), original)
 
 
-@pytest.mark.parametrize(("architecture", "path"), [("opt", "model.decoder.layers.1.fc2"), ("gpt2", "transformer.h.1.mlp.c_proj")])
+@pytest.mark.parametrize(
+    ("architecture", "path"), [("opt", "model.decoder.layers.1.fc2"), ("gpt2", "transformer.h.1.mlp.c_proj")]
+)
 @pytest.mark.parametrize("with_kwargs", [False, True])
 def test_hooks_on_a_linear_map_go_on_seeing_what_the_block_gets(architecture, path, with_kwargs, tokens):
     model, seen = build_model(architecture), []
@@ -487,7 +521,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(archite
     with torch.no_grad():
         last.lora_B["recovery"].weight[0, 0] = float("nan")
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RecoveryError, match=f"merge_lora: {path}: "):
+    with pytest.raises(RecoveryError, match=f"adapter of {re.escape(path)} holds NaN"):
         merge_lora(model)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)

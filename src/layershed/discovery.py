@@ -83,6 +83,7 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
+    secure_quantized(transformer)
     tape, slots = run_probe(transformer), watch_cache(transformer)
     with quietly(transformer):
         anatomy = _take_apart(transformer, tape, slots)
@@ -119,6 +120,14 @@ def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[in
         branches += [branch for block in own for branch in block]
         left_alone += [*others, *failed]
     return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
+
+
+def secure_quantized(model: nn.Module) -> None:
+    """Make layers of bitsandbytes that transformers loaded safe to run, to train around and to checkpoint."""
+    if any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules()):
+        from layershed.quantized_linear import secure  # only here: it imports bitsandbytes
+
+        secure(model)
 
 
 def refuse_strangers(transformer: nn.Module) -> None:

@@ -32,7 +32,7 @@ class Distillation:
         weight: Weight w of the teacher's part in (1 - w) LM + w KL, in (0, 1].
         temperature: Temperature of both distributions, above 0.
         kind: ``kl``, Kullback-Leibler divergence of the predictions; ``hidden``, relative squared error of the hidden
-            states after every block; ``both``, their sum.
+            states after every block (the last after the final norm); ``both``, their sum.
 
     Raises:
         RecoveryError: If a number is out of range.
@@ -81,7 +81,7 @@ def self_distillation_loss(
 
     KL = T^2 sum_v p_v (log p_v - log q_v), the teacher's p = softmax(z_p / T) and the student's q, in the mean over
     the predicted tokens (Hinton et al. 2015, arXiv 1503.02531). The hidden part is the mean over blocks of
-    sum (h_q - h_p)^2 / sum h_p^2 over the same tokens.
+    sum (h_q - h_p)^2 / sum h_p^2 over the same tokens, of the last block's output after the final norm.
 
     Args:
         model: A causal language model, or a module that holds one.

@@ -18,11 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layershed.adapter_folder import PLAN_FILE, load_adapter, save_adapter
-from layershed.discovery import find_sublayers, find_transformer, refuse_strangers
+from layershed.discovery import find_sublayers, find_transformer, refuse_strangers, secure_quantized
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.folders import check_free, replacing
 from layershed.plan import DropPlan, Sublayer
-from layershed.quantization import secure_quantized
 from layershed.recovery import ADAPTER, adapted_modules
 from layershed.standalone import add_modelling_file
 from layershed.standins import RemovedModule

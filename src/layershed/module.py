@@ -20,10 +20,10 @@ from torchmetrics.text import Perplexity
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layershed.checkpoint import apply_structure, write_structure
+from layershed.discovery import secure_quantized
 from layershed.distillation import Distillation, check_teacher, self_distillation
 from layershed.errors import LayershedError, ModelError, ScheduleError
 from layershed.export import lacks_sublayers, load_config, load_pretrained
-from layershed.quantization import secure_quantized
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 

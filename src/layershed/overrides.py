@@ -58,8 +58,11 @@ def uninstall(module: nn.Module) -> None:
     for number, hook in list(module._forward_pre_hooks.items()):
         if hook is _keep_out:
             del module._forward_pre_hooks[number]
+    parameters = dict(module.named_parameters())
     for name in override.frozen:
-        module.get_parameter(name).requires_grad_(True)
+        # merged adapters are gone since, and quantized weights cannot train
+        if name in parameters and parameters[name].is_floating_point():
+            parameters[name].requires_grad_(True)
 
 
 def keep_out(module: nn.Module) -> None:

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershed.discovery import find_transformer
+from layershed.discovery import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.overrides import exchange
-from layershed.recovery import adapted_modules, inject_at, lora_settings, remove_lora
+from layershed.recovery import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -84,7 +84,8 @@ def quantize(
         mode: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: Quantize the scales of 4-bit weights, too: 0.37 bits a weight less. Not for int8.
         compute_dtype: Dtype of the products with 4-bit weights; None for the model's own.
-        skip_modules: Further modules to leave alone, by any part of their path, such as ``["down_proj"]``.
+        skip_modules: Further modules to leave alone, by the end or the beginning of their paths, as upstream's
+            ``llm_int8_skip_modules``: ``["down_proj"]``, ``["model.layers.2"]``.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
@@ -111,6 +112,7 @@ def quantize(
     own: Any = str(transformer.dtype).removeprefix("torch.")
     if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
         raise UnknownNameError("compute dtype", compute_dtype, get_args(ComputeDtype))
+    _check_skipped(transformer, skip_modules)
     quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, tuple(skip_modules)))
     done = quantization_of(transformer)
     assert done is not None
@@ -187,9 +189,11 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
         raise QuantizationError(f"dequantize: {type(transformer).__name__} is not quantized by bitsandbytes.")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    secure_quantized(transformer)
     # peft's modules for quantized weights are of other classes: out, and in again
     adapters = lora_settings(transformer)
     learned = {path: layer.state_dict() for path, layer in adapted_modules(transformer).items()}
+    off = any(layer.disable_adapters for layer in adapted_modules(transformer).values())
     if adapters is not None:
         remove_lora(transformer)
     for path, module in list(transformer.named_modules()):
@@ -203,14 +207,19 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
         for path, layer in adapted_modules(transformer).items():
             own = {key: value for key, value in learned[path].items() if not key.startswith("base_layer.")}
             layer.load_state_dict(own, strict=False)
+        set_enabled(transformer, not off)
 
 
-def secure_quantized(model: nn.Module) -> None:
-    """Make layers of bitsandbytes that transformers loaded safe to train around and to checkpoint."""
-    if quantization_of(model) is not None:
-        from layershed.quantized_linear import secure
+def _check_skipped(transformer: nn.Module, skip_modules: Sequence[str]) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-        secure(model)
+    linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    for skipped in skip_modules:
+        if all(should_convert_module(path, [skipped]) for path in linear):
+            raise QuantizationError(
+                f"skip_modules: no linear module's path ends or begins with {skipped!r}; they are such as "
+                f"{', '.join(linear[:2])}."
+            )
 
 
 def stored_bytes(model: nn.Module) -> int:

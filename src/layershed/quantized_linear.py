@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import bitsandbytes as bnb
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -36,11 +36,12 @@ class Linear4bit(bnb.nn.Linear4bit):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"
         parts = {name.removeprefix(f"{key}."): name for name in state_dict if name.startswith(f"{key}.")}
-        if parts:
-            # bitsandbytes would call these unexpected, and, if that is tolerated, keep the old ones
-            statistics = {part: state_dict.pop(name).to(self.weight.device) for part, name in parts.items()}
-            device = self.weight.device
-            self.weight = bnb.nn.Params4bit.from_prequantized(state_dict[key], statistics, device=device, module=self)
+        # bitsandbytes would call these unexpected, and, if that is tolerated, keep the old ones
+        device = self.weight.device
+        statistics = {part: state_dict.pop(name).to(device, copy=True) for part, name in parts.items()}
+        if statistics and key in state_dict:
+            weight = state_dict[key].to(device, copy=True)
+            self.weight = bnb.nn.Params4bit.from_prequantized(weight, statistics, device=device, module=self)
             state_dict[key] = self.weight.data
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -60,7 +61,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         if weight is not None and scales is not None:
             # bitsandbytes moves both from the weight to the state at the first forward pass
             self.state.CB = self.state.SCB = None
-            weight, scales = (tensor.to(self.weight.device) for tensor in (weight, scales))
+            weight, scales = (tensor.to(self.weight.device, copy=True) for tensor in (weight, scales))
             self.weight = bnb.nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scales)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -72,8 +73,21 @@ def secure(model: nn.Module) -> None:
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = Linear4bit
             module.support_avx512bf16_for_cpu = False
+            _unpack(module)
         elif type(module) is bnb.nn.Linear8bitLt:
             module.__class__ = Linear8bitLt
+
+
+def _unpack(module: Linear4bit) -> None:
+    """Undo the repacking of a stock layer that has run already; its scales were rounded to bfloat16 by it."""
+    state = module.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    if not state.original_nested:
+        # bitsandbytes' own way back forgets that it had turned these
+        state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+    weight, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    module.weight.data, module.weight.quant_state, module.quant_state = weight, state, state
 
 
 def dequantized_weight(module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) -> Tensor:

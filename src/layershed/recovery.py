@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershed.discovery import dissect, find_transformer
+from layershed.discovery import dissect, find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError, UnknownNameError
 from layershed.overrides import exchange, overridden, take_over_hooks
 from layershed.plan import Sublayer
@@ -108,22 +108,29 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     from peft import LoraConfig, inject_adapter_in_model
 
     _refuse_others(transformer)
-    wanted = targets - adapted_modules(transformer).keys()
-    kinds = {isinstance(transformer.get_submodule(path), Conv1D) for path in wanted}
-    # Conv1D, as of GPT-2, keeps its weight transposed
-    fields = {**settings, "fan_in_fan_out": kinds == {True}}
-    if wanted:
-        transformer.__dict__.pop("peft_config", None)  # peft would warn of a second adapter; it is the same one
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
-            inject_adapter_in_model(LoraConfig(**fields, target_modules=sorted(wanted)), transformer, ADAPTER)
-        wrapper: Any
-        for path in wanted:
-            wrapper = transformer.get_submodule(path)
-            wrapper.train(wrapper.base_layer.training)
-            take_over_hooks(wrapper.base_layer, wrapper)
-        for _, override in overridden(transformer):
-            override.frozen = ()  # what is restored later is frozen, as all the rest
+    secure_quantized(transformer)
+    wanted = sorted(targets - adapted_modules(transformer).keys())
+    for transposed in (False, True):  # as GPT-2's Conv1D keeps its weight
+        paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
+        if paths:
+            transformer.__dict__.pop("peft_config", None)  # peft would warn of a second adapter; it is the same one
+            lora = LoraConfig(**settings, fan_in_fan_out=transposed, target_modules=paths)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+                inject_adapter_in_model(lora, transformer, ADAPTER)
+    wrapper: Any
+    for path in wanted:
+        wrapper = transformer.get_submodule(path)
+        wrapper.train(wrapper.base_layer.training)
+        take_over_hooks(wrapper.base_layer, wrapper)
+    for module, override in overridden(transformer):
+        # peft has made all adapters trainable; what is restored later is frozen, but for them
+        dropped = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        override.frozen = tuple(
+            dict.fromkeys((*(n for n in override.frozen if "lora_" in n), *(n for n, _ in dropped)))
+        )
+        for _, parameter in dropped:
+            parameter.requires_grad_(False)
     config = _peft_config(transformer)
     config.target_modules = set(targets)
     return config
@@ -200,10 +207,10 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
             "layershed.dequantize(model) first and merge then, which is exact, or give force=True."
         )
     for path, layer in layers.items():
-        try:
-            layer.merge(safe_merge=True, adapter_names=[ADAPTER])
-        except ValueError as error:
-            raise RecoveryError(f"merge_lora: {path}: {error}") from None
+        if not all(parameter.isfinite().all() for name, parameter in layer.named_parameters() if "lora_" in name):
+            raise RecoveryError(f"merge_lora: the adapter of {path} holds NaN or infinite values; nothing was merged.")
+    for layer in layers.values():
+        layer.merge(adapter_names=[ADAPTER])
     _unwrap(transformer, layers)
 
 
@@ -270,10 +277,26 @@ def _targets(transformer: nn.Module, target_modules: str | Sequence[str], placem
                 f"target_modules: no linear module that runs is named {unknown[0]!r}; there are "
                 f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}."
             )
+    _refuse_tied(transformer, chosen)
     if placement == "all":
         return chosen
     near = tuple(f"{path}." for path in _neighbours(transformer))
     return {path for path in chosen if f"{path}.".startswith(near)}
+
+
+def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
+    """Merged into a weight that two modules share, an adapter would change the other one, too."""
+    holders: dict[int, int] = {}
+    for module in transformer.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for path in sorted(paths):
+        shared = [p for p in transformer.get_submodule(path).parameters() if holders[id(p)] > 1]
+        if shared:
+            raise RecoveryError(
+                f"target_modules: the weight of {path} is tied to another module's, such as the input embedding, which "
+                "merging would change, too; leave it out."
+            )
 
 
 def _linear_modules(transformer: nn.Module) -> Iterator[str]:
