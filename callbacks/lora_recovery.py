@@ -203,7 +203,7 @@ class LoRARecovery(Callback):
             return
         if self.finish == "adapter":
             directory = run_directory(trainer)  # asks all ranks
-            if trainer.is_global_zero:
+            if trainer.is_global_zero or self._sharded(trainer):
                 save_adapter(transformer, directory / self.folder, plan=plan_of(directory, pl_module))
             return
         if self.finish == "dequantize" and quantization_of(transformer) is not None:
@@ -223,6 +223,11 @@ class LoRARecovery(Callback):
         self.began, self._layout = state_dict["began"], state_dict["layout"]
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sharded(trainer) and self.finish != "adapter":
+            raise RecoveryError(
+                f"LoRARecovery(finish={self.finish!r}): weights that ModelParallelStrategy shards cannot be merged "
+                "into; use finish='adapter', and layershed.merge_lora on the base and the adapter afterwards."
+            )
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
                 "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "

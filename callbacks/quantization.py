@@ -105,12 +105,11 @@ class Quantization(Callback):
                 "Quantization(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
                 "the callbacks; set start to an optimizer step, or to 'end'."
             )
-        if self.start != "end" and not any(
-            getattr(callback, "mode", "") == "lora" for callback in callbacks_of(trainer)
-        ):
+        adapts = any(getattr(callback, "mode", "") == "lora" for callback in callbacks_of(trainer))
+        if self.start != "end" and not adapts:
             raise QuantizationError(
-                f"Quantization(start={self.start!r}): quantized weights do not train, so that only norms and embeddings "
-                "would; add LoRARecovery behind it, or set start='end'."
+                f"Quantization(start={self.start!r}): quantized weights do not train, so that only norms and "
+                "embeddings would; add LoRARecovery behind it, or set start='end'."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

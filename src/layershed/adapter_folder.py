@@ -10,10 +10,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from layershed.discovery import find_transformer, predicts_next_token
 from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.folders import check_free, replacing
+from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan
 from layershed.recovery import ADAPTER, adapted_modules, inject_at
 from layershed.surgery import dropped_sublayers
@@ -28,6 +30,8 @@ def save_adapter(
     model: nn.Module, folder: str | Path, *, plan: DropPlan | None = None, name: str | None = None
 ) -> Path:
     """Write the recovery adapters for ``peft.PeftModel.from_pretrained(base, folder)``, with the base's drop plan.
+
+    Of a model that FSDP2 shards, call it on every rank; the first one writes.
 
     Args:
         model: A transformer with adapters of :func:`~layershed.recovery.inject_lora`, or a module that holds one.
@@ -45,7 +49,7 @@ def save_adapter(
     """
     transformer = find_transformer(model, name=name)
     check_adapter_folder(folder)
-    if not adapted_modules(transformer):
+    if not _running(transformer):
         raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no recovery adapters.")
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
@@ -55,11 +59,14 @@ def save_adapter(
     config = copy.copy(_peft_config(transformer))
     config.inference_mode = True
     config.task_type = "CAUSAL_LM" if predicts_next_token(transformer) else None
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(_running(transformer))
     config.base_model_name_or_path = getattr(transformer, "name_or_path", "") or None
+    weights = _weights(transformer)
+    if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()) and torch.distributed.get_rank():
+        return Path(folder)  # gathering takes all ranks, writing one
     with replacing(folder) as fresh:
         config.save_pretrained(str(fresh))
-        save_file(_weights(transformer), fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         if plan is not None:
             plan.save(fresh / PLAN_FILE)
     return Path(folder)
@@ -132,7 +139,22 @@ def _weights(transformer: nn.Module) -> dict[str, Tensor]:
 
     # of no embeddings: they are not trained, and to look for changes in them peft would ask the hub
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {f"{_PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    kept = tuple(f"{path}.lora_" for path in _running(transformer))
+    return {
+        f"{_PREFIX}{key}": _whole(tensor).cpu().contiguous() for key, tensor in state.items() if key.startswith(kept)
+    }
+
+
+def _running(transformer: nn.Module) -> list[str]:
+    """Paths of the adapted modules outside dropped sublayers: what is dropped later is not in the saved base."""
+    dropped = {id(inner) for module, _ in overridden(transformer) for inner in module.modules()}
+    return [path for path, layer in adapted_modules(transformer).items() if id(layer) not in dropped]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this rank may hold but a shard."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach()
 
 
 def _load_weights(transformer: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from layershed.dataflow import BlockFlow, follow_block
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.kinds import is_attention
 from layershed.plan import Sublayer
-from layershed.probe import quietly, run_probe, watch_cache
+from layershed.probe import gathered, quietly, run_probe, watch_cache
 from layershed.standins import RemovedModule
 from layershed.tape import Tape
 from layershed.trial import sift
@@ -84,8 +84,8 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
     secure_quantized(transformer)
-    tape, slots = run_probe(transformer), watch_cache(transformer)
-    with quietly(transformer):
+    with gathered(transformer), quietly(transformer):
+        tape, slots = run_probe(transformer), watch_cache(transformer)
         anatomy = _take_apart(transformer, tape, slots)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
@@ -132,6 +133,24 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within the context FSDP2 keeps its weights together, which it else frees behind what a probe has recorded."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
+    before = [None if group is None else group.post_forward_mesh_info for group in groups]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module, group, after_forward in zip(sharded, groups, before, strict=True):
+            if group is not None:
+                group.post_forward_mesh_info = after_forward
+            module.reshard()
 
 
 def _forward(transformer: nn.Module, **more: Any) -> None:
