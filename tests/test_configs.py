@@ -1,10 +1,14 @@
 """Every shipped config: it parses, instantiates and runs, each line is commented, and the comments tell the truth."""
 
+import copy
+import csv
 import functools
 import importlib
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -13,12 +17,22 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import layershed as ls
-from layershed.callbacks import Export, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.callbacks import (
+    Export,
+    LoRARecovery,
+    Quantization,
+    RedundancyMonitor,
+    Report,
+    SpeedMonitor,
+    SublayerDrop,
+)
 from layershed.cli import LayershedCLI, main
 from layershed.commands import Trainer
 from layershed.data import TextData
+from layershed.distillation import Distillation
 from layershed.module import CausalLM
 from layershed.plan import DropPlan, count_by_kind
+from layershed.recovery import adapted_modules
 from tests.test_cli import one_parser, own_world  # noqa: F401  they are in force here, too
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -31,7 +45,29 @@ SHOWS = {
     "block_drop": ({"scope": "block", "count": 2}, 4),
     "joint_drop": ({"scope": "joint", "count": 6, "protect": [0, -1]}, 6),
     "iterative": ({"scope": "joint", "count": 2, "rounds": 3, "every_n_steps": 50, "calibrate_on": "train"}, 6),
+    "lora_recovery": ({"scope": "attention", "count": 6}, 4),
+    "distill_recovery": ({"scope": "attention", "count": 6}, 4),
+    "qlora": ({"scope": "attention", "count": 6}, 4),
+    "full_recovery": ({"scope": "attention", "count": 6}, 4),
+    "smollm2_recovery": ({"scope": "attention", "count": 8, "start": 1, "calibrate_on": "train"}, 4),
 }
+# How the recovering ones do it: arguments of LoRARecovery, of Quantization, of the distillation.
+RECOVERS = {
+    "lora_recovery": ({"mode": "lora", "rank": 8, "warmup_steps": 10, "finish": "merge"}, None, None),
+    "distill_recovery": (
+        {"mode": "lora", "rank": 8, "warmup_steps": 10, "finish": "merge"},
+        None,
+        {"weight": 0.5, "temperature": 1.0, "kind": "kl"},
+    ),
+    "qlora": ({"mode": "lora", "finish": "adapter"}, {"mode": "nf4", "start": None}, None),
+    "full_recovery": ({"mode": "full", "lr_factor": 0.5, "warmup_steps": 10}, None, None),
+    "smollm2_recovery": (
+        {"mode": "lora", "rank": 16, "alpha": 32, "finish": "adapter"},
+        None,
+        {"weight": 0.5, "temperature": 1.0, "kind": "kl"},
+    ),
+}
+HUB = {"smollm2_recovery": "HuggingFaceTB/SmolLM2-135M"}  # what they download
 TINY = {
     "model_type": "llama",
     "vocab_size": 259,
@@ -51,6 +87,25 @@ SPEED = {"prompt_tokens": 8, "new_tokens": 2, "runs": 2}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
+class AtTheDrop(pl.Callback):
+    """Keeps the weights as they are when the drop is due, before anything is done to them."""
+
+    weights: ClassVar = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.weights.update({n: p.detach().clone() for n, p in pl_module.model.named_parameters()})
+
+
+def offline(path):
+    """The config, with a model of its own in the place of one that would be downloaded."""
+    config = yaml.safe_load(path.read_text())
+    assert config["model"]["pretrained"] == HUB.get(path.stem)
+    if path.stem in HUB:
+        config["model"].update(pretrained=None, config={**TINY, "max_position_embeddings": 512})
+    return config
+
+
 def callback_of(config, name):
     entries = config["trainer"]["callbacks"]
     return next(entry for entry in entries if entry["class_path"].endswith(f".{name}"))["init_args"]
@@ -61,13 +116,15 @@ def shortened(path):
 
     All but the quickstart go without the report and read a small file, which saves two thirds of their time.
     """
-    config = yaml.safe_load(path.read_text())
+    config = offline(path)
     config["model"].update(config=TINY, warmup_steps=1)
     config["data"].update(DATA)
     config["trainer"].update(TRAINER)
     callback_of(config, "RedundancyMonitor")["every_n_steps"] = 1
     drop = callback_of(config, "SublayerDrop")
     drop.update(start=2, calibration_batches=2, quality_batches=2)
+    if path.stem in RECOVERS:
+        drop["count"] = SHOWS[path.stem][1]
     if "every_n_steps" in drop:
         drop["every_n_steps"] = 1
     callback_of(config, "SpeedMonitor").update(SPEED)
@@ -80,6 +137,8 @@ def shortened(path):
         config["trainer"]["callbacks"] = [
             c for c in config["trainer"]["callbacks"] if not c["class_path"].endswith("Report")
         ]
+    if path.stem in RECOVERS:
+        config["trainer"]["callbacks"].insert(0, {"class_path": f"{__name__}.AtTheDrop"})
     return config
 
 
@@ -92,19 +151,33 @@ def test_parses_and_instantiates(path, monkeypatch):
     seen = {}
     # LightningCLI calls a method of its own in the place of the Trainer's, where there is one
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(kwargs, trainer=self.trainer), False)
-    assert main(["fit", "--config", str(path)]) == 0
+    config = path
+    if path.stem in HUB:
+        config = Path("offline.yaml")
+        config.write_text(yaml.safe_dump(offline(path)))
+    assert main(["fit", "--config", str(config)]) == 0
 
     assert isinstance(seen["model"], CausalLM)
     assert isinstance(seen["datamodule"], TextData)
-    assert seen["model"].model.num_parameters() == pytest.approx(2.4e6, rel=0.02), "what the comment promises"
+    if path.stem not in HUB:
+        assert seen["model"].model.num_parameters() == pytest.approx(2.4e6, rel=0.02), "what the comment promises"
     kinds = [type(callback) for callback in seen["trainer"].callbacks]
     for kind in (ModelCheckpoint, RedundancyMonitor, SublayerDrop, SpeedMonitor, Export, Report):
         assert kinds.count(kind) == 1
-    assert kinds.index(SublayerDrop) < kinds.index(SpeedMonitor) < kinds.index(Export)
+    recovers, quantizes, distills = RECOVERS.get(path.stem, (None, None, None))
+    assert kinds.count(LoRARecovery) == (recovers is not None)
+    assert kinds.count(Quantization) == (quantizes is not None)
+    steps = [SublayerDrop, SpeedMonitor, Quantization, LoRARecovery, Export]
+    order = [kinds.index(kind) for kind in steps if kind in kinds]
+    assert order == sorted(order), "the speed is that of the dropped model, without adapters and unquantized"
+    assert seen["model"].distillation == (distills and Distillation(**distills))
     drop = next(callback for callback in seen["trainer"].callbacks if isinstance(callback, SublayerDrop))
     asked, _ = SHOWS[path.stem]
     written = yaml.safe_load(path.read_text())
-    assert {name: callback_of(written, "SublayerDrop").get(name) for name in asked} == asked
+    for kind, wanted in (("SublayerDrop", asked), ("LoRARecovery", recovers), ("Quantization", quantizes)):
+        if wanted is not None:
+            assert wanted.items() <= callback_of(written, kind).items()
+    assert written["model"].get("distillation") == distills
     assert drop.schedule.steps[-1] < seen["trainer"].max_steps
     assert not Path("runs").exists(), "nothing is written before training"
 
@@ -114,8 +187,12 @@ def test_says_how_to_run_it(path):
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"python train.py fit --config configs/{path.name}" in head
+    words = head.replace("\n#", "").split()
+    if path.stem in HUB:
+        assert "--model.pretrained FOLDER" in head
+    elif path.stem != "quickstart":
+        assert words[words.index("--model.pretrained") + 1] == "HuggingFaceTB/SmolLM2-135M"
     if path.stem != "quickstart":
-        assert "--model.pretrained HuggingFaceTB/SmolLM2-135M" in head
         assert ".gguf" in head
 
 
@@ -131,10 +208,13 @@ def test_what_they_say_about_a_real_model_can_be_typed(monkeypatch):
         "2e-5",
         "--data.source",
         "x.txt",
+        "--trainer.max_epochs",
+        "-1",
     ]
     assert main(["fit", "--config", str(FOLDER / "joint_drop.yaml"), *words]) == 0
     data, model = parsed["config"].data, parsed["config"].model
     assert data.tokenizer == model.pretrained == "HuggingFaceTB/SmolLM2-135M"
+    assert parsed["config"].trainer.max_epochs == -1
     assert model.optimizer.init_args.lr == 2e-5
     assert model.optimizer.init_args.betas == (0.9, 0.95), "the rest of the optimizer stays"
 
@@ -185,6 +265,8 @@ def real_defaults(key, owner):
         lightning, ours = (inspect.signature(kind.__init__).parameters for kind in (pl.Trainer, Trainer))
         return [{**lightning, **ours}[name].default, getattr(fresh_trainer(), name, ...)]
     kind = {"model": CausalLM, "data": TextData}[section]
+    if key.startswith("model.distillation."):
+        kind = Distillation
     return [inspect.signature(kind).parameters[name].default]
 
 
@@ -214,10 +296,36 @@ def test_the_optimizer_is_described_rightly(path):
     assert "default torch.optim.AdamW" in line
 
 
+@pytest.mark.parametrize("name", [name for name, (_, _, distills) in RECOVERS.items() if distills])
+def test_the_distillation_is_described_rightly(name):
+    line = next(line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("  distilla"))
+    assert inspect.signature(CausalLM).parameters["distillation"].default is None
+    assert "default null" in line
+
+
+def test_the_real_model_is_the_downloaded_one_until_it_is_dropped():
+    config = yaml.safe_load((FOLDER / "smollm2_recovery.yaml").read_text())
+    assert callback_of(config, "SublayerDrop")["start"] == 1
+    assert config["model"]["warmup_steps"] > 0, "so that the learning rate of the step before the drop is 0"
+    model = CausalLM(config=TINY, warmup_steps=config["model"]["warmup_steps"], schedule=config["model"]["schedule"])
+    before = copy.deepcopy(model.model.state_dict())
+    # by the very pieces that the Trainer steps with
+    model.trainer = SimpleNamespace(estimated_stepping_batches=101, fit_loop=SimpleNamespace(_combined_loader=None))
+    made = model.configure_optimizers()
+    ids = torch.randint(3, 259, (2, 16))
+    model.model(input_ids=ids, labels=ids).loss.backward()
+    for moves in (False, True):
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+        same = [torch.equal(weights, before[name]) for name, weights in model.model.state_dict().items()]
+        assert all(same) != moves
+
+
 # ---- runs ----
 
 
 @every_config
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_a_short_run_leaves_everything(path, tmp_path, capsys):
     config = shortened(path)
     root = Path(config["trainer"]["default_root_dir"])
@@ -240,6 +348,8 @@ def test_a_short_run_leaves_everything(path, tmp_path, capsys):
     model = ls.load_pretrained(run / "pruned")
     assert set(ls.dropped_sublayers(model)) == set(plan)
     assert torch.isfinite(model(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+    if path.stem in RECOVERS:
+        check_recovery(path.stem, run, model, logged)
 
     if path.stem == "quickstart":
         told = capsys.readouterr().out
@@ -268,3 +378,35 @@ def check_plan(plan, asked, number):
     if "protect" in asked:
         assert {0, 5}.isdisjoint(sublayer.block for sublayer in plan)
     assert len({drop.step for drop in plan.drops}) == asked.get("rounds", 1)
+
+
+def check_recovery(name, run, model, logged):
+    """What the exported model and the logs must say of this recovery."""
+    recovers, quantizes, distills = RECOVERS[name]
+    assert "recovery/trainable_parameters" in logged
+    assert {"train_divergence", "train_lm_loss", "teacher_seconds"} <= set(logged) or not distills
+    if distills:
+        with (run / "metrics.csv").open() as file:
+            divergences = [float(row["train_divergence"]) for row in csv.DictReader(file) if row["train_divergence"]]
+        assert divergences[:2] == [0, 0], "nothing to learn from before the drop"
+        assert min(divergences[2:]) > 0
+        assert len(divergences) == TRAINER["max_steps"]
+    settings = ls.quantization_of(model)
+    assert (settings is not None) == (quantizes is not None)
+    assert quantizes is None or settings.mode == quantizes["mode"]
+    kept = recovers.get("finish") == "adapter"
+    assert bool(adapted_modules(model)) == kept
+    for folder in (run / "adapter", run / "pruned" / "adapter"):
+        assert folder.exists() == kept
+        assert not kept or (folder / "adapter_model.safetensors").is_file()
+    if kept:
+        return
+    trained = {key for key, weights in model.named_parameters() if not torch.equal(weights, AtTheDrop.weights[key])}
+    everything = dict(model.named_parameters())
+    if recovers["mode"] == "full":
+        assert trained == everything.keys()
+        with (run / "metrics.csv").open() as file:
+            counts = [row["recovery/trainable_parameters"] for row in csv.DictReader(file)]
+        assert [float(count) for count in counts if count] == [model.num_parameters()]
+    else:
+        assert trained == {key for key in everything if key.endswith("_proj.weight")}, "the linear maps, and no more"

@@ -217,6 +217,7 @@ def _quiet() -> Iterator[None]:
         transformers_logging.disable_progress_bar()
         for log in logs:
             log.addFilter(_worth_saying)
+        warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
         # two cores: more loader processes than the one would only compete with training
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate
