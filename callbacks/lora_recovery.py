@@ -180,10 +180,11 @@ class LoRARecovery(Callback):
             due = current_drop(pl_module) if self.start is None else self.start in taken
             if due:
                 self._begin(trainer, pl_module)
-        elif self.mode == "lora" and self.options["placement"] == "neighbours":
-            dropped = current_drop(pl_module)
-            if dropped != self._dropped:
+        elif self.mode != "none" and current_drop(pl_module) != self._dropped:
+            self._dropped = current_drop(pl_module)
+            if self.mode == "lora" and self.options["placement"] == "neighbours":
                 self._adapt(trainer, pl_module)
+            publish(trainer, self._metrics(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell how much of the lost loss came back."""
@@ -252,6 +253,7 @@ class LoRARecovery(Callback):
         if self.mode == "none":
             trainer.should_stop = True
             return
+        self._dropped = current_drop(pl_module)
         if self.mode == "lora":
             self._adapt(trainer, pl_module)
         self._rates.attach(trainer.optimizers)
@@ -270,7 +272,6 @@ class LoRARecovery(Callback):
         hand_over(trainer.optimizers, pl_module, transformer)
         forget_parameters(trainer.optimizers, transformer)
         self._layout = layout_of(trainer.optimizers, pl_module)
-        self._dropped = current_drop(pl_module)
         rewrap(trainer, pl_module)
 
     def _factor(self) -> float:
