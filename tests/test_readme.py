@@ -9,8 +9,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+DOCS = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+
+
+def python_blocks(text=README):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys):
@@ -28,16 +31,27 @@ def test_the_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys):
 
 
 def test_the_functions_of_the_readme_exist():
-    block = next(block for block in python_blocks() if "import layershed as ls" in block)
-    for name in re.findall(r"ls\.(\w+)", block):
+    names = set(re.findall(r"\bls\.(\w+)", "".join(python_blocks(DOCS))))
+    assert {"bypass", "quantize", "inject_lora", "self_distillation_loss"} <= names
+    for name in names:
         assert callable(getattr(ls, name)), name
 
 
+def test_the_callbacks_of_the_docs_can_be_made_as_written():
+    blocks = [block for block in python_blocks(DOCS) if "callbacks = [" in block]
+    assert blocks
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(compile(block, "docs", "exec"), names)
+        assert names["callbacks"]
+
+
 def test_no_figure_is_left_open():
-    assert "<!--" not in README
+    assert "<!--" not in DOCS
+    assert "BENCHMARK" not in DOCS
     assert not [path.name for path in (ROOT / "benchmarks").glob("*.py") if "\nFIGURES\n" in path.read_text("utf-8")]
 
 
 def test_files_that_the_readme_names_exist():
-    for name in set(re.findall(r"(?:configs|benchmarks)/\w+\.(?:yaml|py)", README)):
+    for name in set(re.findall(r"(?:configs|benchmarks|docs)/\w+\.(?:yaml|py|md)", DOCS)):
         assert (ROOT / name).is_file(), name
