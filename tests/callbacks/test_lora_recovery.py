@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +52,7 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
+from tests.callbacks.two_ranks import run_two_ranks
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 PART = {"attention": "self_attn", "mlp": "mlp"}
@@ -739,30 +738,7 @@ def two_ranks(folder):
 def ranks(tmp_path_factory):
     """The folder with what both ranks saved."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    outputs = [(folder / f"{rank}.txt").open("w+") for rank in (0, 1)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_lora_recovery", str(folder)],
-            # as torchrun would start them
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"},
-            cwd=Path(__file__).parents[2],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=120)
-    finally:
-        for process, output in zip(processes, outputs, strict=True):
-            process.kill()
-            process.wait()
-            output.close()
+    run_two_ranks("tests.callbacks.test_lora_recovery", folder)
     return folder
 
 

@@ -1,8 +1,6 @@
 """A drop and LoRA under FSDP2 (two gloo processes), against the same run by hand in one."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
 from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery import set_enabled
+from tests.callbacks.two_ranks import run_two_ranks
 from tests.conftest import build_model
 
 START, STEPS, RATE = 3, 6, 1e-2
@@ -69,28 +68,7 @@ def run(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_sharded", str(folder)],
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_ranks("tests.callbacks.test_sharded", folder)
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

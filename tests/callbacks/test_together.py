@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +40,7 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
+from tests.callbacks.two_ranks import run_two_ranks
 
 FILES = {"importance.csv", "drop_plan.json", "speed.json", "pruned", "report.html"}
 
@@ -256,29 +255,7 @@ def two_ranks(folder, calibrate_on):
 def ranks(tmp_path_factory):
     """What both ranks saved, and the folder of their files."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_together", str(folder)],
-            # as torchrun would start them
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_ranks("tests.callbacks.test_together", folder)
     found = {how: [torch.load(folder / how / f"{how}-{rank}.pt", weights_only=True) for rank in (0, 1)] for how in RUNS}
     return folder, found
 
