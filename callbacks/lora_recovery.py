@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from layershed.adapter_folder import check_adapter_folder, save_adapter
 from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
@@ -15,15 +16,26 @@ from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,
     check_order,
+    check_start,
     leave_structure,
+    refuse_averaging,
     waits_for_nothing,
 )
 from layershed.discovery import find_transformer
-from layershed.errors import QuantizationError, RecoveryError, ScheduleError, UnknownNameError
+from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
+from layershed.lora_targets import Placement
 from layershed.optimizers import Layout, LearningRateFactor, forget_parameters, hand_over, layout_of, restore_layout
 from layershed.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
-from layershed.recovery import Placement, adapted_modules, check_lora, inject_lora, merge_lora, set_enabled
+from layershed.recovery import (
+    adapted_modules,
+    check_lora,
+    check_targets,
+    inject_lora,
+    lora_settings,
+    merge_lora,
+    set_enabled,
+)
 from layershed.surgery import dropped_sublayers
 
 Mode = Literal["lora", "full", "none"]
@@ -39,8 +51,9 @@ class LoRARecovery(Callback):
 
     Hooks: begins in ``on_train_batch_end``, once the configured optimizer step is done, or in ``on_train_start``;
     merges or saves in ``on_fit_end``.
-    Logs: ``recovery/trainable_parameters`` when it begins; at the end ``recovery/regained``, the share of the lost
-    validation loss that came back, where SublayerDrop measured it.
+    Logs: ``recovery/trainable_parameters`` when it begins; ``recovery/lr_factor``, where there is one; at the end
+    ``recovery/regained``, (loss after the drop - at the end) / (after - before), where SublayerDrop measured these. It
+    counts whatever else the model has learned meanwhile, too.
     Writes: with ``finish: adapter``, the adapter in peft's format, with the drop plan, in the run directory.
     Checkpoint: where it began and which parameters the optimizer holds; the adapters are in the model's own state.
 
@@ -92,6 +105,8 @@ class LoRARecovery(Callback):
             if value not in known:
                 raise UnknownNameError(f"{what} of recovery", value, known)
         check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
+        if mode != "lora" and finish != "merge":
+            raise RecoveryError(f"LoRARecovery(mode={mode!r}, finish={finish!r}): without LoRA there is no adapter.")
         if start is not None and start < 0:
             raise ScheduleError(f"LoRARecovery(start={start}): it must not be negative.")
         if not lr_factor > 0 or warmup_steps < 0:
@@ -113,6 +128,7 @@ class LoRARecovery(Callback):
         self.lr_factor, self.warmup_steps, self.transformer = lr_factor, warmup_steps, transformer
         self.began: int | None = None
         self._layout: Layout | None = None
+        self._origin: Layout | None = None
         self._dropped: tuple[Sublayer, ...] = ()
         self._steps = StepCounter()
         self._trainer: Trainer | None = None
@@ -126,6 +142,9 @@ class LoRARecovery(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
         carry_structure(pl_module, self.transformer)
+        if stage == "fit":
+            # anew for every fit; what a checkpoint says comes later
+            self.began, self._layout, self._origin, self._dropped = None, None, None, ()
         if stage == "fit" and self._sharded(trainer):
             if self.options["placement"] != "all":
                 raise RecoveryError(
@@ -150,7 +169,10 @@ class LoRARecovery(Callback):
         self._check(trainer, pl_module)
         if self.mode == "lora" and self.finish == "adapter":
             check_adapter_folder(run_directory(trainer) / self.folder)
-        if self.began is not None:
+        if self._origin is None:
+            self._origin = layout_of(trainer.optimizers, pl_module)
+        if self.began is not None and self.mode != "none":
+            self._check_resumed(transformer)
             if self._layout is not None:
                 restore_layout(trainer.optimizers, pl_module, self._layout)
                 forget_parameters(trainer.optimizers, transformer)
@@ -158,18 +180,20 @@ class LoRARecovery(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin at once where nothing is to be waited for."""
-        limit = trainer.estimated_stepping_batches
-        if self.start is not None and limit != float("inf") and self.start >= limit:
-            raise ScheduleError(
-                f"LoRARecovery(start={self.start}): the run ends after {int(limit)} steps, so that recovery would "
-                "never begin."
-            )
         self._steps.start(trainer)
         if self.began is not None:
+            trainer.should_stop = self.mode == "none"
             self._dropped = current_drop(pl_module)
             show(trainer, self._metrics(pl_module))
-        elif self.start == 0 or (self.start is None and dropped_sublayers(pl_module)):
+            return
+        check_start(trainer, self, self.start)
+        if self.start == trainer.global_step or (self.start is None and dropped_sublayers(pl_module)):
             self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log what the scheduled learning rate is multiplied by, which no monitor of learning rates sees."""
+        if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
+            pl_module.log("recovery/lr_factor", self._factor())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -217,11 +241,11 @@ class LoRARecovery(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where it began and what the optimizer holds, as primitives."""
-        return {"began": self.began, "layout": self._layout}
+        return {"began": self.began, "layout": self._layout, "origin": self._origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.began, self._layout = state_dict["began"], state_dict["layout"]
+        self.began, self._layout, self._origin = (state_dict[name] for name in ("began", "layout", "origin"))
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sharded(trainer) and self.finish != "adapter":
@@ -234,6 +258,9 @@ class LoRARecovery(Callback):
                 "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
                 "the callbacks; set start to an optimizer step."
             )
+        if self.mode == "lora":
+            refuse_averaging(trainer, self)
+            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
         before = any(getattr(callback, "quantizes_before_recovery", False) for callback in callbacks_of(trainer))
         if not before and quantization_of(pl_module, name=self.transformer) is None:
             return
@@ -246,6 +273,17 @@ class LoRARecovery(Callback):
             raise QuantizationError(
                 "LoRARecovery(finish='merge'): merging into quantized weights would round the recovery away; use "
                 "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
+            )
+
+    def _check_resumed(self, transformer: nn.Module) -> None:
+        """Refuse other adapters than those of the interrupted run."""
+        found = lora_settings(transformer)
+        wanted = {"r": self.options["rank"], "lora_alpha": self.options["alpha"], "use_dora": self.options["dora"]}
+        wanted |= {"lora_dropout": float(self.options["dropout"]), "use_rslora": self.options["rslora"]}
+        if self.mode == "lora" and found is not None and found["settings"] != wanted:
+            raise CheckpointError(
+                f"LoRARecovery: the checkpoint's adapters have the settings {found['settings']}, and this run asks for "
+                f"{wanted}; resume with the same."
             )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,7 +307,7 @@ class LoRARecovery(Callback):
             set_enabled(transformer, True)
         else:
             inject_lora(transformer, **self.options)
-        hand_over(trainer.optimizers, pl_module, transformer)
+        hand_over(trainer.optimizers, pl_module, transformer, self._origin)
         forget_parameters(trainer.optimizers, transformer)
         self._layout = layout_of(trainer.optimizers, pl_module)
         rewrap(trainer, pl_module)

@@ -7,19 +7,30 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import StepCounter, current_drop, publish, rewrap
 from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,
     check_order,
+    check_start,
     leave_structure,
+    refuse_averaging,
     waits_for_nothing,
 )
 from layershed.discovery import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.optimizers import forget_quantized
-from layershed.quantization import ComputeDtype, Mode, check_mode, quantization_of, quantize, stored_bytes
+from layershed.quantization import (
+    ComputeDtype,
+    Mode,
+    check_mode,
+    check_quantizable,
+    quantization_of,
+    quantize,
+    stored_bytes,
+)
 from layershed.surgery import dropped_sublayers
 
 
@@ -37,13 +48,14 @@ class Quantization(Callback):
             ``end``, after training.
         double_quant: Quantize the scales of 4-bit weights, too.
         compute_dtype: Dtype of the products with 4-bit weights; null for the model's own.
-        skip_modules: Modules to leave alone, by any part of their path.
+        skip_modules: Modules to leave alone, by the beginning or the end of their paths.
         transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
 
     Raises:
-        UnknownNameError: If there is no such mode.
+        UnknownNameError: If there is no such mode or dtype.
         ScheduleError: If start has no meaning; before training, if it would never happen or comes out of order.
-        QuantizationError: Before training, if nothing but norms and embeddings would be left to train.
+        QuantizationError: Before training, if nothing but norms and embeddings would be left to train, if adapters
+            would be left in what is quantized at the end, or the model is quantized in another way.
     """
 
     def __init__(
@@ -55,7 +67,7 @@ class Quantization(Callback):
         skip_modules: Sequence[str] = (),
         transformer: str | None = None,
     ) -> None:
-        check_mode(mode)
+        check_mode(mode, compute_dtype)
         if start not in (None, "end") and (not isinstance(start, int) or start < 0):
             raise ScheduleError(f"Quantization(start={start!r}): it must be a number of steps, 'end', or nothing.")
         self.mode, self.start, self.transformer = mode, start, transformer
@@ -65,6 +77,7 @@ class Quantization(Callback):
             "skip_modules": tuple(skip_modules),
         }
         self._steps = StepCounter()
+        self._done = False
 
     @property
     def place(self) -> int:
@@ -97,16 +110,30 @@ class Quantization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this run cannot do, and prepare the optimizers of a resumed run."""
         check_order(trainer)
-        if self._done(pl_module):
+        refuse_averaging(trainer, self)
+        found = quantization_of(pl_module, name=self.transformer)
+        self._done = found is not None
+        if found is not None:
+            if found.mode != self.mode:
+                raise QuantizationError(
+                    f"Quantization(mode={self.mode!r}): the model is quantized as {found.mode} already; call "
+                    "layershed.dequantize(model) first, or leave the callback out."
+                )
             forget_quantized(trainer.optimizers, pl_module)
             return
+        check_quantizable(pl_module, self.options["skip_modules"], name=self.transformer)
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
                 "Quantization(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
                 "the callbacks; set start to an optimizer step, or to 'end'."
             )
-        adapts = any(getattr(callback, "mode", "") == "lora" for callback in callbacks_of(trainer))
-        if self.start != "end" and not adapts:
+        lora = [callback for callback in callbacks_of(trainer) if getattr(callback, "mode", "") == "lora"]
+        if self.start == "end" and any(getattr(callback, "finish", "") == "adapter" for callback in lora):
+            raise QuantizationError(
+                "Quantization(start='end'): LoRARecovery(finish='adapter') leaves its adapters in the model, and "
+                "quantization comes before LoRA; use finish='merge', or quantize at the drop."
+            )
+        if self.start != "end" and not lora:
             raise QuantizationError(
                 f"Quantization(start={self.start!r}): quantized weights do not train, so that only norms and "
                 "embeddings would; add LoRARecovery behind it, or set start='end'."
@@ -114,14 +141,10 @@ class Quantization(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize at once where nothing is to be waited for."""
-        limit = trainer.estimated_stepping_batches
-        if isinstance(self.start, int) and limit != float("inf") and self.start >= limit:
-            raise ScheduleError(
-                f"Quantization(start={self.start}): the run ends after {int(limit)} steps, so that it would never "
-                "happen; set start='end'."
-            )
+        if not self._done:
+            check_start(trainer, self, self.first_step)
         self._steps.start(trainer)
-        if self.start == 0 or (self.start is None and dropped_sublayers(pl_module)):
+        if self.start == trainer.global_step or (self.start is None and dropped_sublayers(pl_module)):
             self._quantize(trainer, pl_module)
 
     def on_train_batch_end(
@@ -129,8 +152,15 @@ class Quantization(Callback):
     ) -> None:
         """Quantize, if it is time."""
         taken = self._steps.taken(trainer)
+        if self._done:
+            return
         if self.start in taken or (self.start is None and current_drop(pl_module)):
             self._quantize(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if it did not come to that."""
+        if self.start != "end" and not self._done:
+            rank_zero_warn("Quantization never happened: the run ended before its step, or before any drop.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize what was trained, after the last checkpoint."""
@@ -138,8 +168,9 @@ class Quantization(Callback):
             self._quantize(trainer, pl_module)
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._done(pl_module):
+        if self._done:
             return
+        self._done = True
         transformer = find_transformer(pl_module, name=self.transformer)
         before = stored_bytes(transformer)
         quantize(transformer, self.mode, **self.options)
@@ -150,6 +181,3 @@ class Quantization(Callback):
             trainer,
             {"quantization/bytes_before": float(before), "quantization/bytes": float(stored_bytes(transformer))},
         )
-
-    def _done(self, pl_module: LightningModule) -> bool:
-        return quantization_of(pl_module, name=self.transformer) is not None

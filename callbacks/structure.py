@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
 from layershed.checkpoint import apply_structure, has_structure, write_structure
 from layershed.errors import ScheduleError
@@ -13,6 +14,7 @@ from layershed.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, recover, export"
+_DROP, _LORA = 1, 3
 
 
 def carry_structure(pl_module: LightningModule, transformer: str | None) -> None:
@@ -48,13 +50,50 @@ def check_order(trainer: Trainer) -> None:
             raise ScheduleError(
                 f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
             )
-    acting = [(callback, step) for callback, _ in ours if (step := getattr(callback, "first_step", None)) is not None]
+    steps = [(callback, getattr(callback, "first_step", None)) for callback, place in ours if place <= _LORA]
+    # none of their own: at the drop, or at once if that has happened before
+    drop = next((step for _, step in steps[:1] if step is not None and ours[0][1] == _DROP), 0)
+    acting = [(callback, drop if step is None else step) for callback, step in steps]
     for (first, step), (second, then) in pairwise(acting):
         if step > then:
             raise ScheduleError(
                 f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
                 "give it the same step or a later one."
             )
+
+
+def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None:
+    """Refuse a step that this run does not reach, or that a resumed run has passed.
+
+    Raises:
+        ScheduleError: If what is to happen then would never happen.
+    """
+    limit = trainer.estimated_stepping_batches
+    if start is None:
+        return
+    if limit != float("inf") and start >= limit:
+        raise ScheduleError(
+            f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so that it would never happen; "
+            "let it start before."
+        )
+    if start < trainer.global_step:
+        raise ScheduleError(
+            f"{_name(callback)}(start={start}): the checkpoint stands at step {trainer.global_step} and has passed it "
+            "without; let it start later."
+        )
+
+
+def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Refuse to change the modules of a model of which somebody else holds a copy.
+
+    Raises:
+        ScheduleError: If weights are averaged.
+    """
+    if any(isinstance(other, WeightAveraging) for other in callbacks_of(trainer)):
+        raise ScheduleError(
+            f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model, which would not "
+            "get its adapters or quantized weights; leave one of the two out."
+        )
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -309,6 +309,7 @@ def test_a_checkpoint_is_plain_data_and_loads_without_pickle(make_trainer, tmp_p
             "warmup_steps": 2,
             "dtype": "float32",
             "gradient_checkpointing": False,
+            "distillation": None,
         }
         loaded = CausalLM.load_from_checkpoint(tmp_path / "a.ckpt")
         assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())

@@ -530,7 +530,8 @@ def test_a_dequantized_model_has_the_dtype_it_had(mode, dtype, tokens):
 def test_how_a_model_is_quantized_can_be_told_and_repeated(mode, double_quant, tokens):
     model, other = build_model("llama"), build_model("llama")
     assert quantization_of(model) is None
-    done = quantize(model, mode, double_quant=double_quant, compute_dtype="bfloat16", skip_modules=["down_proj"])
+    dtype = None if mode == "int8" else "bfloat16"
+    done = quantize(model, mode, double_quant=double_quant, compute_dtype=dtype, skip_modules=["down_proj"])
     told = quantization_of(model)
     assert (told.mode, told.double_quant) == (done.mode, done.double_quant) == (mode, double_quant and mode != "int8")
     assert set(told.skip_modules) == {"down_proj", "lm_head"}

@@ -23,6 +23,7 @@ from layershed.surgery import dropped_sublayers
 PLAN_FILE = "drop_plan.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_NOT_KNOWN = ("alpha_pattern", "rank_pattern", "bias", "modules_to_save", "lora_bias", "layer_replication")
 _PREFIX = "base_model.model."  # peft's, for the model inside a PeftModel
 
 
@@ -83,7 +84,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     Raises:
         ExportError: If there is no readable adapter in the folder.
         PlanError: If other sublayers are dropped from the base than when the adapter was trained.
-        RecoveryError: If the adapter does not fit the base.
+        RecoveryError: If the adapter does not fit the base, or is of a kind that layershed does not know.
     """
     from peft import LoraConfig
 
@@ -93,6 +94,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ExportError(f"load_adapter: {str(folder)!r} holds no readable LoRA adapter ({error}).") from None
+    if adapted_modules(transformer):
+        raise RecoveryError("load_adapter: the model carries recovery adapters already; merge or remove them first.")
+    unknown = [name for name in _NOT_KNOWN if getattr(config, name, None) not in (None, "none", {}, [], False)]
+    if unknown:
+        raise RecoveryError(
+            f"load_adapter: the adapter has {unknown[0]}={getattr(config, unknown[0])!r}, which only peft's own loader "
+            "knows: peft.PeftModel.from_pretrained(base, folder)."
+        )
     path = folder / PLAN_FILE
     planned = tuple(sorted(DropPlan.load(path))) if path.is_file() else ()
     dropped = dropped_sublayers(transformer)

@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         words[1:1] = ["--config", str(quickstart)]
     try:
         with _quiet():
-            if any("8bit" in word for word in words):
+            if _names_8bit_optimizer(words):
                 # jsonargparse knows classes by their short names once they are imported; always imported,
                 # bitsandbytes would make plain AdamW ambiguous
                 importlib.import_module("bitsandbytes.optim")
@@ -205,6 +205,13 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         print(f"error: {_one_line(str(ours))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _names_8bit_optimizer(words: Sequence[str]) -> bool:
+    """Whether the command line, or a config that it names, speaks of a class such as AdamW8bit."""
+    files = (Path(word.rpartition("=")[2]) for word in words if word.endswith((".yaml", ".yml")))
+    texts = [*words, *(file.read_text(encoding="utf-8") for file in files if file.is_file())]
+    return any(re.search(r"\b[A-Z]\w*8bit\b", text) for text in texts)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -158,7 +159,8 @@ def _inputs(batch: Any, transformer: nn.Module) -> tuple[dict[str, Tensor], Tens
             f"{describe(batch)}."
         )
     device = next(transformer.parameters()).device
-    inputs = select(given, ["input_ids", "attention_mask", "position_ids"], device)
+    known = set(signature(transformer.forward).parameters) - {"labels", "use_cache", "output_hidden_states"}
+    inputs = select(given, known, device)
     labels = select(given, ["labels"], device).get("labels", inputs["input_ids"])
     if "attention_mask" in inputs:
         labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)

@@ -19,10 +19,11 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from layershed.callbacks.structure import waits_for_nothing
 from layershed.checkpoint import apply_structure, write_structure
 from layershed.discovery import secure_quantized
 from layershed.distillation import Distillation, check_teacher, self_distillation
-from layershed.errors import LayershedError, ModelError, ScheduleError
+from layershed.errors import LayershedError, ModelError, RecoveryError, ScheduleError
 from layershed.export import lacks_sublayers, load_config, load_pretrained
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -82,10 +83,10 @@ class CausalLM(pl.LightningModule):
     ) -> None:
         super().__init__()
         # only primitives: a class or a function would make the checkpoint unreadable under weights_only=True
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "distillation"])
         given: Any = distillation  # a checkpoint has it as a dict
         self.distillation: Distillation | None = Distillation(**given) if isinstance(given, dict) else given
-        self.hparams["distillation"] = None if self.distillation is None else asdict(self.distillation)
+        self.save_hyperparameters({"distillation": None if self.distillation is None else asdict(self.distillation)})
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
@@ -111,9 +112,14 @@ class CausalLM(pl.LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
-        """Refuse a distillation without a teacher."""
+        """Refuse a distillation without a teacher, or without anything to learn from it."""
         if self.distillation is not None:
             check_teacher(self.model)
+            if waits_for_nothing(self.trainer, self):
+                raise RecoveryError(
+                    "CausalLM(distillation=...): it begins with a drop, and nothing is dropped, and no SublayerDrop is "
+                    "among the callbacks; add one, or leave it out."
+                )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss and perplexity of a validation batch."""

@@ -39,7 +39,9 @@ def forget_quantized(optimizers: Iterable[Optimizer], module: nn.Module) -> None
     _forget(optimizers, lambda parameter: id(parameter) not in trainable)
 
 
-def hand_over(optimizers: Sequence[Optimizer], module: nn.Module, transformer: nn.Module) -> None:
+def hand_over(
+    optimizers: Sequence[Optimizer], module: nn.Module, transformer: nn.Module, origin: Layout | None = None
+) -> None:
     """Make optimizers train the adapters of a transformer instead of its frozen weights.
 
     What stands outside the transformer goes on with its state. An adapter joins the group that held the weight it
@@ -49,16 +51,26 @@ def hand_over(optimizers: Sequence[Optimizer], module: nn.Module, transformer: n
         optimizers: The run's optimizers.
         module: The LightningModule.
         transformer: The transformer in it, with adapters injected and everything else frozen.
+        origin: Where the weights stood before any of them left; None for where they stand.
     """
     if not optimizers:
         return
+    names = {id(parameter): name.replace(".base_layer.", ".") for name, parameter in module.named_parameters()}
+    origin = [] if origin is None else origin
+    first = {
+        name: group
+        for optimizer, layout in zip(optimizers, origin, strict=False)
+        for group, held in zip(optimizer.param_groups, layout, strict=False)
+        for name in held
+    }
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     home = {id(parameter): group for group in groups for parameter in group["params"]}
     own = {id(parameter) for parameter in transformer.parameters()}
     default = next((group for group in groups if any(id(p) in own for p in group["params"])), groups[0])
     for layer in adapted_modules(transformer).values():
-        weights = list(layer.base_layer.parameters())
-        group = next((home[id(weight)] for weight in weights if id(weight) in home), default)
+        weights = [id(weight) for weight in layer.base_layer.parameters()]
+        known = (home.get(weight, first.get(names[weight])) for weight in weights)
+        group = next((group for group in known if group is not None), default)
         for parameter in layer.parameters():
             if parameter.requires_grad and id(parameter) not in home:
                 group["params"].append(parameter)

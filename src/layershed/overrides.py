@@ -33,6 +33,9 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -136,7 +139,7 @@ def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
 def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let the hooks of one module run on another one; the handles that remove them go on working."""
     for name in _HOOKS:
-        if old.__dict__.get(name):
+        if old.__dict__.get(name) is not None and (name == "_is_full_backward_hook" or old.__dict__[name]):
             new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]
 
 

@@ -59,9 +59,7 @@ class Quantized:
             found = cls(**{**content, "skip_modules": tuple(content["skip_modules"])})
         except (TypeError, KeyError) as error:
             raise QuantizationError(f"This does not say how a model is quantized: {error}.") from None
-        check_mode(found.mode)
-        if found.compute_dtype not in get_args(ComputeDtype):
-            raise UnknownNameError("compute dtype", str(found.compute_dtype), get_args(ComputeDtype))
+        check_mode(found.mode, found.compute_dtype if found.mode != "int8" else None)
         return found
 
 
@@ -96,12 +94,8 @@ def quantize(
             quantize.
     """
     transformer = find_transformer(model, name=name)
-    check_mode(mode)
-    if not isinstance(transformer, PreTrainedModel):
-        raise QuantizationError(
-            f"quantize: {type(transformer).__name__} is no Hugging Face model, and only those say in their config how "
-            "they are quantized."
-        )
+    check_mode(mode, compute_dtype)
+    check_quantizable(transformer, skip_modules)
     if getattr(transformer, "is_quantized", False):
         raise QuantizationError("quantize: the model is quantized already; call layershed.dequantize(model) first.")
     if getattr(transformer, "peft_config", None):
@@ -110,23 +104,50 @@ def quantize(
             "learns to make up for that, too, or merge it before (layershed.merge_lora)."
         )
     own: Any = str(transformer.dtype).removeprefix("torch.")
-    if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
-        raise UnknownNameError("compute dtype", compute_dtype, get_args(ComputeDtype))
-    _check_skipped(transformer, skip_modules)
     quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, tuple(skip_modules)))
     done = quantization_of(transformer)
     assert done is not None
     return done
 
 
-def check_mode(mode: str) -> None:
-    """Refuse an unknown mode.
+def check_mode(mode: str, compute_dtype: str | None = None) -> None:
+    """Refuse options that have no meaning, without a model.
 
     Raises:
-        UnknownNameError: If there is no such mode.
+        UnknownNameError: If there is no such mode or dtype.
+        QuantizationError: If the mode has no use for a compute dtype.
     """
     if mode not in get_args(Mode):
         raise UnknownNameError("quantization mode", mode, get_args(Mode))
+    if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
+        raise UnknownNameError("compute dtype", str(compute_dtype), get_args(ComputeDtype))
+    if compute_dtype is not None and mode == "int8":
+        raise QuantizationError(
+            f"compute_dtype={compute_dtype!r}: int8 products have a dtype of their own; leave it out."
+        )
+
+
+def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, name: str | None = None) -> None:
+    """Refuse, before anything else is done, a model that :func:`quantize` could not quantize.
+
+    Raises:
+        QuantizationError: If it is no Hugging Face model, or something to skip is not there.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    transformer = find_transformer(model, name=name)
+    if not isinstance(transformer, PreTrainedModel):
+        raise QuantizationError(
+            f"quantize: {type(transformer).__name__} is no Hugging Face model, and only those say in their config how "
+            "they are quantized."
+        )
+    linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    for skipped in skip_modules:
+        if linear and all(should_convert_module(path, [skipped]) for path in linear):
+            raise QuantizationError(
+                f"skip_modules: no linear module's path ends or begins with {skipped!r}; they are such as "
+                f"{', '.join(linear[:2])}."
+            )
 
 
 def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
@@ -177,6 +198,8 @@ def quantization_of(model: nn.Module, *, name: str | None = None) -> Quantized |
 def dequantize(model: nn.Module, *, name: str | None = None) -> None:
     """Turn quantized weights into ordinary ones of the same values; adapters stay, and merge exactly afterwards.
 
+    In the dtype that 4-bit weights were quantized from, and that of the model for 8-bit ones, which may round them.
+
     Args:
         model: A transformer, or a module that holds one.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
@@ -206,20 +229,8 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
         inject_at(transformer, set(adapters["targets"]), adapters["settings"])
         for path, layer in adapted_modules(transformer).items():
             own = {key: value for key, value in learned[path].items() if not key.startswith("base_layer.")}
-            layer.load_state_dict(own, strict=False)
+            layer.load_state_dict(own, strict=False, assign=True)  # in the precision that they were learned in
         set_enabled(transformer, not off)
-
-
-def _check_skipped(transformer: nn.Module, skip_modules: Sequence[str]) -> None:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    for skipped in skip_modules:
-        if all(should_convert_module(path, [skipped]) for path in linear):
-            raise QuantizationError(
-                f"skip_modules: no linear module's path ends or begins with {skipped!r}; they are such as "
-                f"{', '.join(linear[:2])}."
-            )
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -257,6 +268,7 @@ def _quantized(module: Any, how: Quantized) -> nn.Module:
         options = {"compress_statistics": how.double_quant, "quant_type": how.mode, "module": new}
         new.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
     new.bias = module.bias
+    new.source_trainable = module.weight.requires_grad
     new.source_cls = type(module)  # upstream's name for it; tells Conv1D, which keeps its weight transposed
     return new
 
@@ -273,5 +285,5 @@ def _dequantized(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn.Mo
     else:
         new = nn.Linear(columns, rows, bias=False, device="meta")
         new.bias = module.bias
-    new.weight = nn.Parameter(weight, requires_grad=False)
+    new.weight = nn.Parameter(weight, requires_grad=getattr(module, "source_trainable", False))
     return new

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershed.discovery import dissect, find_transformer, secure_quantized
+from layershed.discovery import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError, UnknownNameError
+from layershed.lora_targets import Placement, no_target, targets_of
 from layershed.overrides import exchange, overridden, take_over_hooks
-from layershed.plan import Sublayer
-from layershed.surgery import dropped_sublayers
 
 if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time: only where adapters are wanted
     from peft import LoraConfig
 
-Placement = Literal["all", "neighbours"]
-
 ADAPTER = "recovery"
+_TRAINABLE = "_trainable_before_recovery"  # on the model itself, as all state of what is done to it
 
 
 def inject_lora(
@@ -44,8 +42,8 @@ def inject_lora(
 ) -> LoraConfig:
     """Put LoRA into the linear maps that still run, and freeze everything else of the transformer.
 
-    The model computes what it did before, as B starts at zero. Called again, with further sublayers dropped, it adds
-    the adapters that are missing. It draws from a random state of its own, so that every rank gets the same adapters.
+    The model computes what it did before, as B starts at zero. Called again with the same options, after a further
+    drop, it adds the adapters that are missing. It draws from a random state of its own: every rank gets the same ones.
 
     Args:
         model: A Hugging Face transformer, or a module that holds one.
@@ -64,14 +62,15 @@ def inject_lora(
         peft's config, with the paths of all adapted modules in ``target_modules``.
 
     Raises:
-        RecoveryError: If an option has no meaning, there is nothing to adapt, or adapters of another origin are there.
+        RecoveryError: If an option has no meaning, there is nothing to adapt, or adapters of another origin or of
+            other settings are there.
     """
     check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
     transformer = find_transformer(model, name=name)
-    targets = _targets(transformer, target_modules, placement)
+    targets = targets_of(transformer, target_modules, placement)
     present = adapted_modules(transformer)
     if not targets - present.keys() and not present:
-        raise RecoveryError(_no_target(transformer, target_modules, placement))
+        raise RecoveryError(no_target(transformer, target_modules, placement))
     settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": float(dropout), "use_rslora": rslora, "use_dora": dora}
     return inject_at(transformer, targets | present.keys(), settings, seed=seed)
 
@@ -96,6 +95,18 @@ def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | S
         )
 
 
+def check_targets(model: nn.Module, target_modules: str | Sequence[str], *, name: str | None = None) -> None:
+    """Refuse, before training, a model that :func:`inject_lora` would refuse, whatever will be dropped.
+
+    Raises:
+        RecoveryError: If it is no Hugging Face model, carries adapters of another origin, or a target is not there or
+            tied to another module.
+    """
+    transformer = find_transformer(model, name=name)
+    _refuse_others(transformer)
+    targets_of(transformer, target_modules, "all")
+
+
 def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any], *, seed: int = 0) -> LoraConfig:
     """Put LoRA at the given paths, where there is none yet; as :func:`inject_lora`, which decides where.
 
@@ -109,6 +120,14 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
 
     _refuse_others(transformer)
     secure_quantized(transformer)
+    present = lora_settings(transformer)
+    if present is None:
+        transformer.__dict__[_TRAINABLE] = _trainable_names(transformer)
+    elif present["settings"] != settings:
+        raise RecoveryError(
+            f"The model carries recovery adapters of other settings: {present['settings']}, not {settings}; merge or "
+            "remove them first."
+        )
     wanted = sorted(targets - adapted_modules(transformer).keys())
     for transposed in (False, True):  # as GPT-2's Conv1D keeps its weight
         paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
@@ -131,6 +150,9 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         )
         for _, parameter in dropped:
             parameter.requires_grad_(False)
+    for parameter in transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # nobody would zero it any more, and whoever clips by norm would count it
     config = _peft_config(transformer)
     config.target_modules = set(targets)
     return config
@@ -190,6 +212,8 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None) -> None:
     """Add the adapters into the weights and take them out; the model computes the same up to rounding.
 
+    What was trainable before the adapters came is so again.
+
     Args:
         model: A transformer, or a module that holds one.
         force: Merge into quantized weights all the same, which rounds most of the recovery away.
@@ -215,7 +239,7 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
 
 
 def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
-    """Take the adapters out; the model computes what it did without them, bit for bit.
+    """Take the adapters out; the model computes what it did without them, bit for bit, and trains what it did.
 
     Raises:
         RecoveryError: If there are none.
@@ -239,6 +263,25 @@ def _unwrap(transformer: nn.Module, layers: dict[str, Any]) -> None:
     for path, layer in layers.items():
         exchange(transformer, path, layer.base_layer)
     del transformer.peft_config
+    trainable = transformer.__dict__.pop(_TRAINABLE, set())
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    resting: set[str] = set()
+    for module, override in overridden(transformer):
+        names = {name: f"{paths[id(module)]}.{name}" for name, _ in module.named_parameters()}
+        resting.update(names.values())
+        override.frozen = tuple(name for name, full in names.items() if full in trainable)
+    for name, parameter in transformer.named_parameters():
+        if name in trainable and name not in resting and parameter.is_floating_point():
+            parameter.requires_grad_(True)
+
+
+def _trainable_names(transformer: nn.Module) -> set[str]:
+    """What is trainable, and what would be if it were not dropped."""
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    resting = {
+        f"{paths[id(module)]}.{name}" for module, override in overridden(transformer) for name in override.frozen
+    }
+    return resting | {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
 def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
@@ -260,79 +303,3 @@ def _refuse_others(transformer: nn.Module) -> None:
             f"The model carries adapters of peft already ({', '.join(sorted(others))}); merge them "
             "(merge_and_unload()) or take them out before recovery puts in its own."
         )
-
-
-def _targets(transformer: nn.Module, target_modules: str | Sequence[str], placement: Placement) -> set[str]:
-    """Paths of the modules to adapt: those chosen, which still run."""
-    linear = set(_linear_modules(transformer))
-    if isinstance(target_modules, str):
-        head = getattr(transformer, "get_output_embeddings", lambda: None)()
-        chosen = {path for path in linear if transformer.get_submodule(path) is not head}
-    else:
-        ends = tuple(f".{end}" for end in target_modules)
-        chosen = {path for path in linear if f".{path}".endswith(ends)}
-        unknown = [end for end in target_modules if not any(f".{path}".endswith(f".{end}") for path in linear)]
-        if unknown:
-            raise RecoveryError(
-                f"target_modules: no linear module that runs is named {unknown[0]!r}; there are "
-                f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}."
-            )
-    _refuse_tied(transformer, chosen)
-    if placement == "all":
-        return chosen
-    near = tuple(f"{path}." for path in _neighbours(transformer))
-    return {path for path in chosen if f"{path}.".startswith(near)}
-
-
-def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
-    """Merged into a weight that two modules share, an adapter would change the other one, too."""
-    holders: dict[int, int] = {}
-    for module in transformer.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    for path in sorted(paths):
-        shared = [p for p in transformer.get_submodule(path).parameters() if holders[id(p)] > 1]
-        if shared:
-            raise RecoveryError(
-                f"target_modules: the weight of {path} is tied to another module's, such as the input embedding, which "
-                "merging would change, too; leave it out."
-            )
-
-
-def _linear_modules(transformer: nn.Module) -> Iterator[str]:
-    """Paths of the linear modules that run, adapted ones included."""
-    closed: list[str] = []
-    carriers = {id(module) for module, _ in overridden(transformer)}
-    for path, module in transformer.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in closed):
-            continue
-        # torch's own attention reads the weights inside it without calling their modules
-        if id(module) in carriers or isinstance(module, nn.MultiheadAttention):
-            closed.append(path)
-        elif hasattr(module, "lora_A") or isinstance(module, nn.Linear | Conv1D):
-            closed.append(path)
-            yield path
-
-
-def _neighbours(transformer: nn.Module) -> set[str]:
-    """Paths of the modules that compute the nearest kept sublayers before and after each dropped one."""
-    branches = {branch.sublayer: branch for branch in dissect(transformer).branches}
-    dropped = set(dropped_sublayers(transformer))
-    order: list[Sublayer] = sorted({*branches, *dropped})
-    near: set[Sublayer] = set()
-    for step in (1, -1):
-        beside_dropped = False
-        for sublayer in order[::step]:
-            if sublayer not in dropped and beside_dropped:
-                near.add(sublayer)
-            beside_dropped = sublayer in dropped
-    return {path for sublayer in near for path, _ in (*branches[sublayer].stand_ins, *branches[sublayer].support)}
-
-
-def _no_target(transformer: nn.Module, target_modules: str | Sequence[str], placement: str) -> str:
-    if placement == "neighbours" and not dropped_sublayers(transformer):
-        return "placement='neighbours': nothing is dropped, so that nothing stands beside a dropped sublayer."
-    return (
-        f"There is nothing to adapt in {type(transformer).__name__} (target_modules={target_modules!r}, "
-        f"placement={placement!r}): no such linear module runs."
-    )
