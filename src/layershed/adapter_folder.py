@@ -17,7 +17,7 @@ from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.folders import check_free, replacing
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan
-from layershed.recovery import ADAPTER, adapted_modules, inject_at
+from layershed.recovery import ADAPTER, adapted_modules, inject_at, peft_config_of
 from layershed.surgery import dropped_sublayers
 
 PLAN_FILE = "drop_plan.json"
@@ -57,7 +57,7 @@ def save_adapter(
         raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers and the model lacks {len(dropped)}.")
     if plan is None and dropped:
         plan = DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
-    config = copy.copy(_peft_config(transformer))
+    config: Any = copy.copy(peft_config_of(transformer))
     config.inference_mode = True
     config.task_type = "CAUSAL_LM" if predicts_next_token(transformer) else None
     config.target_modules = sorted(_running(transformer))
@@ -137,10 +137,6 @@ def check_adapter_folder(folder: str | Path) -> None:
         ExportError: If it exists and is neither an empty folder nor a saved adapter.
     """
     check_free(folder, mark=CONFIG_FILE, what="saved adapter")
-
-
-def _peft_config(transformer: Any) -> Any:
-    return transformer.peft_config[ADAPTER]
 
 
 def _weights(transformer: nn.Module) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     for parameter in transformer.parameters():
         if not parameter.requires_grad:
             parameter.grad = None  # nobody would zero it any more, and whoever clips by norm would count it
-    config = _peft_config(transformer)
+    config = peft_config_of(transformer)
     config.target_modules = set(targets)
     return config
 
@@ -168,7 +168,7 @@ def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
     targets = sorted(adapted_modules(transformer))
     if not targets:
         return None
-    config = _peft_config(transformer)
+    config = peft_config_of(transformer)
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     return {"targets": targets, "settings": {field: getattr(config, field) for field in fields}}
 
@@ -248,8 +248,8 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     _unwrap(transformer, _adapted(transformer, "remove_lora"))
 
 
-def _peft_config(transformer: Any) -> LoraConfig:
-    """Where peft leaves it in the models that it adapts."""
+def peft_config_of(transformer: Any) -> LoraConfig:
+    """Peft's config of the adapters, where peft leaves it in the models that it adapts."""
     config: LoraConfig = transformer.peft_config[ADAPTER]
     return config
 
