@@ -9,8 +9,8 @@ passages; the loss is that of CoQA's and DROP's passages, which no run trains on
     python benchmarks/recovery.py --seeds '[0,1,2]' --steps 100
 
 It takes hours on two cores; half as long if glibc keeps the memory that it was given (MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_ at 10000000000). Every run is one line of recovery.jsonl, from which the table at the end is made;
-runs that stand there already are not made again. What was seen is in docs/recovery.md.
+MALLOC_MMAP_THRESHOLD_ at 10000000000). Every run is one line of recovery.jsonl, from which the table at the end is
+made; runs that stand there already are not made again. What was seen is in docs/recovery.md.
 """
 
 import copy
