@@ -337,6 +337,7 @@ def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
     filters = list(warnings.filters)
+    of_logs = [list(logging.getLogger(name).filters) for name in cli._LOGS]
     run(words)
     left = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(verbosity)
@@ -344,7 +345,7 @@ def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     assert left == (logging.INFO, True)
     assert sys.argv == ["somebody.py", "--else"], "a DDP run starts its other processes with it"
     assert warnings.filters == filters
-    assert not any(logging.getLogger(name).filters for name in cli._LOGS)
+    assert [logging.getLogger(name).filters for name in cli._LOGS] == of_logs
 
 
 def test_words_come_from_the_process_if_none_are_given(monkeypatch, parsed):
