@@ -324,9 +324,10 @@ def test_adapters_in_a_loaded_model_have_the_right_gradients_after_an_evaluation
 
 
 @pytest.mark.skipif(not functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16")
-def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(tokens):
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(double_quant, tokens):
     ours = build_model("llama", **EVEN)
-    quantize(ours)
+    quantize(ours, double_quant=double_quant)
     stock = copy.deepcopy(ours)
     for module in stock.modules():
         if type(module) is Linear4bit:
