@@ -32,6 +32,7 @@ from layershed.recovery import (
     check_lora,
     check_targets,
     inject_lora,
+    lora_arguments,
     lora_settings,
     merge_lora,
     set_enabled,
@@ -199,13 +200,12 @@ class LoRARecovery(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Begin, if it is time; after a further drop, put in the adapters that it asks for."""
-        taken = self._steps.taken(trainer)
+        taken, dropped = self._steps.taken(trainer), current_drop(pl_module)
         if self.began is None:
-            due = current_drop(pl_module) if self.start is None else self.start in taken
-            if due:
+            if dropped if self.start is None else self.start in taken:
                 self._begin(trainer, pl_module)
-        elif self.mode != "none" and current_drop(pl_module) != self._dropped:
-            self._dropped = current_drop(pl_module)
+        elif self.mode != "none" and dropped != self._dropped:
+            self._dropped = dropped
             if self.mode == "lora" and self.options["placement"] == "neighbours":
                 self._adapt(trainer, pl_module)
             publish(trainer, self._metrics(pl_module))
@@ -278,8 +278,7 @@ class LoRARecovery(Callback):
     def _check_resumed(self, transformer: nn.Module) -> None:
         """Refuse other adapters than those of the interrupted run."""
         found = lora_settings(transformer)
-        wanted = {"r": self.options["rank"], "lora_alpha": self.options["alpha"], "use_dora": self.options["dora"]}
-        wanted |= {"lora_dropout": float(self.options["dropout"]), "use_rslora": self.options["rslora"]}
+        wanted = lora_arguments(**self.options)
         if self.mode == "lora" and found is not None and found["settings"] != wanted:
             raise CheckpointError(
                 f"LoRARecovery: the checkpoint's adapters have the settings {found['settings']}, and this run asks for "

@@ -11,6 +11,7 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from layershed.adapter_folder import PLAN_FILE
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
@@ -18,7 +19,6 @@ from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sub
 Sums = dict[str, list[float]]
 
 IMPORTANCE_FILE = "importance.csv"
-PLAN_FILE = "drop_plan.json"
 SPEED_FILE = "speed.json"
 REPORT_FILE = "report.html"
 

@@ -68,9 +68,9 @@ def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None
     Raises:
         ScheduleError: If what is to happen then would never happen.
     """
-    limit = trainer.estimated_stepping_batches
     if start is None:
         return
+    limit = trainer.estimated_stepping_batches  # sets the train loader up
     if limit != float("inf") and start >= limit:
         raise ScheduleError(
             f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so that it would never happen; "

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from layershed.adapter_folder import PLAN_FILE
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
 from layershed.callbacks.batches import check_text, validation_batches
 from layershed.callbacks.run import (
-    PLAN_FILE,
     StepCounter,
     Sums,
     every_share,

@@ -17,7 +17,7 @@ from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.folders import check_free, replacing
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan
-from layershed.recovery import ADAPTER, adapted_modules, inject_at, peft_config_of
+from layershed.recovery import ADAPTER, adapted_modules, inject_at, peft_config_of, settings_of
 from layershed.surgery import dropped_sublayers
 
 PLAN_FILE = "drop_plan.json"
@@ -116,17 +116,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     strangers = sorted(target for target in targets if target not in linear)
     if strangers or not targets:
         raise RecoveryError(f"load_adapter: the adapter is for {(strangers or ['nothing'])[0]!r}, which is not there.")
-    inject_at(
-        transformer,
-        targets,
-        {
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
-            "use_dora": config.use_dora,
-        },
-    )
+    inject_at(transformer, targets, settings_of(config))
     _load_weights(transformer, weights)
 
 

@@ -20,7 +20,7 @@ from layershed.discovery import find_transformer, predicts_next_token
 from layershed.errors import RecoveryError, UnknownNameError
 from layershed.probe import evaluating
 from layershed.recovery import adapted_modules, adapters_off
-from layershed.surgery import bypassed_sublayers, dense, removed_sublayers
+from layershed.surgery import dense, dropped_sublayers
 
 Divergence = Literal["kl", "hidden", "both"]
 
@@ -107,14 +107,10 @@ def self_distillation(
     model: nn.Module, batch: Any, settings: Distillation, *, name: str | None = None
 ) -> SelfDistillation:
     """As :func:`self_distillation_loss`, with the parts of the loss and the teacher's cost."""
-    transformer = find_transformer(model, name=name)
-    if not predicts_next_token(transformer):
-        raise RecoveryError(f"distillation: {type(transformer).__name__} does not predict the next token.")
+    transformer = _language_model(model, name)
     inputs, labels = _inputs(batch, transformer)
     wants_hidden = settings.kind != "kl"
-    same = (
-        not bypassed_sublayers(transformer) and not adapted_modules(transformer) and not removed_sublayers(transformer)
-    )
+    same = not dropped_sublayers(transformer) and not adapted_modules(transformer)
     start = _now(labels.device)
     teacher = None if same else _teacher(transformer, inputs, wants_hidden)
     seconds = _now(labels.device) - start
@@ -138,11 +134,15 @@ def check_teacher(model: nn.Module, *, name: str | None = None) -> None:
         PlanError: If a sublayer was removed.
         RecoveryError: If it does not predict the next token.
     """
+    with dense(_language_model(model, name)):
+        pass
+
+
+def _language_model(model: nn.Module, name: str | None) -> nn.Module:
     transformer = find_transformer(model, name=name)
     if not predicts_next_token(transformer):
         raise RecoveryError(f"distillation: {type(transformer).__name__} does not predict the next token.")
-    with dense(transformer):
-        pass
+    return transformer
 
 
 def _teacher(transformer: nn.Module, inputs: Mapping[str, Tensor], wants_hidden: bool) -> Any:

@@ -19,11 +19,14 @@ from layershed.discovery import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError, UnknownNameError
 from layershed.lora_targets import Placement, no_target, targets_of
 from layershed.overrides import exchange, overridden, take_over_hooks
+from layershed.standins import StandIn
 
 if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time: only where adapters are wanted
     from peft import LoraConfig
 
 ADAPTER = "recovery"
+# what tells adapters apart: fields of peft's LoraConfig
+_SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
 _TRAINABLE = "_trainable_before_recovery"  # on the model itself, as all state of what is done to it
 
 
@@ -71,8 +74,13 @@ def inject_lora(
     present = adapted_modules(transformer)
     if not targets - present.keys() and not present:
         raise RecoveryError(no_target(transformer, target_modules, placement))
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": float(dropout), "use_rslora": rslora, "use_dora": dora}
+    settings = lora_arguments(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora)
     return inject_at(transformer, targets | present.keys(), settings, seed=seed)
+
+
+def lora_arguments(*, rank: int, alpha: int, dropout: float, rslora: bool, dora: bool, **_: Any) -> dict[str, Any]:
+    """Options of :func:`inject_lora` as peft's LoraConfig has them; those that only say where adapters go are left."""
+    return dict(zip(_SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
 
 
 def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str) -> None:
@@ -168,9 +176,12 @@ def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
     targets = sorted(adapted_modules(transformer))
     if not targets:
         return None
-    config = peft_config_of(transformer)
-    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    return {"targets": targets, "settings": {field: getattr(config, field) for field in fields}}
+    return {"targets": targets, "settings": settings_of(peft_config_of(transformer))}
+
+
+def settings_of(config: LoraConfig) -> dict[str, Any]:
+    """What of peft's config tells adapters apart."""
+    return {field: getattr(config, field) for field in _SETTINGS}
 
 
 def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
@@ -179,12 +190,11 @@ def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
     Raises:
         RecoveryError: If they are of another form.
     """
-    types = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
     try:
         targets, settings = set(content["targets"]), dict(content["settings"])
     except (TypeError, KeyError, ValueError) as error:
         raise RecoveryError(f"This does not describe adapters: {error}.") from None
-    fit = settings.keys() == types.keys() and all(type(settings[field]) is kind for field, kind in types.items())
+    fit = settings.keys() == _SETTINGS.keys() and all(type(settings[f]) is kind for f, kind in _SETTINGS.items())
     if not fit or not targets or not all(isinstance(path, str) for path in targets):
         raise RecoveryError(f"This does not describe adapters: {settings}.")
     return targets, settings
@@ -264,10 +274,8 @@ def _unwrap(transformer: nn.Module, layers: dict[str, Any]) -> None:
         exchange(transformer, path, layer.base_layer)
     del transformer.peft_config
     trainable = transformer.__dict__.pop(_TRAINABLE, set())
-    paths = {id(module): path for path, module in transformer.named_modules()}
     resting: set[str] = set()
-    for module, override in overridden(transformer):
-        names = {name: f"{paths[id(module)]}.{name}" for name, _ in module.named_parameters()}
+    for override, names in _dropped_names(transformer):
         resting.update(names.values())
         override.frozen = tuple(name for name, full in names.items() if full in trainable)
     for name, parameter in transformer.named_parameters():
@@ -277,11 +285,17 @@ def _unwrap(transformer: nn.Module, layers: dict[str, Any]) -> None:
 
 def _trainable_names(transformer: nn.Module) -> set[str]:
     """What is trainable, and what would be if it were not dropped."""
-    paths = {id(module): path for path, module in transformer.named_modules()}
     resting = {
-        f"{paths[id(module)]}.{name}" for module, override in overridden(transformer) for name in override.frozen
+        names[name] for override, names in _dropped_names(transformer) for name in override.frozen if name in names
     }
     return resting | {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def _dropped_names(transformer: nn.Module) -> Iterator[tuple[StandIn, dict[str, str]]]:
+    """Every stand-in, with the names of the parameters behind it: in its module, and in the whole."""
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    for module, override in overridden(transformer):
+        yield override, {name: f"{paths[id(module)]}.{name}" for name, _ in module.named_parameters()}
 
 
 def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
