@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import layershed as ls
-from layershed.speed import bootstrap_interval
+from layershed.intervals import bootstrap_interval
 from smollm2 import batches, load
 
 PAIRS, BATCH_SIZE, TOKENS = 12, 4, 256

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from layershed.building import build_model
 from layershed.data import TextData
-from layershed.module import build_model
 
 
 def gguf_path() -> Path:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.callbacks.structure import callbacks_of
 from layershed.discovery import find_transformer
+from layershed.errors import MeasurementError, UnknownNameError
 from layershed.plan import Sublayer
-from layershed.speed import SpeedReport, check_room, measure_speed, speedup_degradation_ratio
+from layershed.speed import SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.stopwatch import Phase, SpeedSettings
 from layershed.surgery import removed_sublayers
+from layershed.targeting import phase_of
+
+Mode = Literal["max", "min"]
+# What SublayerDrop measures around the drop, and whether higher or lower is better.
+_AROUND_THE_DROP: dict[str, Mode] = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 
 
 class SpeedMonitor(Callback):
-    """Measures prefill and cached decode, dense against dropped, after every drop.
+    """Measures prefill and cached decode, dense against dropped, after every drop, and what the speed costs in quality.
 
     Hooks: measures in ``on_train_batch_end`` and ``on_train_end`` if the set of bypassed sublayers has changed; list it
-    behind SublayerDrop to measure at the very step of the drop.
-    Logs: ``speed/prefill_speedup``, ``speed/decode_speedup`` and their ``_low`` and ``_high`` (95 % interval), tokens
-    per second, parameters, KV-cache bytes per token, and ``speed/sdr`` where SublayerDrop logged the accuracy around
-    the drop.
+    behind SublayerDrop to measure at the very step of the drop. A quality of the module's own it reads in
+    ``on_validation_end``.
+    Logs: ``speed/prefill_speedup``, ``speed/decode_speedup``, their ``_low`` and ``_high`` (95 % interval), and
+    ``speed/prefill_predicted``, ``speed/decode_predicted``, what the roofline model says; of the dropped model
+    ``speed/prefill_ms``, ``speed/decode_ms`` a token, tokens per second (``_dense`` beside it), parameters, KV-cache
+    bytes per token, peak memory and the bytes of its file; ``speed/sdr``, points of quality lost per percent of speed
+    gained.
     Writes: ``speed.json`` in the run directory, the last measurement.
-    Checkpoint: the last measurement, so that a resumed run does not repeat it.
+    Checkpoint: the last measurement and the dense quality, so that a resumed run does not repeat them.
 
     Args:
         prompt_tokens: Tokens per prompt.
@@ -32,9 +44,18 @@ class SpeedMonitor(Callback):
         batch_size: Sequences at once.
         runs: Number of dense and dropped pairs.
         transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        quality: What SDR counts as quality. ``accuracy``, ``loss`` and ``perplexity`` are those that SublayerDrop
+            measures around every drop, and SDR is logged with each measurement. Any other word is a metric that the
+            module logs in validation: its value at the last validation before the drop is the dense one, and SDR is
+            logged at each validation that follows a measurement. A point is a hundredth: a percent point of a share,
+            0.01 of a loss. None for no SDR.
+        quality_mode: Whether ``max`` or ``min`` is better; needed for a metric of the module's, known for the others.
+        phase: Whose speedup SDR counts, ``decode`` or ``prefill``.
 
     Raises:
-        MeasurementError: Before training, if a number is below 1 or the model has no place for that many tokens.
+        MeasurementError: If the quality has no mode, or another than its own. Before training, if a number is below 1,
+            the model has no place for that many tokens, or nothing measures the quality.
+        UnknownNameError: If there is no such phase; at the first validation, if it logs no such metric.
     """
 
     def __init__(
@@ -44,27 +65,31 @@ class SpeedMonitor(Callback):
         batch_size: int = 1,
         runs: int = 5,
         transformer: str | None = None,
+        quality: str | None = "accuracy",
+        quality_mode: Mode | None = None,
+        phase: Phase = "decode",
     ) -> None:
+        if phase not in get_args(Phase):
+            raise UnknownNameError("phase", phase, get_args(Phase))
         self.prompt_tokens, self.new_tokens, self.batch_size, self.runs = prompt_tokens, new_tokens, batch_size, runs
-        self.transformer = transformer
+        self.transformer, self.phase = transformer, phase
+        self.quality, self.quality_mode = quality, _mode_of(quality, quality_mode)
         self.report: SpeedReport | None = None
         self._measured: tuple[Sublayer, ...] = ()
         self._latest: dict[str, float] = {}
+        self._dense_quality: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
-        check_room(
-            find_transformer(pl_module, name=self.transformer),
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
-            batch_size=self.batch_size,
-            runs=self.runs,
-        )
+        settings = SpeedSettings(self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
+        settings.check(find_transformer(pl_module, name=self.transformer))
         if gone := removed_sublayers(pl_module):
             rank_zero_warn(
-                f"SpeedMonitor measures nothing: the model was saved without {', '.join(s.name for s in gone)}, so "
+                f"SpeedMonitor measures nothing: the model was saved without {_names(gone)}, so "
                 "that there is no dense one to compare with."
             )
+        else:
+            self._check_quality(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run starts with the measurement that it had."""
@@ -77,6 +102,23 @@ class SpeedMonitor(Callback):
         """Measure if something was dropped or restored."""
         self._measure_if_changed(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up a quality of the module's own: the dense one, or that of the dropped model and its SDR."""
+        if self.quality is None or self.quality in _AROUND_THE_DROP:
+            return
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.quality)
+        if value is None:
+            raise UnknownNameError("metric of the validation", self.quality, trainer.callback_metrics)
+        dropped = current_drop(pl_module)
+        if not dropped:
+            self._dense_quality = value.item()
+        elif self.report is not None and self._dense_quality is not None and dropped == self._measured:
+            sdr = {"speed/sdr": self._sdr(self.report, self._dense_quality, value.item())}
+            self._latest.update(sdr)
+            publish(trainer, sdr)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was dropped at the very end."""
         self._measure_if_changed(trainer, pl_module)
@@ -85,13 +127,15 @@ class SpeedMonitor(Callback):
         """The last measurement, as primitives."""
         measured = [[s.block, s.kind, s.path] for s in self._measured]
         report = None if self.report is None else self.report.to_dict()
-        return {"report": report, "measured": measured, "latest": self._latest}
+        latest, dense = dict(self._latest), self._dense_quality
+        return {"report": report, "measured": measured, "latest": latest, "dense_quality": dense}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.report = None if state_dict["report"] is None else SpeedReport.from_dict(state_dict["report"])
         self._measured = tuple(Sublayer(*fields) for fields in state_dict["measured"])
         self._latest = state_dict["latest"]
+        self._dense_quality = state_dict["dense_quality"]
 
     def _measure_if_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if removed_sublayers(pl_module):
@@ -113,27 +157,106 @@ class SpeedMonitor(Callback):
                 name=self.transformer,
             )
         self._save(trainer)
-        self._latest = self._metrics(trainer, self.report)
-        publish(trainer, self._latest)
+        metrics = {**_figures(self.report), **self._sdr_around_the_drop(trainer, self.report)}
+        self._latest = {**self._latest, **metrics}
+        publish(trainer, metrics)
 
-    def _metrics(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
-        metrics: dict[str, float] = {
-            "speed/parameters": float(report.parameters_dropped),
-            "speed/kv_bytes_per_token": report.kv_bytes_dropped,
-        }
-        for name, phase in (("prefill", report.prefill), ("decode", report.decode)):
-            metrics[f"speed/{name}_tokens_per_s_dense"] = phase.dense
-            metrics[f"speed/{name}_tokens_per_s"] = phase.dropped
-            metrics[f"speed/{name}_speedup"] = phase.speedup.median
-            metrics[f"speed/{name}_speedup_low"] = phase.speedup.low
-            metrics[f"speed/{name}_speedup_high"] = phase.speedup.high
-        before, after = (trainer.callback_metrics.get(f"drop/accuracy_{when}") for when in ("before", "after"))
-        if before is not None and after is not None:
-            lost = 100 * (before.item() - after.item())
-            metrics["speed/sdr"] = speedup_degradation_ratio(lost, report.decode.speedup.median)
-        return metrics
+    def _check_quality(self, trainer: Trainer) -> None:
+        """Refuse a quality that nothing will measure; where it is only the default, say that there is no SDR."""
+        if self.quality is None:
+            return
+        if self.quality not in _AROUND_THE_DROP:
+            if not trainer.enable_validation:
+                raise MeasurementError(
+                    f"SpeedMonitor(quality={self.quality!r}): the run has no validation that could log it; add one, or "
+                    "set quality=None."
+                )
+            return
+        if _measures_around_drops(trainer):
+            return
+        text = (
+            f"SpeedMonitor(quality={self.quality!r}): there is no SDR, as no SublayerDrop measures it (with "
+            "quality_batches above 0, on validation data); add one, name a metric that the module logs in validation, "
+            "or set quality=None."
+        )
+        if self.quality != "accuracy":
+            raise MeasurementError(text)
+        rank_zero_warn(text)
+
+    def _sdr(self, report: SpeedReport, before: float, after: float) -> float:
+        lost = before - after if self.quality_mode == "max" else after - before
+        return speedup_degradation_ratio(100 * lost, phase_of(report, self.phase).speedup.median)
+
+    def _sdr_around_the_drop(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
+        """SDR by what SublayerDrop measured, if it is that which counts."""
+        if self.quality is None:
+            return {}
+        if self.quality not in _AROUND_THE_DROP:
+            if self._dense_quality is None:
+                rank_zero_warn(
+                    f"SpeedMonitor(quality={self.quality!r}): no validation came before the drop, so that there is no "
+                    "dense value to compare with, and no SDR; validate sooner (val_check_interval), or drop later."
+                )
+            return {}
+        name = "loss" if self.quality == "perplexity" else self.quality
+        before, after = (trainer.callback_metrics.get(f"drop/{name}_{when}") for when in ("before", "after"))
+        if before is None or after is None:
+            if _measures_around_drops(trainer):  # else it was said before
+                rank_zero_warn(
+                    f"SpeedMonitor(quality={self.quality!r}): not SublayerDrop dropped {_names(self._measured)}, so "
+                    "that nothing measured the quality, and there is no SDR."
+                )
+            return {}
+        if self.quality == "perplexity":
+            before, after = before.exp(), after.exp()
+        return {"speed/sdr": self._sdr(report, before.item(), after.item())}
 
     def _save(self, trainer: Trainer) -> None:
         folder = run_directory(trainer)
         if self.report is not None and trainer.is_global_zero:
             write_text(folder / SPEED_FILE, json.dumps(self.report.to_dict(), indent=2) + "\n")
+
+
+def _measures_around_drops(trainer: Trainer) -> bool:
+    """Whether a SublayerDrop measures quality."""
+    return trainer.enable_validation and any(getattr(own, "quality_batches", 0) > 0 for own in callbacks_of(trainer))
+
+
+def _names(sublayers: Iterable[Sublayer]) -> str:
+    return ", ".join(sublayer.name for sublayer in sublayers)
+
+
+def _mode_of(quality: str | None, given: Mode | None) -> Mode | None:
+    """Whether more or less of a quality is better."""
+    known = _AROUND_THE_DROP.get(quality or "")
+    if quality is not None and known is None and given not in get_args(Mode):
+        raise MeasurementError(
+            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): say whether 'max' or 'min' is better; what "
+            f"SublayerDrop measures is called {', '.join(_AROUND_THE_DROP)}."
+        )
+    if known is not None and given not in (None, known):
+        raise MeasurementError(
+            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): it is {known!r}; leave quality_mode out."
+        )
+    return known or given
+
+
+def _figures(report: SpeedReport) -> dict[str, float]:
+    """Everything of a measurement that is logged."""
+    figures: dict[str, float] = {
+        "speed/parameters": float(report.parameters_dropped),
+        "speed/kv_bytes_per_token": report.kv_bytes_dropped,
+        "speed/peak_memory": float(report.peak_memory_dropped),
+        "speed/file_bytes": float(report.file_bytes_dropped),
+        "speed/prefill_ms": report.prefill_ms[1],
+        "speed/decode_ms": report.decode_ms[1],
+    }
+    for name, phase in (("prefill", report.prefill), ("decode", report.decode)):
+        figures[f"speed/{name}_tokens_per_s_dense"] = phase.dense
+        figures[f"speed/{name}_tokens_per_s"] = phase.dropped
+        figures[f"speed/{name}_speedup"] = phase.speedup.median
+        figures[f"speed/{name}_speedup_low"] = phase.speedup.low
+        figures[f"speed/{name}_speedup_high"] = phase.speedup.high
+        if phase.predicted is not None:
+            figures[f"speed/{name}_predicted"] = phase.predicted
+    return figures

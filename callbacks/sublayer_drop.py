@@ -13,6 +13,7 @@ from layershed.adapter_folder import PLAN_FILE
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
 from layershed.callbacks.batches import check_text, validation_batches
+from layershed.callbacks.drop_rule import DropRule, resolve_protected
 from layershed.callbacks.run import (
     StepCounter,
     Sums,
@@ -25,15 +26,17 @@ from layershed.callbacks.run import (
     write_text,
 )
 from layershed.callbacks.structure import carry_structure, check_order, leave_structure
-from layershed.discovery import find_sublayers, find_transformer
+from layershed.discovery import find_transformer
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.metrics import get_metric
 from layershed.optimizers import forget_parameters
 from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
 from layershed.quality import Quality, check_head, evaluate_quality
 from layershed.schedule import DropSchedule
-from layershed.selection import check_selection, protected_sublayers, select_sublayers
+from layershed.selection import Objective
+from layershed.stopwatch import Phase, SpeedSettings
 from layershed.surgery import bypass, bypassed_sublayers
+from layershed.targeting import DEFAULT_SETTINGS
 
 CalibrateOn = Literal["running", "train", "val"]
 
@@ -41,12 +44,13 @@ CalibrateOn = Literal["running", "train", "val"]
 class SublayerDrop(Callback):
     """Bypasses the least important sublayers at configured optimizer steps, and training goes on without them.
 
-    One per Trainer: a second one would write the same files and names.
+    How many go is a number, a share, or what a measured speedup takes: then it drops, measures, and stops as soon as
+    the target is reached. One per Trainer: a second one would write the same files and names.
 
     Hooks: decides in ``on_train_batch_end``, once the configured optimizer step is done; the optimizer forgets the
     dropped parameters in place, so that its schedule goes on.
     Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
-    ``drop/attention`` and ``drop/mlp``, the numbers dropped.
+    ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``, what was reached.
     Writes: ``drop_plan.json`` in the run directory.
     Checkpoint: the plan and the running sums of every rank. What is bypassed is noted by the module's own hooks, which
     this callback extends, so that also a checkpoint of the weights alone is the dropped model when it is resumed,
@@ -55,8 +59,9 @@ class SublayerDrop(Callback):
     Args:
         start: Optimizer steps before the first drop.
         scope: ``attention``, ``mlp``, ``block`` or ``joint`` (attention and MLP ranked in one array).
-        count: How many to drop at each drop step: blocks with scope ``block``, else sublayers. Give this or ratio.
-        ratio: Share of the candidates to drop, in (0, 1); one-shot only. Give this or count.
+        count: How many to drop at each drop step: blocks with scope ``block``, else sublayers. Give this, ratio or
+            target_speedup.
+        ratio: Share of the candidates to drop, in (0, 1); one-shot only. Give this, count or target_speedup.
         every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
         rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
         metric: ``cosine``, ``relative_magnitude`` or ``angular``.
@@ -66,12 +71,21 @@ class SublayerDrop(Callback):
         calibration_batches: How many batches (optimizer steps, if ``running``) are scored.
         quality_batches: Validation batches on which loss and accuracy are measured around the drop; 0 for none.
         transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        target_speedup: Dropped over dense, such as 1.3: as few go as give it, and each round of an iterative schedule
+            goes an equal part of the way. Give this, count or ratio.
+        phase: Whose time counts, for the target and for objective ``speed``: ``decode`` or ``prefill``.
+        objective: What goes first: ``importance``, the least important; ``speed``, what costs least importance per
+            millisecond saved.
+        speed: How speed is measured for target and objective: prompt_tokens, new_tokens, batch_size, runs, warmup.
 
     Raises:
-        SelectionError: If count and ratio are not exactly one, or out of range; before training also if there are too
-            few sublayers.
+        SelectionError: If not exactly one of count, ratio and target_speedup is given, or it is out of range; before
+            training also if there are too few sublayers.
+        SpeedupError: If the target is out of reach: before training, if dropping every candidate does not give it; else
+            at the drop.
+        MeasurementError: Before training, if speed is needed and cannot be measured.
         ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late.
-        UnknownNameError: If there is no such metric, or nothing like that to calibrate on.
+        UnknownNameError: If there is no such metric, phase or objective, or nothing like that to calibrate on.
     """
 
     place = 1  # in the order drop, quantize, LoRA, export
@@ -90,11 +104,15 @@ class SublayerDrop(Callback):
         calibration_batches: int = 16,
         quality_batches: int = 16,
         transformer: str | None = None,
+        target_speedup: float | None = None,
+        phase: Phase = "decode",
+        objective: Objective = "importance",
+        speed: SpeedSettings = DEFAULT_SETTINGS,
     ) -> None:
-        check_selection(scope, count=count, ratio=ratio)
         self.schedule = DropSchedule(start, every_n_steps, rounds)
-        if ratio is not None and rounds > 1:
-            raise SelectionError(f"ratio={ratio}, rounds={rounds}: an iterative schedule takes count, per round.")
+        self.rule = DropRule(
+            self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer=transformer
+        )
         if calibration_batches < 1 or quality_batches < 0:
             raise SelectionError(
                 f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: at least one batch is "
@@ -103,13 +121,14 @@ class SublayerDrop(Callback):
         if calibrate_on not in get_args(CalibrateOn):
             raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
         get_metric(metric)
-        self.scope, self.count, self.ratio, self.metric = scope, count, ratio, metric
+        self.metric = metric
         self.protect: tuple[Sublayer | int, ...] = tuple(protect)
         self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
         self.transformer = transformer
         self.plan: DropPlan | None = None
         self.quality: dict[str, Quality] = {}
+        self.speedup: float | None = None
         self._steps = StepCounter()
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None
@@ -134,12 +153,8 @@ class SublayerDrop(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this model cannot do, and prepare the optimizers of a resumed run."""
         check_order(trainer)
-        everything = find_sublayers(pl_module, name=self.transformer)
-        equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
-        total = None if self.count is None else self.count * self.schedule.rounds
-        # resolved once, on the whole model: a negative index must not wander as the last blocks go
-        self.protect = tuple(protected_sublayers(everything, self.protect))
-        select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=self.protect)
+        self.protect = resolve_protected(pl_module, self.protect, self.transformer)
+        self.rule.check(pl_module, self.protect)
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         if self.calibrate_on == "running":
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
@@ -159,7 +174,9 @@ class SublayerDrop(Callback):
         if self._sums is not None and self._tracker is not None:
             self._tracker.load_state_dict(own_share(trainer, self._sums))
         self._sums = None
-        if self.plan is not None:
+        if self.plan is None:
+            self.rule.check_reachable(trainer, pl_module, self.protect)
+        else:
             show(trainer, self._metrics(pl_module))
         self._save_plan(trainer)
 
@@ -202,6 +219,7 @@ class SublayerDrop(Callback):
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
+            "speedup": self.speedup,
             "sums": None if self._tracker is None else every_share(self._tracker.state_dict()),
         }
 
@@ -209,24 +227,24 @@ class SublayerDrop(Callback):
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
         self.quality = {when: Quality(*values) for when, values in state_dict["quality"].items()}
+        self.speedup = state_dict["speedup"]
         self._sums = state_dict["sums"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.plan is None:
             self._measure(trainer, pl_module, "before")
         scores = self._scores(trainer, pl_module)
-        chosen = select_sublayers(scores, self.scope, count=self.count, ratio=self.ratio, protect=self.protect)
-        # every rank has the same scores; rank 0 decides all the same, as a last bit may differ between machines
-        content = trainer.strategy.broadcast(chosen.at_step(trainer.global_step).to_dict())
-        round_plan = DropPlan.from_dict(content)
-        bypass(pl_module, round_plan, name=self.transformer)
+        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self.protect)
+        round_plan = chosen.at_step(trainer.global_step)
+        if round_plan.drops:
+            bypass(pl_module, round_plan, name=self.transformer)
         self.plan = round_plan if self.plan is None else self.plan + round_plan
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         rewrap(trainer, pl_module)
         self._save_plan(trainer)
-        counts = count_by_kind(bypassed_sublayers(pl_module))
-        publish(trainer, {f"drop/{kind}": float(count) for kind, count in counts.items()})
-        self._measure(trainer, pl_module, "after")
+        publish(trainer, self._drop_metrics(pl_module))
+        if round_plan.drops:  # else an earlier round made it as fast as this one asks
+            self._measure(trainer, pl_module, "after")
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
@@ -250,12 +268,16 @@ class SublayerDrop(Callback):
 
     def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
         """Everything that was logged and still holds."""
-        counts = count_by_kind(bypassed_sublayers(pl_module))
         return {
-            **{f"drop/{kind}": float(count) for kind, count in counts.items()},
+            **self._drop_metrics(pl_module),
             **{f"drop/loss_{when}": quality.loss for when, quality in self.quality.items()},
             **{f"drop/accuracy_{when}": quality.accuracy for when, quality in self.quality.items()},
         }
+
+    def _drop_metrics(self, pl_module: LightningModule) -> dict[str, float]:
+        counts = count_by_kind(bypassed_sublayers(pl_module))
+        reached = {} if self.speedup is None else {"drop/speedup": self.speedup}
+        return {**{f"drop/{kind}": float(count) for kind, count in counts.items()}, **reached}
 
     def _save_plan(self, trainer: Trainer) -> None:
         folder: Path = run_directory(trainer)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 import layershed as ls
-from layershed import cli, commands
+from layershed import cli, commands, running
 from layershed.cli import LayershedCLI, main
 from layershed.commands import Trainer
 from layershed.data import TextData
@@ -254,7 +254,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_one_sentence_before_training(case, capsys, monkeypatch):
     monkeypatch.setattr(pl.LightningModule, "optimizer_step", lambda *_, **__: pytest.fail("it trained"))
-    monkeypatch.setattr(commands, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
+    monkeypatch.setattr(running, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
     words, code, fragments = ERRORS[case]
     assert run(words) == code
     told = capsys.readouterr().err.strip().splitlines()
@@ -294,7 +294,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(commands, "estimate_importance", fail)
+    monkeypatch.setattr(running, "estimate_importance", fail)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         run(SCORE)
 
@@ -313,7 +313,7 @@ def test_a_bug_while_an_error_is_handled_is_not_taken_for_the_error(monkeypatch)
         except LayershedError:
             raise RuntimeError("a bug of ours")  # noqa: B904  the chaining is implicit on purpose
 
-    monkeypatch.setattr(commands, "estimate_importance", fail)
+    monkeypatch.setattr(running, "estimate_importance", fail)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         run(SCORE)
 
@@ -322,7 +322,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "estimate_importance", interrupt)
+    monkeypatch.setattr(running, "estimate_importance", interrupt)
     assert run(SCORE) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 

@@ -33,6 +33,8 @@ from layershed.distillation import Distillation
 from layershed.module import CausalLM
 from layershed.plan import DropPlan, count_by_kind
 from layershed.recovery import adapted_modules
+from layershed.stopwatch import SpeedSettings
+from tests.callbacks.ticking import Ticking, install
 from tests.test_cli import one_parser, own_world  # noqa: F401  they are in force here, too
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -45,6 +47,16 @@ SHOWS = {
     "block_drop": ({"scope": "block", "count": 2}, 4),
     "joint_drop": ({"scope": "joint", "count": 6, "protect": [0, -1]}, 6),
     "iterative": ({"scope": "joint", "count": 2, "rounds": 3, "every_n_steps": 50, "calibrate_on": "train"}, 6),
+    "target_speedup": (
+        {
+            "scope": "joint",
+            "target_speedup": 1.15,
+            "phase": "decode",
+            "objective": "speed",
+            "speed": {"prompt_tokens": 128, "new_tokens": 32, "batch_size": 1, "runs": 9, "warmup": 1},
+        },
+        2,
+    ),
     "lora_recovery": ({"scope": "attention", "count": 6}, 4),
     "distill_recovery": ({"scope": "attention", "count": 6}, 4),
     "qlora": ({"scope": "attention", "count": 6}, 4),
@@ -97,6 +109,15 @@ class AtTheDrop(pl.Callback):
             self.weights.update({n: p.detach().clone() for n, p in pl_module.model.named_parameters()})
 
 
+class Watched(pl.Callback):
+    """Has every sublayer take twice as long as all the rest of the model, by a clock of its own."""
+
+    clock = Ticking(decode=lambda _block, _kind: 16.0, prefill=lambda _block, _kind: 16.0, rest=8.0)
+
+    def setup(self, trainer, pl_module, stage):
+        self.clock.watch(pl_module.model)
+
+
 def offline(path):
     """The config, with a model of its own in the place of one that would be downloaded."""
     config = yaml.safe_load(path.read_text())
@@ -137,6 +158,9 @@ def shortened(path):
         config["trainer"]["callbacks"] = [
             c for c in config["trainer"]["callbacks"] if not c["class_path"].endswith("Report")
         ]
+    if "target_speedup" in drop:
+        drop["speed"].update(SPEED)
+        config["trainer"]["callbacks"].insert(0, {"class_path": f"{__name__}.Watched"})
     if path.stem in RECOVERS:
         config["trainer"]["callbacks"].insert(0, {"class_path": f"{__name__}.AtTheDrop"})
     return config
@@ -178,6 +202,7 @@ def test_parses_and_instantiates(path, monkeypatch):
         if wanted is not None:
             assert wanted.items() <= callback_of(written, kind).items()
     assert written["model"].get("distillation") == distills
+    assert drop.rule.speed == SpeedSettings(**asked.get("speed", {}))
     assert drop.schedule.steps[-1] < seen["trainer"].max_steps
     assert not Path("runs").exists(), "nothing is written before training"
 
@@ -194,6 +219,17 @@ def test_says_how_to_run_it(path):
         assert words[words.index("--model.pretrained") + 1] == "HuggingFaceTB/SmolLM2-135M"
     if path.stem != "quickstart":
         assert ".gguf" in head
+
+
+def test_speed_settings_that_are_left_out_keep_their_defaults(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(trainer=self.trainer), False)
+    config = yaml.safe_load((FOLDER / "target_speedup.yaml").read_text())
+    callback_of(config, "SublayerDrop")["speed"] = {"runs": 3}
+    Path("few.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "few.yaml"]) == 0
+    drop = next(callback for callback in seen["trainer"].callbacks if isinstance(callback, SublayerDrop))
+    assert drop.rule.speed == SpeedSettings(runs=3)
 
 
 def test_what_they_say_about_a_real_model_can_be_typed(monkeypatch):
@@ -254,6 +290,8 @@ def fresh_trainer():
 def real_defaults(key, owner):
     """Every value that may be called the default of a setting: as written in the signature, and as it comes out."""
     name = key.rpartition(".")[2]
+    if owner is not None and ".speed." in key:
+        return [inspect.signature(SpeedSettings).parameters[name].default]
     if owner is not None:
         module, _, class_name = owner.rpartition(".")
         default = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters[name].default
@@ -282,8 +320,9 @@ def test_every_line_is_commented_with_its_true_default(path):
         assert stated, f"{path.name}: the comment of {key} states no default"
         known = real_defaults(key, owner)
         if stated[1] == "no default":
-            # one of count and ratio must be given, so that neither has a default that works
-            assert known == [inspect.Parameter.empty] or key.endswith((".count", ".ratio")), key
+            # one of the three must be given, so that none has a default that works
+            one_of = (".count", ".ratio", ".target_speedup")
+            assert known == [inspect.Parameter.empty] or key.endswith(one_of), key
         else:
             assert yaml.safe_load(stated[2]) in known, f"{path.name}: {key}: {stated[2]!r} is not among {known}"
 
@@ -326,8 +365,10 @@ def test_the_real_model_is_the_downloaded_one_until_it_is_dropped():
 
 @every_config
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
-def test_a_short_run_leaves_everything(path, tmp_path, capsys):
+def test_a_short_run_leaves_everything(path, tmp_path, capsys, monkeypatch):
     config = shortened(path)
+    if path.stem == "target_speedup":
+        install(monkeypatch, Watched.clock)
     root = Path(config["trainer"]["default_root_dir"])
     assert root == Path("runs") / path.stem
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
@@ -342,6 +383,7 @@ def test_a_short_run_leaves_everything(path, tmp_path, capsys):
     assert (run / "importance.csv").read_text().splitlines()[0] == "step,block,kind,metric,value"
     logged = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "drop/loss_before", "drop/loss_end", "speed/decode_speedup"} <= set(logged)
+    assert ("drop/speedup" in logged) == (path.stem == "target_speedup")
 
     plan = DropPlan.load(run / "drop_plan.json")
     check_plan(plan, *SHOWS[path.stem])

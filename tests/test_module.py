@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
+from layershed.building import build_model
 from layershed.data import TextData
 from layershed.discovery import find_sublayers
 from layershed.errors import LayershedError, ModelError, ScheduleError
 from layershed.export import save_pretrained
-from layershed.module import CausalLM, build_model
+from layershed.module import CausalLM
 from layershed.surgery import bypass, dropped_sublayers
 from tests.conftest import SIZES
 from tests.conftest import build_model as tiny

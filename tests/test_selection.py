@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from layershed.errors import SelectionError
 from layershed.plan import Drop, DropPlan, ImportanceScores, Sublayer
-from layershed.selection import check_selection, protected_sublayers, select_sublayers
+from layershed.selection import (
+    check_selection,
+    plan_of_groups,
+    protected_sublayers,
+    rank_sublayers,
+    select_sublayers,
+)
 
 NAMES = {"attention": "self_attn", "mlp": "mlp"}
 
@@ -230,3 +236,81 @@ def test_the_plan_says_where_it_comes_from():
     plan = select_sublayers(scores, "mlp", count=1)
     assert plan == DropPlan((Drop(sublayer(0, "mlp"), 0.25, None),), "mlp", "angular")
     assert select_sublayers(dict(scores), "mlp", count=1).metric is None
+
+
+def times(attention, mlp):
+    """Seconds by sublayer, from lists of milliseconds by block."""
+    return {sublayer: ms / 1000 for sublayer, ms in make_scores(attention, mlp).items()}
+
+
+def test_for_speed_what_costs_least_importance_per_millisecond_goes_first():
+    scores = make_scores([0.2, 0.3], [0.4, 0.1])
+    # importance per millisecond: 0.2, 0.075, 0.05, 0.1
+    latency = times([1, 4], [8, 1])
+    plan = select_sublayers(scores, count=4, objective="speed", latency=latency)
+    assert [s.name for s in plan] == ["mlp.0", "attention.1", "mlp.1", "attention.0"]
+    assert [drop.score for drop in plan.drops] == [0.4, 0.3, 0.1, 0.2]  # importances, not prices
+    assert [s.name for s in select_sublayers(scores, count=4)] == ["mlp.1", "attention.0", "attention.1", "mlp.0"]
+    one = select_sublayers(scores, "attention", count=1, objective="speed", latency=latency)
+    assert [s.name for s in one] == ["attention.1"]
+
+
+def test_for_speed_a_block_takes_as_long_as_both_of_its_sublayers():
+    scores = make_scores([0.1] * 3, [0.1] * 3, blocks=[0.3, 0.4, 0.5])
+    latency = times([1, 5, 2], [1, 1, 8])  # 0.15, 0.067, 0.05
+    plan = select_sublayers(scores, "block", count=3, objective="speed", latency=latency)
+    assert [s.block for s in plan] == [2, 2, 1, 1, 0, 0]
+    assert [drop.score for drop in plan.drops] == [0.5, 0.5, 0.4, 0.4, 0.3, 0.3]
+    left = make_scores([None, 0.1], [0.1, 0.1], blocks=[0.1, 0.4])
+    some = {s: t for s, t in times([9, 1], [1, 2]).items() if s in left}
+    assert [s.name for s in select_sublayers(left, "block", count=1, objective="speed", latency=some)] == ["mlp.0"]
+
+
+def test_an_importance_below_0_is_one_of_0_and_a_longer_time_does_not_hold_it_back():
+    scores = make_scores([-1e-8, -2e-8], [0.0, 0.1])
+    plan = select_sublayers(scores, count=3, objective="speed", latency=times([1, 100], [10, 1]))
+    assert [s.name for s in plan] == ["attention.0", "mlp.0", "attention.1"]  # all of them free: in forward order
+
+
+@given(cases(), st.integers(0, 99))
+def test_equal_latencies_change_nothing_and_the_same_question_has_the_same_answer(case, seed):
+    scores, scope, count, protected, shuffled = case
+    latency = dict.fromkeys(scores, 0.003)
+    plain = select_sublayers(scores, scope, count=count, protect=protected)
+    assert select_sublayers(scores, scope, count=count, protect=protected, latency=latency) == plain
+    options = {"protect": protected, "objective": "speed"}
+    assert select_sublayers(scores, scope, count=count, latency=latency, **options) == plain
+    own = {s: 0.001 * (1 + (seed * (i + 3)) % 5) for i, s in enumerate(scores)}
+    again = ImportanceScores(dict(shuffled), blocks=scores.blocks)
+    plans = [select_sublayers(each, scope, count=count, latency=own, **options) for each in (scores, again, scores)]
+    assert plans[0] == plans[1] == plans[2]
+
+
+@given(cases())
+def test_every_selection_is_the_beginning_of_the_ranking(case):
+    scores, scope, count, protected, _ = case
+    ranked = rank_sublayers(scores, scope, protect=protected)
+    assert plan_of_groups(scores, scope, ranked[:count]) == select_sublayers(
+        scores, scope, count=count, protect=protected
+    )
+    assert all(len(group) == (2 if scope == "block" else 1) for group in ranked)
+    assert not any(drop.sublayer.block in protected for group in ranked for drop in group)
+
+
+def test_a_latency_that_is_missing_is_asked_for_by_name():
+    scores = make_scores([0.1, 0.2], [0.1, 0.2], blocks=[0.1, 0.2])
+    known = times([1, 1], [1, None])
+    for latency in (None, {}, known):
+        for scope in ("joint", "block"):
+            with pytest.raises(SelectionError, match=r"no latency of .*latency=measure_latency\(model"):
+                select_sublayers(scores, scope, count=1, objective="speed", latency=latency)
+    with pytest.raises(SelectionError, match=r"no latency of mlp\.1"):
+        select_sublayers(scores, count=1, objective="speed", latency=known)
+    # neither ranked nor asked for
+    plan = select_sublayers(scores, "mlp", count=1, protect=[1], objective="speed", latency=known)
+    assert [s.name for s in plan] == ["mlp.0"]
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(SelectionError, match="objective='size': objective must be one of importance, speed"):
+        select_sublayers(make_scores([0.1], [0.2]), count=1, objective="size")

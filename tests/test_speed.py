@@ -1,29 +1,33 @@
 """Measured speed on a clock that moves only when the model runs, so that every figure can be worked out by hand."""
 
+import copy
 import json
 import math
 import random
-import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel
 
+from layershed.costs import CostModel
 from layershed.discovery import find_sublayers
-from layershed.errors import MeasurementError
-from layershed.speed import (
-    Interval,
-    PhaseSpeed,
-    SpeedReport,
-    bootstrap_interval,
-    cache_bytes,
-    measure_speed,
-    speedup_degradation_ratio,
-)
-from layershed.surgery import bypass, bypassed_sublayers, remove
+from layershed.errors import CostError, MeasurementError
+from layershed.intervals import Interval
+from layershed.memory import watching_memory
+from layershed.plan import Sublayer
+from layershed.probe import probing
+from layershed.recovery import inject_lora
+from layershed.roofline import Ceilings
+from layershed.speed import PhaseSpeed, SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.stopwatch import SpeedSettings, Stopwatch
+from layershed.surgery import bypass, bypassed_sublayers, remove, restore
+from layershed.weights import weight_sizes
 from tests.conftest import build_model
+
+MADE_UP = Ceilings("a machine", flops=1e6, bandwidth=1e6, source="made up")
 
 
 class Bench:
@@ -37,6 +41,8 @@ class Bench:
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, _module, _args, kwargs):
+        if probing():
+            return
         cache = kwargs.get("past_key_values")
         side = "dropped" if bypassed_sublayers(self.model) else "dense"
         held = 0 if cache is None else cache.get_seq_length()
@@ -61,15 +67,19 @@ def dropped():
 
 
 def measured(model, **settings):
-    return measure_speed(model, **{"prompt_tokens": 4, "new_tokens": 2, "runs": 1, "warmup": 0, **settings})
+    defaults = {"prompt_tokens": 4, "new_tokens": 2, "runs": 1, "warmup": 0, "ceilings": MADE_UP}
+    return measure_speed(model, **{**defaults, **settings})
 
 
 def test_twice_the_time_is_exactly_half_the_speed(dropped):
     bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [0.75], "dropped": [0.25]})
     report = measured(dropped, runs=3, batch_size=3, prompt_tokens=8, new_tokens=4, clock=bench.clock)
     # 3 x 8 prompt tokens in 2 s or 1 s; 3 x 4 new tokens in 4 x 0.75 s or 4 x 0.25 s
-    assert report.prefill == PhaseSpeed(dense=12.0, dropped=24.0, speedup=Interval(2.0, 2.0, 2.0))
-    assert report.decode == PhaseSpeed(dense=4.0, dropped=12.0, speedup=Interval(3.0, 3.0, 3.0))
+    prefill, decode = replace(report.prefill, predicted=None), replace(report.decode, predicted=None)
+    assert prefill == PhaseSpeed(dense=12.0, dropped=24.0, speedup=Interval(2.0, 2.0, 2.0))
+    assert decode == PhaseSpeed(dense=4.0, dropped=12.0, speedup=Interval(3.0, 3.0, 3.0))
+    assert report.prefill_ms == (2000.0, 1000.0)
+    assert report.decode_ms == (750.0, 250.0)  # of each of the three sequences at once
     assert (report.runs, report.batch_size, report.prompt_tokens, report.new_tokens) == (3, 3, 8, 4)
     assert report.device.startswith("cpu")
 
@@ -86,7 +96,7 @@ def test_dense_and_dropped_alternate_and_warm_up_is_not_counted(dropped):
     slow = {"dense": [64.0, 64.0, 2.0], "dropped": [1.0, 1.0, 1.0]}
     bench = Bench(dropped, slow, slow)
     report = measured(dropped, runs=1, warmup=2, clock=bench.clock)
-    assert [side for side, _, held in bench.passes if held == 0] == ["dense", "dropped"] * 3
+    assert [side for side, _, held in bench.passes if held == 0] == ["dense", "dropped"] * (3 + 1)  # the last: memory
     assert report.prefill.speedup.median == report.decode.speedup.median == 2.0
     assert report.runs == 1
 
@@ -110,7 +120,8 @@ def test_decoding_goes_token_by_token_through_the_cache(model_type):
     bench = Bench(model, {"dense": [1.0], "dropped": [1.0]}, {"dense": [1.0], "dropped": [1.0]})
     measured(model, prompt_tokens=5, new_tokens=3, clock=bench.clock)
     steps = [(5, 0), (1, 5), (1, 6), (1, 7)]
-    assert bench.passes == [(side, *step) for side in ("dense", "dropped") for step in steps]
+    # once for the time and once for the memory
+    assert bench.passes == [(side, *step) for side in ("dense", "dropped") for step in steps] * 2
 
 
 def test_every_token_decoded_is_the_most_likely_one(dropped):
@@ -120,7 +131,7 @@ def test_every_token_decoded_is_the_most_likely_one(dropped):
         with_kwargs=True,
     )
     measured(dropped, prompt_tokens=5, new_tokens=4)
-    whole = torch.cat([ids for is_dropped, ids in fed if is_dropped], dim=1)
+    whole = torch.cat([ids for is_dropped, ids in fed if is_dropped][:5], dim=1)
     with torch.no_grad():
         likely = dropped(input_ids=whole, use_cache=False).logits.argmax(-1)
     assert torch.equal(whole[:, 5:], likely[:, 4:-1])
@@ -136,16 +147,157 @@ def test_cache_bytes_and_parameters_are_those_of_theory(dropped):
     total = 2 * 97 * 32 + norm + 4 * (attention + mlp + 2 * norm)
     assert report.parameters_dense == total
     assert report.parameters_dropped == total - 2 * (attention + norm) - (mlp + norm)
+    # float32, and nothing is saved beside the weights
+    assert report.file_bytes_dense == 4 * report.parameters_dense
+    assert report.file_bytes_dropped == 4 * report.parameters_dropped
 
 
-def test_memory_that_tensors_of_a_cache_share_counts_once():
-    cache = DynamicCache()
-    keys = torch.zeros(1, 2, 10, 8)
-    cache.update(keys, torch.zeros(1, 2, 10, 8), 0)
-    alone = cache_bytes(cache)
-    cache.update(keys, keys, 1)
-    cache.layers[1].keys, cache.layers[1].values = cache.layers[0].keys, cache.layers[0].values[:, :, :3]
-    assert cache_bytes(cache) == alone == 2 * 2 * 10 * 8 * 4
+@torch.no_grad()
+def test_peak_memory_is_weights_and_what_generation_allocates(dropped):
+    report = measured(dropped, prompt_tokens=20, new_tokens=3, batch_size=2)
+
+    def peak():
+        stopwatch = Stopwatch(dropped, SpeedSettings(20, 3, 2))
+        with watching_memory(torch.device("cpu")) as told:
+            stopwatch.decode(stopwatch.prefill())
+        return weight_sizes(dropped).bytes + told()
+
+    assert report.peak_memory_dropped == peak()
+    restore(dropped)
+    assert report.peak_memory_dense == peak() > report.peak_memory_dropped
+
+
+@pytest.mark.parametrize("ceilings", [MADE_UP, Ceilings("another", 1e12, 1e5, "made up")])
+def test_the_predicted_speedup_is_that_of_the_roofline_and_stands_beside_the_measured_one(dropped, ceilings):
+    bench = Bench(dropped, {"dense": [3.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
+    report = measured(dropped, prompt_tokens=20, new_tokens=4, batch_size=2, ceilings=ceilings, clock=bench.clock)
+    costs, settings = CostModel(dropped), SpeedSettings(20, 4, 2)
+    slow, fast = costs.seconds(ceilings, settings, dropped=()), costs.seconds(ceilings, settings)
+    for phase, own, i in ((report.prefill, 3.0, 0), (report.decode, 2.0, 1)):
+        assert phase.predicted == slow[i] / fast[i] > 1
+        assert phase.measured_over_predicted == own / phase.predicted
+
+
+def test_without_ceilings_those_of_this_machine_are_measured(dropped, monkeypatch):
+    asked = []
+    monkeypatch.setattr("layershed.speed.measure_ceilings", lambda *given: asked.append(given) or MADE_UP)
+    assert measured(dropped, ceilings=None).decode.predicted == measured(dropped).decode.predicted
+    assert asked == [(torch.device("cpu"), torch.float32)]
+
+
+def test_a_model_whose_costs_cannot_be_told_is_measured_without_a_prediction(dropped, monkeypatch):
+    def refuse(_model):
+        raise CostError("no costs")
+
+    monkeypatch.setattr("layershed.speed.CostModel", refuse)
+    report = measured(dropped)
+    for phase in (report.prefill, report.decode):
+        assert phase.predicted is phase.measured_over_predicted is None
+    assert SpeedReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def ticking(*models):
+    """A clock that a pass of each model moves by as many seconds as its attentions and MLPs that run."""
+    now = [0.0]
+
+    def tick(*_):
+        now[0] += not probing()
+
+    for model in models:
+        for sublayer in find_sublayers(model):
+            inner = {"attention": "o_proj", "mlp": "down_proj"}[sublayer.kind]
+            model.get_submodule(f"{sublayer.path}.{inner}").register_forward_pre_hook(tick)
+    return lambda: now[0]
+
+
+def test_a_twin_is_as_fast(llama):
+    twin = copy.deepcopy(llama)
+    report = measured(llama, base=twin, clock=ticking(llama, twin))
+    for phase in (report.prefill, report.decode):
+        assert phase.dense == phase.dropped
+        assert (phase.speedup, phase.predicted) == (Interval(1.0, 1.0, 1.0), 1.0)
+        assert not phase.measurable
+    for name in ("parameters", "kv_bytes", "file_bytes", "peak_memory"):
+        assert getattr(report, f"{name}_dense") == getattr(report, f"{name}_dropped")
+
+
+def test_with_a_base_what_was_removed_is_measured_as_what_is_bypassed(dropped):
+    base, without = build_model(), copy.deepcopy(dropped)
+    remove(without)
+    lifted = measured(dropped, clock=ticking(dropped))
+    assert lifted.decode.speedup.median == 8 / 5
+    report = measured(without, base=base, clock=ticking(base, without))
+    # a module that is gone returns what stands in for it a little otherwise than one that is bypassed
+    assert report.peak_memory_dropped == pytest.approx(lifted.peak_memory_dropped, rel=0.001)
+    assert replace(report, peak_memory_dropped=lifted.peak_memory_dropped) == lifted
+
+
+def test_a_base_is_taken_as_it_is(dropped):
+    base = build_model()
+    bypass(base, [Sublayer(0, "attention", "model.layers.0.self_attn")])
+    report = measured(dropped, base=base, clock=ticking(dropped, base))
+    assert report.decode.speedup.median == 7 / 5
+    assert (len(bypassed_sublayers(base)), len(bypassed_sublayers(dropped))) == (1, 3)
+    costs = [CostModel(model).seconds(MADE_UP, SpeedSettings(4, 2))[1] for model in (base, dropped)]
+    assert report.decode.predicted == costs[0] / costs[1]
+    with pytest.raises(MeasurementError, match="LlamaModel does not predict"):
+        measured(dropped, base=AutoModel.from_config(base.config))
+
+
+def test_adapters_are_off_on_both_sides(dropped):
+    alone = measured(dropped)
+    inject_lora(dropped)
+    for path, module in dropped.named_modules():
+        if path.endswith("lora_A.recovery"):
+            module.register_forward_hook(lambda *_: probing() or pytest.fail("an adapter ran"))
+    assert (measured(dropped).file_bytes_dropped, measured(dropped).peak_memory_dropped) == (
+        alone.file_bytes_dropped,
+        alone.peak_memory_dropped,
+    )
+
+
+def test_a_compiled_model_is_measured_compiled_and_stays_so():
+    dropped = build_model(num_hidden_layers=2)
+    bypass(dropped, find_sublayers(dropped)[1:2])
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        logits = dropped(tokens).logits
+    graphs = []
+
+    def backend(graph, _inputs):
+        def run(*args):
+            graphs.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    alone = measured(dropped)
+    torch._dynamo.reset()
+    dropped.compile(backend=backend)
+    compiled, before = dropped._compiled_call_impl, state_of(dropped)
+    report = measured(dropped, warmup=1)
+    assert graphs
+    assert math.isfinite(report.decode.speedup.median)
+    assert (report.kv_bytes_dense, report.file_bytes_dropped) == (alone.kv_bytes_dense, alone.file_bytes_dropped)
+    assert report.peak_memory_dropped == alone.peak_memory_dropped  # in compiled code it could not be watched
+    assert report.decode.predicted == alone.decode.predicted
+    assert dropped._compiled_call_impl is compiled
+    assert state_of(dropped) == before
+    with torch.no_grad():
+        torch.testing.assert_close(dropped(tokens).logits, logits)
+    torch._dynamo.reset()
+
+
+def test_under_autocast_the_model_runs_in_half_precision(dropped):
+    full = measured(dropped)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = measured(dropped)
+        assert torch.is_autocast_enabled("cpu")
+        held = CostModel(dropped).kv_bytes(batch_size=1, tokens=6, dropped=())
+    assert 0 < half.decode.speedup.median < math.inf
+    assert half.file_bytes_dense == full.file_bytes_dense
+    assert half.kv_bytes_dense == held / 6 == full.kv_bytes_dense  # the rotation gives float32, and values follow
+    assert half.decode.predicted != full.decode.predicted
 
 
 def state_of(model):
@@ -234,49 +386,6 @@ def test_a_model_without_a_head_is_refused(llama):
     bypass(model, find_sublayers(model)[:1])
     with pytest.raises(MeasurementError, match="LlamaModel"):
         measured(model)
-
-
-def at_most(k, n):
-    """Probability that the median of n draws from n sorted values is at most the k-th, so that most draws are."""
-    return sum(math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
-
-
-@pytest.mark.parametrize("n", [3, 5, 7, 13, 19])
-def test_the_interval_is_that_of_the_exact_distribution_of_resampled_medians(n):
-    values = [1 + i / 100 for i in range(n)]
-    random.Random(0).shuffle(values)
-    k = next(k for k in range(1, n + 1) if at_most(k, n) >= 0.025)
-    low = 1 + (k - 1) / 100
-    # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
-    assert at_most(k - 1, n) < 0.016
-    assert at_most(k, n) > 0.045
-    assert bootstrap_interval(values) == Interval(statistics.median(values), low, 1 + (n - k) / 100)
-
-
-def test_the_interval_of_one_constant_is_that_constant():
-    assert bootstrap_interval([1.25] * 7) == Interval(1.25, 1.25, 1.25)
-    assert bootstrap_interval([1.25]) == Interval(1.25, 1.25, 1.25)
-
-
-@pytest.mark.parametrize("n", [2, 9, 15, 24])
-def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
-    generator = random.Random(1)
-    values = [generator.gauss(1, 0.1) for _ in range(n)]
-    there, back = bootstrap_interval(values), bootstrap_interval([-value for value in values])
-    assert (back.low, back.median, back.high) == (-there.high, -there.median, -there.low)
-    assert there == bootstrap_interval(values)
-    assert there.low < there.median < there.high
-
-
-def test_the_interval_widens_with_the_spread_and_narrows_with_the_number():
-    generator = random.Random(1)
-    noise = [generator.gauss(0, 1) for _ in range(101)]
-    few, wide, many = (
-        bootstrap_interval([1 + scale * x for x in part])
-        for scale, part in ((0.01, noise[:11]), (0.1, noise[:11]), (0.01, noise))
-    )
-    assert wide.high - wide.low == pytest.approx(10 * (few.high - few.low))
-    assert many.high - many.low < few.high - few.low
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_the_cache_of_one_layer_is_moved_and_no_other(hidden):
     cache = DynamicCache()
     keys = torch.randn(2, 4, 3, 6)
     cache.update(keys, keys, 0)
-    advance_cache(cache, 1, hidden)
+    advance_cache(cache, 1, hidden, 5)
     assert (cache.get_seq_length(0), cache.get_seq_length(1)) == (3, 5)
     assert torch.equal(cache.layers[0].keys, keys)
 
@@ -122,7 +122,7 @@ def test_the_cache_of_one_layer_is_moved_and_no_other(hidden):
 def test_a_dynamic_cache_keeps_no_memory_for_the_tokens_it_saw(hidden):
     cache = DynamicCache()
     for _ in range(3):
-        advance_cache(cache, 0, hidden)
+        advance_cache(cache, 0, hidden, 5)
     layer = cache.layers[0]
     assert cache.get_seq_length() == 15
     assert [t.untyped_storage().nbytes() for t in (layer.keys, layer.values)] == [hidden.element_size()] * 2
@@ -156,7 +156,7 @@ def test_a_static_cache_whose_keys_and_values_differ_in_size_keeps_both(hidden):
     """Multi-head latent attention: keys of size 12, values of size 8."""
     cache = static_cache()
     cache.update(torch.ones(2, 4, 3, 12), torch.ones(2, 4, 3, 8), 0)
-    advance_cache(cache, 0, hidden)
+    advance_cache(cache, 0, hidden, 5)
     layer = cache.layers[0]
     assert int(cache.get_seq_length()) == 8
     assert (layer.keys.shape, layer.values.shape) == ((2, 4, 16, 12), (2, 4, 16, 8))

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and two more, score and prune."""
+"""The command line: LightningCLI's fit, validate, test and predict, and our own: score, prune, benchmark and plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from layershed.commands import Trainer
 from layershed.data import TextData
 from layershed.errors import CheckpointError, DataError, LayershedError
 from layershed.module import CausalLM
+from layershed.roofline import ACCELERATORS
 
 _WHAT_FOR = {
     "fit": "Train, and drop sublayers on the way. Without --config, the quickstart.",
@@ -34,10 +35,15 @@ _WHAT_FOR = {
     "predict": "Run the model over the held-out text, for a callback that writes its predictions.",
     "score": "Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.",
     "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
+    "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
+    "plan": "Predict what a drop would bring on a device, from the model's config alone: no weights, no text.",
 }
 _USAGE = {
     "score": "--model.pretrained MODEL [--OPTION VALUE ...]",
     "prune": "--model.pretrained MODEL (--ratio SHARE | --count NUMBER) [--OPTION VALUE ...]",
+    "benchmark": "(--model.pretrained DROPPED --base DENSE | --ckpt_path FILE | --model.pretrained DENSE --counts LIST)"
+    " [...]",
+    "plan": "--model.pretrained MODEL [--scope SCOPE --count NUMBER | --plan FILE] [--device NAME] [...]",
 }
 # Instead of what Lightning and the docstrings, which know nothing of a command line, say of these options.
 _HELP = {
@@ -46,17 +52,21 @@ _HELP = {
     "--trainer.callbacks.help NAME lists the options of one.",
     "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
     "null takes that of model.pretrained, or bytes where there is none.",
+    "device": "What it would run on: this, whose ceilings are measured, or by its published ceilings one of "
+    f"{', '.join(ACCELERATORS)}.",
 }
 _SECTIONS = {
     "trainer": "where and how it runs (lightning.pytorch.Trainer)",
     "model": "the model (layershed.module.CausalLM)",
     "data": "the text (layershed.data.TextData)",
 }
-# What score and prune have a use for; the rest is accepted, so that a config of fit serves them too, but not listed.
+# What the commands without training have a use for; the rest is accepted, so that a config of fit serves them too, but
+# not listed.
 _TRAINING_FREE = {
     "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
     "model": {"pretrained", "config", "dtype"},
 }
+_WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
 # Where Lightning talks, and what of it nobody needs: advertisements, echoes of the config, hardware that is not there.
 _LOGS = (
     "lightning.fabric.utilities.seed",
@@ -102,12 +112,12 @@ class _Parser(LightningArgumentParser):
 
 
 class LayershedCLI(LightningCLI):
-    """LightningCLI with ``score`` and ``prune``, and a tokenizer that follows the model."""
+    """LightningCLI with the commands of :class:`Trainer`, and a tokenizer that follows the model."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """LightningCLI's own, and the two of :class:`Trainer`."""
-        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("score", "prune")}}
+        """LightningCLI's own, and those of :class:`Trainer`."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _USAGE}}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Say in plain words what the subcommands and the groups of options are for."""
@@ -118,13 +128,17 @@ class LayershedCLI(LightningCLI):
         for name, parser in self._subcommand_parsers.items():
             parser.usage = f"{self.parser.prog} {name} {_USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
             parser.description = _WHAT_FOR[name]
+            listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in _USAGE else {}
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
                 section, option = f"{action.dest}..".split(".")[:2]
-                if name in _USAGE and section in _TRAINING_FREE and option not in _TRAINING_FREE[section]:
+                if section in listed and option not in listed[section]:
                     action.help = argparse.SUPPRESS
             for section, group in (parser.groups or {}).items():
                 group.title = _SECTIONS.get(section, f"options of {name} alone")
+        if "plan" in self._subcommand_parsers:
+            # what a model is run in, where it is planned for
+            self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults for a first run."""
@@ -143,11 +157,20 @@ class LayershedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """The text is tokenized as the model expects it, unless said otherwise."""
         config = self.config[self.subcommand]
-        if config.data.tokenizer is None:
+        if self.subcommand == "plan":
+            config.data.source, config.data.tokenizer = "pydoc", None  # no text is needed: none is looked for
+        elif config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+
+    def instantiate_classes(self) -> None:
+        """To plan takes the model's skeleton alone."""
+        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
+            super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Refuse text that the model has no embedding or no position for."""
+        if self.subcommand == "plan":
+            return
         config = self.model.model.config.get_text_config()
         if self.datamodule.vocab_size > config.vocab_size:
             raise DataError(

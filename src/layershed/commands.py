@@ -1,44 +1,63 @@
-"""The training-free commands: score a pretrained model, or prune it."""
+"""The commands beside training: score a pretrained model, prune it, benchmark what came of it, or plan for it."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from transformers import PreTrainedModel
 
-from layershed.calibration import estimate_importance
+from layershed.benchmarking import LIFTED, Bench, Benchmark, QualityName, check_comparison, shown_quality
+from layershed.console import (
+    benchmark_notes,
+    benchmark_tables,
+    importance_table,
+    prediction_notes,
+    prediction_table,
+    tell_files,
+    wide_console,
+)
 from layershed.data import TextData
 from layershed.discovery import find_sublayers
-from layershed.errors import CalibrationError, LayershedError, SelectionError
+from layershed.errors import SelectionError
 from layershed.export import check_folder, save_pretrained
 from layershed.figures import ImportancePoint, RunRecord, importance_heatmap
-from layershed.metrics import get_metric
+from layershed.frontier import FrontierPoint, frontier_figure
+from layershed.latency import measure_latency
 from layershed.module import CausalLM
-from layershed.plan import DropPlan, ImportanceScores, Scope, count_by_kind
-from layershed.quality import Quality, evaluate_quality
+from layershed.plan import DropPlan, ImportanceScores, Scope
+from layershed.prediction import Prediction, ceilings_of, deepest_sublayers, plan_of, predict
 from layershed.report import summary_table, write_report
-from layershed.selection import check_selection, select_sublayers
-from layershed.speed import check_room, measure_speed
+from layershed.running import (
+    TrainerError,
+    check_scoring,
+    check_writable,
+    held_out_quality,
+    load_base,
+    load_checkpoint,
+    name_of,
+    next_version,
+    open_folder,
+    prepare,
+    run_directory,
+    score_sublayers,
+)
+from layershed.selection import Objective, check_selection, select_sublayers
+from layershed.speed import measure_speed
+from layershed.stopwatch import SpeedSettings
 from layershed.surgery import bypass, dropped_sublayers
 
 
-class TrainerError(LayershedError, ValueError):
-    """A Trainer that cannot be had on this machine."""
-
-
 class Trainer(pl.Trainer):
-    """A Lightning Trainer with two training-free commands, and CSV and TensorBoard logs in one numbered directory.
+    """A Lightning Trainer with training-free commands, and CSV and TensorBoard logs in one numbered directory.
 
     Args:
         logger: Loggers; true or null for CSV and TensorBoard files in default_root_dir/version_N, false for none.
@@ -57,9 +76,9 @@ class Trainer(pl.Trainer):
         **kwargs: Any,
     ) -> None:
         root = Path(default_root_dir)
-        _check_writable(root)
+        check_writable(root)
         if logger is None or logger is True:
-            version = _next_version(root)
+            version = next_version(root)
             logger = [kind(root, name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]
         try:
             super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
@@ -85,17 +104,17 @@ class Trainer(pl.Trainer):
         Raises:
             LayershedError: Before anything is measured, if an argument has no meaning.
         """
-        _check_scoring(metric, batches)
+        check_scoring(metric, batches)
         find_sublayers(model)  # or say that there are none before the text is read
 
-        console, folder = Console(), _prepare(self, model, datamodule)
-        scores = _score(self, model, datamodule, metric, batches, folder)
+        console, folder = Console(), prepare(self, model, datamodule)
+        scores = score_sublayers(self, model, datamodule, metric, batches, folder)
         figure = importance_heatmap(_points(scores))
-        figure.suptitle(f"{_name(model)}: importance ({metric})", fontsize=11)
+        figure.suptitle(f"{name_of(model)}: importance ({metric})", fontsize=11)
         figure.savefig(folder / "importance.png", dpi=150)
-        console.print(_table(scores))
+        console.print(importance_table(scores))
         console.print(f"#1 is the most redundant and would go first; measured over {scores.tokens:,} tokens.")
-        _tell(console, Importances=folder / "importance.csv", Picture=folder / "importance.png")
+        tell_files(console, Importances=folder / "importance.csv", Picture=folder / "importance.png")
         return scores
 
     def prune(
@@ -106,6 +125,7 @@ class Trainer(pl.Trainer):
         count: int | None = None,
         ratio: float | None = None,
         metric: str = "cosine",
+        objective: Objective = "importance",
         protect: Sequence[int] = (),
         batches: int = 16,
         quality_batches: int = 16,
@@ -125,6 +145,8 @@ class Trainer(pl.Trainer):
             count: How many to drop: blocks with scope block, else sublayers. Give this or ratio.
             ratio: Share to drop, in (0, 1): of the blocks with scope block, else of the sublayers. Give this or count.
             metric: cosine, relative_magnitude or angular.
+            objective: importance (the least important goes first) or speed (what costs least importance per measured
+                millisecond of decoding).
             protect: Indices of blocks that stay whole, such as [0, -1]; negative ones count from the end.
             batches: Number of batches to score.
             quality_batches: Number of held-out batches for loss and accuracy.
@@ -140,10 +162,10 @@ class Trainer(pl.Trainer):
             LayershedError: Before anything is measured, if that cannot be dropped, measured or saved.
         """
         check_selection(scope, count=count, ratio=ratio)
-        _check_scoring(metric, batches, quality_batches)
+        check_scoring(metric, batches, quality_batches)
         speed_settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
-        check_room(model.model, batch_size=1, **speed_settings)
-        check_folder(_run_directory(self) / output)
+        SpeedSettings(**speed_settings).check(model.model)
+        check_folder(run_directory(self) / output)
         if gone := dropped_sublayers(model):
             raise SelectionError(
                 f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
@@ -153,115 +175,208 @@ class Trainer(pl.Trainer):
         equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
         select_sublayers(equal, scope, count=count, ratio=ratio, protect=protect)
 
-        console, folder = Console(), _prepare(self, model, datamodule)
-        scores = _score(self, model, datamodule, metric, batches, folder)
-        plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
-        quality = {"before": _quality(self, model, datamodule, quality_batches, "before the drop")}
+        console, folder = Console(), prepare(self, model, datamodule)
+        scores = score_sublayers(self, model, datamodule, metric, batches, folder)
+        latency = None
+        if objective == "speed":
+            with self.precision_plugin.forward_context(), console.status("Measuring latency"):
+                latency = measure_latency(model, **speed_settings).sublayers
+        wanted: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
+        plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
+        quality = {"before": held_out_quality(self, model, datamodule, quality_batches, "before the drop")}
         bypass(model, plan)
-        quality["after"] = _quality(self, model, datamodule, quality_batches, "after the drop")
+        quality["after"] = held_out_quality(self, model, datamodule, quality_batches, "after the drop")
         with self.precision_plugin.forward_context(), console.status("Measuring speed"):
             speed = measure_speed(model, **speed_settings)
         (folder / "speed.json").write_text(json.dumps(speed.to_dict(), indent=2) + "\n", encoding="utf-8")
         plan.save(folder / "drop_plan.json")
         saved = save_pretrained(model, folder / output, plan=plan, tokenizer=datamodule.tokenizer)
-        record = RunRecord(_name(model), importance=_points(scores), plan=plan, quality=quality, speed=speed)
+        record = RunRecord(name_of(model), importance=_points(scores), plan=plan, quality=quality, speed=speed)
         report = write_report(record, folder / "report.html")
         console.print(summary_table(record))
-        _tell(console, Model=saved, Report=report)
+        tell_files(console, Model=saved, Report=report)
         return plan
 
+    def benchmark(
+        self,
+        model: CausalLM,
+        datamodule: TextData,
+        base: str | None = None,
+        ckpt_path: str | None = None,
+        counts: Sequence[int] = (),
+        scopes: Sequence[Scope] = ("attention", "mlp", "joint", "block"),
+        metric: str = "cosine",
+        objective: Objective = "importance",
+        batches: int = 16,
+        quality_batches: int = 16,
+        quality: QualityName = "accuracy",
+        prompt_tokens: int = 128,
+        new_tokens: int = 32,
+        batch_size: int = 1,
+        runs: int = 10,
+    ) -> Benchmark:
+        """Measure a dropped model against its dense base, or sweep over drops of a dense one: quality beside speed.
 
-def _check_writable(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: {str(there)!r} is a file, not a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r}.")
+        Writes ``benchmark.json``, and for a sweep ``frontier.png`` and ``importance.csv``.
+
+        Args:
+            model: The dropped model; for a sweep the dense one.
+            datamodule: Where the text comes from; quality is measured on the held-out split.
+            base: The dense model to compare with: a folder, a hub id or a GGUF file. null compares with the same
+                weights, the bypass lifted, which a checkpoint still has.
+            ckpt_path: A checkpoint of fit; it brings the options of its model along.
+            counts: For a sweep, how many are dropped, such as [2, 4, 8]; blocks with scope block, else sublayers.
+            scopes: For a sweep, what is ranked; every scope is measured with every count.
+            metric: For a sweep: cosine, relative_magnitude or angular.
+            objective: For a sweep: importance (the least important goes first) or speed (what costs least importance
+                per measured millisecond of decoding).
+            batches: For a sweep, number of batches to score.
+            quality_batches: Number of held-out batches for loss and accuracy.
+            quality: What the picture shows and the SDR counts: accuracy, loss or perplexity.
+            prompt_tokens: Tokens per prompt of the speed measurement.
+            new_tokens: Tokens decoded by the speed measurement.
+            batch_size: Sequences at once of the speed measurement.
+            runs: Pairs of dense and dropped runs of the speed measurement.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            LayershedError: Before anything is measured, if there is nothing to compare, or too little to drop.
+        """
+        settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs)
+        settings.check(model.model)
+        check_scoring(metric, batches, quality_batches)
+        if ckpt_path is not None:
+            load_checkpoint(model, ckpt_path)
+        check_comparison(model, base, scopes, counts)
+        other = None if base is None else load_base(self, base, model, datamodule)
+
+        console, folder = wide_console(), prepare(self, model, datamodule)
+        scores = score_sublayers(self, model, datamodule, metric, batches, folder) if counts else None
+        with self.precision_plugin.forward_context(), console.status("Measuring") as status:
+            bench = Bench(model, lambda net: held_out_quality(self, net, datamodule, quality_batches), settings, other)
+            dense, measured = bench.dense_quality(), []
+            if scores is None:
+                measured.append(bench.measure(plan_of(dropped_sublayers(model))))
+            else:
+                for one in bench.sweep(scores, scopes, counts, objective):
+                    measured.append(one)
+                    status.update(f"Measured {len(measured)} of {len(scopes) * len(counts)}")
+        used = {**asdict(settings), "quality_batches": quality_batches}
+        if scores is not None:
+            used |= {"metric": metric, "objective": objective, "batches": batches}
+        name, what = ckpt_path or name_of(model), base or (name_of(model) if counts else LIFTED)
+        result = Benchmark(name, what, dense, tuple(measured), quality, bench.ceilings, used, bench.machine())
+        files = {"Measurements": folder / "benchmark.json"}
+        files["Measurements"].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if counts:
+            files["Picture"] = folder / "frontier.png"
+            _frontier(result).savefig(files["Picture"])
+        for table in benchmark_tables(result):
+            console.print(table)
+        for note in benchmark_notes(result):
+            console.print(note, highlight=False, markup=False)
+        tell_files(console, **files)
+        return result
+
+    def plan(
+        self,
+        model: CausalLM,
+        datamodule: TextData,
+        scope: Scope = "attention",
+        count: int | None = None,
+        ratio: float | None = None,
+        plan: str | None = None,
+        device: str = "this",
+        batch_size: int = 1,
+        prompt_tokens: int = 256,
+        new_tokens: int = 64,
+    ) -> Prediction:
+        """Predict what a drop would bring on a device, from the model's config alone: no weight is read or allocated.
+
+        Writes ``prediction.json`` into the run directory.
+
+        Args:
+            model: A skeleton on the meta device.
+            datamodule: Not used; no text is needed.
+            scope: What goes, the deepest first, as there are no importances: attention, mlp or block. For joint give
+                a plan.
+            count: How many go: blocks with scope block, else sublayers. Give this, ratio or plan; without any, half
+                of the attention goes, or of a dropped model what it lacks.
+            ratio: Share that goes, in (0, 1).
+            plan: A drop_plan.json that a run wrote, instead of scope, count and ratio.
+            device: this, whose ceilings are measured, or one by its published ceilings (DEVICES).
+            batch_size: Sequences at once.
+            prompt_tokens: Tokens of each prompt.
+            new_tokens: Tokens decoded after it; the KV cache is that of prompt and new tokens.
+
+        Returns:
+            What theory predicts.
+
+        Raises:
+            LayershedError: If that cannot be dropped or predicted.
+        """
+        settings = SpeedSettings(prompt_tokens, new_tokens, batch_size)
+        transformer = settings.check(model.model)
+        chosen = _planned(transformer, scope, count, ratio, plan)
+        dtype = next(transformer.parameters()).dtype
+        ceilings = ceilings_of(device, self.strategy.root_device, dtype)
+
+        console, folder = wide_console(), open_folder(self, model)
+        prediction = predict(transformer, chosen, ceilings, settings)
+        path = folder / "prediction.json"
+        path.write_text(json.dumps(prediction.to_dict(), indent=2) + "\n", encoding="utf-8")
+        console.print(prediction_table(prediction, name_of(model)))
+        for note in prediction_notes(prediction, by_depth=plan is None and chosen is not None):
+            console.print(note, highlight=False, markup=False)
+        tell_files(console, Prediction=path)
+        return prediction
 
 
-def _check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
-    get_metric(metric)
-    for name, number in (("batches", batches), ("quality_batches", quality_batches)):
-        if number < 1:
-            raise CalibrationError(f"{name}={number}: it must be at least 1.")
+def _planned(
+    transformer: PreTrainedModel, scope: Scope, count: int | None, ratio: float | None, plan: str | None
+) -> DropPlan | None:
+    """What would be dropped; None for what the skeleton lacks already."""
+    if plan is not None:
+        if count is not None or ratio is not None:
+            raise SelectionError(f"plan={plan!r}, count={count}, ratio={ratio}: give a plan, a count or a ratio.")
+        return DropPlan.load(plan)
+    if gone := dropped_sublayers(transformer):
+        if count is not None or ratio is not None:
+            raise SelectionError(
+                f"plan: the model already lacks {', '.join(sublayer.name for sublayer in gone)}; leave out count and "
+                "ratio to predict what that brings, or plan for the model that it came from."
+            )
+        return None
+    if count is None and ratio is None:
+        ratio = 0.5
+    return deepest_sublayers(find_sublayers(transformer), scope, count=count, ratio=ratio)
 
 
-def _next_version(folder: Path) -> int:
-    taken = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    return max(taken, default=-1) + 1
-
-
-def _run_directory(trainer: pl.Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def _prepare(trainer: pl.Trainer, model: CausalLM, data: TextData) -> Path:
-    """What Lightning does before it trains: data, device, precision, and the config on disk."""
-    if model.hparams.get("pretrained") is None:
-        note = "note: without --model.pretrained the weights are random, and so is what is measured of them"
-        print(note)
-    data.prepare_data()
-    data.setup()
-    trainer.precision_plugin.convert_module(model)
-    model.to(trainer.strategy.root_device)
-    folder = _run_directory(trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    for callback in getattr(trainer, "callbacks", ()):
-        if isinstance(callback, SaveConfigCallback):
-            callback.setup(trainer, model, stage="predict")
-    return folder
-
-
-def _score(
-    trainer: pl.Trainer, model: CausalLM, data: TextData, metric: str, batches: int, folder: Path
-) -> ImportanceScores:
-    with trainer.precision_plugin.forward_context():
-        scores = estimate_importance(model, _watched(data.train_dataloader(), batches, "Scoring"), metric)
-    rows = [f"0,{block},{kind},{metric},{value!r}\n" for block, kind, value in scores.rows()]
-    (folder / "importance.csv").write_text("step,block,kind,metric,value\n" + "".join(rows), encoding="utf-8")
-    return scores
-
-
-def _quality(trainer: pl.Trainer, model: CausalLM, data: TextData, batches: int, when: str) -> Quality:
-    with trainer.precision_plugin.forward_context():
-        return evaluate_quality(model, _watched(data.val_dataloader(), batches, f"Measuring quality {when}"))
-
-
-def _name(model: CausalLM) -> str:
-    source = str(model.hparams.get("pretrained") or type(model.model).__name__)
-    return Path(source).stem if source.endswith(".gguf") else source
-
-
-def _tell(console: Console, **written: Path) -> None:
-    for what, path in written.items():
-        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _watched(loader: Any, batches: int, what: str) -> Iterable[Any]:
-    """The first batches, with a progress bar on a terminal: a large model takes minutes."""
-    console = Console()
-    total = min(batches, len(loader))
-    return track(islice(loader, batches), what, total, console=console, transient=True, disable=not console.is_terminal)
+def _frontier(result: Benchmark) -> Figure:
+    points = [
+        FrontierPoint(
+            one.scope,
+            one.count,
+            shown_quality(one.quality, result.quality),
+            one.speed.prefill.speedup,
+            one.speed.decode.speedup,
+        )
+        for one in result.measurements
+        if one.scope is not None and one.count is not None
+    ]
+    dense = shown_quality(result.dense, result.quality)
+    values = [dense, *(point.quality for point in points)]
+    label = {
+        "accuracy": "next-token accuracy (%)",
+        "loss": "loss (nats per token), lower is better",
+        "perplexity": "perplexity, lower is better",
+    }[result.quality]
+    title = f"{result.model} on {result.machine['device']}"
+    wide = result.quality == "perplexity" and max(values) > 10 * min(values)
+    return frontier_figure(points, dense, label, title=title, log_scale=wide)
 
 
 def _points(scores: ImportanceScores) -> tuple[ImportancePoint, ...]:
     return tuple(ImportancePoint(0, block, kind, scores.metric, value) for block, kind, value in scores.rows())
-
-
-def _table(scores: ImportanceScores) -> Table:
-    """Importances by block, the least important first in each column's rank."""
-    by_cell: dict[tuple[int, str], float] = {(block, kind): value for block, kind, value in scores.rows()}
-    order = {s: rank for rank, s in enumerate(sorted(scores, key=lambda s: (scores[s], s)), start=1)}
-    ranks: dict[tuple[int, str], int] = {(sublayer.block, sublayer.kind): rank for sublayer, rank in order.items()}
-    table = Table(title=f"importance ({scores.metric}), low = redundant")
-    table.add_column("block", justify="right")
-    kinds = [*count_by_kind(scores), "block"]
-    for kind in kinds:
-        table.add_column(kind if kind != "block" else "whole block", justify="right")
-    for block in sorted({block for block, _, _ in scores.rows()}):
-        cells = []
-        for kind in kinds:
-            value, rank = by_cell.get((block, kind)), ranks.get((block, kind))
-            cells.append("" if value is None else f"{value:.6f}" + (f"  #{rank}" if rank else ""))
-        table.add_row(str(block), *cells)
-    return table

@@ -62,6 +62,14 @@ class MeasurementError(LayershedError, ValueError):
     """Speed or quality could not be measured on the given model."""
 
 
+class SpeedupError(MeasurementError):
+    """A target speedup that cannot be reached."""
+
+
+class CostError(LayershedError, ValueError):
+    """What a model computes cannot be told from its structure."""
+
+
 class RecoveryError(LayershedError, ValueError):
     """Recovery that cannot happen as asked: adapters that do not fit, or nothing left to train."""
 

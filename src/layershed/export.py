@@ -12,6 +12,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -26,6 +27,7 @@ from layershed.recovery import ADAPTER, adapted_modules
 from layershed.standalone import add_modelling_file
 from layershed.standins import RemovedModule
 from layershed.surgery import (
+    bypass,
     dropped_parameter_names,
     dropped_sublayers,
     mark_dropped,
@@ -142,6 +144,28 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(folder) / ADAPTER_FOLDER).is_dir():
         load_adapter(model, Path(folder) / ADAPTER_FOLDER)
     return model
+
+
+def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a folder holds, from its config alone and on the default device: what it lacks is bypassed.
+
+    Args:
+        source: The folder, or a hub id.
+        dtype: Of the weights, which are random, or none on the meta device.
+
+    Raises:
+        ExportError: If there is no such config, or it drops what does not exist.
+    """
+    config = load_config(source)
+    model: PreTrainedModel = _model_class(config)._from_config(config, dtype=dtype)
+    if modules := getattr(config, "dropped_modules", None):
+        stand_ins = (stand_in_from(fields) for fields in modules.values())
+        gone = {stand_in.sublayer for stand_in in stand_ins if stand_in.core}
+    else:
+        gone = set(_skipped_sublayers(model, config))
+    if gone:
+        bypass(model, gone)
+    return model.eval()
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -285,10 +309,15 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _remove_skipped(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Remove from a skeleton what upstream's field skips, of which it says no more than block and kind."""
+    """Remove from a skeleton what upstream's field skips."""
+    remove(model, _skipped_sublayers(model, config))
+
+
+def _skipped_sublayers(model: PreTrainedModel, config: PreTrainedConfig) -> list[Sublayer]:
+    """What upstream's field skips, of which it says no more than block and kind."""
     found: dict[tuple[int, str], Sublayer] = {(s.block, s.kind): s for s in find_sublayers(model)}
     wanted = sorted(_skipped_in(config))
     for block, kind in wanted:
         if (block, kind) not in found:
             raise ExportError(f"load_pretrained: the config skips {kind!r} of block {block}, which does not exist.")
-    remove(model, [found[key] for key in wanted])
+    return [found[key] for key in wanted]

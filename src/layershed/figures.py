@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -23,12 +22,10 @@ from layershed.errors import DataError
 from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.speed import SpeedReport
+from layershed.style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
 
 PANELS = {"attention": "Attention", "cross_attention": "Cross-attention", "mlp": "MLP", "block": "Whole block"}
-_INK, _MUTED = "#1f2328", "#59636e"
 _DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
-_TEXT: dict[str, Any] = {"color": _INK, "fontsize": 9}
-_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": _INK}
 # More labels than this do not fit beside one another, even when they are turned on end.
 _MOST_LABELS = 16
 
@@ -121,7 +118,7 @@ def importance_heatmap(
 
     height = min(max(0.24 * len(blocks), 2.0), 9.0)
     size = (3.8, (height + 0.9) * len(kinds) + 0.7) if stacked else (10.0, height + 1.4)
-    figure = _figure(size)
+    figure = new_figure(size)
     shape = (len(kinds), 1) if stacked else (1, len(kinds))
     panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
     for axes, kind in zip(panels, kinds, strict=True):
@@ -136,15 +133,15 @@ def importance_heatmap(
         _style_panel(axes, PANELS[kind], blocks, steps)
         lines = _mark_drops(axes, {step: f"drop at {step}" for step in _drop_steps(plan)}, underlay="white")
     for axes in panels if stacked else panels[:1]:
-        axes.set_ylabel("block", **_TEXT)
+        axes.set_ylabel("block", **TEXT)
     for axes in panels if len(steps) == 1 else ():
         axes.set_xticks([])
     for axes in panels[-1:] if stacked else panels:
-        axes.set_xlabel("" if len(steps) == 1 else "optimizer step", **_TEXT)
+        axes.set_xlabel("" if len(steps) == 1 else "optimizer step", **TEXT)
     _add_scale(figure, mesh, list(panels), stacked)
     if any(axes.patches for axes in panels):
         patch = Patch(**_DROPPED, label="dropped: no importance left to measure")
-        figure.legend(handles=[patch, *lines], loc="outside lower center", ncols=1 + (not stacked), **_LEGEND)
+        figure.legend(handles=[patch, *lines], loc="outside lower center", ncols=1 + (not stacked), **LEGEND)
     return figure
 
 
@@ -158,9 +155,9 @@ def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
     Returns:
         The figure; it has one line for each split that was logged.
     """
-    figure = _figure((3.8, 3.4) if narrow else (10.0, 3.9))
+    figure = new_figure((3.8, 3.4) if narrow else (10.0, 3.9))
     axes = figure.subplots()
-    axes.set_facecolor("white")
+    plain_axes(axes)
     styles: dict[str, dict[str, Any]] = {
         "train": {"label": "training", "color": "#8c98a6", "linewidth": 0.9},
         "val": {"label": "validation", "color": "#0072b2", "linewidth": 1.6, "marker": "o", "markersize": 4.5},
@@ -171,25 +168,14 @@ def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
         if points:
             points.sort(key=lambda point: point.step)  # stable: two at the step of a drop stay before and after it
             curves += axes.plot([point.step for point in points], [point.loss for point in points], **style)
-    axes.set_xlabel("optimizer step", **_TEXT)
-    axes.set_ylabel("loss (nats per token)", **_TEXT)
+    axes.set_xlabel("optimizer step", **TEXT)
+    axes.set_ylabel("loss (nats per token)", **TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 9, integer=True))
-    axes.grid(color="#e4e7ea", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=9, colors=_MUTED, labelcolor=_INK)
     counts = Counter(drop.step for drop in record.plan.drops) if record.plan else Counter()
     lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in _drop_steps(record.plan)})
     if curves or lines:
         ncols = 2 if narrow else 3
-        figure.legend(handles=[*curves, *lines], loc="outside lower center", ncols=ncols, **_LEGEND)
-    return figure
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, dpi=200, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+        figure.legend(handles=[*curves, *lines], loc="outside lower center", ncols=ncols, **LEGEND)
     return figure
 
 
@@ -244,13 +230,13 @@ def _runs(flags: Iterable[bool]) -> Iterator[tuple[int, int]]:
 
 
 def _style_panel(axes: Axes, title: str, blocks: list[int], steps: list[int]) -> None:
-    axes.set_title(title, loc="left", pad=20, fontsize=10.5, fontweight="bold", color=_INK)
+    axes.set_title(title, loc="left", pad=20, fontsize=10.5, fontweight="bold", color=INK)
     axes.set_facecolor("white")
     stride = math.ceil(len(blocks) / 16)
     axes.set_yticks(range(0, len(blocks), stride), [str(block) for block in blocks[::stride]])
     ticks = MaxNLocator(5, integer=True).tick_values(steps[0], steps[-1])
     axes.set_xticks([tick for tick in ticks if steps[0] <= tick <= steps[-1]])
-    axes.tick_params(labelsize=9, colors=_MUTED, labelcolor=_INK, labelleft=True)
+    axes.tick_params(labelsize=9, colors=MUTED, labelcolor=INK, labelleft=True)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -273,13 +259,13 @@ def _mark_drops(axes: Axes, labels: Mapping[int, str], underlay: str | None = No
     for place, (step, label) in enumerate(labels.items()):
         if underlay:
             axes.axvline(step, color=underlay, linewidth=2.4)
-        lines.append(axes.axvline(step, color=_INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label="drop, step above"))
+        lines.append(axes.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label="drop, step above"))
         if place % stride == 0:
             where = (step - low) / (high - low)
             align = "left" if where < 0.2 else "right" if where > 0.8 else "center"
             place_text = {"ha": "center", "rotation": 90} if crowded else {"ha": align}
             text, at, frame = str(step) if crowded else label, (step, 1), ("data", "axes fraction")
-            axes.annotate(text, at, (0, 4), frame, "offset points", va="bottom", fontsize=8, color=_INK, **place_text)
+            axes.annotate(text, at, (0, 4), frame, "offset points", va="bottom", fontsize=8, color=INK, **place_text)
     return lines[:1] if crowded else []
 
 
@@ -289,8 +275,8 @@ def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool
     where: dict[str, Any] = {"location": "bottom" if stacked else "right", "aspect": length / 0.13}
     bar = figure.colorbar(mesh, ax=panels, fraction=0.05, pad=0.02, **where)
     scale = ", log scale" if isinstance(bar.norm, LogNorm) else ""
-    bar.set_label(f"importance{scale} (low = redundant)", **_TEXT)
-    bar.ax.tick_params(labelsize=9, colors=_MUTED, labelcolor=_INK)
+    bar.set_label(f"importance{scale} (low = redundant)", **TEXT)
+    bar.ax.tick_params(labelsize=9, colors=MUTED, labelcolor=INK)
     if scale:
         bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.outline.set_visible(False)

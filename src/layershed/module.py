@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,31 +12,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics.text import Perplexity
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from layershed.building import build_model
 from layershed.callbacks.structure import waits_for_nothing
 from layershed.checkpoint import apply_structure, write_structure
-from layershed.discovery import secure_quantized
 from layershed.distillation import Distillation, check_teacher, self_distillation
-from layershed.errors import LayershedError, ModelError, RecoveryError, ScheduleError
-from layershed.export import lacks_sublayers, load_config, load_pretrained
+from layershed.errors import RecoveryError, ScheduleError
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
-
-QUICKSTART_CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 
 
 class CausalLM(pl.LightningModule):
@@ -180,81 +158,3 @@ def _total_steps(trainer: pl.Trainer) -> float:
     steps = trainer.estimated_stepping_batches
     loop._combined_loader = known
     return steps
-
-
-def build_model(
-    pretrained: str | None = None, config: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A causal language model; the arguments are those of :class:`CausalLM`.
-
-    Raises:
-        ModelError: If it cannot be built.
-    """
-    if pretrained is None:
-        return _from_scratch(QUICKSTART_CONFIG if config is None else config, dtype)
-    path = Path(pretrained).expanduser()
-    if path.suffix == ".gguf":
-        return _from_gguf(path, config or {}, dtype)
-    if pretrained.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelError(f"pretrained={pretrained!r}: there is no such folder.")
-    return _from_pretrained(str(path) if path.is_dir() else pretrained, config or {}, dtype)
-
-
-def _from_scratch(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise ModelError("config: it needs a model_type, such as llama, to train from scratch.")
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ModelError(f"config: transformers knows no model_type {model_type!r}{hint}")
-    with _explained("config: no causal language model can be built from it"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=dtype)
-
-
-def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    config = load_config(source)
-    if fields.get("model_type", config.model_type) != config.model_type:
-        raise ModelError(
-            f"config: pretrained={source!r} is of model_type {config.model_type!r}, not {fields['model_type']!r}; "
-            "another architecture could not take its weights."
-        )
-    with _explained(f"pretrained={source!r}: the model could not be loaded"):
-        if not lacks_sublayers(config):
-            model = AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
-            secure_quantized(model)
-            return model
-        if fields.keys() - {"model_type"}:
-            raise ModelError(
-                f"config: pretrained={source!r} lacks dropped sublayers, and is loaded with its own config; leave "
-                f"out {', '.join(sorted(fields))}."
-            )
-        return load_pretrained(source, dtype=dtype)
-
-
-def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    if not path.is_file():
-        raise ModelError(f"pretrained={str(path)!r}: there is no such GGUF file.")
-    with _explained(f"pretrained={str(path)!r}: the model could not be loaded"):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **fields)
-        except ImportError:
-            raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
-    # the weights are dequantized: what is left of the file's quantization would forbid saving
-    del model.config.quantization_config
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
-    return model
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn any error of the Hugging Face libraries into a ModelError of one sentence."""
-    try:
-        yield
-    except LayershedError:
-        raise
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        raise ModelError(f"{what} ({reason.rstrip('.')}).") from error

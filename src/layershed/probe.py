@@ -35,17 +35,23 @@ def run_probe(transformer: nn.Module) -> Tape:
     Raises:
         UnprovenStructureError: If the forward pass fails.
     """
-    with quietly(transformer), recording(transformer) as tape:
-        try:
-            _forward(transformer)
-        except Exception as error:
-            name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
-            raise UnprovenStructureError(
-                f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
-                f"{first_line.rstrip('.')}). If it takes other inputs, say which: layershed.register_adapter({name}, "
-                "layershed.SublayerAdapter(lambda model: {...}))."
-            ) from error
+    with quietly(transformer), recording(transformer) as tape, _explained(transformer):
+        _forward(transformer)
     return tape
+
+
+@contextmanager
+def _explained(transformer: nn.Module) -> Iterator[None]:
+    """Whatever a forward pass raises, as an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
+        raise UnprovenStructureError(
+            f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
+            f"{first_line.rstrip('.')}). If it takes other inputs, say which: layershed.register_adapter({name}, "
+            "layershed.SublayerAdapter(lambda model: {...}))."
+        ) from error
 
 
 def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
@@ -68,6 +74,16 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
         except Exception:  # whatever it raises: it does without a cache
             return None
     return watch.slots
+
+
+def filled_cache(transformer: nn.Module) -> Any:
+    """The KV cache as the model makes it for itself, filled with the few tokens of a probe.
+
+    Raises:
+        UnprovenStructureError: If the forward pass fails.
+    """
+    with quietly(transformer), _explained(transformer):
+        return getattr(_forward(transformer, use_cache=True), "past_key_values", None)
 
 
 class _CacheWatch:
@@ -102,7 +118,7 @@ def probing() -> bool:
 def quietly(transformer: nn.Module) -> Iterator[None]:
     """Within the context a forward pass is a probe: dense, eager, in eval mode, and nothing of it remains."""
     with _marked(), torch.no_grad(), torch.random.fork_rng(devices=[]), ExitStack() as contexts:
-        for context in (evaluating(transformer), lifted(transformer), _eager(transformer)):
+        for context in (evaluating(transformer), lifted(transformer), eager(transformer)):
             contexts.enter_context(context)
         yield
 
@@ -128,7 +144,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Keeps compiled modules from running their compiled code, in which no module is called."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         return nullcontext()
@@ -153,19 +169,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def _forward(transformer: nn.Module, **more: Any) -> None:
+def _forward(transformer: nn.Module, **more: Any) -> Any:
     if not any(parameter.is_meta for parameter in transformer.parameters()):
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
-        transformer(**{**inputs, **more})
-        return
+        return transformer(**{**inputs, **more})
     # bfloat16, which grouped matrix products of expert layers insist on without real data
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())
         }
-        functional_call(transformer, state, kwargs={**example_inputs(transformer), **more})
+        return functional_call(transformer, state, kwargs={**example_inputs(transformer), **more})
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -19,9 +19,10 @@ from rich.text import Text
 
 from layershed.errors import DataError
 from layershed.figures import PANELS, ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
-from layershed.plan import DropPlan, count_by_kind
+from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+from layershed.wording import change_of, counts_of, short_bytes, short_count, short_number
 
 __all__ = [
     "ImportancePoint",
@@ -80,17 +81,19 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     """
     rows = [(f"Validation loss {words}", _quality(record.quality[key])) for key, words in _moments(record, *_MOMENTS)]
     if record.plan:
-        rows.append(("Sublayers dropped", _counts(record.plan)))
+        rows.append(("Sublayers dropped", counts_of(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
         rows.append(("Sublayers dropped", "nothing was dropped"))
     if speed := record.speed:
         before, after = speed.parameters_dense, speed.parameters_dropped
         cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
         rows += [
-            ("Parameters", f"{_count(before)} -> {_count(after)}{_change(before, after)}"),
+            ("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}"),
             ("Prefill speed", _phase(speed.prefill)),
             ("Decode speed", _phase(speed.decode)),
-            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_change(cache, left)}"),
+            ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
+            ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
+            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}"),
         ]
         if "before" in record.quality:
             moments = _moments(record, "after", "end")
@@ -133,7 +136,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(typeset=_typeset, number=_number)
+    environment.filters.update(typeset=_typeset, number=short_number)
     html = environment.get_template("report.html").render(
         model=_printable(record.model),
         lede=_lede(record.plan),
@@ -231,7 +234,7 @@ def _lede(plan: DropPlan | None) -> str:
     when = f" at step {steps[0]:,}" if steps else ""
     if len(steps) > 1:
         when = f" in {len(steps)} rounds from step {steps[0]:,} to step {steps[-1]:,}"
-    return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {_counts(plan)}."
+    return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {counts_of(plan)}."
 
 
 def _point(row: list[str]) -> ImportancePoint:
@@ -250,32 +253,20 @@ def _quality(quality: Quality) -> str:
     return f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
 
 
-def _counts(plan: DropPlan) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in count_by_kind(plan).items() if count)
+def _sizes(before: float, after: float) -> str:
+    return f"{short_bytes(before)} -> {short_bytes(after)}{_in_brackets(before, after)}"
 
 
-def _count(number: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:,}"
-
-
-def _change(before: float, after: float) -> str:
-    return f" ({(after / before - 1) * 100:+.1f} %)" if before else ""
-
-
-def _number(value: float | None) -> str:
-    """Three digits where there is a fraction to show, every digit where there is none."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def _in_brackets(before: float, after: float) -> str:
+    return f" ({change_of(before, after)})" if before else ""
 
 
 def _phase(phase: PhaseSpeed) -> str:
     speedup = f"x{phase.speedup.median:.2f} [{phase.speedup.low:.2f}, {phase.speedup.high:.2f}]"
+    if phase.predicted is not None:
+        speedup += f", x{phase.predicted:.2f} in theory"
     doubt = "" if phase.measurable else "no measurable speedup, "
-    return f"{_number(phase.dense)} -> {_number(phase.dropped)} tokens/s, {doubt}{speedup}"
+    return f"{short_number(phase.dense)} -> {short_number(phase.dropped)} tokens/s, {doubt}{speedup}"
 
 
 def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:

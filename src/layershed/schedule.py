@@ -55,6 +55,10 @@ class DropSchedule:
         """Whether to drop once ``step`` optimizer steps are done."""
         return step in self.steps
 
+    def share_due(self, step: int) -> float:
+        """Share of the rounds that are due once ``step`` optimizer steps are done; at least the first is."""
+        return max(1, sum(due <= step for due in self.steps)) / self.rounds
+
     def check_against(self, max_steps: int) -> None:
         """Refuse a schedule whose last drop would never happen.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, get_args
 
 from layershed.errors import SelectionError
 from layershed.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
+
+Objective = Literal["importance", "speed"]
 
 
 def select_sublayers(
@@ -16,8 +19,10 @@ def select_sublayers(
     count: int | None = None,
     ratio: float | None = None,
     protect: Iterable[Sublayer | int] = (),
+    objective: Objective = "importance",
+    latency: Mapping[Sublayer, float] | None = None,
 ) -> DropPlan:
-    """The least important sublayers, in the order of their importance.
+    """The least important sublayers, in the order of their importance, or of their importance per millisecond saved.
 
     The four scopes are those of arXiv 2406.15786: Attention Drop and MLP Drop rank one kind; Joint Layer Drop ranks
     both in one array; Block Drop ranks whole blocks and drops both sublayers of each.
@@ -29,12 +34,16 @@ def select_sublayers(
         count: How many to drop (blocks with scope ``"block"``, else sublayers); or
         ratio: which share of the candidates to drop, in (0, 1), rounded down; protected ones count as candidates.
         protect: Sublayers, or indices of blocks (negative ones from the end), that stay.
+        objective: ``"importance"``: the least important goes first; ``"speed"``: the one that costs least importance
+            per millisecond saved.
+        latency: Seconds that each sublayer takes, as ``measure_latency(...).sublayers``; for objective ``"speed"``.
 
     Returns:
-        The plan; equal importances are taken in forward order.
+        The plan; equal ones are taken in forward order. The scores in it are importances with either objective.
 
     Raises:
-        SelectionError: If count and ratio are not exactly one, are out of range, or cannot be met.
+        SelectionError: If count and ratio are not exactly one, are out of range, or cannot be met; if objective
+            ``"speed"`` lacks a latency.
 
     Example:
         >>> scores = {Sublayer(0, "mlp", "m.0"): 0.3, Sublayer(1, "mlp", "m.1"): 0.1}
@@ -52,16 +61,61 @@ def select_sublayers(
             f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
             f"dropped; {least if len(groups) > 1 else 'give count=1'}."
         )
-    kept = protected_sublayers(scores, protect)
-    free = [group for group in groups if kept.isdisjoint(group[1])]
+    free = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency)
     if number > len(free):
         raise SelectionError(
             f"select_sublayers(scope={scope!r}): asked to drop {number}, but there are only {len(free)} candidates"
             + (f" ({len(groups) - len(free)} more are protected)." if len(free) < len(groups) else ".")
         )
-    chosen = sorted(free, key=lambda group: (group[0], group[1]))[:number]
+    return plan_of_groups(scores, scope, free[:number])
+
+
+def rank_sublayers(
+    scores: Mapping[Sublayer, float],
+    scope: Scope,
+    *,
+    protect: Iterable[Sublayer | int] = (),
+    objective: Objective = "importance",
+    latency: Mapping[Sublayer, float] | None = None,
+) -> list[tuple[Drop, ...]]:
+    """Everything that may be dropped, what goes first in front; with scope ``"block"`` both sublayers of one together.
+
+    Arguments and errors are those of :func:`select_sublayers`; where nothing may be dropped there is nothing to rank.
+    """
+    kept = protected_sublayers(scores, protect)
+    free = [group for group in _candidates(scores, scope) if kept.isdisjoint(group[1])]
+    price = _price(objective, latency)
+    free.sort(key=lambda group: (price(*group), group[1]))
+    return [tuple(Drop(sublayer, score) for sublayer in group) for score, group in free]
+
+
+def plan_of_groups(scores: Mapping[Sublayer, float], scope: Scope, groups: Iterable[tuple[Drop, ...]]) -> DropPlan:
+    """The plan that drops some of what :func:`rank_sublayers` ranked."""
     metric = scores.metric if isinstance(scores, ImportanceScores) else None
-    return DropPlan(tuple(Drop(sublayer, score) for score, group in chosen for sublayer in group), scope, metric)
+    return DropPlan(tuple(drop for group in groups for drop in group), scope, metric)
+
+
+def _price(
+    objective: Objective, latency: Mapping[Sublayer, float] | None
+) -> Callable[[float, tuple[Sublayer, ...]], float]:
+    """What orders the candidates: importance, or importance per millisecond."""
+    if objective not in get_args(Objective):
+        raise SelectionError(f"objective={objective!r}: objective must be one of {', '.join(get_args(Objective))}.")
+    if objective == "importance":
+        return lambda importance, _: importance
+    times = latency or {}
+
+    def per_millisecond(importance: float, group: tuple[Sublayer, ...]) -> float:
+        seconds = sum(times.get(sublayer, math.nan) for sublayer in group)
+        if not seconds > 0:
+            raise SelectionError(
+                f"objective='speed': there is no latency of {group[0].name}; pass latency=measure_latency(model, "
+                "...).sublayers."
+            )
+        # rounding can leave an importance a little below 0, where a longer time would make it look less of a bargain
+        return max(importance, 0.0) / (1000 * seconds)
+
+    return per_millisecond
 
 
 def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> None:
@@ -70,14 +124,23 @@ def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> 
     Raises:
         SelectionError: As :func:`select_sublayers`.
     """
-    if scope not in SCOPES:
-        raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
+    check_scope(scope)
     if (count is None) == (ratio is None):
         raise SelectionError(f"count={count}, ratio={ratio}: give exactly one of count and ratio.")
     if count is not None and count < 1:
         raise SelectionError(f"count={count}: count must be at least 1.")
     if ratio is not None and not 0 < ratio < 1:
         raise SelectionError(f"ratio={ratio}: ratio must be in (0, 1), both ends excluded.")
+
+
+def check_scope(scope: Scope) -> None:
+    """Refuse what is no scope.
+
+    Raises:
+        SelectionError: If there is none of that name.
+    """
+    if scope not in SCOPES:
+        raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
 
 
 def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class StandIn:
         if not isinstance(hidden, Tensor):
             hidden = first_tensor(args, kwargs)
         if self.given:
-            self._refuse_strangers(hidden, {**dict(enumerate(args)), **kwargs})
+            self._refuse_strangers(hidden, args, kwargs)
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             if cache is not None and self.layer_idx == UNKNOWN_SLOT:
@@ -72,7 +73,7 @@ class StandIn:
                     "use_cache=False."
                 )
             if cache is not None:
-                advance_cache(cache, self.layer_idx, hidden[:, : hidden.shape[1] // self.stride])
+                advance_cache(cache, self.layer_idx, hidden, hidden.shape[1] // self.stride)
         if self.zero:
             hidden = hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
         if self.echoes is None:
@@ -80,10 +81,12 @@ class StandIn:
         returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
         return list(returned) if self.as_list else returned
 
-    def _refuse_strangers(self, hidden: Tensor, given: dict[Any, Any]) -> None:
-        for key, value in given.items():
-            alike = isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point()
-            if alike and key not in self.given:
+    def _refuse_strangers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # the tests in this order, and no dict of all arguments: this runs in every decoding step
+        for key, value in chain(enumerate(args), kwargs.items()):
+            if not isinstance(value, Tensor) or key in self.given:
+                continue
+            if value.shape == hidden.shape and value.is_floating_point():
                 raise NotImplementedError(
                     f"{self.label} is dropped, and its module gets a second stream of hidden states ({key!r}), which "
                     "it did not when the model's structure was proven; what would become of that is not known."
@@ -137,8 +140,8 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor) -> None:
-    """Tell the KV cache that its layer saw the tokens of ``hidden``, shape (batch, tokens, hidden), storing no keys.
+def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> None:
+    """Tell the KV cache that its layer saw so many tokens of ``hidden``, (batch, tokens, hidden), storing no keys.
 
     A model reads its position from the cache's first layer: if that attention is dropped and stays silent, cached
     decoding goes wrong without an error. The placeholder has one head of size 1, or the shape that a cache allocated
@@ -146,17 +149,22 @@ def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor) -> None:
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, DummyLayer):  # it reads the keys of another layer and has none to see pass
         return
-    keys, values = (_placeholder(hidden, getattr(layer, name, None)) for name in ("keys", "values"))
-    cache.update(keys, values, layer_idx)
-    layer = cache.layers[layer_idx]
-    if type(layer) is DynamicLayer:
-        # the length is all that is asked for: one element of memory behind it, however many tokens pass
-        layer.keys = layer.values = hidden.new_zeros(()).expand(layer.keys.shape)
+    stored = getattr(layer, "keys", None)
+    if type(layer) is not DynamicLayer or stored is None or stored.ndim != 4 or getattr(cache, "offloading", False):
+        keys, values = (_placeholder(hidden, tokens, getattr(layer, name, None)) for name in ("keys", "values"))
+        cache.update(keys, values, layer_idx)
+        layer = cache.layers[layer_idx]
+        if type(layer) is not DynamicLayer:
+            return
+        stored, tokens = layer.keys, 0
+    # the length is all that is asked for: one element of memory behind it, however many tokens pass
+    batch, heads, seen, size = stored.shape
+    layer.keys = layer.values = hidden.new_zeros(()).expand(batch, heads, seen + tokens, size)
 
 
-def _placeholder(hidden: Tensor, stored: Tensor | None) -> Tensor:
+def _placeholder(hidden: Tensor, tokens: int, stored: Tensor | None) -> Tensor:
     heads, size = (stored.shape[1], stored.shape[3]) if stored is not None and stored.ndim == 4 else (1, 1)
-    return hidden.new_zeros(()).expand(hidden.shape[0], heads, hidden.shape[1], size)
+    return hidden.new_zeros(()).expand(hidden.shape[0], heads, tokens, size)

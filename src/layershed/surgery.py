@@ -7,7 +7,7 @@ norm that only it used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -40,7 +40,7 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
     transformer = find_transformer(model, name=name)
     branches = dissect(transformer).branches
     wanted = _check(transformer, sublayers, branches)
-    for path, stand_in in _stand_ins(branches, {*wanted, *bypassed_sublayers(transformer)}):
+    for path, stand_in in stopped_by(branches, {*wanted, *bypassed_sublayers(transformer)}):
         module = transformer.get_submodule(path)
         uninstall(module)
         install(module, stand_in)
@@ -109,7 +109,7 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
     wanted = _check(transformer, kept_bypassed if sublayers is None else sublayers, branches)
     gone = wanted | set(removed_sublayers(transformer))
     restore(transformer)
-    for path, stand_in in _stand_ins(branches, gone):
+    for path, stand_in in stopped_by(branches, gone):
         removed = RemovedModule(stand_in, transformer.get_submodule(path))
         transformer.set_submodule(path, removed)
         if not isinstance(transformer, PreTrainedModel):
@@ -213,7 +213,7 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
     return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
 
 
-def _stand_ins(branches: tuple[Branch, ...], dropped: set[Sublayer]) -> Iterator[tuple[str, StandIn]]:
+def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:
     """Path and stand-in of every module that stops running once ``dropped`` are dropped."""
     kept = {path for branch in branches if branch.sublayer not in dropped for path, _ in branch.support}
     for branch in branches:
