@@ -36,7 +36,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -217,7 +217,7 @@ def report(spans: Mapping[str, Spans], idle_hooks: Interval) -> dict[str, Interv
     }
     figures = {name: bootstrap_interval(values) for name, values in found.items()}
     step, measured = statistics.median(absent.whole), figures["every step, forward"]
-    hooks = Interval(*(1 + seconds / step for seconds in ends(idle_hooks)))
+    hooks = mapped(lambda seconds: 1 + seconds / step, idle_hooks)
     figures["every 10th, forward"] = composed(figures["idle step, forward"], measured)
     figures["every 10th, pieces"] = composed(hooks, measured)
     return figures
@@ -225,7 +225,14 @@ def report(spans: Mapping[str, Spans], idle_hooks: Interval) -> dict[str, Interv
 
 def composed(idle: Interval, measured: Interval) -> Interval:
     """Of 10 steps, one of them measured; the ends are those of both intervals, which is wider than 95 %."""
-    return Interval(*(((EVERY - 1) * a + b) / EVERY for a, b in zip(ends(idle), ends(measured), strict=True)))
+    pairs = zip(ends(idle), ends(measured), strict=True)
+    median, low, high = (((EVERY - 1) * a + b) / EVERY for a, b in pairs)
+    return Interval(median, low, high)
+
+
+def mapped(function: Callable[[float], float], interval: Interval) -> Interval:
+    """The interval of a rising function of the value."""
+    return Interval(function(interval.median), function(interval.low), function(interval.high))
 
 
 def ends(interval: Interval) -> tuple[float, float, float]:
@@ -250,7 +257,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")
     print(f"{options.rounds} rounds, {options.precision}, {torch.get_num_threads()} threads")
     idle_hooks = idle_cost()
-    milliseconds = Interval(*(1000 * seconds for seconds in ends(idle_hooks)))
+    milliseconds = mapped(lambda seconds: 1000 * seconds, idle_hooks)
     print(f"idle hooks: {shown(milliseconds, 2)} ms a forward pass")
     for batch_size, tokens in SHAPES:
         turns = fit(batch_size, tokens, options.rounds, options.precision)

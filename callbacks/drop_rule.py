@@ -50,6 +50,11 @@ class DropRule:
                 "target_speedup."
             )
 
+    @property
+    def measures_speed(self) -> bool:
+        """Whether the clock has a say."""
+        return self.target_speedup is not None or self.objective == "speed"
+
     def check(self, pl_module: LightningModule, protect: Collection[Sublayer | int]) -> None:
         """Refuse what this model cannot do, without running it.
 
@@ -66,7 +71,7 @@ class DropRule:
                 f"target_speedup={self.target_speedup}, scope={self.scope!r}: it has no sublayers, or all "
                 "are protected, so that none may be dropped."
             )
-        if self.target_speedup is not None or self.objective == "speed":
+        if self.measures_speed:
             self.speed.check(find_transformer(pl_module, name=self.transformer))
 
     def check_reachable(

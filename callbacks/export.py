@@ -5,15 +5,18 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layershed.callbacks.run import plan_of, run_directory
+from layershed.callbacks.strategies import is_sharded
 from layershed.callbacks.structure import check_order
+from layershed.discovery import find_transformer
 from layershed.export import check_folder, save_pretrained
+from layershed.folders import refuse_source
 
 
 class Export(Callback):
     """Writes the kept weights, the config with its skipped sublayers, the drop plan and the tokenizer.
 
-    Hooks: writes in ``on_fit_end``, on rank 0, when adapters are merged or the model is quantized by the callbacks
-    before it. The training model keeps its dropped weights.
+    Hooks: writes in ``on_fit_end``, on rank 0 (to which FSDP2 hands all shards), when adapters are merged or the model
+    is quantized by the callbacks before it. The training model keeps its dropped weights.
     Logs: nothing.
     Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder.
     Checkpoint: keeps nothing.
@@ -31,12 +34,15 @@ class Export(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before training, a folder that holds something else."""
         check_order(trainer)
-        check_folder(run_directory(trainer) / self.folder)
+        directory = run_directory(trainer)
+        check_folder(directory / self.folder, apart=directory)
+        transformer = find_transformer(pl_module, name=self.transformer)
+        refuse_source(directory / self.folder, getattr(transformer, "name_or_path", None))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         directory = run_directory(trainer)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not is_sharded(trainer):
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not hasattr(tokenizer, "save_pretrained"):  # one of the user's own, which no folder can hold

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from layershed.adapter_folder import check_adapter_folder, save_adapter
 from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
+from layershed.callbacks.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,
@@ -80,6 +81,7 @@ class LoRARecovery(Callback):
         RecoveryError: If an option has no meaning; before training, if something contradicts the mode.
         ScheduleError: Before training, if recovery would never begin or the callbacks stand in another order.
         QuantizationError: Before training, if it would merge into quantized weights.
+        StrategyError: Before training, if the Trainer's strategy does not let the model change.
     """
 
     place = 3  # in the order drop, quantize, LoRA, export
@@ -110,7 +112,7 @@ class LoRARecovery(Callback):
             raise RecoveryError(f"LoRARecovery(mode={mode!r}, finish={finish!r}): without LoRA there is no adapter.")
         if start is not None and start < 0:
             raise ScheduleError(f"LoRARecovery(start={start}): it must not be negative.")
-        if not lr_factor > 0 or warmup_steps < 0:
+        if not 0 < lr_factor < math.inf or warmup_steps < 0:
             raise RecoveryError(
                 f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): the factor must be above 0, and "
                 "the steps not negative."
@@ -142,11 +144,12 @@ class LoRARecovery(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
+        fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
         if stage == "fit":
             # anew for every fit; what a checkpoint says comes later
             self.began, self._layout, self._origin, self._dropped = None, None, None, ()
-        if stage == "fit" and self._sharded(trainer):
+        if self._sharded(trainer) and (stage == "fit" or not adapted_modules(pl_module)):
             if self.options["placement"] != "all":
                 raise RecoveryError(
                     "LoRARecovery: under ModelParallelStrategy adapters are put in before the drop, and "
@@ -169,7 +172,8 @@ class LoRARecovery(Callback):
         transformer = find_transformer(pl_module, name=self.transformer)
         self._check(trainer, pl_module)
         if self.mode == "lora" and self.finish == "adapter":
-            check_adapter_folder(run_directory(trainer) / self.folder)
+            directory = run_directory(trainer)
+            check_adapter_folder(directory / self.folder, apart=directory)
         if self._origin is None:
             self._origin = layout_of(trainer.optimizers, pl_module)
         if self.began is not None and self.mode != "none":
@@ -183,6 +187,10 @@ class LoRARecovery(Callback):
         """Begin at once where nothing is to be waited for."""
         self._steps.start(trainer)
         if self.began is not None:
+            if self._sharded(trainer):  # its state came after on_fit_start
+                self._check_resumed(find_transformer(pl_module, name=self.transformer))
+                self._rates.attach(trainer.optimizers)
+                restore_empty_rates(trainer)
             trainer.should_stop = self.mode == "none"
             self._dropped = current_drop(pl_module)
             show(trainer, self._metrics(pl_module))
@@ -247,6 +255,17 @@ class LoRARecovery(Callback):
         """The inverse of :meth:`state_dict`."""
         self.began, self._layout, self._origin = (state_dict[name] for name in ("began", "layout", "origin"))
 
+    def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Under FSDP2, before weights and optimizer states come: train what the interrupted run trained."""
+        transformer = find_transformer(pl_module, name=self.transformer)
+        if state["began"] is None or self.mode != "lora":
+            set_enabled(transformer, False)
+            return
+        train_adapters(transformer)
+        if trainer.optimizers and state["layout"] is not None:
+            restore_layout(trainer.optimizers, pl_module, state["layout"])
+            forget_parameters(trainer.optimizers, transformer)
+
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sharded(trainer) and self.finish != "adapter":
             raise RecoveryError(
@@ -300,10 +319,7 @@ class LoRARecovery(Callback):
         """Put adapters in, or switch them on, and have the optimizers train them."""
         transformer = find_transformer(pl_module, name=self.transformer)
         if self._sharded(trainer):
-            for name, parameter in transformer.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-                parameter.grad = None
-            set_enabled(transformer, True)
+            train_adapters(transformer)
         else:
             inject_lora(transformer, **self.options)
         hand_over(trainer.optimizers, pl_module, transformer, self._origin)
@@ -324,4 +340,4 @@ class LoRARecovery(Callback):
         return {"recovery/trainable_parameters": float(trained)}
 
     def _sharded(self, trainer: Trainer) -> bool:
-        return self.mode == "lora" and isinstance(trainer.strategy, ModelParallelStrategy)
+        return self.mode == "lora" and is_sharded(trainer)

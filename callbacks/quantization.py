@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import StepCounter, current_drop, publish, rewrap
+from layershed.callbacks.strategies import fit_strategy, is_sharded
 from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,
@@ -56,6 +56,7 @@ class Quantization(Callback):
         ScheduleError: If start has no meaning; before training, if it would never happen or comes out of order.
         QuantizationError: Before training, if nothing but norms and embeddings would be left to train, if adapters
             would be left in what is quantized at the end, or the model is quantized in another way.
+        StrategyError: Before training, if the Trainer's strategy does not let the model change.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class Quantization(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have every checkpoint say how the model is quantized."""
+        fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
-        if stage == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_sharded(trainer):
             raise QuantizationError(
                 "Quantization: bitsandbytes cannot quantize weights that ModelParallelStrategy shards; quantize the "
                 "exported model (layershed.quantize)."

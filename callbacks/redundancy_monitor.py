@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
+from layershed.callbacks.history import append, begin, note, take_up
 from layershed.callbacks.run import (
     IMPORTANCE_FILE,
     StepCounter,
@@ -17,13 +19,10 @@ from layershed.callbacks.run import (
     publish,
     run_directory,
     show,
-    write_text,
 )
-from layershed.errors import ScheduleError
+from layershed.callbacks.structure import callbacks_of
+from layershed.errors import NotFiniteError, ScheduleError
 from layershed.metrics import get_metric
-from layershed.plan import ImportanceScores
-
-_HEADER = "step,block,kind,metric,value\n"
 
 
 class RedundancyMonitor(Callback):
@@ -32,9 +31,12 @@ class RedundancyMonitor(Callback):
     Hooks: measures between ``on_train_batch_start`` and ``on_before_backward``; no extra forward pass.
     Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the means of the three kinds,
     ``importance/attention_mean`` and so on; under ``importance_angular/...`` if the metric is not cosine but angular.
-    Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value.
-    Checkpoint: the running sums of every rank and the history so far, so that a resumed run has one unbroken
-    ``importance.csv``.
+    ``importance/skipped``, once there is one: forward passes of the step that were left out, as an importance in them
+    was NaN or infinite; a warning says so, too.
+    Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value; no rows for a
+    step of which no pass is left.
+    Checkpoint: the running sums of every rank, and where ``importance.csv`` is and how long, so that a resumed run
+    takes up that much of it. If it was moved, it is looked for in the directory of the checkpoint and the one above.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
@@ -55,8 +57,10 @@ class RedundancyMonitor(Callback):
         self._tracker: ImportanceTracker | None = None
         self._measured = False
         self._latest: dict[str, float] = {}
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Any] = {}
         self._file: Path | None = None
+        self._writes = False
+        self._lost = False
 
     @property
     def state_key(self) -> str:
@@ -72,20 +76,18 @@ class RedundancyMonitor(Callback):
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
         self._tracker.attach()
         self._file = run_directory(trainer) / IMPORTANCE_FILE
-        if trainer.is_global_zero and self._restored is None and trainer.global_step == 0:
-            # what an earlier run left here; not in the next hook, where other monitors begin the new file
-            self._file.unlink(missing_ok=True)
+        self._writes, self._lost = trainer.is_global_zero, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin ``importance.csv``, with the history of the run that is resumed."""
         self._steps.start(trainer)
-        restored, self._restored = self._restored or {}, None
+        restored, self._restored = self._restored, {}
         if restored:
             self._require_tracker().load_state_dict(own_share(trainer, restored["sums"]))
             self._latest = restored["latest"]
             show(trainer, self._latest)
-        if self._file is not None and trainer.is_global_zero and (restored or not self._file.exists()):
-            write_text(self._file, restored.get("history", _HEADER))
+        if self._file is not None and self._writes:
+            self._begin_history(trainer, self._file, restored.get("history"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
@@ -104,7 +106,13 @@ class RedundancyMonitor(Callback):
         tracker = self._require_tracker()
         tracker.active = False
         if self._steps.taken(trainer) and self._measured:
-            self._record(trainer, tracker.compute())
+            try:
+                rows = list(tracker.compute().rows())
+            except NotFiniteError:
+                rows = []
+            if tracker.skipped:
+                rank_zero_warn(f"RedundancyMonitor, step {trainer.global_step}: {tracker.skipped}.")
+            self._record(trainer, rows, 0 if tracker.skipped is None else tracker.skipped.count)
             tracker.reset()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,22 +125,34 @@ class RedundancyMonitor(Callback):
             self._tracker.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Running sums and history, as primitives."""
+        """Running sums, and how far the history has come, as primitives."""
         if self._tracker is None or self._file is None:
             return {}
-        history = self._file.read_text(encoding="utf-8") if self._file.exists() else _HEADER
-        return {"sums": every_share(self._tracker.state_dict()), "history": history, "latest": self._latest}
+        history = note(self._file) if self._writes else None
+        return {"sums": every_share(self._tracker.state_dict()), "history": history, "latest": dict(self._latest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the run directory is known."""
         self._restored = state_dict
 
-    def _record(self, trainer: Trainer, scores: ImportanceScores) -> None:
-        rows = list(scores.rows())
-        if trainer.is_global_zero and self._file is not None:
-            lines = [f"{trainer.global_step},{block},{kind},{self.metric},{value!r}\n" for block, kind, value in rows]
-            with self._file.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+    def _begin_history(self, trainer: Trainer, file: Path, noted: dict[str, Any] | None) -> None:
+        """Have the file hold what was measured before; other monitors write into it, too, and do the same."""
+        if noted is None:
+            if trainer.global_step == 0 or not file.exists():
+                begin(file)
+        elif not take_up(noted, file, trainer.ckpt_path):
+            begin(file)
+            self._lost = True
+            if not any(getattr(other, "_lost", False) for other in callbacks_of(trainer) if other is not self):
+                rank_zero_warn(
+                    f"RedundancyMonitor: neither {noted['file']} nor a file beside the checkpoint holds what was "
+                    f"measured before; {file} begins behind step {trainer.global_step}."
+                )
+
+    def _record(self, trainer: Trainer, rows: list[tuple[int, str, float]], skipped: int) -> None:
+        if self._writes and self._file is not None:
+            step = trainer.global_step
+            append(self._file, (f"{step},{block},{kind},{self.metric},{value!r}" for block, kind, value in rows))
         # two monitors of different metrics must not log under one name
         group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
         fresh = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
@@ -140,6 +160,8 @@ class RedundancyMonitor(Callback):
             values = [value for _, own, value in rows if own == kind]
             if values:
                 fresh[f"{group}/{kind}_mean"] = sum(values) / len(values)
+        if skipped or f"{group}/skipped" in self._latest:
+            fresh[f"{group}/skipped"] = float(skipped)
         self._latest.update(fresh)
         publish(trainer, fresh)
 

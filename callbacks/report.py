@@ -12,9 +12,11 @@ from rich.console import Console
 from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.discovery import find_transformer
 from layershed.errors import ScheduleError
+from layershed.figures import MOST_COLUMNS, drop_steps
 from layershed.quality import Quality
-from layershed.report import LossPoint, RunRecord, read_importance, summary_table, write_report
+from layershed.report import LossPoint, RunRecord, measured_steps, read_importance, summary_table, write_report
 from layershed.speed import SpeedReport
+from layershed.thinning import ThinnedCurve, shown_steps
 
 
 class Report(Callback):
@@ -24,7 +26,7 @@ class Report(Callback):
     ``teardown``, when the progress bar is gone, on rank 0.
     Logs: nothing.
     Writes: ``report.html`` in the run directory, and the summary table to the terminal.
-    Checkpoint: the losses so far.
+    Checkpoint: the losses so far; of a long run every second, fourth, ... one of them, but all of those next to a drop.
 
     Each part comes from another callback's logged metrics or file, and is left out where that callback is absent:
     importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
@@ -46,7 +48,7 @@ class Report(Callback):
         if every_n_steps < 1:
             raise ScheduleError(f"Report(every_n_steps={every_n_steps}): it must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
-        self._losses: list[LossPoint] = []
+        self._curves = {split: ThinnedCurve() for split in ("train", "val")}
         self._quality: dict[str, Quality] = {}
         self._finished: tuple[RunRecord, Path] | None = None
         self._stale: set[tuple[str, int]] = set()
@@ -65,16 +67,15 @@ class Report(Callback):
         """Note the training loss, and the quality around a drop."""
         loss = trainer.callback_metrics.get(self.train_loss)
         step = trainer.global_step
-        last = next((point.step for point in reversed(self._losses) if point.split == "train"), 0)
-        if loss is not None and step % self.every_n_steps == 0 and step != last:
-            self._losses.append(LossPoint(step, "train", loss.item()))
+        if loss is not None and step % self.every_n_steps == 0 and step != (self._curves["train"].last_step or 0):
+            self._curves["train"].add(step, loss.item())
         self._note_quality(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the validation loss."""
         loss = trainer.callback_metrics.get(self.val_loss)
         if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._losses.append(LossPoint(trainer.global_step, "val", loss.item()))
+            self._curves["val"].add(trainer.global_step, loss.item())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page and print the table."""
@@ -96,13 +97,14 @@ class Report(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Losses and qualities so far, as primitives."""
         return {
-            "losses": [[point.step, point.split, point.loss] for point in self._losses],
+            "losses": {split: curve.state_dict() for split, curve in self._curves.items()},
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self._quality.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._losses = [LossPoint(*fields) for fields in state_dict["losses"]]
+        for split, curve in self._curves.items():
+            curve.load_state_dict(state_dict["losses"][split])
         self._quality = {when: Quality(*fields) for when, fields in state_dict["quality"].items()}
 
     def _note_quality(self, trainer: Trainer) -> None:
@@ -114,17 +116,29 @@ class Report(Callback):
             quality = Quality(loss.item(), accuracy.item(), 0)
             if quality != self._quality.get(when):
                 self._quality[when] = quality
-                self._losses.append(LossPoint(trainer.global_step, "val", quality.loss))
+                for curve in self._curves.values():
+                    curve.mark()
+                self._curves["val"].add(trainer.global_step, quality.loss)
+                self._curves["val"].mark()
+
+    def _losses(self) -> tuple[LossPoint, ...]:
+        points = [LossPoint(step, split, loss) for split, curve in self._curves.items() for step, loss in curve]
+        return tuple(sorted(points, key=lambda point: point.step))
 
     def _record(self, directory: Path, pl_module: LightningModule) -> RunRecord:
         written = {name for name, _ in set(_files(directory).items()) - self._stale}
+        plan, history = plan_of(directory, pl_module), directory / IMPORTANCE_FILE
+        measured = measured_steps(history) if IMPORTANCE_FILE in written else {}
+        # only what will be drawn: of a long run the rest would fill the memory
+        shown = {metric: set(shown_steps(steps, drop_steps(plan), MOST_COLUMNS)) for metric, steps in measured.items()}
         return RunRecord(
             model=self.title or _model_name(pl_module),
-            importance=read_importance(directory / IMPORTANCE_FILE) if IMPORTANCE_FILE in written else (),
-            losses=tuple(sorted(self._losses, key=lambda point: point.step)),
-            plan=plan_of(directory, pl_module),
+            importance=read_importance(history, shown) if measured else (),
+            losses=self._losses(),
+            plan=plan,
             quality=self._quality,
             speed=_read_speed(directory / SPEED_FILE) if SPEED_FILE in written else None,
+            measured={metric: len(steps) for metric, steps in measured.items()},
         )
 
 

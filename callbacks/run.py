@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.adapter_folder import PLAN_FILE
+from layershed.folders import write_text as write_text
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
@@ -44,13 +44,6 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 def show(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Put metrics where other callbacks can monitor them; for those of a resumed run, which are logged already."""
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a reader, and a killed run, never see half of it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def current_drop(pl_module: LightningModule) -> tuple[Sublayer, ...]:

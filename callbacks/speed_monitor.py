@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.callbacks.strategies import refuse_sharded_speed
 from layershed.callbacks.structure import callbacks_of
 from layershed.discovery import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
 from layershed.plan import Sublayer
-from layershed.speed import SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.speed import SpeedReport, measure_speed
 from layershed.stopwatch import Phase, SpeedSettings
 from layershed.surgery import removed_sublayers
 from layershed.targeting import phase_of
@@ -56,6 +57,7 @@ class SpeedMonitor(Callback):
         MeasurementError: If the quality has no mode, or another than its own. Before training, if a number is below 1,
             the model has no place for that many tokens, or nothing measures the quality.
         UnknownNameError: If there is no such phase; at the first validation, if it logs no such metric.
+        StrategyError: Before training, if FSDP2 shards the weights.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class SpeedMonitor(Callback):
         prompt_tokens: int = 128,
         new_tokens: int = 32,
         batch_size: int = 1,
-        runs: int = 5,
+        runs: int = 9,
         transformer: str | None = None,
         quality: str | None = "accuracy",
         quality_mode: Mode | None = None,
@@ -81,6 +83,7 @@ class SpeedMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
+        refuse_sharded_speed(trainer, "SpeedMonitor")
         settings = SpeedSettings(self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
         settings.check(find_transformer(pl_module, name=self.transformer))
         if gone := removed_sublayers(pl_module):
@@ -185,7 +188,7 @@ class SpeedMonitor(Callback):
 
     def _sdr(self, report: SpeedReport, before: float, after: float) -> float:
         lost = before - after if self.quality_mode == "max" else after - before
-        return speedup_degradation_ratio(100 * lost, phase_of(report, self.phase).speedup.median)
+        return phase_of(report, self.phase).degradation(100 * lost)
 
     def _sdr_around_the_drop(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
         """SDR by what SublayerDrop measured, if it is that which counts."""

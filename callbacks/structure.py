@@ -6,8 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
+from layershed.callbacks.resumption import note_progress, prepare_resumption, take_up_progress
 from layershed.checkpoint import apply_structure, has_structure, write_structure
 from layershed.errors import ScheduleError
 from layershed.schedule import DropSchedule
@@ -15,6 +16,7 @@ from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, recover, export"
 _DROP, _LORA = 1, 3
+_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 def carry_structure(pl_module: LightningModule, transformer: str | None) -> None:
@@ -22,6 +24,8 @@ def carry_structure(pl_module: LightningModule, transformer: str | None) -> None
 
     The hooks of callbacks would not do: Lightning asks none of them for a checkpoint of the weights alone.
     """
+    if pl_module._trainer is not None:
+        prepare_resumption(pl_module.trainer)
     before = pl_module.__dict__.get(_Hook.NAMES[0])
     named = before.transformer if isinstance(before, _Hook) else None
     _release(pl_module)
@@ -89,11 +93,26 @@ def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
     Raises:
         ScheduleError: If weights are averaged.
     """
-    if any(isinstance(other, WeightAveraging) for other in callbacks_of(trainer)):
+    if any(isinstance(other, _AVERAGES) for other in callbacks_of(trainer)):
         raise ScheduleError(
             f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model, which would not "
             "get its adapters or quantized weights; leave one of the two out."
         )
+
+
+def check_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a weight average behind a callback that measures the model when training is over.
+
+    Raises:
+        ScheduleError: If the weights would be replaced right after.
+    """
+    ours = callbacks_of(trainer)
+    for other in ours[ours.index(callback) :]:
+        if isinstance(other, _AVERAGES):
+            raise ScheduleError(
+                f"{_name(callback)}: {_name(other)} puts the averaged weights in when training is over, and behind it "
+                "in the list drop/loss_end would be that of others; list it before."
+            )
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -127,6 +146,9 @@ class _Hook:
             write_structure(checkpoint, self.pl_module, name=self.transformer)
         else:
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
+        trainer = self.pl_module._trainer
+        if trainer is not None:
+            (note_progress if self.name == "on_save_checkpoint" else take_up_progress)(checkpoint, trainer)
 
 
 def _release(pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from layershed.adapter_folder import PLAN_FILE
@@ -14,6 +15,7 @@ from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.callbacks.batches import calibration_batches as batches_of
 from layershed.callbacks.batches import check_text, validation_batches
 from layershed.callbacks.drop_rule import DropRule, resolve_protected
+from layershed.callbacks.monitors import check_monitors
 from layershed.callbacks.run import (
     StepCounter,
     Sums,
@@ -25,7 +27,8 @@ from layershed.callbacks.run import (
     show,
     write_text,
 )
-from layershed.callbacks.structure import carry_structure, check_order, leave_structure
+from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed
+from layershed.callbacks.structure import carry_structure, check_averaging, check_order, leave_structure
 from layershed.discovery import find_transformer
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.metrics import get_metric
@@ -54,7 +57,8 @@ class SublayerDrop(Callback):
     Writes: ``drop_plan.json`` in the run directory.
     Checkpoint: the plan and the running sums of every rank. What is bypassed is noted by the module's own hooks, which
     this callback extends, so that also a checkpoint of the weights alone is the dropped model when it is resumed,
-    validated, tested or used to predict, with this callback in the Trainer.
+    validated, tested or used to predict, with this callback in the Trainer; without it, loading stops with a sentence,
+    unless it is not strict.
 
     Args:
         start: Optimizer steps before the first drop.
@@ -79,13 +83,17 @@ class SublayerDrop(Callback):
         speed: How speed is measured for target and objective: prompt_tokens, new_tokens, batch_size, runs, warmup.
 
     Raises:
+        CalibrationError: At the drop, if an importance was NaN or infinite in every pass that was to count; if in some,
+            they are left out with a warning.
         SelectionError: If not exactly one of count, ratio and target_speedup is given, or it is out of range; before
             training also if there are too few sublayers.
         SpeedupError: If the target is out of reach: before training, if dropping every candidate does not give it; else
             at the drop.
         MeasurementError: Before training, if speed is needed and cannot be measured.
-        ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late.
+        ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late, a callback
+            monitors a metric of the drop before it, or weights are averaged behind this callback.
         UnknownNameError: If there is no such metric, phase or objective, or nothing like that to calibrate on.
+        StrategyError: Before training, if the Trainer's strategy does not let the model change.
     """
 
     place = 1  # in the order drop, quantize, LoRA, export
@@ -144,6 +152,7 @@ class SublayerDrop(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the module's own checkpoint hooks carry the drop."""
+        fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,6 +162,9 @@ class SublayerDrop(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this model cannot do, and prepare the optimizers of a resumed run."""
         check_order(trainer)
+        check_averaging(trainer, self)
+        if self.rule.measures_speed:
+            refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
         self.protect = resolve_protected(pl_module, self.protect, self.transformer)
         self.rule.check(pl_module, self.protect)
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
@@ -175,6 +187,7 @@ class SublayerDrop(Callback):
             self._tracker.load_state_dict(own_share(trainer, self._sums))
         self._sums = None
         if self.plan is None:
+            check_monitors(trainer, self.first_step)
             self.rule.check_reachable(trainer, pl_module, self.protect)
         else:
             show(trainer, self._metrics(pl_module))
@@ -201,7 +214,13 @@ class SublayerDrop(Callback):
             self._drop(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what the recovery was worth."""
+        """Measure what the recovery was worth; say so if the run ended before a drop."""
+        missed = [step for step in self.schedule.steps if step > trainer.global_step and self.should_drop(step)]
+        if missed:  # stopped early: what was known before training was checked then
+            rank_zero_warn(
+                f"SublayerDrop: the run ended at step {trainer.global_step}, so that the drop at step {missed[0]} "
+                "never happened."
+            )
         if self.plan is not None:
             self._measure(trainer, pl_module, "end")
 
@@ -249,6 +268,8 @@ class SublayerDrop(Callback):
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
             scores = self._tracker.compute()
+            if self._tracker.skipped:
+                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {self._tracker.skipped}.")
             self._tracker.reset()
             return scores
         batches = batches_of(trainer, self.calibrate_on)

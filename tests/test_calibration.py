@@ -8,10 +8,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForSeq2SeqLM, set_seed
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from layershed.calibration import ImportanceTracker, estimate_importance
 from layershed.discovery import find_sublayers
-from layershed.errors import CalibrationError, UnknownNameError
+from layershed.errors import CalibrationError, NotFiniteError, UnknownNameError
+from layershed.metrics import METRICS, ImportanceMetric, Skipped
 from layershed.plan import ImportanceScores, Sublayer
 from layershed.surgery import bypass, remove
 from tests.conftest import build_model
@@ -306,18 +309,142 @@ def test_a_model_in_which_everything_is_dropped_has_no_scores(llama):
         estimate_importance(llama, BATCHES)
 
 
+MARKER = 95  # a token that neither BATCHES nor discovery's probe holds
+
+
+def marked(model, value=math.nan):
+    """A batch that nothing finite comes of, once the marker's embedding has that value."""
+    assert not any((batch["input_ids"] == MARKER).any() for batch in BATCHES)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[MARKER] = value
+    batch = make_batch(9, 2, 8)
+    batch["input_ids"][1, 3] = MARKER
+    return batch
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_an_overflow_shows_in_the_scores(llama, metric):
+def test_a_batch_with_nan_or_infinity_is_left_out_as_a_whole(llama, metric, value):
+    bad = marked(llama, value)
+    with pytest.warns(UserWarning, match=r"^2 of 5 forward passes left out.*first that of attention\.0\.$"):
+        scores = estimate_importance(llama, [bad, *BATCHES[:2], bad, BATCHES[2]], metric)
+    assert_close(scores, *plain_scores(llama, BATCHES, metric))
+    assert scores.tokens == TOKENS
+    finite = estimate_importance(llama, BATCHES, metric)
+    assert (scores, scores.blocks) == (finite, finite.blocks)
+
+
+@pytest.mark.parametrize("metric", list(FORMULAS))
+def test_where_no_batch_is_finite_there_are_no_scores(llama, metric):
     """A NaN must not turn into a number that could be ranked."""
-    with ImportanceTracker(llama, metric) as tracker:
+    bad = marked(llama)
+    with pytest.raises(NotFiniteError, match=r"2 of 2 forward passes.*attention\.0, and nothing is left"):
+        estimate_importance(llama, [bad, bad], metric)
+
+
+@contextmanager
+def broken_in(module):
+    """NaN in one number of its output."""
+
+    def spoil(_module, _args, output):
+        spoiled = output.clone()
+        spoiled[0, 2, 0] = math.nan
+        return spoiled
+
+    handle = module.register_forward_hook(spoil, prepend=True)
+    yield
+    handle.remove()
+
+
+def test_what_was_finite_in_a_broken_pass_does_not_count_either(llama):
+    """Or the first sublayers would be averaged over other tokens than the last."""
+    expected = measured(llama, BATCHES[::2])
+    with ImportanceTracker(llama) as tracker:
         tracker.active = True
-        with torch.no_grad():
-            llama.model.layers[2].mlp.down_proj.weight.fill_(math.nan)
+        llama(**BATCHES[0])
+        with broken_in(llama.model.layers[2].mlp):
             llama(**BATCHES[1])
+        llama(**BATCHES[2])
         scores = tracker.compute()
-    broken = [sublayer.name for sublayer, score in scores.items() if not math.isfinite(score)]
-    assert broken == ["mlp.2", "attention.3", "mlp.3"]
-    assert [block for block, score in scores.blocks.items() if not math.isfinite(score)] == [2, 3]
+        assert (scores, scores.blocks, scores.tokens) == (expected, expected.blocks, expected.tokens)
+        assert tracker.skipped == Skipped(1, 3, "mlp.2")
+        tracker.reset()
+        llama(**BATCHES[0])
+        tracker.compute()
+        assert tracker.skipped is None
+        llama(**BATCHES[0])
+        tracker.reset()
+        with broken_in(llama.model.layers[1].mlp):
+            llama(**BATCHES[1])
+        with pytest.raises(NotFiniteError, match=r"1 of 1 forward passes.*mlp\.1"):
+            tracker.compute()
+
+
+def test_a_broken_pass_under_activation_checkpointing_counts_once(llama):
+    llama.train()
+    expected = measured(llama, BATCHES[:1])
+    llama.activation_checkpointing_enable({"use_reentrant": False})
+    with ImportanceTracker(llama) as tracker:
+        tracker.active = True
+        llama(**BATCHES[0], labels=BATCHES[0]["input_ids"], use_cache=False).loss.backward()
+        with broken_in(llama.model.layers[1].self_attn.o_proj):
+            llama(**BATCHES[1], labels=BATCHES[1]["input_ids"], use_cache=False).loss.backward()
+        assert tracker.compute() == expected
+        assert tracker.skipped == Skipped(1, 2, "attention.1")
+
+
+def test_a_broken_pass_of_a_decoder_with_an_encoder_counts_nowhere():
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes)
+    set_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in BATCHES]
+    expected = estimate_importance(model, batches)
+    bad = marked(model)
+    bad["labels"] = make_batch(4, 2, 8)["input_ids"]  # only the encoder reads the marker
+    with pytest.warns(UserWarning, match=r"1 of 4 forward passes.*mlp\.0"):
+        scores = estimate_importance(model, [*batches, bad])
+    assert (scores, scores.blocks) == (expected, expected.blocks)
+
+
+def test_the_state_of_a_tracker_keeps_what_was_left_out(llama):
+    with ImportanceTracker(llama) as tracker:
+        tracker.active = True
+        llama(**BATCHES[0])
+        with broken_in(llama.model.layers[0].mlp):
+            llama(**BATCHES[1])
+        state = json.loads(json.dumps(tracker.state_dict()))
+        expected = tracker.compute()
+    resumed = ImportanceTracker(llama)
+    resumed.load_state_dict(state)
+    assert resumed.compute() == expected
+    assert resumed.skipped == tracker.skipped == Skipped(1, 2, "mlp.0")
+
+
+def test_a_metric_of_ones_own_needs_nothing_for_it(llama, monkeypatch):
+    class Size(ImportanceMetric):
+        """One that fills its sums in its own way."""
+
+        def update(self, x, branch, mask=None, index=0):
+            self.total[index] += branch.norm(dim=-1).sum()
+            self.tokens[index] += branch[..., 0].numel()
+
+    monkeypatch.setitem(METRICS, "size", Size)
+    expected = estimate_importance(llama, BATCHES, "size")
+    with pytest.warns(UserWarning, match="1 of 4 forward passes"):
+        assert estimate_importance(llama, [*BATCHES, marked(llama)], "size") == expected
+
+
+def test_scores_under_inference_mode(llama):
+    expected = estimate_importance(llama, BATCHES)
+    with ImportanceTracker(llama) as tracker:
+        tracker.active = True
+        with torch.inference_mode():
+            for batch in BATCHES[:2]:
+                llama(**batch)
+            tracker.compute()
+        llama(**BATCHES[2])
+        assert tracker.compute() == expected
 
 
 def token_tensors(tracker, tokens):

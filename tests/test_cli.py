@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,16 +16,19 @@ import pytest
 import torch
 import yaml
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import layershed as ls
-from layershed import cli, commands, running
+from layershed import benchmarking, cli, commands, comparing, running
 from layershed.cli import LayershedCLI, main
 from layershed.commands import Trainer
 from layershed.data import TextData
 from layershed.errors import LayershedError
-from layershed.plan import DropPlan, Sublayer, count_by_kind
+from layershed.latency import Latency
+from layershed.plan import Drop, DropPlan, Sublayer, count_by_kind
+from layershed.roofline import ACCELERATORS
+from tests.callbacks.ticking import MADE_UP
 from tests.conftest import build_model
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -59,6 +64,8 @@ def model_of(**fields):
 
 SMALL = [model_of(**TINY), *DATA, *TRAINER]
 FIT, SCORE, PRUNE = ["fit", *SMALL], ["score", *SMALL], ["prune", *SMALL, *SPEED]
+BENCHMARK = ["benchmark", *SMALL, *SPEED, "--quality_batches=2"]
+PLAN = ["plan", model_of(**TINY), "--prompt_tokens=4", "--new_tokens=2"]
 
 PARSERS = {}
 
@@ -83,6 +90,8 @@ FILES = {
     "empty.txt": "",
     "afile": "x",
     "damaged.ckpt": b"not a checkpoint",
+    "damaged_plan.json": "{",
+    "other_plan.json": DropPlan((Drop(Sublayer(9, "mlp", "model.layers.9.mlp")),)).to_json(),
     "typo.yaml": "model:\n  pretraind: null\n",
     "section.yaml": "modle:\n  pretrained: null\n",
     "argument.yaml": drop(start=1, count=1, calib_on="val"),
@@ -145,6 +154,15 @@ def saved(tmp_path_factory):
     build_model("llama", **{**fields, "head_dim": 8, "num_hidden_layers": 4}).save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def without_two(saved, tmp_path_factory):
+    """The same folder without two of its sublayers."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    ls.bypass(model, [s for s in ls.find_sublayers(model) if s.name in ("attention.1", "mlp.2")])
+    folder = tmp_path_factory.mktemp("model") / "dropped"
+    return ls.save_pretrained(model, folder, tokenizer=ByT5Tokenizer.from_pretrained(saved))
 
 
 def run(words, **kwargs):
@@ -248,14 +266,85 @@ ERRORS = {
     ),
     "prune: output": ([*PRUNE, "--count=1", f"--output={TRAIN}"], 1, ["train.py", "holds no saved model"]),
     "prune: output of something else": ([*PRUNE, "--count=1", f"--output={TRAIN.parent}"], 1, ["holds no saved model"]),
+    "prune: objective": ([*PRUNE, "--count=1", "--objective=fast"], 2, ["one of 'importance', 'speed', got fast"]),
+    "benchmark: nothing to compare": (
+        BENCHMARK,
+        1,
+        ["nothing to compare", "--base DENSE", "--ckpt_path", "--counts '["],
+    ),
+    "benchmark: base not dense": ([*BENCHMARK, "--base=DROPPED"], 1, ["lacks attention.1, mlp.2", "not dense"]),
+    "benchmark: dropped without a base": (
+        ["benchmark", "--model.pretrained=DROPPED", *DATA, *SPEED],
+        1,
+        ["the model lacks attention.1, mlp.2", "by --base"],
+    ),
+    "benchmark: sweep of a dropped model": (
+        ["benchmark", "--model.pretrained=DROPPED", *DATA, *SPEED, "--counts=[1]"],
+        1,
+        ["begins with the dense model", "already lacks attention.1, mlp.2"],
+    ),
+    "benchmark: sweep with a base": ([*BENCHMARK, "--counts=[1]", "--base=SAVED"], 1, ["leave out base"]),
+    "benchmark: no such base": ([*BENCHMARK, "--base=./nope"], 1, ["base: ", "./nope", "no such folder"]),
+    "benchmark: no such GGUF base": ([*BENCHMARK, "--base=nope.gguf"], 1, ["base: ", "no such GGUF file"]),
+    "benchmark: base without a model": ([*BENCHMARK, "--base=afolder"], 1, ["'afolder'", "config.json"]),
+    "benchmark: count": ([*BENCHMARK, "--counts=[1, 3]"], 1, ["drop 3", "only 2"]),
+    "benchmark: block": ([*BENCHMARK, "--counts=[3]", "--scopes=[block]"], 1, ["drop 3", "only 2"]),
+    "benchmark: count of none": ([*BENCHMARK, "--counts=[0]"], 1, ["count=0", "at least 1"]),
+    "benchmark: count without brackets": (
+        [*BENCHMARK, "--counts=2"],
+        2,
+        ["counts: expected a list in square brackets"],
+    ),
+    "benchmark: count of something": ([*BENCHMARK, "--counts=[x]"], 2, ["counts: expected int, got x"]),
+    "benchmark: scope": ([*BENCHMARK, "--counts=[1]", "--scopes=[all]"], 2, ["one of 'attention', ", "got all"]),
+    "benchmark: no scope": ([*BENCHMARK, "--counts=[1]", "--scopes=[]"], 1, ["scopes is empty"]),
+    "benchmark: scope that is not there": (
+        [*BENCHMARK, "--counts=[1]", "--scopes=[cross_attention]"],
+        1,
+        ["cross_attention", "none of the 4"],
+    ),
+    "benchmark: metric": ([*BENCHMARK, "--counts=[1]", "--metric=cosin"], 1, ["Did you mean 'cosine'?"]),
+    "benchmark: quality": ([*BENCHMARK, "--counts=[1]", "--quality=bleu"], 2, ["one of 'accuracy', ", "got bleu"]),
+    "benchmark: no held-out batches": ([*BENCHMARK, "--counts=[1]", "--quality_batches=0"], 1, ["quality_batches=0"]),
+    "benchmark: no runs": ([*BENCHMARK, "--counts=[1]", "--runs=0"], 1, ["runs=0", "at least 1"]),
+    "benchmark: too many tokens": ([*BENCHMARK, "--counts=[1]", "--prompt_tokens=80"], 1, ["80", "64 positions"]),
+    "benchmark: missing checkpoint": ([*BENCHMARK, "--ckpt_path=nope.ckpt"], 1, ["'nope.ckpt'", "no such file"]),
+    "benchmark: damaged checkpoint": ([*BENCHMARK, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "damaged"]),
+    "benchmark: no attention": (["benchmark", model_of(**MAMBA), *DATA, *SPEED, "--counts=[1]"], 1, ["Mamba"]),
+    "plan: unknown device": ([*PLAN, "--device=a1000"], 1, ["'a1000'", "Did you mean 'a100'?", "this"]),
+    "plan: joint": ([*PLAN, "--scope=joint", "--count=1"], 1, ["decided by importances", "drop_plan.json", "--plan"]),
+    "plan: count and ratio": ([*PLAN, "--count=1", "--ratio=0.5"], 1, ["exactly one of count and ratio"]),
+    "plan: plan and count": ([*PLAN, "--plan=other_plan.json", "--count=1"], 1, ["give a plan, a count or a ratio"]),
+    "plan: count": ([*PLAN, "--count=3"], 1, ["drop 3", "only 2"]),
+    "plan: ratio": ([*PLAN, "--ratio=1.2"], 1, ["ratio=1.2", "(0, 1)"]),
+    "plan: missing plan": ([*PLAN, "--plan=nope.json"], 1, ["'nope.json'", "no file"]),
+    "plan: damaged plan": ([*PLAN, "--plan=damaged_plan.json"], 1, ["damaged_plan.json", "not JSON"]),
+    "plan: plan of another model": ([*PLAN, "--plan=other_plan.json"], 1, ["no sublayer mlp.9", "another model"]),
+    "plan: of a dropped model": (
+        ["plan", "--model.pretrained=DROPPED", "--count=1", *PLAN[2:]],
+        1,
+        ["already lacks attention.1, mlp.2", "leave out count and ratio"],
+    ),
+    "plan: too many tokens": (PLAN[:2], 1, ["prompt_tokens=256", "64 positions"]),
+    "plan: no sequences": ([*PLAN, "--batch_size=0"], 1, ["batch_size=0", "at least 1"]),
+    "plan: no attention": (["plan", model_of(**MAMBA)], 1, ["Mamba", "attention"]),
+    "plan: no cache": (
+        ["plan", model_of(model_type="openai-gpt", n_embd=32, n_layer=2, n_head=4, vocab_size=259)],
+        1,
+        ["attention.0", "no keys and values in the cache"],
+    ),
+    "plan: checkpoint": ([*PLAN, "--ckpt_path=damaged.ckpt"], 2, ["--ckpt_path", "no such option"]),
+    "score: checkpoint": ([*SCORE, "--ckpt_path=damaged.ckpt"], 2, ["--ckpt_path", "no such option"]),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_sentence_before_training(case, capsys, monkeypatch):
+def test_an_error_is_one_sentence_before_training(case, saved, without_two, capsys, monkeypatch):
     monkeypatch.setattr(pl.LightningModule, "optimizer_step", lambda *_, **__: pytest.fail("it trained"))
     monkeypatch.setattr(running, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
+    monkeypatch.setattr(benchmarking, "measure_speed", lambda *_, **__: pytest.fail("it measured"))
     words, code, fragments = ERRORS[case]
+    words = [word.replace("SAVED", str(saved)).replace("DROPPED", str(without_two)) for word in words]
     assert run(words) == code
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1
@@ -266,6 +355,14 @@ def test_an_error_is_one_sentence_before_training(case, capsys, monkeypatch):
     assert len(told[0]) <= 520
     assert not list(Path().rglob("metrics.csv"))
     assert not list(Path().rglob("importance.csv"))
+    if words[:1] == ["plan"]:
+        assert not Path("runs").exists()
+
+
+def test_an_option_of_another_command_is_not_offered_as_what_was_meant(capsys):
+    Path("other.yaml").write_text("counts: [1]\n")
+    assert run([*SCORE, "--config=other.yaml"]) == 2
+    assert capsys.readouterr().err == "error: Subcommand 'score' does not accept option 'counts'\n"
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root can write everywhere")
@@ -285,9 +382,9 @@ def test_a_folder_that_may_not_be_written_to_is_an_error(capsys, monkeypatch):
 def test_without_a_command_it_says_which_there_are(words, capsys):
     assert run(words) == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 2
-    assert told[0] == "usage: train.py [-c CONFIG] {fit,validate,test,predict,score,prune} ..."
-    assert told[1].startswith("error: ")
+    usage = " ".join(" ".join(told[:-1]).split())
+    assert usage == "usage: train.py [-c CONFIG] {fit,validate,test,predict,score,prune,benchmark,plan} ..."
+    assert told[-1].startswith("error: ")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -365,7 +462,7 @@ def test_help_says_what_each_command_is_for(capsys):
         assert f"{name} {what}" in told
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "score", "prune"])
+@pytest.mark.parametrize("command", ["fit", "validate", "score", "prune", "benchmark", "plan"])
 def test_help_of_a_command_can_be_read(command, capsys):
     assert run([command, "--help"]) == 0
     told = capsys.readouterr().out
@@ -375,10 +472,14 @@ def test_help_of_a_command_can_be_read(command, capsys):
     for markup in ("``", ":class:", ":param", "known subclasses"):
         assert markup not in told
     listed = "--trainer.callbacks CALLBACKS" in told
-    assert listed == (command in ("fit", "validate")), "score and prune list only what they use"
+    assert listed == (command in ("fit", "validate")), "the others list only what they use"
     assert ("--model.schedule" in told) == listed
+    assert ("--data.source" in told) == (command != "plan"), "to plan takes no text"
     if listed:
         assert "SublayerDrop" in told
+    if command == "plan":
+        assert all(name in told for name in ACCELERATORS)
+        assert "default: bfloat16" in " ".join(told.split())
 
 
 def test_every_option_of_ours_has_its_help():
@@ -393,7 +494,7 @@ def test_every_option_of_ours_has_its_help():
         Look(cli.CausalLM, TextData, trainer_class=Trainer, parser_class=cli._Parser, auto_configure_optimizers=False)
     for name, parser in built[0].items():
         for action in parser._actions:
-            ours = action.dest.startswith(("model.", "data.")) or name in ("score", "prune")
+            ours = action.dest.startswith(("model.", "data.")) or name in cli._USAGE
             if ours and not action.dest.endswith(".help"):
                 assert action.help, f"{name} --{action.dest}"
 
@@ -449,10 +550,20 @@ def test_the_config_that_would_run_can_be_printed(capsys):
         (["--model.pretrained=a/b", "--data.tokenizer=bytes"], "bytes"),
     ],
 )
-@pytest.mark.parametrize("command", ["fit", "score", "prune"])
+@pytest.mark.parametrize("command", ["fit", "score", "prune", "benchmark"])
 def test_the_tokenizer_follows_the_model(command, words, tokenizer, parsed):
     assert run([command, *words]) == 0
     assert parsed[0].data.tokenizer == tokenizer
+
+
+@pytest.mark.parametrize("command", ["validate", "score", "prune", "benchmark", "plan"])
+def test_every_command_takes_the_config_that_fit_leaves(command, parsed, capsys):
+    assert run(["fit", "--model.pretrained=a/b", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert {"ckpt_path", "weights_only"} <= set(yaml.safe_load(printed)), "it says more than its sections"
+    Path("left.yaml").write_text(printed)
+    assert run([command, "--config=left.yaml"]) == 0
+    assert parsed[0].model.pretrained == "a/b"
 
 
 @pytest.mark.parametrize("there", [[], ["version_0", "version_3", "version_x", "version_12.bak"]])
@@ -688,6 +799,342 @@ def test_training_free_commands_heed_the_precision(saved):
     exact, rounded = (read_importance(Path("runs", f"version_{number}", "importance.csv")) for number in (0, 1))
     assert exact != rounded
     assert rounded == pytest.approx(exact, rel=0.1)
+
+
+def test_prune_drops_what_costs_least_importance_per_millisecond(saved, monkeypatch):
+    asked = []
+
+    def latency(model, **settings):
+        asked.append(settings)
+        return Latency({s: 0.1 if s.kind == "attention" else 0.001 for s in ls.find_sublayers(model)}, 1.0)
+
+    monkeypatch.setattr(commands, "measure_latency", latency)
+    monkeypatch.setattr(commands, "write_report", lambda record, path: path)
+    words = ["--count=3", "--batches=2", "--quality_batches=1", "--objective=speed", *SPEED]
+    assert run(["prune", f"--model.pretrained={saved}", *DATA, *words]) == 0
+    assert asked == [{"prompt_tokens": 4, "new_tokens": 2, "runs": 2}]
+    importance = plain_importance(AutoModelForCausalLM.from_pretrained(saved), batches_of(saved, "train", 2))
+    price = {key: value / (100 if key[1] == "attention" else 1) for key, value in importance.items()}
+    ranked = sorted((key for key in price if key[1] != "block"), key=price.__getitem__)[:3]
+    plan = DropPlan.load("runs/version_0/drop_plan.json")
+    assert [(s.block, s.kind) for s in plan] == ranked
+    assert [drop.score for drop in plan.drops] == pytest.approx([importance[key] for key in ranked], rel=1e-4)
+    plain = sorted((key for key in price if key[1] != "block"), key=importance.__getitem__)[:3]
+    assert set(ranked) != set(plain), "by importance alone others would have gone"
+
+
+# ---- benchmark ----
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """The ceilings of no machine, since measuring them takes a third of a second."""
+    monkeypatch.setattr(benchmarking, "measure_ceilings", lambda *_: MADE_UP)
+
+
+def read_benchmark(number=0, *, extra=()):
+    """What a benchmark wrote."""
+    folder = Path(f"runs/version_{number}")
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "benchmark.json", *extra}
+    return json.loads((folder / "benchmark.json").read_text())
+
+
+def check_measurement(told, dense, after, sizes, caches, runs=2, comparable=True):
+    """Of one measurement what can be known beforehand, and that the rest hangs together."""
+    assert (told["quality"]["loss"], told["quality"]["accuracy"]) == pytest.approx(after, rel=1e-5)
+    assert told["quality"]["perplexity"] == pytest.approx(math.exp(after[0]), rel=1e-5)
+    speed = told["speed"]
+    assert (speed["parameters_dense"], speed["parameters_dropped"]) == sizes
+    assert (speed["file_bytes_dense"], speed["file_bytes_dropped"]) == tuple(4 * size for size in sizes)
+    held = [attentions * 2 * 8 * 4 for attentions in caches]  # keys and values of 8 numbers of 4 bytes
+    assert speed["kv_bytes_dense"] == held[0]
+    assert held[1] <= speed["kv_bytes_dropped"] < held[1] + 4, "of a dropped one a number is left for all tokens"
+    assert (speed["prompt_tokens"], speed["new_tokens"], speed["batch_size"], speed["runs"]) == (4, 2, 1, runs)
+    speedup = speed["decode"]["speedup"]
+    gained = 100 * (speedup["median"] - 1)
+    assert speed["decode"]["measurable"] == (runs > 5 and not speedup["low"] <= 1 <= speedup["high"])
+    if comparable and speed["decode"]["measurable"] and gained > 0:
+        assert told["sdr"] == pytest.approx(100 * (dense[1] - after[1]) / gained, rel=1e-4, abs=1e-9)
+    else:
+        assert told["sdr"] is None
+    for phase, tokens in (("prefill", 4), ("decode", 1)):
+        assert speed[phase]["dense_ms"] == pytest.approx(1000 * tokens / speed[phase]["dense"])
+        assert speed[phase]["predicted"] > 1
+
+
+def cells(told, name):
+    """The cells of the rows that begin with a name, one row for each of the three tables."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in told.splitlines()]
+    return [row[1:] for row in rows if row[:1] == [name]]
+
+
+def test_benchmark_measures_a_dropped_folder_against_its_base(saved, without_two, capsys):
+    words = [f"--base={saved}", *DATA, *SPEED, "--quality_batches=2", "--runs=7"]
+    assert run(["benchmark", f"--model.pretrained={without_two}", *words]) == 0
+    told, content = capsys.readouterr().out, read_benchmark()
+    held_out = batches_of(saved, "val", 2)
+    models = AutoModelForCausalLM.from_pretrained(saved), ls.load_pretrained(without_two)
+    before, after = (plain_quality(model, held_out) for model in models)
+    assert before != after
+    assert (content["model"], content["base"]) == (str(without_two), str(saved))
+    assert (content["dense"]["loss"], content["dense"]["accuracy"]) == pytest.approx(before, rel=1e-5)
+    assert content["settings"]["quality_batches"] == 2
+    assert content["ceilings"]["name"] == "cpu (float32, 1 threads)"
+    assert content["ceilings"]["flops"] > content["ceilings"]["bandwidth"] > 0
+    (measured,) = content["measurements"]
+    sizes = tuple(model.num_parameters() for model in models)
+    assert sizes[0] - sizes[1] == 2 * 16 * 16 + 2 * 16 * 8 + 16 + 3 * 16 * 16 + 16
+    check_measurement(measured, before, after, sizes, (4, 3), runs=7)
+    assert (measured["scope"], measured["count"]) == (None, None)
+    assert [s.name for s in DropPlan.from_dict(measured["plan"])] == ["attention.1", "mlp.2"]
+
+    first, *phases = cells(told, "dense")
+    loss, accuracy = f"{before[0]:.4f}", f"{100 * before[1]:.1f} %"
+    assert first[:2] + first[3:6] == [f"{sizes[0]:,}", f"{4 * sizes[0] / 1000:.1f} kB", "256 B", loss, accuracy]
+    assert [len(row) for row in phases] == [2, 2]
+    first, prefill, decode = cells(told, "1 attention, 1 mlp")
+    assert first[4:6] == [f"{after[0]:.4f}", f"{100 * after[1]:.1f} %"]
+    for row, phase in ((prefill, "prefill"), (decode, "decode")):
+        speedup = measured["speed"][phase]["speedup"]
+        assert row[2] == "x{median:.2f} [{low:.2f}, {high:.2f}]".format(**speedup)
+        assert row[3].startswith(f"x{measured['speed'][phase]['predicted']:.2f} (")
+    assert f"Dense: {saved}." in told
+    assert "Measurements: runs/version_0/benchmark.json" in told
+
+
+def test_benchmark_heeds_the_precision_on_both_sides(saved, without_two, made_up):
+    words = [f"--base={saved}", *DATA, *SPEED, "--quality_batches=1", "--trainer.precision=bf16-true"]
+    assert run(["benchmark", f"--model.pretrained={without_two}", *words]) == 0
+    content = read_benchmark()
+    assert content["machine"]["dtype"] == "bfloat16"
+    speed = content["measurements"][0]["speed"]
+    for side in ("dense", "dropped"):
+        assert speed[f"file_bytes_{side}"] == 2 * speed[f"parameters_{side}"]
+    assert speed["kv_bytes_dense"] == 4 * 2 * 8 * 2
+
+
+def trained(path, *, scale=0):
+    """The dense model of a checkpoint, with scale * B A added to the weights that have an adapter."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    weights = {}
+    for name, weight in state.items():
+        if name.startswith("model.") and "lora_" not in name:
+            adapter = {key.rsplit(".", 3)[1]: state[key] for key in state if key.startswith(adapters_of(name))}
+            if adapter:
+                weight = weight + scale * adapter["lora_B"] @ adapter["lora_A"]
+            weights[name.removeprefix("model.").replace(".base_layer.", ".")] = weight
+    model = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in TINY.items() if name != "model_type"}))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def adapters_of(name):
+    """How the names of a weight's adapters begin, and of nothing where it can have none."""
+    return name.replace("base_layer.weight", "lora_") if name.endswith("base_layer.weight") else "nothing"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_benchmark_measures_a_checkpoint_against_itself_with_the_bypass_lifted(adapted, capsys, made_up):
+    recovery = [{"class_path": "LoRARecovery", "init_args": {"rank": 2, "alpha": 16}}] if adapted else []
+    dropping = {"class_path": "SublayerDrop", "init_args": {**DROPPING["init_args"], "start": 2, "scope": "attention"}}
+    Path("run.yaml").write_text(callbacks(dropping, *recovery, KEEP))
+    assert run([*FIT, "--trainer.max_steps=6", "--model.optimizer.lr=0.01", "--config=run.yaml"]) == 0
+    capsys.readouterr()
+    last = "runs/version_0/checkpoints/last.ckpt"
+    words = [f"--ckpt_path={last}", *SPEED, "--quality_batches=2"]
+    assert run(["benchmark", "--config=runs/version_0/config.yaml", *words]) == 0
+    told, content = capsys.readouterr().out, read_benchmark(1)
+    assert "note:" not in told, "what was trained is not random"
+    lifted = "the same weights with the bypass lifted" + (" and the adapters off" if adapted else "")
+    assert (content["model"], content["base"]) == (last, lifted)
+
+    held_out = batches_of("bytes", "val", 2)
+    model, plan = trained(last), DropPlan.load("runs/version_0/drop_plan.json")
+    before = plain_quality(model, held_out)
+    recovered = trained(last, scale=16 / 2)
+    ls.bypass(recovered, plan)
+    after = plain_quality(recovered, held_out)
+    ls.bypass(model, plan)
+    assert (plain_quality(model, held_out) != after) == adapted, (
+        "adapters are trained for what is left, and count there"
+    )
+    assert (content["dense"]["loss"], content["dense"]["accuracy"]) == pytest.approx(before, rel=1e-5)
+    (measured,) = content["measurements"]
+    assert tuple(DropPlan.from_dict(measured["plan"])) == tuple(plan)
+    size = model.num_parameters()
+    sizes = size, size - (2 * 16 * 16 + 2 * 16 * 8 + 16)
+    check_measurement(measured, before, after, sizes, (2, 1), comparable=adapted)
+
+
+def test_a_checkpoint_brings_its_model_along_and_can_be_compared_with_another(saved, made_up):
+    Path("run.yaml").write_text(callbacks(DROPPING, KEEP))
+    fit = ["fit", f"--model.pretrained={saved}", *DATA, *TRAINER, "--trainer.max_steps=4", "--config=run.yaml"]
+    assert run(fit) == 0
+    last = "--ckpt_path=runs/version_0/checkpoints/last.ckpt"
+    words = [*DATA, *SPEED, "--quality_batches=2", last]
+    assert run(["benchmark", *words]) == 0
+    assert run(["benchmark", *words, f"--base={saved}"]) == 0
+    own, other = read_benchmark(1), read_benchmark(2)
+    assert own["measurements"][0]["quality"] == other["measurements"][0]["quality"]
+    assert own["dense"]["loss"] != other["dense"]["loss"], "it was trained since"
+    before = plain_quality(AutoModelForCausalLM.from_pretrained(saved), batches_of(saved, "val", 2))
+    assert (other["dense"]["loss"], other["dense"]["accuracy"]) == pytest.approx(before, rel=1e-5)
+
+
+def test_a_checkpoint_that_does_not_fit_and_a_base_without_the_words_are_errors(capsys):
+    Path("run.yaml").write_text(callbacks(DROPPING, KEEP))
+    assert run([*FIT, "--trainer.max_steps=4", "--config=run.yaml"]) == 0
+    last = Path("runs/version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("q_proj.weight"))
+    checkpoint["state_dict"][name] = torch.zeros(3, 3)
+    torch.save(checkpoint, "other.ckpt")
+    fields = {**TINY, "vocab_size": 100}
+    LlamaForCausalLM(LlamaConfig(**{key: fields[key] for key in fields if key != "model_type"})).save_pretrained("few")
+    for words, fragments in (
+        (["--ckpt_path=other.ckpt"], ["weights do not fit"]),
+        ([f"--ckpt_path={last}", "--base=./few"], ["./few", "259 ids", "only 100"]),
+    ):
+        capsys.readouterr()
+        assert run(["benchmark", *words, *DATA, *SPEED]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert all(fragment in told for fragment in fragments), told
+
+
+def test_a_sweep_measures_the_frontier_of_a_dense_model(saved, capsys, monkeypatch, made_up):
+    drawn = []
+
+    def draw(points, dense, label, **options):
+        drawn.append((points, dense, label, options))
+        return frontier_figure(points, dense, label, **options)
+
+    frontier_figure = comparing.frontier_figure
+    monkeypatch.setattr(comparing, "frontier_figure", draw)
+    words = ["--counts=[1, 3]", "--scopes=[attention, joint, block]", "--batches=3", "--quality_batches=2"]
+    assert run(["benchmark", f"--model.pretrained={saved}", *DATA, *SPEED, *words]) == 0
+    told, content = capsys.readouterr().out, read_benchmark(extra=("importance.csv", "frontier.png"))
+    assert (content["model"], content["base"]) == (str(saved), str(saved))
+    model, held_out = AutoModelForCausalLM.from_pretrained(saved), batches_of(saved, "val", 2)
+    importance = plain_importance(model, batches_of(saved, "train", 3))
+    assert read_importance(Path("runs/version_0/importance.csv")) == pytest.approx(importance, rel=1e-4)
+    dense, size = plain_quality(model, held_out), model.num_parameters()
+    assert (content["dense"]["loss"], content["dense"]["accuracy"]) == pytest.approx(dense, rel=1e-5)
+    asked = [(scope, count) for scope in ("attention", "joint", "block") for count in (1, 3)]
+    assert [(one["scope"], one["count"]) for one in content["measurements"]] == asked
+    weights = {"attention": 2 * 16 * 16 + 2 * 16 * 8 + 16, "mlp": 3 * 16 * 16 + 16}
+    for one, (scope, count) in zip(content["measurements"], asked, strict=True):
+        kinds = {"joint": ("attention", "mlp")}.get(scope, (scope,))
+        ranked = sorted((value, *key) for key, value in importance.items() if key[1] in kinds)[:count]
+        plan = DropPlan.from_dict(one["plan"])
+        gone = [(s.block, s.kind) for s in plan]
+        if scope == "block":
+            assert gone == [(block, kind) for _, block, _ in ranked for kind in ("attention", "mlp")]
+        else:
+            assert gone == [(block, kind) for _, block, kind in ranked]
+        ls.bypass(model, plan)
+        after = plain_quality(model, held_out)
+        ls.restore(model)
+        caches = 4, 4 - count_by_kind(plan)["attention"]
+        check_measurement(one, dense, after, (size, size - sum(weights[kind] for _, kind in gone)), caches)
+        assert cells(told, f"{scope} {count}")[0][4:6] == [f"{after[0]:.4f}", f"{100 * after[1]:.1f} %"]
+
+    ((points, height, label, options),) = drawn
+    assert (height, label) == (pytest.approx(100 * dense[1]), "next-token accuracy (%)")
+    assert options == {"title": f"{saved} on cpu (1 threads)", "log_scale": False}
+    for point, one in zip(points, content["measurements"], strict=True):
+        assert (point.scope, point.count) == (one["scope"], one["count"])
+        assert point.quality == 100 * one["quality"]["accuracy"]
+        for phase in ("prefill", "decode"):
+            speedup = getattr(point, phase)
+            told_of_it = one["speed"][phase]["speedup"]
+            assert [speedup.median, speedup.low, speedup.high] == [told_of_it[key] for key in ("median", "low", "high")]
+    assert Path("runs/version_0/frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        content["settings"].items() >= {"metric": "cosine", "objective": "importance", "batches": 3, "runs": 2}.items()
+    )
+
+
+# ---- plan ----
+
+
+def read_prediction(number=0):
+    """What a plan wrote."""
+    folder = Path(f"runs/version_{number}")
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "prediction.json"}
+    return json.loads((folder / "prediction.json").read_text())
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The models that were planned for; none of them may have weights, and none may be run or trained."""
+    seen = []
+    predict = comparing.predict
+
+    def watched(model, *args):
+        assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        seen.append(model)
+        return predict(model, *args)
+
+    monkeypatch.setattr(comparing, "predict", watched)
+    for name in ("setup", "prepare_data"):
+        monkeypatch.setattr(TextData, name, lambda *_: pytest.fail("it looked for a text"))
+    return seen
+
+
+def test_a_plan_needs_nothing_but_a_config(saved, capsys, planned):
+    Path("bare").mkdir()
+    shutil.copy(saved / "config.json", "bare")
+    words = [
+        "--scope=attention",
+        "--count=3",
+        "--device=A100",
+        "--batch_size=5",
+        "--prompt_tokens=20",
+        "--new_tokens=4",
+    ]
+    assert run(["plan", "--model.pretrained=./bare", *words]) == 0
+    told, content = capsys.readouterr().out, read_prediction()
+    assert len(planned) == 1
+    size, attention = AutoModelForCausalLM.from_pretrained(saved).num_parameters(), 2 * 16 * 16 + 2 * 16 * 8 + 16
+    for side, attentions in (("dense", 4), ("dropped", 1)):
+        assert content[side]["parameters"] == size - (4 - attentions) * attention
+        assert content[side]["weight_bytes"] == 2 * content[side]["parameters"]
+        assert content[side]["kv_bytes"] == attentions * 2 * 8 * 2 * 5 * 24
+        assert content[side]["devices"] == 1
+    assert [s.name for s in DropPlan.from_dict(content["plan"])] == ["attention.3", "attention.2", "attention.1"]
+    assert (content["dtype"], content["ceilings"]["name"]) == ("bfloat16", "NVIDIA A100 SXM 80 GB")
+    assert (content["batch_size"], content["prompt_tokens"], content["new_tokens"]) == (5, 20, 4)
+    assert "./bare: 3 attention dropped" in told
+    assert "The deepest go first" in told
+    assert "Prediction: runs/version_0/prediction.json" in told
+    assert run(["plan", "--config=runs/version_0/config.yaml"]) == 0
+    assert read_prediction(1) == content
+
+
+def test_without_a_wish_half_of_the_attentions_go_on_this_machine(monkeypatch):
+    monkeypatch.setattr("layershed.prediction.measure_ceilings", lambda *asked: ACCELERATORS["l4"])
+    assert run([*PLAN, "--model.dtype=float32"]) == 0
+    content = read_prediction()
+    assert [s.name for s in DropPlan.from_dict(content["plan"])] == ["attention.1"]
+    assert content["dtype"] == "float32"
+    assert content["ceilings"]["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_of_a_dropped_model_a_plan_is_what_it_lacks(saved, without_two, capsys, planned):
+    assert run(["plan", f"--model.pretrained={without_two}", "--device=h100", *PLAN[2:]]) == 0
+    told, lacking = capsys.readouterr().out, read_prediction()
+    assert [s.name for s in DropPlan.from_dict(lacking["plan"])] == ["attention.1", "mlp.2"]
+    assert "The deepest go first" not in told, "it is known which are gone"
+    assert lacking["dense"]["parameters"] == AutoModelForCausalLM.from_pretrained(saved).num_parameters()
+    assert lacking["dropped"]["parameters"] == ls.load_pretrained(without_two).num_parameters()
+
+    # the same of the dense model, by a plan that a run wrote
+    model = ls.load_pretrained(saved)
+    DropPlan(tuple(Drop(s) for s in ls.find_sublayers(model) if s.name in ("attention.1", "mlp.2"))).save("plan.json")
+    assert run(["plan", f"--model.pretrained={saved}", "--device=h100", "--plan=plan.json", *PLAN[2:]]) == 0
+    assert "The deepest go first" not in capsys.readouterr().out
+    assert read_prediction(1) == lacking
 
 
 # ---- as a process of its own ----

@@ -14,16 +14,37 @@ def at_most(k, n):
     return sum(math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
 
 
-@pytest.mark.parametrize("n", [3, 5, 7, 13, 19])
-def test_the_interval_is_that_of_the_exact_distribution_of_resampled_medians(n):
+def holds(k, n):
+    """Probability that the k-th lowest and the k-th highest of n values have the true median between them."""
+    return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 6, 7, 9, 10, 13, 19, 40])
+def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
     values = [1 + i / 100 for i in range(n)]
     random.Random(0).shuffle(values)
-    k = next(k for k in range(1, n + 1) if at_most(k, n) >= 0.025)
-    low = 1 + (k - 1) / 100
-    # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
-    assert at_most(k - 1, n) < 0.016
-    assert at_most(k, n) > 0.045
-    assert bootstrap_interval(values) == Interval(statistics.median(values), low, 1 + (n - k) / 100)
+    bootstrap = next(k for k in range(1, n + 1) if n % 2 == 0 or at_most(k, n) >= 0.025)
+    order = max([k for k in range(1, n // 2 + 1) if holds(k, n) >= 0.95], default=1)
+    found = bootstrap_interval(values)
+    if n % 2:
+        # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
+        assert at_most(bootstrap - 1, n) < 0.016
+        assert at_most(bootstrap, n) > 0.03
+        k = min(bootstrap, order)
+        assert (found.low, found.high) == (1 + (k - 1) / 100, 1 + (n - k) / 100)
+    assert found.median == statistics.median(values)
+    assert found.low <= 1 + (order - 1) / 100
+    assert found.trustworthy == (holds(1, n) >= 0.95)
+
+
+@pytest.mark.parametrize("n", [6, 7, 9, 10])
+def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
+    generator = random.Random(n)
+    rounds = 300
+    found = [bootstrap_interval([generator.lognormvariate(0, 1) for _ in range(n)]) for _ in range(rounds)]
+    held = sum(interval.low <= 1 <= interval.high for interval in found)
+    # three standard errors below 95 %
+    assert held / rounds > 0.95 - 3 * (0.95 * 0.05 / rounds) ** 0.5
 
 
 def test_the_interval_of_one_constant_is_that_constant():

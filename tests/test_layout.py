@@ -8,7 +8,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "layershed"
 RANKS = [
-    {"errors", "intervals", "memory", "style"},
+    {"errors", "intervals", "memory", "style", "thinning", "usage"},
+    {"folders", "vetting", "config_files"},
     {"plan", "adapter", "standins", "tape", "roofline"},
     {
         "schedule",
@@ -19,10 +20,10 @@ RANKS = [
         "packing",
         "dataflow",
         "replay",
-        "folders",
         "wording",
+        "checkpoint_io",
     },
-    {"probe", "metrics", "selection", "kinds"},
+    {"probe", "metrics", "selection", "kinds", "resuming"},
     {"substitution", "quantized_linear"},
     {"branches"},
     {"trial"},
@@ -39,6 +40,7 @@ RANKS = [
     {"callbacks"},
     {"module", "data"},
     {"running"},
+    {"comparing"},
     {"commands"},
     {"cli"},
 ]

@@ -1,7 +1,9 @@
 """The running metrics against one float64 mean over all tokens at once, in one process and in two."""
 
 import copy
+import math
 import pickle
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -12,7 +14,15 @@ from torch.nn.functional import cosine_similarity
 
 from layershed.calibration import estimate_importance
 from layershed.errors import LayershedError, UnknownNameError
-from layershed.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude, get_metric
+from layershed.metrics import (
+    METRICS,
+    Angular,
+    CosineImportance,
+    ImportanceMetric,
+    PassSums,
+    RelativeMagnitude,
+    get_metric,
+)
 from tests.conftest import build_model
 
 FORMULAS = {
@@ -174,6 +184,20 @@ def token_batches(rank):
     return [{"input_ids": torch.randint(3, 97, (2, n), generator=torch.Generator().manual_seed(n))} for n in lengths]
 
 
+def broken_on_one(rank):
+    """Importances, and the warnings, if rank 1 has a batch of NaN beside the finite one."""
+    model = build_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[95] = math.nan
+    batches = token_batches(rank)
+    if rank == 1:
+        batches.insert(0, {"input_ids": torch.full((1, 6), 95)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = estimate_importance(model, batches)
+    return list(scores.values()), [str(warning.message) for warning in caught]
+
+
 def _rank(rank, store, results):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -188,6 +212,7 @@ def _rank(rank, store, results):
             values.append(metric.compute().tolist())
         scores = estimate_importance(build_model("llama"), token_batches(rank))
         results[rank] = (values, list(scores.values()), list(scores.blocks.values()), scores.tokens)
+        results[rank] += (broken_on_one(rank),)
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -224,8 +249,34 @@ def test_two_processes_give_the_value_of_one_over_all_tokens(ranks):
 def test_two_processes_estimate_what_one_does_over_all_batches(ranks):
     """One process is compared with stored hidden states in test_calibration.py."""
     scores = estimate_importance(build_model("llama"), token_batches(0) + token_batches(1))
-    for _, values, blocks, tokens in ranks:
+    for _, values, blocks, tokens, _ in ranks:
         assert values == pytest.approx(list(scores.values()), rel=1e-6)
         assert blocks == pytest.approx(list(scores.blocks.values()), rel=1e-6)
         assert tokens == 2 * (12 + 5 + 7)
     assert ranks[0][1:] == ranks[1][1:]
+
+
+def test_a_broken_batch_of_one_rank_is_left_out_on_both(ranks):
+    for _, values, _, _, (without, told) in ranks:
+        assert without == values
+        assert len(told) == 1
+        assert told[0].startswith("1 of 4 forward passes left out")
+
+
+@metrics
+def test_whole_passes_count_or_do_not(metric_class):
+    """Against the mean over the tokens of the passes in which all branches are finite."""
+    sums, expected = PassSums(2), ([], [])
+    for seed in range(5):
+        one = metric_class(2)
+        for index in range(2):
+            x, b = batch(10 * seed + index, 3, 4)
+            if (seed, index) in {(1, 1), (3, 0)}:
+                b[0, 0, 0] = math.nan if seed == 1 else math.inf
+            elif seed in (0, 2, 4):
+                expected[index].append(per_token(metric_class, x, b).flatten())
+            one.update(x, b, index=index)
+        sums.update(one)
+    assert_equal(sums, [torch.cat(tokens).mean().item() for tokens in expected])
+    assert sums.tokens.tolist() == [36, 36]
+    assert sums.passes.tolist() == [1, 1, 3]

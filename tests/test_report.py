@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from layershed import figures, report
-from layershed.errors import DataError
+from layershed.errors import DataError, ExportError
 from layershed.plan import Drop, DropPlan, Sublayer
 from layershed.quality import Quality
 from layershed.report import (
@@ -30,6 +30,7 @@ from layershed.report import (
     RunRecord,
     importance_heatmap,
     loss_figure,
+    measured_steps,
     read_importance,
     summary_rows,
     summary_table,
@@ -238,6 +239,25 @@ def test_malformed_importance_csv_names_the_line(tmp_path, text, message):
         read_importance(path)
 
 
+def test_steps_of_an_importance_csv(tmp_path):
+    header = ("step", "block", "kind", "metric", "value")
+    rows = [(step, block, "mlp", "cosine", step / 10) for step in (7, 3, 5) for block in (0, 1)]
+    rows += [(step, 0, "mlp", "angular", 0.5) for step in (4, 3)]
+    path = write_csv(tmp_path / "i.csv", [header, *rows])
+    assert measured_steps(path) == {"cosine": [3, 5, 7], "angular": [3, 4]}
+    found = read_importance(path, {"cosine": {7, 3}, "angular": [4]})
+    assert [(p.step, p.metric, p.block) for p in found] == [
+        (7, "cosine", 0),
+        (7, "cosine", 1),
+        (3, "cosine", 0),
+        (3, "cosine", 1),
+        (4, "angular", 0),
+    ]
+    path.write_text(path.read_text() + "1,2,mlp,cosine,much\n")
+    with pytest.raises(DataError, match="line 10: could not convert"):
+        measured_steps(path)
+
+
 def test_importance_csv_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read_importance(tmp_path / "none.csv")
@@ -278,6 +298,36 @@ def test_heatmap_holds_the_points_and_nothing_where_dropped(stacked):
     assert np.isnan(panels["Attention"][1][1:3, 3:]).all()
     assert np.isfinite(panels["Attention"][1][1:3, :3]).all()
     assert len({id(mesh.norm) for mesh, _ in panels.values()}) == 1, "the panels share one colour scale"
+
+
+def test_heatmap_of_a_long_run_has_columns_enough_and_all_those_next_to_a_drop():
+    """5,001 measurements; what is drawn is what was measured at that step, and the hatching begins at the drop."""
+    points = [
+        ImportancePoint(step, block, "mlp", "cosine", 0.1 + step / 1e5 + block)
+        for step in range(0, 50_001, 10)
+        for block in range(2)
+        if not (block == 1 and step > 33_330)
+    ]
+    figure = importance_heatmap(points, make_plan({("mlp", 1): 33_330}))
+    mesh, values = meshes(figure)["MLP"]
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert 300 < values.shape[1] < 410
+    steps = np.round((values[0] - 0.1) * 1e5).astype(int)
+    assert {0, 33_320, 33_330, 33_340, 50_000} <= set(steps)
+    assert max(np.diff(steps)) <= 130
+    np.testing.assert_array_equal(np.isnan(values[1]), steps > 33_330)
+    assert (edges[:-1] <= steps).all()
+    assert (steps <= edges[1:]).all()
+    (hatched,) = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert hatched.get_x() == 33_330
+    whole = dict(zip(range(0, 50_001, 10), (p.value for p in points if p.block == 0), strict=True))
+    assert [whole[step] for step in steps] == values[0].tolist()
+
+
+def test_the_page_says_how_often_it_was_measured_not_how_much_is_drawn(tmp_path):
+    record = RunRecord("m", importance=make_points(), measured={"cosine": 20_000})
+    page = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "measured 20000 times from step 40 to step 200" in page
 
 
 def test_heatmap_hatches_from_the_drop_and_marks_it():
@@ -500,7 +550,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ExportError, match="disk full"):
         write_report(RunRecord("new"), path)
     assert "<h1>old</h1>" in path.read_text()
     assert os.listdir(tmp_path) == ["r.html"]

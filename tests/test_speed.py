@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 from layershed.costs import CostModel
@@ -247,9 +248,14 @@ def test_a_base_is_taken_as_it_is(dropped):
 def test_adapters_are_off_on_both_sides(dropped):
     alone = measured(dropped)
     inject_lora(dropped)
+
+    def fail(*_):
+        if not probing():
+            pytest.fail("an adapter ran")
+
     for path, module in dropped.named_modules():
         if path.endswith("lora_A.recovery"):
-            module.register_forward_hook(lambda *_: probing() or pytest.fail("an adapter ran"))
+            module.register_forward_hook(fail)
     assert (measured(dropped).file_bytes_dropped, measured(dropped).peak_memory_dropped) == (
         alone.file_bytes_dropped,
         alone.peak_memory_dropped,
@@ -300,6 +306,89 @@ def test_under_autocast_the_model_runs_in_half_precision(dropped):
     assert half.decode.predicted != full.decode.predicted
 
 
+class Casts(TorchDispatchMode):
+    """Counts what is cast to bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16
+        return result
+
+
+def test_under_autocast_no_side_casts_weights_anew_that_the_other_one_keeps():
+    """Autocast keeps the casts of trainable weights alone, and a bypass freezes."""
+    counts = {}
+    for name in ("lifted", "never bypassed"):
+        model = build_model()
+        base = None if name == "lifted" else copy.deepcopy(model)
+        bypass(model, [s for s in find_sublayers(model) if s.kind == "mlp"])
+        casts, seen = Casts(), []
+
+        def clock(casts=casts, seen=seen):
+            seen.append(casts.count)
+            return float(len(seen))
+
+        with torch.autocast("cpu", torch.bfloat16), casts:
+            measured(model, base=base, runs=2, clock=clock)
+        # of the second pair: what was cast between the first mark of the dense half and its last
+        counts[name] = seen[11] - seen[8]
+        assert not any(parameter.requires_grad for parameter in model.model.layers[0].mlp.parameters())
+    assert counts["lifted"] == counts["never bypassed"] > 0
+
+
+def test_a_wrapper_of_compiled_code_is_refused(dropped):
+    holder = nn.ModuleDict({"net": torch.compile(dropped, backend="eager")})
+    for model in (holder, holder["net"]):
+        with pytest.raises(MeasurementError, match=r"compile it in place: model\.compile\(\)"):
+            measured(model)
+
+
+def test_what_cannot_decode_from_a_cache_is_refused_before_anything_is_timed(dropped, monkeypatch):
+    def forward(*args, **kwargs):
+        if kwargs.get("past_key_values") is not None:
+            raise IndexError("no place left.\nmore")
+        return dense(*args, **kwargs)
+
+    dense = dropped.forward
+    monkeypatch.setattr(dropped, "forward", forward)
+    said = r"LlamaForCausalLM could not decode a token from its KV cache \(IndexError: no place left\)\.$"
+    with pytest.raises(MeasurementError, match=said):
+        measured(dropped, clock=lambda: pytest.fail("it was timed"))
+
+
+def test_a_report_can_be_printed_and_says_what_is_no_speedup():
+    bench_model = build_model()
+    bypass(bench_model, find_sublayers(bench_model)[:1])
+    bench = Bench(bench_model, {"dense": [2.0], "dropped": [1.0]}, {"dense": [1.0, 2.0], "dropped": [2.0, 1.0]})
+    lines = str(measured(bench_model, runs=8, clock=bench.clock, new_tokens=1, prompt_tokens=8)).splitlines()
+    assert lines[0].startswith("prefill: 4 -> 8 tokens/s, x2.00 [2.00, 2.00], x")
+    assert lines[1].startswith("decode: 0.667 -> 0.667 tokens/s, no measurable speedup, x1.25 [0.50, 2.00], x")
+    assert lines[-1].startswith("8 pairs, 1 x 8 + 1 tokens, cpu")
+
+
+@pytest.mark.parametrize("runs", [1, 5, 6])
+def test_a_speedup_takes_six_runs(dropped, runs):
+    """Of fewer all lie on one side of the median with more than 5 %."""
+    bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
+    report = measured(dropped, runs=runs, clock=bench.clock)
+    assert report.decode.measurable == (2 * 0.5**runs <= 0.05)
+    assert math.isnan(report.decode.degradation(1.0)) == (not report.decode.measurable)
+    assert runs < 6 or report.decode.degradation(3.0) == pytest.approx(0.03)
+
+
+def test_both_sides_have_their_spread(dropped):
+    times = [float(i) for i in range(1, 10)]
+    bench = Bench(dropped, {"dense": [1.0], "dropped": [1.0]}, {"dense": times, "dropped": [1.0]})
+    report = measured(dropped, runs=9, new_tokens=1, clock=bench.clock)
+    spread = report.decode.dense_spread
+    # 2 P(Bin(9, 1/2) < 2) = 4 %: from the second to the last but one
+    assert (spread.low, spread.median, spread.high) == (1 / 8, 1 / 5, 1 / 2)
+    assert report.decode.dropped_spread == Interval(1.0, 1.0, 1.0)
+    assert SpeedReport.from_dict(json.loads(json.dumps(report.to_dict()))).decode.dense_spread == spread
+
+
 def state_of(model):
     return {
         "bypassed": bypassed_sublayers(model),
@@ -321,6 +410,8 @@ def test_the_model_and_the_random_state_are_as_before_also_after_an_error(droppe
     before, weights = state_of(dropped), {name: w.clone() for name, w in dropped.state_dict().items()}
 
     def fail(_module, _args, kwargs):
+        if probing():
+            return
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in dropped.modules())
         side = "dropped" if bypassed_sublayers(dropped) else "dense"

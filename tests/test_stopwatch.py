@@ -117,11 +117,12 @@ class Ticks:
 
 
 @torch.no_grad()
-def test_a_run_is_timed_by_three_marks_and_its_cache_weighed(llama):
+def test_a_run_is_timed_by_four_marks_and_its_cache_weighed(llama):
+    """Two of each phase: a queue must be empty of the prefill before decoding begins."""
     stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=6, new_tokens=3, batch_size=2), Ticks())
     timing = stopwatch.run()
-    assert stopwatch.clock.now == 3
-    assert (timing.prefill, timing.decode) == (1.0, 0.5)
+    assert stopwatch.clock.now == 4
+    assert (timing.prefill, timing.decode) == (1.0, 1 / 3)
     assert timing.kv_bytes == 4 * 2 * 9 * (2 * 2 * 8) * 4  # blocks, sequences, tokens, keys and values, float32
 
 

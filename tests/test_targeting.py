@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from layershed import targeting
 from layershed.discovery import find_sublayers
 from layershed.errors import SelectionError, SpeedupError, UnknownNameError
 from layershed.intervals import Interval
@@ -273,3 +274,60 @@ def test_choices_without_a_meaning_are_refused_without_a_model(given, error, mes
 @pytest.mark.parametrize("given", [{"count": 1}, {"ratio": 0.5}, {"target_speedup": 1.2, "phase": "prefill"}])
 def test_choices_with_a_meaning_are_accepted(given):
     assert check_choice(**{"scope": "block", "count": None, "ratio": None, "target_speedup": None, **given}) is None
+
+
+def noisy(case, monkeypatch, spread, seed=0):
+    """Every measurement is off by chance."""
+    generator = random.Random(seed)
+    exact = targeting.measure_speed
+
+    def measure(*args, **kwargs):
+        report = exact(*args, **kwargs)
+        true = report.decode.speedup.median
+        seen.append(true * generator.uniform(1 - spread, 1 + spread))
+        return replace(report, decode=replace(report.decode, speedup=Interval(seen[-1], 0.0, 99.0)))
+
+    seen = []
+    monkeypatch.setattr(targeting, "measure_speed", measure)
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_number_must_reach_the_target_twice_and_the_second_measurement_is_told(case, monkeypatch, seed):
+    seen = noisy(case, monkeypatch, 0.1, seed)
+    target = case.speedup(prefixes(case, "joint", "decode")[4])
+    plan, report = case.drop(target)
+    told = report.decode.speedup.median
+    assert told == seen[-1] >= target
+    assert sum(speedup >= target for speedup in seen) >= 2
+    assert len(seen) < 20
+    assert bypassed_sublayers(case.model) == tuple(sorted(plan))
+
+
+def test_where_dropping_everything_leaves_it_in_doubt_everything_goes_with_a_warning(case, monkeypatch):
+    noisy(case, monkeypatch, 0.0)  # the intervals reach up to 99
+    everything = prefixes(case, "attention", "decode")[-1]
+    best = case.speedup(everything)
+    with pytest.warns(UserWarning, match=rf"with all 4 candidates dropped it is in doubt .*x{best:.2f}"):
+        plan, _ = case.drop(best * 1.01, "attention")
+    assert list(plan) == everything
+
+
+def test_a_target_far_off_is_found_in_a_few_measurements(case, monkeypatch):
+    """Where the latencies promise far too much, it must not creep on by one."""
+    seen = noisy(case, monkeypatch, 0.0)
+    monkeypatch.setattr(targeting._Search, "learn", crippled(targeting._Search.learn))
+    target = case.speedup(prefixes(case, "joint", "decode")[7]) * (1 - 1e-9)
+    plan, _ = case.drop(target)
+    assert len(list(plan)) == 7
+    assert len(seen) <= targeting._GUESSES + 1 + 3 + 1  # guesses, everything, bisection of what is left, confirmation
+
+
+def crippled(learn):
+    """Predictions that no measurement corrects, and that always say: one more is enough."""
+
+    def learn_nothing(self, number, speedup):
+        learn(self, number, speedup)
+        self._factor = 1e9
+
+    return learn_nothing

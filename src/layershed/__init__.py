@@ -8,6 +8,7 @@ from layershed.adapter import SublayerAdapter, register_adapter
 from layershed.adapter_folder import load_adapter, save_adapter
 from layershed.branches import LeftAlone
 from layershed.calibration import ImportanceTracker, estimate_importance
+from layershed.checkpoint import load_checkpoint
 from layershed.costs import CostModel, PassCosts
 from layershed.discovery import find_left_alone, find_sublayers, find_transformer
 from layershed.distillation import Distillation, self_distillation_loss
@@ -75,6 +76,7 @@ __all__ = [
     "find_transformer",
     "inject_lora",
     "load_adapter",
+    "load_checkpoint",
     "load_plan",
     "load_pretrained",
     "measure_ceilings",

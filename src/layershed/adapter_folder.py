@@ -17,13 +17,30 @@ from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.folders import check_free, replacing
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan
-from layershed.recovery import ADAPTER, adapted_modules, inject_at, peft_config_of, settings_of
+from layershed.recovery import (
+    ADAPTER,
+    SETTINGS,
+    adapted_modules,
+    checked_settings,
+    inject_at,
+    peft_config_of,
+    settings_of,
+)
 from layershed.surgery import dropped_sublayers
+from layershed.vetting import read_mapping
 
 PLAN_FILE = "drop_plan.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_NOT_KNOWN = ("alpha_pattern", "rank_pattern", "bias", "modules_to_save", "lora_bias", "layer_replication")
+_NOT_KNOWN = (
+    "alpha_pattern",
+    "rank_pattern",
+    "bias",
+    "modules_to_save",
+    "lora_bias",
+    "layer_replication",
+    "megatron_config",
+)
 _PREFIX = "base_model.model."  # peft's, for the model inside a PeftModel
 
 
@@ -63,7 +80,7 @@ def save_adapter(
     config.target_modules = sorted(_running(transformer))
     config.base_model_name_or_path = getattr(transformer, "name_or_path", "") or None
     weights = _weights(transformer)
-    if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()) and torch.distributed.get_rank():
+    if holds_shards(transformer) and torch.distributed.get_rank():
         return Path(folder)  # gathering takes all ranks, writing one
     with replacing(folder) as fresh:
         config.save_pretrained(str(fresh))
@@ -90,16 +107,22 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
 
     transformer, folder = find_transformer(model, name=name), Path(folder)
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        fields = read_mapping(folder / CONFIG_FILE)
+        if fields.get("peft_type") != "LORA":
+            raise ValueError(f"its peft_type is {fields.get('peft_type')!r}")
+        # not peft's own way: it would act upon every field, and ask the hub where there is no such folder
+        config = LoraConfig(**{name: fields[name] for name in SETTINGS if name in fields})
+        if isinstance(config.lora_dropout, int):
+            config.lora_dropout = float(config.lora_dropout)
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ExportError(f"load_adapter: {str(folder)!r} holds no readable LoRA adapter ({error}).") from None
     if adapted_modules(transformer):
         raise RecoveryError("load_adapter: the model carries recovery adapters already; merge or remove them first.")
-    unknown = [name for name in _NOT_KNOWN if getattr(config, name, None) not in (None, "none", {}, [], False)]
+    unknown = [name for name in _NOT_KNOWN if fields.get(name) not in (None, "none", {}, [], False)]
     if unknown:
         raise RecoveryError(
-            f"load_adapter: the adapter has {unknown[0]}={getattr(config, unknown[0])!r}, which only peft's own loader "
+            f"load_adapter: the adapter has {unknown[0]}={fields[unknown[0]]!r}, which only peft's own loader "
             "knows: peft.PeftModel.from_pretrained(base, folder)."
         )
     path = folder / PLAN_FILE
@@ -116,17 +139,25 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     strangers = sorted(target for target in targets if target not in linear)
     if strangers or not targets:
         raise RecoveryError(f"load_adapter: the adapter is for {(strangers or ['nothing'])[0]!r}, which is not there.")
-    inject_at(transformer, targets, settings_of(config))
+    _, settings = checked_settings({"targets": targets, "settings": settings_of(config)})
+    wrong = next((key for key in sorted(weights) if ".lora_A." in key and weights[key].shape[0] != settings["r"]), None)
+    if wrong is not None:  # before as much memory is asked for
+        raise RecoveryError(f"load_adapter: {wrong} has the rank {weights[wrong].shape[0]}, not r={settings['r']}.")
+    inject_at(transformer, targets, settings)
     _load_weights(transformer, weights)
 
 
-def check_adapter_folder(folder: str | Path) -> None:
+def check_adapter_folder(folder: str | Path, *, apart: Path | None = None) -> None:
     """Refuse, before anything is computed, a place where :func:`save_adapter` would destroy something else.
+
+    Args:
+        folder: Where it would write.
+        apart: A folder that must not lie inside.
 
     Raises:
         ExportError: If it exists and is neither an empty folder nor a saved adapter.
     """
-    check_free(folder, mark=CONFIG_FILE, what="saved adapter")
+    check_free(folder, mark=CONFIG_FILE, what="saved adapter", apart=apart)
 
 
 def _weights(transformer: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +167,7 @@ def _weights(transformer: nn.Module) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, save_embedding_layers=False)
     kept = tuple(f"{path}.lora_" for path in _running(transformer))
     return {
-        f"{_PREFIX}{key}": _whole(tensor).cpu().contiguous() for key, tensor in state.items() if key.startswith(kept)
+        f"{_PREFIX}{key}": whole(tensor).cpu().contiguous() for key, tensor in state.items() if key.startswith(kept)
     }
 
 
@@ -146,8 +177,13 @@ def _running(transformer: nn.Module) -> list[str]:
     return [path for path, layer in adapted_modules(transformer).items() if id(layer) not in dropped]
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which this rank may hold but a shard."""
+def holds_shards(transformer: nn.Module) -> bool:
+    """Whether this rank holds but shards of the weights."""
+    return any(isinstance(parameter, DTensor) for parameter in transformer.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this rank may hold but a shard; to be asked for on every rank."""
     found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found.detach()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from layershed.errors import CalibrationError
 
 
 def as_inputs(batch: Any, main: str = "input_ids") -> dict[str, Any] | None:
@@ -42,3 +45,33 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)} and type {batch.dtype}"
     return f"a {type(batch).__name__}"
+
+
+def model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
+    """What a transformer takes from a batch, on its device, and no request for its head or its cache.
+
+    Raises:
+        CalibrationError: If the batch does not hold what the transformer reads.
+    """
+    names = list(inspect.signature(transformer.forward).parameters)
+    main = getattr(transformer, "main_input_name", names[0])
+    inputs = as_inputs(batch, main)
+    if inputs is None:
+        what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
+        raise CalibrationError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
+    if "decoder_input_ids" in names and "decoder_input_ids" not in inputs:
+        inputs = {**inputs, **_decoder_inputs(inputs, transformer)}
+    without_cache = {"use_cache": False} if "use_cache" in names else {}
+    known = set(names) - {"labels", "logits_to_keep", "use_cache"}
+    return {**select(inputs, known, next(transformer.parameters()).device), **without_cache}
+
+
+def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
+    """What a decoder reads in training: its labels, moved on by one."""
+    labels = inputs.get("labels")
+    shift = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
+    if labels is None or shift is None:
+        raise CalibrationError(
+            f"{type(transformer).__name__} has a decoder, too: a batch must hold decoder_input_ids, or labels."
+        )
+    return {"decoder_input_ids": shift(labels=labels), "decoder_attention_mask": labels != -100}

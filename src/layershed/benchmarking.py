@@ -18,15 +18,17 @@ from layershed.errors import MeasurementError, SelectionError
 from layershed.latency import measure_latency
 from layershed.plan import DropPlan, ImportanceScores, Scope
 from layershed.quality import Quality
-from layershed.recovery import adapters_off
+from layershed.recovery import adapted_modules, adapters_off
 from layershed.roofline import Ceilings, measure_ceilings
 from layershed.selection import Objective, select_sublayers
-from layershed.speed import SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.speed import SpeedReport, measure_speed
 from layershed.stopwatch import SpeedSettings, describe_device
 from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, removed_sublayers, restore
 
 QualityName = Literal["accuracy", "loss", "perplexity"]
+# The dense model where there is no other: without adapters it may have been trained on since the drop.
 LIFTED = "the same weights with the bypass lifted"
+TEACHER = f"{LIFTED} and the adapters off"
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,14 @@ class Benchmark:
     machine: Mapping[str, Any]
 
     def degradation(self, measurement: Measurement) -> float:
-        """SDR: points of accuracy, nats of loss or perplexity lost per percent of decode speed; NaN without a gain."""
+        """SDR: points lost per percent of decode speed; NaN if none was measurably gained, or who knows what was lost.
+
+        A point is a percent point of accuracy, a hundredth of a nat or of perplexity.
+        """
+        if self.base == LIFTED:
+            return math.nan
         lost = shown_quality(measurement.quality, self.quality) - shown_quality(self.dense, self.quality)
-        return speedup_degradation_ratio(
-            -lost if self.quality == "accuracy" else lost, measurement.speed.decode.speedup.median
-        )
+        return measurement.speed.decode.degradation(-lost if self.quality == "accuracy" else 100 * lost)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain primitives, for JSON."""
@@ -98,6 +103,11 @@ class Benchmark:
 def shown_quality(quality: Quality, name: QualityName) -> float:
     """The accuracy in percent, the loss in nats, or the perplexity."""
     return {"accuracy": 100 * quality.accuracy, "loss": quality.loss, "perplexity": math.exp(quality.loss)}[name]
+
+
+def lifted_base(model: nn.Module) -> str:
+    """What the model is with its bypass lifted and its adapters off."""
+    return TEACHER if adapted_modules(find_transformer(model)) else LIFTED
 
 
 def check_comparison(model: nn.Module, base: str | None, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
@@ -227,6 +237,6 @@ def _speed_fields(speed: SpeedReport) -> dict[str, Any]:
         fields[name] |= {
             **milliseconds,
             "measurable": phase.measurable,
-            "measured_over_predicted": phase.measured_over_predicted,
+            "measured_over_predicted": None if phase.predicted is None else phase.speedup.median / phase.predicted,
         }
     return fields

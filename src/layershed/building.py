@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from layershed.discovery import secure_quantized
 from layershed.errors import LayershedError, ModelError
 from layershed.export import lacks_sublayers, load_config, load_pretrained, load_skeleton
+from layershed.vetting import problem_of, refuse_unfitting
 
 QUICKSTART_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -43,6 +44,8 @@ def build_model(
     Raises:
         ModelError: If it cannot be built.
     """
+    if (problem := problem_of(config or {})) is not None:
+        raise ModelError(f"config: {problem}.")
     if pretrained is None:
         return _from_scratch(QUICKSTART_CONFIG if config is None else config, dtype)
     path = Path(pretrained).expanduser()
@@ -76,8 +79,9 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
     with _explained(f"pretrained={source!r}: the model could not be loaded"):
         if not lacks_sublayers(config):
             if _without_weights():
-                return _skeleton(AutoConfig.from_pretrained(source, **fields), dtype)
-            model = AutoModelForCausalLM.from_pretrained(source, **{**fields, "dtype": dtype})
+                _refuse_quantized(config, source)
+                return _skeleton(AutoConfig.from_pretrained(source, trust_remote_code=False, **fields), dtype)
+            model = _loaded(source, source, {**fields, "dtype": dtype})
             secure_quantized(model)
             return model
         if fields.keys() - {"model_type"}:
@@ -85,7 +89,10 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
                 f"config: pretrained={source!r} lacks dropped sublayers, and is loaded with its own config; leave "
                 f"out {', '.join(sorted(fields))}."
             )
-        return load_skeleton(source, dtype) if _without_weights() else load_pretrained(source, dtype=dtype)
+        if _without_weights():
+            _refuse_quantized(config, source)
+            return load_skeleton(source, dtype)
+        return load_pretrained(source, dtype=dtype)
 
 
 def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -95,7 +102,7 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
         try:
             if _without_weights():
                 return _skeleton(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **fields), dtype)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **fields)
+            model = _loaded(path.parent, str(path), {**fields, "gguf_file": path.name, "dtype": dtype})
         except ImportError:
             raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
     # the weights are dequantized: what is left of the file's quantization would forbid saving
@@ -105,8 +112,26 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
     return model
 
 
+def _loaded(place: str | Path, source: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A model all of whose weights were there: transformers would make up the others at random, and go on."""
+    # mismatched shapes are reported then, and refused
+    asked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    model, report = AutoModelForCausalLM.from_pretrained(place, **asked)
+    refuse_unfitting(report, model.state_dict(), source)
+    return model
+
+
 def _without_weights() -> bool:
     return torch.get_default_device().type == "meta"
+
+
+def _refuse_quantized(config: PreTrainedConfig, source: str) -> None:
+    """A skeleton's weights would be taken for whole ones."""
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"pretrained={source!r}: its weights are quantized, and no skeleton of it can be planned for; give the "
+            "model that it was quantized from."
+        )
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from layershed.batches import as_inputs, describe, select
+from layershed.batches import model_inputs
 from layershed.branches import Branch, Tap
 from layershed.discovery import dissect, find_transformer
-from layershed.errors import CalibrationError
-from layershed.metrics import get_metric
+from layershed.errors import CalibrationError, NotFiniteError
+from layershed.metrics import PassSums, Skipped, get_metric
 from layershed.plan import ImportanceScores
 from layershed.probe import evaluating, probing
 from layershed.surgery import bypassed_sublayers
 from layershed.tape import Key
+
+_STATES = ("total", "tokens", "passes")
 
 
 def estimate_importance(
@@ -46,12 +49,15 @@ def estimate_importance(
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
+    A batch with a NaN or infinite importance is left out as a whole, with a warning.
+
     Returns:
         Importance by sublayer, and by block in ``.blocks``; low means redundant.
 
     Raises:
         UnknownNameError: If there is no such metric.
-        CalibrationError: If there is no batch, a batch has no ``input_ids``, or every token is padding.
+        CalibrationError: If there is no batch, a batch has no ``input_ids``, every token is padding, or no batch is
+            left.
     """
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
@@ -59,8 +65,11 @@ def estimate_importance(
     with tracker, evaluating(transformer), torch.no_grad():
         tracker.active = True
         for batch in islice(batches, max_batches):
-            body(**_model_inputs(batch, transformer))
-    return tracker.compute()
+            body(**model_inputs(batch, transformer))
+    scores = tracker.compute()
+    if tracker.skipped:
+        warnings.warn(f"{tracker.skipped}.", stacklevel=2)
+    return scores
 
 
 class ImportanceTracker:
@@ -72,6 +81,10 @@ class ImportanceTracker:
         model: A transformer, or a module that holds one.
         metric: Name of the importance metric.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Attributes:
+        active: Whether forward passes are measured.
+        skipped: The passes that the last :meth:`compute` left out, as an importance in them was NaN or infinite.
     """
 
     def __init__(self, model: nn.Module, metric: str = "cosine", *, name: str | None = None) -> None:
@@ -82,7 +95,10 @@ class ImportanceTracker:
         self._branches = self._anatomy.branches
         self._last_of_block = {branch.sublayer.block: index for index, branch in enumerate(self._branches)}
         self._blocks = [block for block in self._last_of_block if self._anatomy.blocks[block] is not None]
-        self._sums = metric_class(len(self._branches) + len(self._blocks))
+        places = len(self._branches) + len(self._blocks)
+        self._pass, self._sums = metric_class(places), PassSums(places)
+        self._pending = False
+        self.skipped: Skipped | None = None
         self._decoder = _decoder_paths(self._transformer)
         self._handles: list[RemovableHandle] = []
         self._x: dict[int, Tensor] = {}
@@ -103,7 +119,7 @@ class ImportanceTracker:
     def attach(self) -> None:
         """Register the hooks; they do nothing until ``active`` is set."""
         body = _body(self._transformer)
-        self._handles = [body.register_forward_pre_hook(self._start_pass, with_kwargs=True)]
+        self._handles = [body.register_forward_pre_hook(self._while_active(self._start_pass), with_kwargs=True)]
         for index, branch in enumerate(self._branches):
             self._tap(branch.entry, partial(self._note_x, index))
             self._tap(branch.exit, partial(self._leave_branch, index, branch))
@@ -118,10 +134,14 @@ class ImportanceTracker:
         """Hand a tensor on whenever the model comes by it."""
         module = self._transformer.get_submodule(tap.path)
         if tap.key is None:
-            self._handles.append(module.register_forward_hook(partial(_take_output, take)))
+            self._handles.append(module.register_forward_hook(self._while_active(partial(_take_output, take))))
         else:
-            hook = partial(_take_argument, take, tap.key)
+            hook = self._while_active(partial(_take_argument, take, tap.key))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _while_active(self, hook: Callable[..., None]) -> Callable[..., None]:
+        # under torch.compile it is left to Python: it would be compiled anew for every place
+        return partial(_if_active, self, torch.compiler.disable(hook))
 
     def detach(self) -> None:
         """Remove the hooks; what was measured stays, and no activation does."""
@@ -133,18 +153,24 @@ class ImportanceTracker:
 
     def reset(self) -> None:
         """Forget what was measured."""
+        self._pass.reset()
         self._sums.reset()
+        self._pending, self.skipped = False, None
 
     def compute(self) -> ImportanceScores:
         """The importances over everything seen since the last reset, over all ranks.
 
         Raises:
             CalibrationError: If no token was seen.
+            NotFiniteError: If none is left, as an importance was NaN or infinite in every pass.
         """
         bypassed = set(bypassed_sublayers(self._transformer))
         running = [(i, b.sublayer) for i, b in enumerate(self._branches) if b.sublayer not in bypassed]
-        values, tokens = self._synced()
+        values, tokens, passes = self._synced()
+        self.skipped = self._skipped(passes)
         if not running or min(tokens[i] for i, _ in running) == 0:
+            if self.skipped:
+                raise NotFiniteError(self.skipped)
             raise CalibrationError("No token was seen: the batches are empty, or every token in them is padding.")
         alive = {sublayer.block for _, sublayer in running}
         offset = len(self._branches)
@@ -157,18 +183,43 @@ class ImportanceTracker:
 
     def state_dict(self) -> dict[str, list[float]]:
         """The running sums as plain numbers, exact, for a checkpoint."""
-        return {"total": self._sums.total.tolist(), "tokens": self._sums.tokens.tolist()}
+        self._end_pass()
+        return {name: getattr(self._sums, name).tolist() for name in _STATES}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """The inverse of :meth:`state_dict`."""
-        for name in ("total", "tokens"):
+        self.reset()
+        for name in _STATES:
             own = getattr(self._sums, name)
             setattr(self._sums, name, torch.tensor(state[name], dtype=own.dtype, device=own.device))
         self._sums._update_count = 1  # as torchmetrics does on loading: an update has happened
 
-    def _synced(self) -> tuple[list[float], list[float]]:
-        with self._sums.sync_context():
-            return (self._sums.total / self._sums.tokens).tolist(), self._sums.tokens.tolist()
+    def _synced(self) -> tuple[list[float], list[float], list[float]]:
+        self._end_pass()
+        sums = self._sums
+        with sums.sync_context():
+            return (sums.total / sums.tokens).tolist(), sums.tokens.tolist(), sums.passes.tolist()
+
+    def _skipped(self, passes: list[float]) -> Skipped | None:
+        """In words, how many passes were left out; given those by the place that was the first not to be finite."""
+        first = next(place for place, count in enumerate(passes) if count or place == len(passes) - 1)
+        if first == len(passes) - 1:
+            return None
+        blocks = [f"block.{block}" for block in self._blocks]
+        names = [*(branch.sublayer.name for branch in self._branches), *blocks]
+        return Skipped(int(sum(passes[:-1])), int(sum(passes)), names[first])
+
+    def _end_pass(self) -> None:
+        """Take up what the last forward pass measured."""
+        if not self._pending:
+            return
+        self._pending = False
+        if self._sums.device != self._pass.device:
+            self._sums.to(self._pass.device)
+        with torch.no_grad():
+            self._sums.update(self._pass)
+        self._pass.total.zero_()  # in place: under inference mode new tensors would never be written to again
+        self._pass.tokens.zero_()
 
     def _forget_pass(self) -> None:
         """Let go of every tensor of the last forward pass, which an error may have cut short."""
@@ -182,6 +233,7 @@ class ImportanceTracker:
         self._forget_pass()
         if not self.active or probing():
             return
+        self._end_pass()
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         self._past = given.get("past_key_values") is not None
@@ -244,10 +296,11 @@ class ImportanceTracker:
             x, b = x.flatten(1, 2), b.flatten(1, 2)
         # Apple's GPUs know no float64: their sums stay on the CPU
         home = torch.device("cpu") if x.device.type == "mps" else x.device
-        if self._sums.device != home:
-            self._sums.to(home)
+        if self._pass.device != home:
+            self._pass.to(home)
+        self._pending = True
         with torch.no_grad():
-            self._sums.update(x, b, mask, place)
+            self._pass.update(x, b, mask, place)
 
     def _fitted(self, mask: Tensor, x: Tensor, path: str) -> Tensor:
         """The padding mask of the tokens of x, both of shape (batch, tokens, ...)."""
@@ -260,6 +313,11 @@ class ImportanceTracker:
                 "that padding cannot be told apart; leave the mask out, or score batches without padding."
             )
         return mask[:, :: places // tokens]  # a speech model takes several frames for a token
+
+
+def _if_active(tracker: ImportanceTracker, hook: Callable[..., None], *args: Any) -> None:
+    if tracker.active:
+        hook(*args)
 
 
 def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
@@ -285,29 +343,3 @@ def _body(transformer: nn.Module) -> nn.Module:
     main = getattr(transformer, "main_input_name", "")
     takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
     return body if takes_any or any(parameter.name == main for parameter in parameters) else transformer
-
-
-def _model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
-    """What the model takes from a batch, on the model's device, and no request for its head or its cache."""
-    names = list(inspect.signature(transformer.forward).parameters)
-    main = getattr(transformer, "main_input_name", names[0])
-    inputs = as_inputs(batch, main)
-    if inputs is None:
-        what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
-        raise CalibrationError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
-    if "decoder_input_ids" in names and "decoder_input_ids" not in inputs:
-        inputs = {**inputs, **_decoder_inputs(inputs, transformer)}
-    without_cache = {"use_cache": False} if "use_cache" in names else {}
-    known = set(names) - {"labels", "logits_to_keep", "use_cache"}
-    return {**select(inputs, known, next(transformer.parameters()).device), **without_cache}
-
-
-def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
-    """What a decoder reads in training: its labels, moved on by one."""
-    labels = inputs.get("labels")
-    shift = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
-    if labels is None or shift is None:
-        raise CalibrationError(
-            f"{type(transformer).__name__} has a decoder, too: a batch must hold decoder_input_ids, or labels."
-        )
-    return {"decoder_input_ids": shift(labels=labels), "decoder_attention_mask": labels != -100}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from layershed.checkpoint_io import read_checkpoint
 from layershed.discovery import find_transformer
-from layershed.errors import CheckpointError, LayershedError, PlanError
+from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
 from layershed.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery import checked_settings, inject_at, lora_settings, remove_lora
@@ -16,10 +19,47 @@ from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"
 _PARTS = {"dropped", "quantized", "adapters"}
+_MARK = "layershed: "
+
+
+def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = None) -> None:
+    """Turn a module into what a Lightning checkpoint holds: its drops, quantization and adapters, and all its weights.
+
+    For a LightningModule that knows nothing of layershed, or any other module with the same names inside; a Trainer
+    with SublayerDrop among its callbacks, and CausalLM, do it by themselves.
+
+    Args:
+        module: What was trained, built anew; where loading fails, it may be half loaded.
+        path: A checkpoint, whole or of the weights alone; nothing in it is executed.
+        name: Path of the transformer inside ``module``, needed where it holds more than one.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it does not fit the module.
+        AmbiguousModelError: If the module holds more than one transformer and none is named.
+    """
+    checkpoint = _read(Path(path))
+    try:
+        apply_structure(checkpoint, module, name=name)
+    except AmbiguousModelError:
+        raise
+    except LayershedError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
+    # as Lightning does; a plain module has no such hook
+    getattr(module, "on_load_checkpoint", _nothing)(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{str(path)!r}: its weights do not fit this {type(module).__name__}; build it from the config that "
+            "it was trained with."
+        ) from error
 
 
 def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None) -> None:
     """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
+
+    Among the weights it leaves a mark, too, whose name says what to do: whoever loads them strictly and knows nothing
+    of the note is stopped by it, and does not get the dense model in silence.
 
     Args:
         checkpoint: The checkpoint that is being written.
@@ -36,13 +76,16 @@ def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str |
     }
     if any(noted.values()):
         checkpoint[CHECKPOINT_KEY] = noted
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"][_mark(drops, quantized, noted["adapters"])] = torch.zeros(0)
 
 
 def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: str | None = None) -> None:
     """Bring the model into the state that a checkpoint notes, so that its weights fit strictly.
 
     Args:
-        checkpoint: A checkpoint that :func:`write_structure` has seen, or any other.
+        checkpoint: A checkpoint that :func:`write_structure` has seen, or any other; the mark among its weights is
+            taken out.
         model: The module that holds the transformer.
         name: Path of the transformer inside it, needed where it holds more than one.
 
@@ -71,6 +114,10 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
     except (LayershedError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint's structure does not fit this model: {error}") from error
+    if any(noted.values()):  # of a checkpoint that has lost its note the mark stays, and stops whoever loads it
+        weights = checkpoint.get("state_dict", {})
+        for mark in [key for key in weights if key.startswith(_MARK)]:
+            del weights[mark]
 
 
 def has_structure(model: nn.Module, *, name: str | None = None) -> bool:
@@ -78,6 +125,35 @@ def has_structure(model: nn.Module, *, name: str | None = None) -> bool:
     noted: dict[str, Any] = {}
     write_structure(noted, model, name=name)
     return bool(noted)
+
+
+def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object) -> str:
+    """What stands among the unexpected keys when somebody loads the weights without their structure."""
+    parts, callback = [], "LoRARecovery"
+    if adapters is not None:
+        parts.append("adapters are added")
+    if quantized is not None:
+        parts, callback = [f"weights are quantized ({quantized.mode})", *parts], "Quantization"
+    if drops:
+        names = ", ".join(drop.sublayer.name for drop in drops)
+        parts, callback = [f"{names} {'is' if len(drops) == 1 else 'are'} dropped", *parts], "SublayerDrop"
+    return (
+        f"{_MARK}{', '.join(parts)}; load with layershed.load_checkpoint(module, path), or put {callback} among the "
+        "callbacks"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r}: there is no such file.")
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{str(path)!r}: it is not a checkpoint that Lightning wrote.")
+    return checkpoint
+
+
+def _nothing(_checkpoint: object) -> None:
+    """The hook of a module that has none."""
 
 
 def _transformer(model: nn.Module, name: str | None) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import errno
 import importlib
+import inspect
+import io
 import logging
+import os
 import re
 import sys
-import textwrap
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,11 +23,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
 from layershed import callbacks  # imported, they are also known by their short names
+from layershed.checkpoint_io import check_checkpoint, read_options
 from layershed.commands import Trainer
+from layershed.config_files import read_configs
 from layershed.data import TextData
 from layershed.errors import CheckpointError, DataError, LayershedError
 from layershed.module import CausalLM
+from layershed.resuming import resolve_last
 from layershed.roofline import ACCELERATORS
+from layershed.running import check_seed
+from layershed.usage import causes as _causes
+from layershed.usage import hint, in_short, one_line
 
 _WHAT_FOR = {
     "fit": "Train, and drop sublayers on the way. Without --config, the quickstart.",
@@ -66,6 +73,9 @@ _TRAINING_FREE = {
     "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
     "model": {"pretrained", "config", "dtype"},
 }
+# What the config that fit leaves in a run directory says beside its sections: those commands that have no such option
+# take it as long as it says nothing.
+_OF_FIT = ("ckpt_path", "weights_only")
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
 # Where Lightning talks, and what of it nobody needs: advertisements, echoes of the config, hardware that is not there.
 _LOGS = (
@@ -73,6 +83,8 @@ _LOGS = (
     "lightning.pytorch.utilities.rank_zero",
     "bitsandbytes.backends.cpu.ops",
     "bitsandbytes.autograd._functions",
+    "datasets.packaged_modules.json.json",
+    "datasets.packaged_modules.parquet.parquet",
 )
 _CHATTER = (
     "Tip: For seamless",
@@ -83,8 +95,12 @@ _CHATTER = (
     "Loading `train_dataloader` to estimate",
     "Failed to load CPU gemm_4bit_forward",
     "MatMul8bitLt: inputs will be cast",
+    "Restoring states from the checkpoint",
+    # what our own sentence says in short
+    "Failed to load JSON from file",
+    "Failed to read schema from",
 )
-_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -100,11 +116,11 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a class inside a config: the outer one will tell
-            super().error(message + _hint(message, self._options()), ex)
-        reason = _in_short(message, ex)
+            super().error(message + hint(message, self._options()), ex)
+        reason = in_short(message, ex)
         if "subcommand" in message:
             self.print_usage(sys.stderr)
-        self.exit(2, f"error: {reason}{_hint(reason, self._options())}\n")
+        self.exit(2, f"error: {reason}{hint(reason, self._options())}\n")
 
     def _options(self) -> set[str]:
         inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
@@ -128,6 +144,10 @@ class LayershedCLI(LightningCLI):
         for name, parser in self._subcommand_parsers.items():
             parser.usage = f"{self.parser.prog} {name} {_USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
             parser.description = _WHAT_FOR[name]
+            if name in _USAGE:
+                known = {action.dest for action in parser._actions}
+                for option in (option for option in _OF_FIT if option not in known):
+                    parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
             listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in _USAGE else {}
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
@@ -145,14 +165,33 @@ class LayershedCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse a checkpoint that could not be read later.
+        """Parse, find the last checkpoint, and refuse one that could not be read later.
 
         Lightning's own warns when there is a ``sys.argv`` besides ``args``; here ``args`` are made of it.
         """
         self.config = parser.parse_args(args)
-        path = str(self.config[self.config.subcommand].get("ckpt_path") or "best")
-        if path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
-            _check_checkpoint(Path(path))
+        check_seed(self.config[self.config.subcommand].seed_everything)
+        config = self.config[self.config.subcommand]
+        path = str(config.get("ckpt_path") or "best")
+        if path == "last":
+            found = resolve_last(self.config.subcommand, config.trainer)
+            config.ckpt_path = None if found is None else str(found)
+        elif path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
+            check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's options from the checkpoint, as Lightning does, but no class: it may be a stranger's."""
+        subcommand = self.config.subcommand
+        path = Path(self.config[subcommand].get("ckpt_path") or "")
+        if not path.is_file():
+            return
+        options = read_options(path, {*inspect.signature(CausalLM).parameters} - {"optimizer"})
+        try:
+            with redirect_stderr(io.StringIO()) as told:
+                self.config = self.parser.parse_object({subcommand: {"model": options}}, self.config)
+        except SystemExit:
+            reason = told.getvalue().strip().removeprefix("error: ")
+            raise CheckpointError(f"ckpt_path={str(path)!r}: the options of its model do not fit ({reason}).") from None
 
     def before_instantiate_classes(self) -> None:
         """The text is tokenized as the model expects it, unless said otherwise."""
@@ -223,18 +262,20 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         return 130
     except Exception as error:
         ours = next((cause for cause in _causes(error) if isinstance(cause, LayershedError)), None)
+        told = str(ours)
         if ours is None:
-            raise
-        print(f"error: {_one_line(str(ours))}", file=sys.stderr)
+            full = next((cause for cause in _causes(error) if getattr(cause, "errno", 0) == errno.ENOSPC), None)
+            if full is None:
+                raise
+            told = f"{getattr(full, 'filename', None) or 'a file'}: {os.strerror(errno.ENOSPC)}; make room and resume."
+        print(f"error: {one_line(told)}", file=sys.stderr)
         return 1
     return 0
 
 
 def _names_8bit_optimizer(words: Sequence[str]) -> bool:
     """Whether the command line, or a config that it names, speaks of a class such as AdamW8bit."""
-    files = (Path(word.rpartition("=")[2]) for word in words if word.endswith((".yaml", ".yml")))
-    texts = [*words, *(file.read_text(encoding="utf-8") for file in files if file.is_file())]
-    return any(re.search(r"\b[A-Z]\w*8bit\b", text) for text in texts)
+    return any(re.search(r"\b[A-Z]\w*8bit\b", text) for text in (*words, *read_configs(words)))
 
 
 @contextmanager
@@ -267,56 +308,5 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     return not any(chatter in record.getMessage() for chatter in _CHATTER)
 
 
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
-    try:
-        # mapped, not read: of gigabytes of weights only the index is looked at
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever torch and pickle raise for bytes that mean nothing to them
-        raise CheckpointError(
-            f"ckpt_path={str(path)!r}: the file is damaged, or holds more than tensors and plain values."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _hint(message: str, options: Iterable[str]) -> str:
-    """The nearest name there is, where a message tells of one that there is not."""
-    config = re.search(r"arguments: (\S+\.ya?ml)", message)
-    if config:
-        return f"; did you mean --config {config[1]}?"
-    wrong = re.search(r"(?:option '|arguments: --)([\w.]+)", message, re.IGNORECASE)
-    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        wrong, options = missing, dir(sys.modules[missing[1]])
-    near = difflib.get_close_matches(wrong[wrong.lastindex or 0], options, n=1) if wrong else []
-    return f"; did you mean {near[0]}?" if near and "did you mean" not in message else ""
-
-
-def _in_short(message: str, error: BaseException | None) -> str:
-    """What jsonargparse tells in nested paragraphs: where it went wrong, and the innermost reason."""
-    if message.startswith("Problems parsing config"):
-        return _one_line(message.replace('"<unicode string>", ', ""))
-    chain = [message, *(str(cause) for cause in _causes(error))]
-    reason = next(text for text in chain if text.startswith(chain[-1]))
-    found = [re.match(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""", text) for text in chain]
-    places = dict.fromkeys(match[1] for match in found if match)
-    reason = re.sub(r"Expected a dot import path string: (.*)", r"there is no class \1", reason)
-    if reason.startswith("Expected a") and len(chain) > 1:
-        # of several types that would do, the reason names only the first
-        types = re.findall(r"^\s*- Expected an? (.+)$", chain[-2], re.MULTILINE)
-        expected = " or ".join(types) or r"\1"
-        reason = re.sub(r"Expected an? (.*?)\. Got value: ", rf"expected {expected}, got ", reason)
-        reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason)
-        reason = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", reason).replace("NoneType", "null")
-    return _one_line(": ".join([*places, reason]))
-
-
-def _one_line(text: str) -> str:
-    return textwrap.shorten(text, 500, placeholder=" ...")
+def _refused(value: object) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"this command has no such option; got {value}")

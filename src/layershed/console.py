@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -12,14 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
-from layershed.benchmarking import Benchmark, Measurement, shown_quality
+from layershed.benchmarking import LIFTED, Benchmark, Measurement, shown_quality
 from layershed.plan import ImportanceScores, count_by_kind
 from layershed.prediction import PredictedPhase, Prediction
 from layershed.quality import Quality
 from layershed.roofline import ACCELERATORS
 from layershed.speed import PhaseSpeed
-from layershed.wording import change_of, counts_of, short_bytes, short_count, short_number
+from layershed.wording import change_of, counts_of, printable, short_bytes, short_count, short_number
 
 _WIDTH = 120
 
@@ -33,7 +35,7 @@ def wide_console() -> Console:
 def tell_files(console: Console, **written: Path) -> None:
     """Say where something was written, so that the path can be copied."""
     for what, path in written.items():
-        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)
 
 
 def watched(loader: Any, batches: int, what: str) -> Iterable[Any]:
@@ -48,7 +50,7 @@ def importance_table(scores: ImportanceScores) -> Table:
     by_cell: dict[tuple[int, str], float] = {(block, kind): value for block, kind, value in scores.rows()}
     order = {s: rank for rank, s in enumerate(sorted(scores, key=lambda s: (scores[s], s)), start=1)}
     ranks: dict[tuple[int, str], int] = {(sublayer.block, sublayer.kind): rank for sublayer, rank in order.items()}
-    table = Table(title=f"importance ({scores.metric}), low = redundant")
+    table = Table(title=_plain(f"importance ({scores.metric}), low = redundant"))
     table.add_column("block", justify="right")
     kinds = [*count_by_kind(scores), "block"]
     for kind in kinds:
@@ -66,8 +68,9 @@ def prediction_table(prediction: Prediction, model: str) -> Table:
     """Dense against dropped, as theory has it."""
     before, after, ceilings = prediction.dense, prediction.dropped, prediction.ceilings
     sequences, tokens = prediction.batch_size, prediction.prompt_tokens + prediction.new_tokens
-    table = Table(title=f"{model}: {counts_of(prediction.plan)} dropped", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(f"predicted for {ceilings.name}", no_wrap=True)
+    title = _plain(f"{model}: {counts_of(prediction.plan)} dropped")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(_plain(f"predicted for {ceilings.name}"), no_wrap=True)
     for column in ("dense", "dropped", "change"):
         table.add_column(column, justify="right", no_wrap=True)
 
@@ -104,7 +107,10 @@ def prediction_notes(prediction: Prediction, *, by_depth: bool) -> Iterator[str]
     """
     ceilings = prediction.ceilings
     if by_depth:
-        yield "The deepest go first: a skeleton has no importances. Costs depend on how many go, not on which."
+        which = (
+            "not on which" if prediction.uniform else "and here on which, too: give a plan that a run wrote (--plan)"
+        )
+        yield f"The deepest go first: a skeleton has no importances. Costs depend on how many go, {which}."
     yield (
         f"Ceilings: {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bandwidth / 1e9:,.4g} GB/s ({ceilings.source}). "
         "Theory is the least time they allow; what runs takes longer."
@@ -116,7 +122,7 @@ def prediction_notes(prediction: Prediction, *, by_depth: bool) -> Iterator[str]
 
 
 def benchmark_tables(result: Benchmark) -> Iterator[Table]:
-    """Two tables with a row for the dense model and one for each dropped one: size and quality, and speed."""
+    """Three tables with a row for the dense model and one for each dropped one: size and quality, prefill, decode."""
     speeds = [one.speed for one in result.measurements]
     first = speeds[0]
     table = _table_of(f"{result.model}: size and quality", "", "parameters", "file", "peak memory", "KV cache/token")
@@ -130,35 +136,37 @@ def benchmark_tables(result: Benchmark) -> Iterator[Table]:
     )
     for one, speed in zip(result.measurements, speeds, strict=True):
         sizes = speed.parameters_dropped, speed.file_bytes_dropped, speed.peak_memory_dropped, speed.kv_bytes_dropped
-        sdr = f"{result.degradation(one):.3f}" if speed.decode.speedup.low > 1 else "-"
-        table.add_row(_label(one), *_sizes(*sizes), *_qualities(one.quality), sdr)
+        sdr = result.degradation(one)
+        table.add_row(_label(one), *_sizes(*sizes), *_qualities(one.quality), "-" if math.isnan(sdr) else f"{sdr:.3f}")
     yield table
 
-    table = _table_of("speed", "")
+    # one phase a table: side by side their intervals would be folded
     for phase, unit in (("prefill", "ms"), ("decode", "ms/token")):
-        for column in (f"{phase} tokens/s", unit, "speedup [95 %]", "theory"):
-            table.add_column(column, justify="right")
-    cells: list[str] = []
-    for phase in ("prefill", "decode"):
-        milliseconds = statistics.median(getattr(speed, f"{phase}_ms")[0] for speed in speeds)
-        rate = statistics.median(getattr(speed, phase).dense for speed in speeds)
-        cells += [short_number(rate), short_number(milliseconds), "", ""]
-    table.add_row("dense", *cells)
-    for one, speed in zip(result.measurements, speeds, strict=True):
-        prefill, decode = _speed_cells(speed.prefill), _speed_cells(speed.decode)
-        times = short_number(speed.prefill_ms[1]), short_number(speed.decode_ms[1])
-        table.add_row(_label(one), prefill[0], times[0], *prefill[1:], decode[0], times[1], *decode[1:])
-    yield table
+        table = _table_of(phase, "", "tokens/s", unit, "speedup [95 %]", "theory")
+        milliseconds = [getattr(speed, f"{phase}_ms") for speed in speeds]
+        dense = [statistics.median(getattr(speed, phase).dense for speed in speeds)]
+        dense.append(statistics.median(ms for ms, _ in milliseconds))
+        table.add_row("dense", *map(short_number, dense), "", "")
+        for one, speed, (_, ms) in zip(result.measurements, speeds, milliseconds, strict=True):
+            table.add_row(_label(one), *_speed_cells(getattr(speed, phase), ms))
+        yield table
 
 
 def benchmark_notes(result: Benchmark) -> Iterator[str]:
     """What must be known to read the tables."""
-    settings, unit = result.settings, {"accuracy": "points of accuracy", "loss": "nats"}
-    yield f"Dense: {result.base}."
-    yield (
-        f"SDR: {unit.get(result.quality, result.quality)} lost per % of decode speed gained; - where none is. Theory: "
-        "the speedup by this machine's ceilings, and measured over predicted in brackets."
-    )
+    settings = result.settings
+    unit = "points of accuracy" if result.quality == "accuracy" else f"hundredths of {result.quality}"
+    yield printable(f"Dense: {result.base}.")
+    if result.base == LIFTED:
+        yield (
+            "It may have been trained on since the drop: its quality is not that before the drop, and there is no SDR; "
+            "name the model before the drop by --base."
+        )
+    else:
+        yield (
+            f"SDR: {unit} lost per % of decode speed gained; - where none measurably is, as with fewer than six runs."
+        )
+    yield "Theory: the speedup by this machine's ceilings, and measured over predicted in brackets."
     yield (
         f"Median of {settings['runs']} pairs, {settings['batch_size']} x {settings['prompt_tokens']} tokens prefill "
         f"and {settings['new_tokens']} decoded, on {result.machine['device']}; "
@@ -166,8 +174,13 @@ def benchmark_notes(result: Benchmark) -> Iterator[str]:
     )
 
 
+def _plain(text: str) -> Text:
+    """A title in which neither markup nor control codes act, as it may hold a stranger's name."""
+    return Text(printable(text))
+
+
 def _table_of(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(title=_plain(title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     return table
@@ -186,13 +199,13 @@ def _qualities(quality: Quality) -> list[str]:
     return [f"{quality.loss:.4f}", f"{accuracy:.1f} %", short_number(perplexity)]
 
 
-def _speed_cells(phase: PhaseSpeed) -> list[str]:
+def _speed_cells(phase: PhaseSpeed, milliseconds: float) -> list[str]:
     interval = f"x{phase.speedup.median:.2f} [{phase.speedup.low:.2f}, {phase.speedup.high:.2f}]"
     doubt = "" if phase.measurable else "\nno measurable speedup"
     theory = "-"
-    if phase.predicted is not None and phase.measured_over_predicted is not None:
-        theory = f"x{phase.predicted:.2f} ({phase.measured_over_predicted:.2f})"
-    return [short_number(phase.dropped), interval + doubt, theory]
+    if phase.predicted is not None:
+        theory = f"x{phase.predicted:.2f} ({phase.speedup.median / phase.predicted:.2f})"
+    return [short_number(phase.dropped), short_number(milliseconds), interval + doubt, theory]
 
 
 def _phase_cells(dense: PredictedPhase, dropped: PredictedPhase, speedup: float) -> list[str]:

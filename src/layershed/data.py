@@ -318,8 +318,8 @@ def _load_tokenizer(name: str | None) -> Any:
     remedy = "; set data.tokenizer to another folder, or to bytes"
     with _explained(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded", remedy):
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name)
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ No second model is held. As long as only adapters are trained, the teacher is ex
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Distillation:
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
             raise RecoveryError(f"distillation: weight={self.weight} must be in (0, 1]; leave it out for none.")
-        if not self.temperature > 0:
-            raise RecoveryError(f"distillation: temperature={self.temperature} must be above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise RecoveryError(f"distillation: temperature={self.temperature} must be above 0, and finite.")
         if self.kind not in get_args(Divergence):
             raise UnknownNameError("kind of distillation", self.kind, get_args(Divergence))
 

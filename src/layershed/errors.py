@@ -50,12 +50,31 @@ class ScheduleError(LayershedError, ValueError):
     """A drop schedule that cannot happen in this run."""
 
 
+class StrategyError(LayershedError, ValueError):
+    """The Trainer's strategy keeps the weights in a way that does not let a callback do its work."""
+
+
 class PlanError(LayershedError, ValueError):
     """A drop plan that is malformed, or that does not fit the model."""
 
 
 class CalibrationError(LayershedError, ValueError):
     """Importance could not be measured on the given batches."""
+
+
+class NotFiniteError(CalibrationError):
+    """No importance is left to average: it was NaN or infinite in every forward pass that had tokens.
+
+    Args:
+        skipped: The forward passes that were left out, as words.
+    """
+
+    def __init__(self, skipped: object) -> None:
+        self.skipped = skipped
+        super().__init__(
+            f"{skipped}, and nothing is left to average; look for NaN in the weights and the data, or run in a wider "
+            "precision (bfloat16, float32)."
+        )
 
 
 class MeasurementError(LayershedError, ValueError):
@@ -84,6 +103,14 @@ class ModelError(LayershedError, ValueError):
 
 class DataError(LayershedError, ValueError):
     """A data source that is missing, empty or too small."""
+
+
+class OptimizerError(LayershedError, ValueError):
+    """Arguments that an optimizer refuses."""
+
+
+class ConfigError(LayershedError, ValueError):
+    """A config file that cannot be read."""
 
 
 class ExportError(LayershedError, ValueError):

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from layershed.adapter_folder import PLAN_FILE, load_adapter, save_adapter
+from layershed.adapter_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
 from layershed.discovery import find_sublayers, find_transformer, refuse_strangers, secure_quantized
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.folders import check_free, replacing
 from layershed.plan import DropPlan, Sublayer
 from layershed.recovery import ADAPTER, adapted_modules
 from layershed.standalone import add_modelling_file
-from layershed.standins import RemovedModule
+from layershed.standins import RemovedModule, StandIn
 from layershed.surgery import (
     bypass,
     dropped_parameter_names,
@@ -36,6 +36,7 @@ from layershed.surgery import (
     stand_in_from,
     stand_ins_of,
 )
+from layershed.vetting import vet_folder
 
 ADAPTER_FOLDER = "adapter"
 
@@ -53,7 +54,8 @@ def save_pretrained(
 
     Recovery adapters that are not merged go into a subfolder of their own, ``adapter``, in peft's format.
 
-    The model itself is not changed. The folder appears whole or not at all: everything is written beside it first.
+    The model itself is not changed. The folder appears whole or not at all: everything is written beside it first. Of
+    a model that FSDP2 shards, call it on every rank; the first one writes.
 
     Args:
         model: A transformer with bypassed or removed sublayers (or none), or a module that holds one.
@@ -87,8 +89,13 @@ def save_pretrained(
         )
     folder = Path(folder)
     check_folder(folder)
+    weights = _weights(transformer)
+    if holds_shards(transformer) and torch.distributed.get_rank():
+        if adapted_modules(transformer):
+            save_adapter(transformer, folder / ADAPTER_FOLDER, plan=plan)
+        return folder  # gathering takes all ranks, writing one
     with replacing(folder) as fresh:
-        _write(transformer, fresh, standalone)
+        _write(transformer, weights, fresh, standalone)
         if plan is not None:
             plan.save(fresh / PLAN_FILE)
         if tokenizer is not None:
@@ -158,9 +165,8 @@ def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = load_config(source)
     model: PreTrainedModel = _model_class(config)._from_config(config, dtype=dtype)
-    if modules := getattr(config, "dropped_modules", None):
-        stand_ins = (stand_in_from(fields) for fields in modules.values())
-        gone = {stand_in.sublayer for stand_in in stand_ins if stand_in.core}
+    if getattr(config, "dropped_modules", None):
+        gone = {stand_in.sublayer for stand_in in _stand_ins_in(config).values() if stand_in.core}
     else:
         gone = set(_skipped_sublayers(model, config))
     if gone:
@@ -174,9 +180,10 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     Raises:
         ExportError: If there is none.
     """
+    vet_folder(source)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and its dataclasses raise for fields that mean nothing to them
         if (Path(source) / "config.json").is_file():
             raise ExportError(f"The config.json in {str(source)!r} is not valid ({_first_line(error)}).") from None
         raise ExportError(
@@ -205,32 +212,41 @@ def load_plan(folder: str | Path) -> DropPlan | None:
     return DropPlan.load(path) if path.is_file() else None
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, *, apart: Path | None = None) -> None:
     """Refuse, before anything is computed, a place where :func:`save_pretrained` would destroy something else.
+
+    Args:
+        folder: Where it would write.
+        apart: A folder that must not lie inside.
 
     Raises:
         ExportError: If it exists and is neither an empty folder nor a saved model.
     """
-    check_free(folder, mark="config.json", what="saved model")
+    check_free(folder, mark="config.json", what="saved model", apart=apart)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first.rstrip(".")
 
 
-def _write(transformer: PreTrainedModel, folder: Path, standalone: bool) -> None:
+def _weights(transformer: PreTrainedModel) -> dict[str, Tensor]:
+    """What is saved: neither what is dropped nor adapters, and every tensor whole."""
     left_out = dropped_parameter_names(transformer)
+    # a wrapper of peft keeps the weights of its module under another name, beside its own
+    adapted = tuple(f"{path}." for path in adapted_modules(transformer))
+    return {
+        name.replace(".base_layer.", ".") if name.startswith(adapted) else name: whole(tensor)
+        for name, tensor in transformer.state_dict().items()
+        if name not in left_out and not (name.startswith(adapted) and ".base_layer." not in name)
+    }
+
+
+def _write(transformer: PreTrainedModel, weights: dict[str, Tensor], folder: Path, standalone: bool) -> None:
     stand_ins = stand_ins_of(transformer)
     config = copy.deepcopy(transformer.config)
     if stand_ins:
         mark_dropped(config, stand_ins)
-    # a wrapper of peft keeps the weights of its module under another name, beside its own
-    adapted = tuple(f"{path}." for path in adapted_modules(transformer))
-    weights = {
-        name.replace(".base_layer.", ".") if name.startswith(adapted) else name: tensor
-        for name, tensor in transformer.state_dict().items()
-        if name not in left_out and not (name.startswith(adapted) and ".base_layer." not in name)
-    }
     # upstream writes the weights it is given, in shards and with tied ones once, and the config that it sees; but of a
     # model with a quantizer all that it has
     own = {name: value for name, value in vars(transformer).items() if name in ("config", "hf_quantizer")}
@@ -284,14 +300,19 @@ def _skipping(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
-def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Put the stand-ins that the config describes into a skeleton."""
+def _stand_ins_in(config: PreTrainedConfig) -> dict[str, StandIn]:
+    """The stand-ins that a config describes."""
     try:
-        stand_ins = {path: stand_in_from(fields) for path, fields in config.dropped_modules.items()}
+        return {path: stand_in_from(fields) for path, fields in config.dropped_modules.items()}
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ExportError(
             f"load_pretrained: dropped_modules in the config is not valid ({_first_line(error)})."
         ) from None
+
+
+def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Put the stand-ins that the config describes into a skeleton."""
+    stand_ins = _stand_ins_in(config)
     said = {(s.sublayer.block, s.sublayer.kind) for s in stand_ins.values() if s.core}
     skipped = _skipped_in(config)
     if skipped and skipped != said:
@@ -301,10 +322,9 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             "per_layer_config and dropped_modules drops."
         )
     for path, stand_in in stand_ins.items():
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise ExportError(f"load_pretrained: the config drops {path!r}, and there is no such module.") from None
+        module = dict(model.named_modules()).get(path)
+        if module is None or module is model:
+            raise ExportError(f"load_pretrained: the config drops {path!r}, and there is no such module.")
         model.set_submodule(path, RemovedModule(stand_in, module))
 
 

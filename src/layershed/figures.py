@@ -23,9 +23,12 @@ from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.speed import SpeedReport
 from layershed.style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
+from layershed.thinning import shown_steps
 
 PANELS = {"attention": "Attention", "cross_attention": "Cross-attention", "mlp": "MLP", "block": "Whole block"}
 _DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
+# More columns than this are no wider than a dot of the picture.
+MOST_COLUMNS = 400
 # More labels than this do not fit beside one another, even when they are turned on end.
 _MOST_LABELS = 16
 
@@ -75,6 +78,7 @@ class RunRecord:
         plan: What was dropped, with the steps at which it happened.
         quality: Validation quality by moment: ``"before"`` and ``"after"`` the drop, and at the ``"end"`` of the run.
         speed: Measured speed, dense against dropped.
+        measured: How often importance was measured, by metric, where ``importance`` does not hold all of it.
     """
 
     model: str
@@ -83,6 +87,7 @@ class RunRecord:
     plan: DropPlan | None = None
     quality: Mapping[str, Quality] = field(default_factory=dict)
     speed: SpeedReport | None = None
+    measured: Mapping[str, int] = field(default_factory=dict)
 
 
 def importance_heatmap(
@@ -92,7 +97,8 @@ def importance_heatmap(
 
     A sublayer has no importance once it is dropped; its cells are hatched. Cells without a value for any other reason
     stay white. The colour scale is logarithmic where the values span more than two decades. A single measurement has
-    no axis of steps.
+    no axis of steps. Of more than ``MOST_COLUMNS`` measurements some are left out at equal distances, none of them next
+    to a drop.
 
     Args:
         points: The importances, all of one metric; of two for the same cell the later one counts.
@@ -108,11 +114,12 @@ def importance_heatmap(
     metrics = sorted({point.metric for point in points})
     if len(metrics) != 1:
         raise DataError(f"A heat map shows the importances of one metric, got {len(metrics)}: {metrics}.")
-    cells = {(point.kind, point.block, point.step): point.value for point in points}
+    steps = shown_steps(sorted({point.step for point in points}), drop_steps(plan), MOST_COLUMNS)
+    shown = set(steps)
+    cells = {(point.kind, point.block, point.step): point.value for point in points if point.step in shown}
     dropped = _dropped_at(plan)
     kinds = [kind for kind in PANELS if any(point.kind == kind for point in points)]
     blocks = sorted({point.block for point in points} | {block for _, block in dropped})
-    steps = sorted({point.step for point in points})
     edges = _column_edges(steps, cells, dropped)
     norm = _colour_scale([value for value in cells.values() if math.isfinite(value)])
 
@@ -131,7 +138,7 @@ def importance_heatmap(
             ):
                 axes.add_patch(Rectangle((edges[start], row - 0.5), edges[stop] - edges[start], 1, **_DROPPED))
         _style_panel(axes, PANELS[kind], blocks, steps)
-        lines = _mark_drops(axes, {step: f"drop at {step}" for step in _drop_steps(plan)}, underlay="white")
+        lines = _mark_drops(axes, {step: f"drop at {step}" for step in drop_steps(plan)}, underlay="white")
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel("block", **TEXT)
     for axes in panels if len(steps) == 1 else ():
@@ -172,14 +179,15 @@ def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
     axes.set_ylabel("loss (nats per token)", **TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 9, integer=True))
     counts = Counter(drop.step for drop in record.plan.drops) if record.plan else Counter()
-    lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in _drop_steps(record.plan)})
+    lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in drop_steps(record.plan)})
     if curves or lines:
         ncols = 2 if narrow else 3
         figure.legend(handles=[*curves, *lines], loc="outside lower center", ncols=ncols, **LEGEND)
     return figure
 
 
-def _drop_steps(plan: DropPlan | None) -> list[int]:
+def drop_steps(plan: DropPlan | None) -> list[int]:
+    """The steps at which something was dropped."""
     return sorted({drop.step for drop in plan.drops if drop.step is not None}) if plan else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -21,6 +22,8 @@ _STYLES: dict[Scope, tuple[str, str]] = {
     "joint": ("#009e73", "D"),
     "block": ("#cc79a7", "^"),
 }
+# Where the count stands: Joint Layer Drop begins with attentions, and one would be written over the other.
+_BELOW: set[Scope] = {"joint", "mlp"}
 _NAMES: dict[Scope, str] = {
     "attention": "Attention Drop",
     "cross_attention": "Cross-attention Drop",
@@ -82,7 +85,7 @@ def frontier_figure(
         axes.tick_params(labelleft=True)
     panels[0].set_ylabel(label, **TEXT)
     if title:
-        figure.suptitle(title, fontsize=11, color=INK)
+        figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **LEGEND)
     return figure
 
@@ -97,10 +100,13 @@ def _line(axes: Axes, scope: Scope, points: Sequence[FrontierPoint], dense: floa
     line.set_marker(marker)
     line.set_markersize(5)
     line.set_markevery(slice(1, None))  # the dense model has a mark of its own
+    if scope == "joint":
+        # a ring around the mark of Attention Drop, where both are the same model
+        line.set_markerfacecolor("none")
+        line.set_markersize(9)
     axes.errorbar(x, y, xerr=bars, fmt="none", ecolor=colour, elinewidth=0.9, capsize=2, alpha=0.7, zorder=2)
     for point, at in zip(own, x, strict=True):
-        place = (at, point.quality)
-        axes.annotate(
-            str(point.count), place, (0, 5), textcoords="offset points", ha="center", fontsize=8, color=colour
-        )
+        place, away = (at, point.quality), -6 if scope in _BELOW else 5
+        text: dict[str, Any] = {"ha": "center", "va": "top" if away < 0 else "baseline", "fontsize": 8, "color": colour}
+        axes.annotate(str(point.count), place, (0, away), textcoords="offset points", **text)
     return line

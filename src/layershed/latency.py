@@ -19,7 +19,7 @@ from layershed.overrides import lifted
 from layershed.plan import Sublayer
 from layershed.probe import eager, evaluating
 from layershed.recovery import adapters_off
-from layershed.stopwatch import Clock, Phase, SpeedSettings, Stopwatch
+from layershed.stopwatch import Clock, Phase, SpeedSettings, Stopwatch, casting_alike
 from layershed.surgery import stopped_by
 
 
@@ -43,7 +43,7 @@ def measure_latency(
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     batch_size: int = 1,
-    runs: int = 5,
+    runs: int = 9,
     warmup: int = 1,
     name: str | None = None,
     clock: Clock | None = None,
@@ -75,6 +75,7 @@ def measure_latency(
         for context in (evaluating(transformer), torch.no_grad(), adapters_off(transformer), eager(transformer)):
             contexts.enter_context(context)
         contexts.enter_context(recorder.attached(transformer))
+        contexts.enter_context(casting_alike(transformer))
         contexts.enter_context(lifted(transformer))
         seconds = [recorder.run(stopwatch, phase) for _ in range(warmup + runs)][warmup:]
     passes = 1 if phase == "prefill" else new_tokens
@@ -94,7 +95,10 @@ class _Recorder:
 
     def run(self, stopwatch: Stopwatch, phase: Phase) -> tuple[dict[Sublayer, float], float]:
         """Seconds of each sublayer in a phase, and of the whole phase."""
-        output = stopwatch.prefill() if phase == "decode" else None
+        output = None
+        if phase == "decode":
+            output, done = stopwatch.prefill(), self.clock.mark()
+            self.clock.seconds(done, done)  # waits for it
         self._marks.clear()
         start = self.clock.mark()
         if output is None:

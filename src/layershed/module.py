@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from layershed.building import build_model
 from layershed.callbacks.structure import waits_for_nothing
 from layershed.checkpoint import apply_structure, write_structure
 from layershed.distillation import Distillation, check_teacher, self_distillation
-from layershed.errors import RecoveryError, ScheduleError
+from layershed.errors import CheckpointError, OptimizerError, RecoveryError, ScheduleError
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -45,7 +46,8 @@ class CausalLM(pl.LightningModule):
     Raises:
         ModelError: If the model cannot be built; says why in one sentence.
         LayershedError: Before training, if distillation has no teacher, as sublayers were removed.
-        ScheduleError: Before training, if the schedule needs to know the run's length and the run has no end.
+        ScheduleError: If the warm-up is negative; before training, if the schedule needs to know the run's length and
+            the run has no end.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class CausalLM(pl.LightningModule):
         given: Any = distillation  # a checkpoint has it as a dict
         self.distillation: Distillation | None = Distillation(**given) if isinstance(given, dict) else given
         self.save_hyperparameters({"distillation": None if self.distillation is None else asdict(self.distillation)})
+        if warmup_steps < 0:
+            raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): it must not be negative.")
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
@@ -123,7 +127,10 @@ class CausalLM(pl.LightningModule):
                 f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
                 "max_epochs, or take a constant schedule."
             )
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        try:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        except ValueError as error:  # torch's optimizers say so of every number out of range
+            raise OptimizerError(f"CausalLM(optimizer=...): its arguments are refused ({error}).") from error
         scheduler = get_scheduler(
             self.schedule,
             optimizer,
@@ -131,6 +138,16 @@ class CausalLM(pl.LightningModule):
             num_training_steps=None if endless else int(steps),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of torch; what does not fit is told in one sentence."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            where = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 200)
+            raise CheckpointError(
+                f"The checkpoint's weights do not fit this model ({where}); give the config of its run by --config."
+            ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what is dropped, quantized and adapted, also in a checkpoint of the weights alone."""

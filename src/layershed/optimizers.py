@@ -5,9 +5,11 @@ All of it in place, because learning-rate schedulers hold on to the very group o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -105,6 +107,60 @@ def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: L
             if missing:
                 raise CheckpointError(f"The checkpoint's optimizer held {missing[0]!r}, which the model lacks.")
             group["params"][:] = [parameters[name] for name in names]
+
+
+def complete_state(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Give every trainable parameter some state, as torch's distributed checkpoints expect it of all or of none.
+
+    What the new states hold means nothing; let go of them once the checkpoint is written.
+
+    Returns:
+        The parameters that had none.
+    """
+    started = {id(parameter) for parameter in optimizer.state}
+    lacking = [
+        [p for p in group["params"] if p.requires_grad and id(p) not in started] for group in optimizer.param_groups
+    ]
+    if any(lacking):
+        with _step_of_no_length(optimizer, lacking):
+            type(optimizer).step(optimizer)  # not the instance's, in which a schedule counts
+    return [parameter for held in lacking for parameter in held]
+
+
+@contextmanager
+def _step_of_no_length(optimizer: Optimizer, held: Sequence[Sequence[nn.Parameter]]) -> Iterator[None]:
+    """Within the context the groups hold these parameters alone, all gradients are zero and so is the learning rate."""
+    groups = optimizer.param_groups
+    before = [{**group, "params": list(group["params"])} for group in groups]
+    gradients = [(parameter, parameter.grad) for own in held for parameter in own]
+    for group, own in zip(groups, held, strict=True):
+        group["params"][:] = own
+        group["lr"] = 0.0
+    for parameter, _ in gradients:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, before, strict=True):
+            group["params"][:] = old["params"]
+            group["lr"] = old["lr"]
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def without_empty_groups(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Within the context no optimizer has a group without parameters, which torch's distributed checkpoints mix up."""
+    kept = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
+    for optimizer, groups in kept:
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        for optimizer, groups in kept:
+            # what was loaded stands in new groups
+            full = iter(optimizer.param_groups[:])
+            optimizer.param_groups[:] = [next(full) if group["params"] else group for group in groups]
 
 
 class LearningRateFactor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from layershed.errors import PlanError
+from layershed.folders import write_text
 
 Kind = Literal["attention", "cross_attention", "mlp"]
 Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
@@ -189,8 +191,12 @@ class DropPlan:
         return cls.from_dict(content)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan as a JSON file, whole or not at all.
+
+        Raises:
+            ExportError: If the disk is full, or nothing can be written there.
+        """
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> DropPlan:
@@ -220,10 +226,15 @@ def _typed(value: object, kind: type, where: str) -> Any:
 
 
 def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise PlanError(f"Drop plan: {where} must be a number, got {value!r}.")
     try:
-        return float(_typed(value, float if isinstance(value, float) else int, where))
+        number = float(value)
     except OverflowError:
         raise PlanError(f"Drop plan: {where} is too large to be a number.") from None
+    if math.isnan(number):
+        raise PlanError(f"Drop plan: {where} must be a number, got {number}.")
+    return number
 
 
 def sublayer_from(entry: object) -> Sublayer:
@@ -245,8 +256,10 @@ def sublayer_from(entry: object) -> Sublayer:
 def _drop_from(entry: object) -> Drop:
     fields = _typed(entry, dict, "an entry of drops")
     score, step = fields.get("score"), fields.get("step")
+    if step is not None and _typed(step, int, "step") < 0:
+        raise PlanError(f"Drop plan: step must not be negative, got {step}.")
     return Drop(
         sublayer_from(fields),
         None if score is None else _number(score, "score"),
-        None if step is None else _typed(step, int, "step"),
+        step,
     )

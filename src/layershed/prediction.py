@@ -81,6 +81,7 @@ class Prediction:
         prompt_tokens: Tokens of each prompt.
         new_tokens: Tokens decoded after it.
         ceilings: What the machine can do at most. Times are of one device, also where it takes several to hold it.
+        uniform: Whether all sublayers of a kind cost the same, so that it does not matter which ones go.
     """
 
     dense: PredictedSide
@@ -91,6 +92,7 @@ class Prediction:
     prompt_tokens: int
     new_tokens: int
     ceilings: Ceilings
+    uniform: bool
 
     @property
     def prefill_speedup(self) -> float:
@@ -156,6 +158,7 @@ def predict(
         settings.prompt_tokens,
         settings.new_tokens,
         ceilings,
+        all(_is_uniform(phase) for phase in costs.passes(settings)),
     )
 
 
@@ -164,7 +167,7 @@ def deepest_sublayers(
 ) -> DropPlan:
     """A plan without importances, for a skeleton, which has none: the deepest sublayers go first.
 
-    Costs hardly depend on which ones of a kind go, only on how many.
+    In most models costs do not depend on which ones of a kind go, only on how many (:attr:`Prediction.uniform`).
 
     Args:
         sublayers: Of the model.
@@ -195,17 +198,18 @@ def ceilings_of(name: str, device: torch.device, dtype: torch.dtype) -> Ceilings
     """The ceilings of an accelerator by its name, or of this machine.
 
     Args:
-        name: A key of ``ACCELERATORS``, or ``"this"``, whose ceilings are measured.
+        name: A key of ``ACCELERATORS``, in any case, or ``"this"``, whose ceilings are measured.
         device: What is measured.
         dtype: Of the matrices that are multiplied.
 
     Raises:
         UnknownNameError: If it is neither.
     """
-    if name != "this":
-        if name not in ACCELERATORS:
-            raise UnknownNameError("device", name, ("this", *ACCELERATORS))
-        return accelerator(name)
+    known = name.lower()  # vendors write A100
+    if known != "this":
+        if known not in ACCELERATORS:
+            raise UnknownNameError("device", known, ("this", *ACCELERATORS))
+        return accelerator(known)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -226,6 +230,13 @@ def _side(
         _phase(step.without(gone), settings.batch_size, ceilings),
         _work(step, gone, settings.batch_size),
     )
+
+
+def _is_uniform(phase: PassCosts) -> bool:
+    costs: dict[Kind, set[Cost]] = {}
+    for sublayer, cost in phase.sublayers.items():
+        costs.setdefault(sublayer.kind, set()).add(cost)
+    return all(len(different) == 1 for different in costs.values())
 
 
 def _phase(pieces: list[Cost], tokens: int, ceilings: Ceilings) -> PredictedPhase:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from layershed.batches import as_inputs, describe, select
 from layershed.discovery import find_transformer, predicts_next_token
@@ -25,7 +25,7 @@ class Quality:
     Args:
         loss: Mean cross-entropy per predicted token, in nats.
         accuracy: Share of tokens whose most likely prediction is right, in [0, 1].
-        tokens: Number of predicted tokens.
+        tokens: Number of predicted tokens, those of all ranks.
     """
 
     loss: float
@@ -55,17 +55,24 @@ def evaluate_quality(
     """
     transformer = find_transformer(model, name=name)
     check_head(transformer)
+    device = next(transformer.parameters()).device
     # torchmetrics would leave a NaN out of the mean
-    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(next(transformer.parameters()).device) for _ in range(2))
-    tokens = 0
+    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(device) for _ in range(2))
+    # Apple's GPUs know no float64
+    counted = SumMetric().set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
+    # this rank may have no token, and the others some
+    loss.update(0.0, 0.0)
+    accuracy.update(0.0, 0.0)
+    counted.update(0.0)
     with evaluating(transformer), torch.no_grad():
         for batch in islice(batches, max_batches):
             logits, targets = _predictions(transformer, batch)
             if targets.numel() == 0:
                 continue
-            tokens += targets.numel()
+            counted.update(targets.numel())
             loss.update(cross_entropy(logits, targets, reduction="mean"), targets.numel())
             accuracy.update((logits.argmax(-1) == targets).float().mean(), targets.numel())
+    tokens = int(counted.compute())  # after all batches of all ranks, so that they agree on the answer
     if tokens == 0:
         raise MeasurementError("There is no token to predict: the batches are empty, or every label is ignored.")
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)

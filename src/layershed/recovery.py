@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time: only where
 
 ADAPTER = "recovery"
 # what tells adapters apart: fields of peft's LoraConfig
-_SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
+SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
 _TRAINABLE = "_trainable_before_recovery"  # on the model itself, as all state of what is done to it
 
 
@@ -80,7 +80,7 @@ def inject_lora(
 
 def lora_arguments(*, rank: int, alpha: int, dropout: float, rslora: bool, dora: bool, **_: Any) -> dict[str, Any]:
     """Options of :func:`inject_lora` as peft's LoraConfig has them; those that only say where adapters go are left."""
-    return dict(zip(_SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
+    return dict(zip(SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
 
 
 def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str) -> None:
@@ -137,6 +137,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
             "remove them first."
         )
     wanted = sorted(targets - adapted_modules(transformer).keys())
+    _refuse_strangers(transformer, wanted)
     for transposed in (False, True):  # as GPT-2's Conv1D keeps its weight
         paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
         if paths:
@@ -181,7 +182,7 @@ def lora_settings(transformer: nn.Module) -> dict[str, Any] | None:
 
 def settings_of(config: LoraConfig) -> dict[str, Any]:
     """What of peft's config tells adapters apart."""
-    return {field: getattr(config, field) for field in _SETTINGS}
+    return {field: getattr(config, field) for field in SETTINGS}
 
 
 def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
@@ -194,7 +195,7 @@ def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
         targets, settings = set(content["targets"]), dict(content["settings"])
     except (TypeError, KeyError, ValueError) as error:
         raise RecoveryError(f"This does not describe adapters: {error}.") from None
-    fit = settings.keys() == _SETTINGS.keys() and all(type(settings[f]) is kind for f, kind in _SETTINGS.items())
+    fit = settings.keys() == SETTINGS.keys() and all(type(settings[f]) is kind for f, kind in SETTINGS.items())
     if not fit or not targets or not all(isinstance(path, str) for path in targets):
         raise RecoveryError(f"This does not describe adapters: {settings}.")
     return targets, settings
@@ -303,6 +304,12 @@ def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
     if not layers:
         raise RecoveryError(f"{what}: {type(transformer).__name__} carries no recovery adapters.")
     return layers
+
+
+def _refuse_strangers(transformer: nn.Module, targets: list[str]) -> None:
+    modules = dict(transformer.named_modules())
+    if strangers := [path for path in targets if not isinstance(modules.get(path), nn.Linear | Conv1D)]:
+        raise RecoveryError(f"The adapters are for {strangers[0]!r}, where no linear map is.")
 
 
 def _refuse_others(transformer: nn.Module) -> None:

@@ -6,8 +6,7 @@ import base64
 import csv
 import io
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from rich.text import Text
 
 from layershed.errors import DataError
 from layershed.figures import PANELS, ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
+from layershed.folders import explained, write_text
 from layershed.plan import DropPlan
 from layershed.quality import Quality
 from layershed.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
-from layershed.wording import change_of, counts_of, short_bytes, short_count, short_number
+from layershed.wording import change_of, counts_of, printable, short_bytes, short_count, short_number
 
 __all__ = [
     "ImportancePoint",
@@ -30,6 +30,7 @@ __all__ = [
     "RunRecord",
     "importance_heatmap",
     "loss_figure",
+    "measured_steps",
     "read_importance",
     "summary_rows",
     "summary_table",
@@ -40,11 +41,34 @@ _COLUMNS = ["step", "block", "kind", "metric", "value"]
 _MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
 
 
-def read_importance(path: str | Path) -> tuple[ImportancePoint, ...]:
+def measured_steps(path: str | Path) -> dict[str, list[int]]:
+    """When the RedundancyMonitor callback measured, from its file, whatever the length of that.
+
+    Args:
+        path: A CSV file with the header ``step,block,kind,metric,value``.
+
+    Returns:
+        The steps, ascending, by metric.
+
+    Raises:
+        DataError: If there is no such file, or a line is malformed; names the line.
+    """
+    found: dict[str, set[int]] = {}
+
+    def take(row: list[str]) -> None:
+        step, _, _, metric, _ = _fields(row)
+        found.setdefault(metric, set()).add(step)
+
+    _read(path, take)
+    return {metric: sorted(steps) for metric, steps in found.items()}
+
+
+def read_importance(path: str | Path, steps: Mapping[str, Container[int]] | None = None) -> tuple[ImportancePoint, ...]:
     """Read the importances that the RedundancyMonitor callback wrote.
 
     Args:
         path: A CSV file with the header ``step,block,kind,metric,value``.
+        steps: Those to read, by metric; None for all.
 
     Returns:
         The points, in the order of the file.
@@ -52,18 +76,33 @@ def read_importance(path: str | Path) -> tuple[ImportancePoint, ...]:
     Raises:
         DataError: If there is no such file, or a line is malformed; names the line.
     """
+    points: list[ImportancePoint] = []
+
+    def take(row: list[str]) -> None:
+        if steps is None or len(row) != len(_COLUMNS) or int(row[0]) in steps.get(row[3], ()):
+            points.append(ImportancePoint(*_fields(row)))
+
+    _read(path, take)
+    return tuple(points)
+
+
+def _read(path: str | Path, take: Callable[[list[str]], None]) -> None:
+    """Hand on every row but the header."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
+            reader = csv.reader(file, strict=True)
+            try:
+                if (header := next(reader, None)) != _COLUMNS:
+                    raise ValueError(f"the header must be {','.join(_COLUMNS)}, got {header}")
+                for row in reader:
+                    if row:
+                        take(row)
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, csv.Error) as error:
+                raise DataError(f"{path}, line {max(reader.line_num, 1)}: {error}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Importance: cannot read {str(path)!r}: {error}.") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        if (header := next(reader, None)) != _COLUMNS:
-            raise ValueError(f"the header must be {','.join(_COLUMNS)}, got {header}")
-        return tuple(_point(row) for row in reader if row)
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"{path}, line {max(reader.line_num, 1)}: {error}.") from None
 
 
 def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -89,8 +128,8 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
         rows += [
             ("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}"),
-            ("Prefill speed", _phase(speed.prefill)),
-            ("Decode speed", _phase(speed.decode)),
+            ("Prefill speed", str(speed.prefill)),
+            ("Decode speed", str(speed.decode)),
             ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
             ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
             ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}"),
@@ -110,7 +149,7 @@ def summary_table(record: RunRecord) -> Table:
     Returns:
         A table for ``rich.print``. Names are shown as they are: neither markup nor control codes in them act.
     """
-    table = Table(title=Text(_printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    table = Table(title=Text(printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in summary_rows(record):
@@ -138,24 +177,19 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
     )
     environment.filters.update(typeset=_typeset, number=short_number)
     html = environment.get_template("report.html").render(
-        model=_printable(record.model),
+        model=printable(record.model),
         lede=_lede(record.plan),
         rows=summary_rows(record),
         heatmaps=list(_heatmaps(record)),
         loss=_loss_picture(record) if record.losses else None,
         speed=_speed(record.speed) if record.speed else None,
         plan=record.plan,
-        plan_metric=_printable(record.plan.metric or "") if record.plan else "",
+        plan_metric=printable(record.plan.metric or "") if record.plan else "",
         panels=PANELS,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are private to the user, and a report is there to be shared.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(html, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, html)
     return path
 
 
@@ -190,11 +224,12 @@ def _heatmaps(record: RunRecord) -> Iterator[_Picture]:
     for metric in dict.fromkeys(point.metric for point in record.importance):
         points = [point for point in record.importance if point.metric == metric]
         steps, blocks = {point.step for point in points}, {point.block for point in points}
-        name = _printable(metric)
+        name = printable(metric)
         heading, when = "Importance", "measured once"
         if len(steps) > 1:
             heading += " over training"
-            when = f"measured {len(steps)} times from step {min(steps)} to step {max(steps)}"
+            times = record.measured.get(metric, len(steps))
+            when = f"measured {times} times from step {min(steps)} to step {max(steps)}"
         what = f"Heat map of the importance ({name}) of {len(blocks)} blocks, by kind of sublayer"
         alt = f"{what}, {when}. {_lede(record.plan)}"
         wide, narrow = (importance_heatmap(points, record.plan, stacked=stacked) for stacked in (False, True))
@@ -214,7 +249,7 @@ def _loss_picture(record: RunRecord) -> _Picture:
 
 def _speed(speed: SpeedReport) -> dict[str, object]:
     setting = {
-        "Device": _printable(speed.device),
+        "Device": printable(speed.device),
         "Batch": f"{speed.batch_size:,}",
         "Prompt": f"{speed.prompt_tokens:,} tokens",
         "New tokens": f"{speed.new_tokens:,}",
@@ -237,16 +272,18 @@ def _lede(plan: DropPlan | None) -> str:
     return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {counts_of(plan)}."
 
 
-def _point(row: list[str]) -> ImportancePoint:
+def _fields(row: list[str]) -> tuple[int, int, str, str, float]:
+    """Those of an :class:`ImportancePoint`."""
     if len(row) != len(_COLUMNS):
         raise ValueError(f"expected {len(_COLUMNS)} fields, got {len(row)}")
-    step, block, kind, metric, value = row
+    number, place, kind, metric, value = row
     if kind not in PANELS:
         raise ValueError(f"kind must be one of {', '.join(PANELS)}, got {kind!r}")
-    point = ImportancePoint(int(step), int(block), kind, metric, float(value))
-    if point.step < 0 or point.block < 0:
+    step, block = int(number), int(place)
+    fields = (step, block, kind, metric, float(value))
+    if step < 0 or block < 0:
         raise ValueError(f"step and block must not be negative, got {step} and {block}")
-    return point
+    return fields
 
 
 def _quality(quality: Quality) -> str:
@@ -261,14 +298,6 @@ def _in_brackets(before: float, after: float) -> str:
     return f" ({change_of(before, after)})" if before else ""
 
 
-def _phase(phase: PhaseSpeed) -> str:
-    speedup = f"x{phase.speedup.median:.2f} [{phase.speedup.low:.2f}, {phase.speedup.high:.2f}]"
-    if phase.predicted is not None:
-        speedup += f", x{phase.predicted:.2f} in theory"
-    doubt = "" if phase.measurable else "no measurable speedup, "
-    return f"{short_number(phase.dense)} -> {short_number(phase.dropped)} tokens/s, {doubt}{speedup}"
-
-
 def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
     points_lost = 100 * (record.quality["before"].accuracy - record.quality[moment].accuracy)
     ratio = speedup_degradation_ratio(points_lost, decode.speedup.median)
@@ -276,11 +305,6 @@ def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
         return "undefined (no speed gained)"
     doubt = "" if decode.measurable else " (speedup not measurable)"
     return f"{round(ratio, 2) + 0.0:.2f} points of next-token accuracy per % of decode speed{doubt}"
-
-
-def _printable(text: str) -> str:
-    """The text without control codes, text direction marks and lone surrogates, which act on a terminal or a file."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _typeset(text: str) -> str:

@@ -55,7 +55,8 @@ class Ceilings:
 
 
 def _accelerator(name: str, teraflops: float, gigabytes_per_s: float, gigabytes: float, source: str) -> Ceilings:
-    return Ceilings(name, teraflops * 1e12, gigabytes_per_s * 1e9, source, gigabytes * 1e9)
+    # memory is sold in binary gigabytes, unlike its bandwidth
+    return Ceilings(name, teraflops * 1e12, gigabytes_per_s * 1e9, source, gigabytes * 2**30)
 
 
 # Dense BF16 tensor-core rates with FP32 accumulation (FP16 on the V100), without sparsity; vendors' own figures.
@@ -90,22 +91,31 @@ def measure_ceilings(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    size: int = 1024,
-    copied: int = 2**26,
+    size: int | None = None,
+    copied: int | None = None,
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ceilings:
     """The ceilings of this machine: the fastest of some short matrix products, and of some copies.
 
     Args:
-        device: What to measure.
-        dtype: Of the matrices.
-        size: Rows and columns of the two matrices; a product takes 2 * size**3 FLOPs.
-        copied: Bytes of the tensor that is copied; a copy moves them twice, there and back.
+        device: What to measure. What has a queue of its own works through 20 of each between two readings of the clock,
+            so that the way there and back does not count.
+        dtype: Of the matrices; under autocast they are of its type.
+        size: Rows and columns of the two matrices; a product takes 2 * size**3 FLOPs. None for 1024 on a CPU and 8192
+            elsewhere.
+        copied: Bytes of the tensor that is copied; a copy moves them twice, there and back. None for 64 MiB on a CPU
+            and 1 GiB elsewhere, more than caches hold.
         repeats: How often each is done; one more goes before as a warm-up.
         clock: Returns seconds; for tests.
     """
     device = torch.device(device)
+    queued = device.type != "cpu"
+    size = size or (8192 if queued else 1024)
+    copied = copied or (2**30 if queued else 2**26)
+    each = 20 if queued else 1
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -114,11 +124,12 @@ def measure_ceilings(
         seconds = []
         for _ in range(repeats + 1):
             start = clock()
-            work()
-            if device.type != "cpu":
+            for _ in range(each):
+                work()
+            if queued:
                 torch.accelerator.synchronize(device)
             seconds.append(clock() - start)
-        return min(seconds[1:])
+        return min(seconds[1:]) / each
 
     with torch.no_grad():
         flops = 2 * size**3 / fastest(lambda: torch.matmul(left, right))

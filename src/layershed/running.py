@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 
@@ -14,7 +16,9 @@ from layershed.building import build_model
 from layershed.calibration import estimate_importance
 from layershed.console import watched
 from layershed.data import TextData
-from layershed.errors import CalibrationError, CheckpointError, DataError, LayershedError, ModelError
+from layershed.errors import CalibrationError, DataError, LayershedError, ModelError
+from layershed.export import check_folder
+from layershed.folders import refuse_source, write_text
 from layershed.metrics import get_metric
 from layershed.module import CausalLM
 from layershed.plan import ImportanceScores
@@ -32,11 +36,55 @@ def check_writable(folder: Path) -> None:
     Raises:
         TrainerError: If so.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        if "\0" in str(folder):
+            raise ValueError("it holds a null byte")
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        what = f"trainer.default_root_dir={str(folder)!r}"
+        raise TrainerError(f"{what}: no folder can have that name ({reason}).") from None
     if not there.is_dir():
         raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: {str(there)!r} is a file, not a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r}.")
+    try:
+        # whoever may write everywhere still cannot write into /proc, nor where the disk is full
+        with tempfile.TemporaryDirectory(dir=there) as trial:
+            (Path(trial) / "trial").write_bytes(bytes(4096))
+    except OSError as error:
+        raise TrainerError(
+            f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r} ({error.strerror})."
+        ) from None
+
+
+def check_seed(seed: int | bool | None) -> None:
+    """Refuse a seed that no random number generator takes.
+
+    Raises:
+        TrainerError: If so.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise TrainerError(f"seed_everything={seed}: it must be in [0, {2**32}).")
+
+
+def check_devices(options: Mapping[str, Any]) -> None:
+    """Refuse options of Lightning's Trainer that it takes, and that no run comes of.
+
+    Raises:
+        TrainerError: If so.
+    """
+    accumulated = options.get("accumulate_grad_batches", 1)
+    if accumulated < 1:
+        raise TrainerError(f"trainer: accumulate_grad_batches={accumulated}: it must be at least 1.")
+    devices, cores = options.get("devices"), os.cpu_count() or 1
+    given = str(devices)
+    # two, so that a distributed run can be tried anywhere
+    if options.get("accelerator") == "cpu" and given.isdecimal() and int(given) > max(2, cores):
+        raise TrainerError(
+            f"trainer: devices={devices}: each would be a process of its own, and this machine has {cores} cores; "
+            "lower it."
+        )
 
 
 def check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
@@ -62,6 +110,16 @@ def run_directory(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def check_output(directory: Path, output: str, model: CausalLM) -> None:
+    """Refuse, before anything is computed, a place for the dropped model where something else would be destroyed.
+
+    Raises:
+        ExportError: If it holds something else, the run directory, or the model that it is made of.
+    """
+    check_folder(directory / output, apart=directory)
+    refuse_source(directory / output, model.hparams.get("pretrained"))
+
+
 def open_folder(trainer: pl.Trainer, model: CausalLM) -> Path:
     """The run directory, with the config in it that repeats the run."""
     folder = run_directory(trainer)
@@ -72,9 +130,9 @@ def open_folder(trainer: pl.Trainer, model: CausalLM) -> Path:
     return folder
 
 
-def prepare(trainer: pl.Trainer, model: CausalLM, data: TextData) -> Path:
+def prepare(trainer: pl.Trainer, model: CausalLM, data: TextData, ckpt_path: str | None = None) -> Path:
     """What Lightning does before it trains: data, device, precision, and the config on disk."""
-    if model.hparams.get("pretrained") is None:
+    if model.hparams.get("pretrained") is None and ckpt_path is None:
         note = "note: without --model.pretrained the weights are random, and so is what is measured of them"
         print(note)
     data.prepare_data()
@@ -91,7 +149,7 @@ def score_sublayers(
     with trainer.precision_plugin.forward_context():
         scores = estimate_importance(model, watched(data.train_dataloader(), batches, "Scoring"), metric)
     rows = [f"0,{block},{kind},{metric},{value!r}\n" for block, kind, value in scores.rows()]
-    (folder / "importance.csv").write_text("step,block,kind,metric,value\n" + "".join(rows), encoding="utf-8")
+    write_text(folder / "importance.csv", "step,block,kind,metric,value\n" + "".join(rows))
     return scores
 
 
@@ -107,7 +165,10 @@ def load_base(trainer: pl.Trainer, source: str, model: CausalLM, data: TextData)
     Raises:
         LayershedError: If it cannot be built, is not dense, or has no embedding for every token of the text.
     """
-    base = build_model(source, None, next(model.model.parameters()).dtype).eval()
+    try:
+        base = build_model(source, None, next(model.model.parameters()).dtype).eval()
+    except ModelError as error:  # it calls it by another option
+        raise ModelError(f"base: {error}") from error
     if gone := dropped_sublayers(base):
         names = ", ".join(sublayer.name for sublayer in gone)
         raise ModelError(f"base={source!r}: it lacks {names}, so it is not dense; give the model that it came from.")
@@ -117,24 +178,6 @@ def load_base(trainer: pl.Trainer, source: str, model: CausalLM, data: TextData)
     trainer.precision_plugin.convert_module(base)
     base.to(trainer.strategy.root_device)
     return base
-
-
-def load_checkpoint(model: CausalLM, path: str) -> None:
-    """Become what a checkpoint of ``fit`` holds, as Lightning's validate does.
-
-    Raises:
-        CheckpointError: If it does not fit.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"ckpt_path={path!r}: there is no such file.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model.on_load_checkpoint(checkpoint)
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"ckpt_path={path!r}: its weights do not fit this model; give the config of its run by --config."
-        ) from error
 
 
 def name_of(model: CausalLM) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,18 @@ from layershed.memory import watching_memory
 from layershed.probe import eager, evaluating
 from layershed.recovery import adapters_off
 from layershed.roofline import Ceilings, measure_ceilings
-from layershed.stopwatch import SpeedSettings, Stopwatch, Timing, WallClock, describe_device
+from layershed.stopwatch import (
+    SpeedSettings,
+    Stopwatch,
+    Timing,
+    WallClock,
+    casting_alike,
+    check_compiled,
+    describe_device,
+)
 from layershed.surgery import bypassed_sublayers, dense
 from layershed.weights import WeightSizes, weight_sizes
+from layershed.wording import short_bytes, short_count, short_number
 
 
 @dataclass(frozen=True)
@@ -35,22 +45,38 @@ class PhaseSpeed:
         speedup: dropped over dense, from the paired runs.
         predicted: The speedup that the roofline model predicts from this machine's ceilings; None if the costs of the
             model could not be told.
+        dense_spread: ``dense`` with its interval.
+        dropped_spread: ``dropped`` with its interval.
     """
 
     dense: float
     dropped: float
     speedup: Interval
     predicted: float | None = None
+    dense_spread: Interval | None = field(default=None, compare=False)
+    dropped_spread: Interval | None = field(default=None, compare=False)
 
     @property
     def measurable(self) -> bool:
-        """Whether the interval of the speedup excludes 1."""
-        return not self.speedup.low <= 1 <= self.speedup.high
+        """Whether there were enough runs for a 95 % interval of the speedup, and it excludes 1."""
+        return self.speedup.trustworthy and not self.speedup.low <= 1 <= self.speedup.high
 
     @property
     def measured_over_predicted(self) -> float | None:
         """The measured speedup over the predicted one; None without a prediction."""
         return None if self.predicted is None else self.speedup.median / self.predicted
+
+    def degradation(self, points_lost: float) -> float:
+        """SDR of so many points, as :func:`speedup_degradation_ratio`; NaN where no speedup is measurable."""
+        return speedup_degradation_ratio(points_lost, self.speedup.median) if self.measurable else math.nan
+
+    def __str__(self) -> str:
+        """In one line."""
+        speedup = f"x{self.speedup.median:.2f} [{self.speedup.low:.2f}, {self.speedup.high:.2f}]"
+        if self.predicted is not None:
+            speedup += f", x{self.predicted:.2f} in theory"
+        doubt = "" if self.measurable else "no measurable speedup, "
+        return f"{short_number(self.dense)} -> {short_number(self.dropped)} tokens/s, {doubt}{speedup}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,26 @@ class SpeedReport:
         """Milliseconds per decoded token of a sequence, dense and dropped."""
         return 1000 * self.batch_size / self.decode.dense, 1000 * self.batch_size / self.decode.dropped
 
+    def __str__(self) -> str:
+        """In a few lines, the dense model first."""
+        file, memory = (
+            f"{short_bytes(dense)} -> {short_bytes(dropped)}"
+            for dense, dropped in (
+                (self.file_bytes_dense, self.file_bytes_dropped),
+                (self.peak_memory_dense, self.peak_memory_dropped),
+            )
+        )
+        lines = (
+            f"prefill: {self.prefill}",
+            f"decode: {self.decode}",
+            f"parameters: {short_count(self.parameters_dense)} -> {short_count(self.parameters_dropped)}",
+            f"file: {file}",
+            f"peak memory: {memory}",
+            f"KV cache per token: {self.kv_bytes_dense:,.0f} -> {self.kv_bytes_dropped:,.0f} bytes",
+            f"{self.runs} pairs, {self.batch_size} x {self.prompt_tokens} + {self.new_tokens} tokens, {self.device}",
+        )
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain primitives, for JSON and for checkpoints."""
         return asdict(self)
@@ -110,11 +156,11 @@ class SpeedReport:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SpeedReport:
         """The inverse of :meth:`to_dict`."""
-        phases = {
-            name: PhaseSpeed(**{**phase, "speedup": Interval(**phase["speedup"])})
-            for name, phase in content.items()
-            if name in ("prefill", "decode")
-        }
+        phases = {}
+        for name in ("prefill", "decode"):
+            fields = content[name]
+            intervals = {key: Interval(**value) for key, value in fields.items() if isinstance(value, dict)}
+            phases[name] = PhaseSpeed(**{**fields, **intervals})
         return cls(**{**content, **phases})
 
 
@@ -143,7 +189,7 @@ def measure_speed(
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     batch_size: int = 1,
-    runs: int = 5,
+    runs: int = 9,
     warmup: int = 1,
     name: str | None = None,
     ceilings: Ceilings | None = None,
@@ -152,8 +198,8 @@ def measure_speed(
     """Speed of the dropped model against the dense one: the same weights with the bypass lifted, or another model.
 
     Dense and dropped alternate in one process (A B A B ...), in eval mode without gradients, so that whatever else the
-    machine does hits both. The speedup is the median over the pairs, with
-    a 95 % bootstrap interval. On CUDA the marks are events. Recovery adapters are off on both sides, as if they were
+    machine does hits both. The speedup is the median over the pairs, with a 95 % bootstrap interval, which takes at
+    least six runs. On CUDA the marks are events. Recovery adapters are off on both sides, as if they were
     merged; of a quantized model both sides are quantized. Under ``torch.autocast``, or of a compiled model, what is
     measured is that; give a compiled one enough warm-up.
 
@@ -174,14 +220,16 @@ def measure_speed(
         Tokens per second, speedups, parameters, memory and KV-cache bytes, dense and dropped.
 
     Raises:
-        MeasurementError: If nothing is bypassed and there is no base, a number is too low, or the model has no place
-            for that many tokens.
+        MeasurementError: If nothing is bypassed and there is no base, a number is too low, the model has no place for
+            that many tokens or cannot decode from a cache, or a wrapper of ``torch.compile`` is around it.
     """
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
     transformer = settings.check(find_transformer(model, name=name))
     if base is None and not bypassed_sublayers(transformer):
         raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare; bypass first.")
     other = transformer if base is None else settings.check(find_transformer(base))
+    for holder, held in ((model, transformer), (base or model, other)):
+        check_compiled(holder, held)
     watch = None if clock is None else WallClock(transformer.device, clock)
     before = _Side(Stopwatch(other, settings, watch), lifted=base is None)
     after = _Side(Stopwatch(transformer, settings, watch), lifted=False)
@@ -190,6 +238,7 @@ def measure_speed(
         for side in {id(side.transformer): side for side in (before, after)}.values():
             contexts.enter_context(evaluating(side.transformer))
             contexts.enter_context(adapters_off(side.transformer))  # merged, they cost nothing
+            contexts.enter_context(casting_alike(side.transformer))
         pairs = [(before.run(), after.run()) for _ in range(warmup + runs)][warmup:]
         working = before.working_memory(), after.working_memory()
     slow, fast = zip(*pairs, strict=True)
@@ -267,4 +316,6 @@ def _phase(slow: list[float], fast: list[float], tokens: int, predicted: float |
         dropped=tokens / statistics.median(fast),
         speedup=bootstrap_interval([a / b for a, b in zip(slow, fast, strict=True)]),
         predicted=predicted,
+        dense_spread=bootstrap_interval([tokens / seconds for seconds in slow]),
+        dropped_spread=bootstrap_interval([tokens / seconds for seconds in fast]),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from layershed.discovery import predicts_next_token
 from layershed.errors import MeasurementError
+from layershed.probe import quietly
 
 Phase = Literal["prefill", "decode"]
 
@@ -33,7 +35,7 @@ class SpeedSettings:
     prompt_tokens: int = 128
     new_tokens: int = 32
     batch_size: int = 1
-    runs: int = 5
+    runs: int = 9
     warmup: int = 1
 
     def check(self, transformer: nn.Module) -> PreTrainedModel:
@@ -43,8 +45,8 @@ class SpeedSettings:
             The transformer, known to be a causal language model.
 
         Raises:
-            MeasurementError: If a number is too low, the model is no causal language model, or prompt and new tokens
-                exceed its positions.
+            MeasurementError: If a number is too low, the model is no causal language model, prompt and new tokens
+                exceed its positions, or it cannot generate from a KV cache.
         """
         for name, number in asdict(self).items():
             least = 0 if name == "warmup" else 1
@@ -56,11 +58,13 @@ class SpeedSettings:
                 "language model."
             )
         places = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
-        if places is not None and self.prompt_tokens + self.new_tokens > places:
+        if places is not None and 0 < places < self.prompt_tokens + self.new_tokens:
             raise MeasurementError(
                 f"speed: prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit into the "
                 f"model's {places} positions."
             )
+        if not any(parameter.is_meta for parameter in transformer.parameters()):
+            _try_out(transformer)
         return transformer
 
 
@@ -173,11 +177,61 @@ class Stopwatch:
         """One prefill, and the decoding after it."""
         start = self.clock.mark()
         output = self.prefill()
-        prefilled = self.clock.mark()
+        # read before decoding begins, which waits for it: else the host would prepare the first steps meanwhile
+        prefill = self.clock.seconds(start, self.clock.mark())
+        start = self.clock.mark()
         output = self.decode(output)
-        decoded = self.clock.mark()
-        seconds = self.clock.seconds(start, prefilled), self.clock.seconds(prefilled, decoded)
-        return Timing(*seconds, cache_bytes(output.past_key_values))
+        decode = self.clock.seconds(start, self.clock.mark())
+        return Timing(prefill, decode, cache_bytes(output.past_key_values))
+
+
+@contextmanager
+def casting_alike(transformer: nn.Module) -> Iterator[None]:
+    """Within the context every weight counts as trainable.
+
+    Autocast keeps the cast of trainable weights alone; what a bypass has frozen, it would cast anew in every pass of
+    the dense model, which would look slower than it is.
+    """
+    frozen = [p for p in transformer.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def check_compiled(model: nn.Module, transformer: nn.Module) -> None:
+    """Refuse a transformer whose compiled code stands in a wrapper around it, and would not be measured.
+
+    Args:
+        model: What holds the transformer.
+        transformer: The transformer itself.
+
+    Raises:
+        MeasurementError: If so.
+    """
+    wrappers = (module for module in model.modules() if "_orig_mod" in module._modules)
+    if any(transformer is inner for wrapper in wrappers for inner in wrapper.modules()):
+        raise MeasurementError(
+            "speed: torch.compile(...) has put the transformer into a wrapper, and without that it would be measured "
+            "eagerly; compile it in place: model.compile()."
+        )
+
+
+def _try_out(transformer: PreTrainedModel) -> None:
+    """Generate a token from the cache of two, which some models that predict a next token cannot."""
+    with quietly(transformer):
+        stopwatch = Stopwatch(transformer, SpeedSettings(prompt_tokens=2, new_tokens=1))
+        try:
+            cache_bytes(stopwatch.decode(stopwatch.prefill()).past_key_values)
+        except Exception as error:  # whatever its own code raises
+            reason = next(iter(str(error).splitlines()), "no message").rstrip(".")
+            raise MeasurementError(
+                f"speed: {type(transformer).__name__} could not decode a token from its KV cache "
+                f"({type(error).__name__}: {reason})."
+            ) from error
 
 
 def cache_bytes(cache: Any) -> int:

@@ -209,6 +209,8 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
     echoes, seen = fields.get("echoes"), fields.get("given", ())
     if not isinstance(seen, tuple | list) or not all(isinstance(key, int | str) for key in seen):
         raise TypeError(f"given={seen!r} is no field of a stand-in")
+    if echoes is not None and not isinstance(echoes, tuple | list):
+        raise TypeError(f"echoes={echoes!r} is no field of a stand-in")
     echoed = None if echoes is None else tuple(echoes)
     return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
 

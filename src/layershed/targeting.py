@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
@@ -12,6 +14,7 @@ from layershed.discovery import find_transformer
 from layershed.errors import SelectionError, SpeedupError, UnknownNameError
 from layershed.latency import Latency, measure_latency
 from layershed.plan import Drop, DropPlan, Scope, Sublayer
+from layershed.roofline import measure_ceilings
 from layershed.selection import Objective, check_scope, check_selection, plan_of_groups, rank_sublayers
 from layershed.speed import PhaseSpeed, SpeedReport, measure_speed
 from layershed.stopwatch import Phase, SpeedSettings
@@ -37,8 +40,10 @@ def drop_to_speedup(
     """Bypass as few sublayers as give a measured speedup, in the order of their importance.
 
     The first number to try comes from the measured latencies of the sublayers; what is measured there corrects it,
-    until that many reach the target and one fewer do not. What is bypassed already stays so, and counts as well: where
-    that is enough, nothing more goes.
+    until that many reach the target and one fewer do not. A number must reach it twice, as of several that are tried
+    one might by chance; what is returned is the second measurement. What is bypassed already stays so, and counts as
+    well: where that is enough, nothing more goes. Where everything that may go leaves it in doubt, everything goes,
+    with a warning.
 
     Args:
         model: A causal language model, or a module that holds one.
@@ -56,12 +61,13 @@ def drop_to_speedup(
         What was dropped, and the speed that was measured with it.
 
     Raises:
-        SpeedupError: If everything that may go does not give the target; nothing is bypassed then that was not before.
+        SpeedupError: If with everything that may go the whole 95 % interval lies below the target; nothing is bypassed
+            then that was not before.
         SelectionError: If nothing may go.
         LayershedError: As the functions that it calls.
     """
     check_target(target_speedup)
-    transformer = find_transformer(model, name=name)
+    transformer: Any = find_transformer(model, name=name)
     latency: Latency = agree(measure_latency(transformer, phase=phase, **asdict(settings)))
     gone = bypassed_sublayers(transformer)
     ranked = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency.sublayers)
@@ -72,19 +78,25 @@ def drop_to_speedup(
         )
     search = _Search(latency, gone, ranked, target_speedup)
     reports: dict[int, SpeedReport] = {}
+    ceilings = measure_ceilings(transformer.device, transformer.dtype)
     try:
         while (number := search.next_number()) is not None:
             _bypass_first(transformer, ranked, number)
-            reports[number] = agree(measure_speed(transformer, **asdict(settings)))
+            reports[number] = agree(measure_speed(transformer, ceilings=ceilings, **asdict(settings)))
             search.learn(number, phase_of(reports[number], phase).speedup.median)
     except BaseException:
         _bypass_first(transformer, ranked, 0)
         raise
-    if search.enough > len(ranked):
+    number = min(search.enough, len(ranked))
+    reached = phase_of(reports[number], phase)
+    if reached.speedup.high < target_speedup:
         _bypass_first(transformer, ranked, 0)
-        raise _out_of_reach(target_speedup, phase, len(ranked), phase_of(reports[len(ranked)], phase))
-    _bypass_first(transformer, ranked, search.enough)
-    return plan_of_groups(scores, scope, ranked[: search.enough]), reports[search.enough]
+        raise _out_of_reach(target_speedup, phase, number, reached)
+    if reached.speedup.median < target_speedup:
+        text = f"target_speedup={target_speedup}: with all {number} candidates dropped it is in doubt ({reached})."
+        warnings.warn(text, stacklevel=2)
+    _bypass_first(transformer, ranked, number)
+    return plan_of_groups(scores, scope, ranked[:number]), reports[number]
 
 
 def check_reachable(
@@ -160,7 +172,7 @@ def check_target(target_speedup: float) -> None:
     Raises:
         SpeedupError: If it is not above 1.
     """
-    if not target_speedup > 1:
+    if not 1 < target_speedup < math.inf:
         raise SpeedupError(f"target_speedup={target_speedup}: it must be above 1, such as 1.3 for 30 % faster.")
 
 
@@ -170,7 +182,7 @@ def phase_of(report: SpeedReport, phase: Phase) -> PhaseSpeed:
 
 
 class _Search:
-    """For the least number that reaches the target: a prediction that every measurement corrects, between bounds."""
+    """For the least number that reaches the target twice: a prediction that measurements correct, between bounds."""
 
     def __init__(
         self, latency: Latency, gone: Sequence[Sublayer], ranked: Sequence[tuple[Drop, ...]], target: float
@@ -184,13 +196,14 @@ class _Search:
             left -= sum(latency.sublayers.get(drop.sublayer, 0.0) for drop in group)
             self._gained.append(latency.total / max(left, 1e-3 * latency.total) - 1)
         self._factor, self._measured = 1.0, 0
+        self._confirmed = False
 
     def next_number(self) -> int | None:
         """How many to try next; None once it is settled."""
         if self.enough - self.too_few <= 1:
-            return None
-        if self._measured >= _GUESSES and self.enough <= self.count:
-            return (self.too_few + self.enough) // 2
+            return None if self._confirmed or self.enough > self.count else self.enough
+        if self._measured >= _GUESSES:
+            return self.count if self.enough > self.count else (self.too_few + self.enough) // 2
         wanted = self.target - 1
         guess = next((i for i, gain in enumerate(self._gained) if gain * self._factor >= wanted), self.count)
         return min(max(guess, self.too_few + 1), self.enough - 1)
@@ -198,7 +211,10 @@ class _Search:
     def learn(self, number: int, speedup: float) -> None:
         """Take up what was measured."""
         if speedup >= self.target:
+            self._confirmed = number == self.enough
             self.enough = number
+        elif number == self.enough:  # the first time it was chance
+            self.too_few, self.enough = number, number + 1
         else:
             self.too_few = number
         self._measured += 1

@@ -38,3 +38,8 @@ def short_number(value: float | None) -> str:
 def change_of(before: float, after: float) -> str:
     """The change in percent, such as ``-13.5 %``; nothing where there is nothing to compare with."""
     return f"{(after / before - 1) * 100:+.1f} %" if before else ""
+
+
+def printable(text: str) -> str:
+    """The text without control codes, text direction marks and lone surrogates, which act on a terminal or a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

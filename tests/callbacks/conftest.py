@@ -114,6 +114,32 @@ class Manual(Foreign):
         return [torch.optim.AdamW(self.net.parameters(), lr=1e-2), torch.optim.SGD([self.scale], lr=1e-3)]
 
 
+class Broken(Foreign):
+    """In these batches, counted from 0, its training step first runs the model on NaN, which has no part in the loss.
+
+    Args:
+        beside: Batches whose own forward pass follows.
+        alone: Batches in which it is the only one.
+    """
+
+    NAN = 95  # a token that no batch holds
+
+    def __init__(self, beside=(), alone=(), **kwargs):
+        super().__init__(**kwargs)
+        self.beside, self.alone = beside, alone
+        with torch.no_grad():
+            self.net.get_input_embeddings().weight[self.NAN] = torch.nan
+
+    def training_step(self, batch, batch_idx):
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if number in (*self.beside, *self.alone):
+            with torch.no_grad():
+                self.net(input_ids=torch.full_like(batch["input_ids"], self.NAN), use_cache=False)
+        if number in self.alone:
+            return 0 * self.net.model.norm.weight.sum()
+        return super().training_step(batch, batch_idx)
+
+
 def sequences(count, seed=0):
     """Counting by a step of its own in every row: something a tiny model can learn."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,9 @@
 
 import csv
 import itertools
+import pickle
+import shutil
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -11,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from layershed.callbacks import RedundancyMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
 from tests.callbacks.conftest import (
+    Broken,
     Foreign,
     HandRun,
     Interrupt,
@@ -208,6 +212,17 @@ def test_two_metrics_side_by_side_equal_each_alone(make_trainer, tmp_path):
     assert set(rows(tmp_path / "both", "angular")) == {3, 6}
 
 
+class SaveMiddle(pl.Callback):
+    """Writes a checkpoint behind the micro-batch of that number, from 0: in the middle of a window of accumulation."""
+
+    def __init__(self, path, batch):
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
 @pytest.mark.parametrize("saved_at", ["between", "middle"])
 def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, saved_at):
     """In the middle of a window Lightning loses the gradient so far: with a learning rate of 0 that is no matter."""
@@ -220,12 +235,8 @@ def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_
         trainer = make_trainer(*monitors(), *callbacks, name=name, max_steps=8, accumulate_grad_batches=2)
         trainer.fit(causal_lm(**still), datamodule=text_data(), ckpt_path=ckpt_path)
 
-    class SaveMiddle(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.fit_loop.epoch_loop.total_batch_idx == 6 and not (tmp_path / "cut.ckpt").exists():
-                trainer.save_checkpoint(tmp_path / "cut.ckpt")
-
-    save, stop = (Save(tmp_path / "cut.ckpt", 3), 7) if saved_at == "between" else (SaveMiddle(), 7)
+    cut, stop = tmp_path / "cut.ckpt", 7
+    save = Save(cut, 3) if saved_at == "between" else SaveMiddle(cut, 6)
     run("whole")
     with pytest.raises(Interrupted):
         run("cut", save, Interrupt(stop))
@@ -285,3 +296,138 @@ def test_manual_optimization_with_two_steps_a_batch_is_measured(make_trainer, tm
     fit_foreign(make_trainer(RedundancyMonitor(5), max_steps=12, name="odd"), Manual())
     assert set(rows(tmp_path / "even")) == {4, 6, 8}
     assert set(rows(tmp_path / "odd")) == {6, 10}
+
+
+def test_a_forward_pass_of_nan_is_reported_and_not_averaged_in(make_trainer, tmp_path):
+    """The second of two micro-batches of step 2, and of one of step 3, which is not measured."""
+    settings = {"max_steps": 4, "accumulate_grad_batches": 2}
+    trainer = make_trainer(RedundancyMonitor(2), csv=True, **settings)
+    with pytest.warns(UserWarning, match=r"RedundancyMonitor, step 2: 1 of 3 forward passes.*attention\.0\.") as caught:
+        fit_foreign(trainer, Broken(beside=(3, 4)), train=loader(8))
+    assert len([warning for warning in caught if "RedundancyMonitor" in str(warning.message)]) == 1
+    close(rows(tmp_path / "run"), by_hand(loader(8), {2, 4}, accumulate=2))
+    fit_foreign(make_trainer(RedundancyMonitor(2), name="whole", **settings), train=loader(8))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
+        skipped = [(row["step"], float(row[name])) for row in csv.DictReader(file) if row[name := "importance/skipped"]]
+    assert skipped == [("2", 1), ("4", 0)], "said again once it is over, so that nobody reads an old count"
+
+
+def test_a_step_of_which_nothing_finite_is_left_has_no_rows(make_trainer, tmp_path):
+    trainer = make_trainer(RedundancyMonitor(1), max_steps=4)
+    with pytest.warns(UserWarning, match="step 3: 1 of 1 forward passes left out"):
+        fit_foreign(trainer, Broken(alone=(2,)))
+    assert set(rows(tmp_path / "run")) == {1, 2, 4}
+    assert trainer.callback_metrics["importance/skipped"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_what_was_left_out_before_an_interruption_is_counted_after_it(make_trainer, tmp_path):
+    """The first of two micro-batches of step 2 came with a pass of NaN, before the checkpoint."""
+    for name, ckpt_path in (("whole", None), ("resumed", tmp_path / "cut.ckpt")):
+        save = SaveMiddle(tmp_path / "cut.ckpt", 2)
+        trainer = make_trainer(RedundancyMonitor(2), save, name=name, max_steps=2, accumulate_grad_batches=2)
+        with pytest.warns(UserWarning, match="step 2: 1 of 3 forward passes left out"):
+            trainer.fit(Broken(beside=(2,)), loader(8), val_loader(), ckpt_path=ckpt_path)
+
+
+@pytest.fixture
+def run_twice(make_trainer, text_data, tmp_path):
+    """Runs two monitors for 8 steps with a checkpoint at step 4, then again from that checkpoint."""
+
+    def run(name, *callbacks, ckpt_path=None):
+        monitors = [RedundancyMonitor(1), RedundancyMonitor(2, metric="angular")]
+        trainer = make_trainer(*monitors, *callbacks, name=name, max_steps=8)
+        trainer.fit(causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path)
+        return (tmp_path / name / "importance.csv").read_bytes()
+
+    return run
+
+
+def at_checkpoints(folder):
+    path = folder / "checkpoints" / "4.ckpt"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_a_checkpoint_holds_no_rows_and_does_not_grow(make_trainer, tmp_path):
+    saves = [Save(tmp_path / f"{step}.ckpt", step) for step in (3, 30)]
+    fit_foreign(make_trainer(RedundancyMonitor(1), *saves, max_steps=30), steps=30)
+    states = []
+    for step in (3, 30):
+        (state,) = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["callbacks"].values()
+        states.append(state)
+        lines = (tmp_path / "run" / "importance.csv").read_bytes().splitlines(keepends=True)
+        assert state["history"]["bytes"] == sum(map(len, lines[: 1 + 12 * step]))
+    assert len(pickle.dumps(states[1])) - len(pickle.dumps(states[0])) < 20
+    assert (tmp_path / "run" / "importance.csv").stat().st_size > 9 * states[0]["history"]["bytes"]
+
+
+def test_a_run_directory_that_was_moved_brings_its_history(run_twice, tmp_path):
+    path = at_checkpoints(tmp_path / "run")
+    whole = run_twice("run", Save(path, 4))
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    moved = tmp_path / "moved" / "checkpoints" / "4.ckpt"
+    assert run_twice("elsewhere", ckpt_path=moved) == whole
+    assert (tmp_path / "moved" / "importance.csv").read_bytes() == whole, "only its own run may write to it"
+    assert run_twice("moved", ckpt_path=moved) == whole
+
+
+def ruined(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "shorter":
+        path.write_bytes(path.read_bytes()[:700])
+    elif how == "another run's":
+        path.write_bytes(path.read_bytes().replace(b"0.", b"0.1"))
+    else:
+        path.write_bytes(b"root:x:0:0" + path.read_bytes()[10:])
+
+
+@pytest.mark.parametrize("how", ["gone", "shorter", "another run's", "no importances"])
+def test_a_history_that_is_not_to_be_found_is_said_once(run_twice, tmp_path, how):
+    path = at_checkpoints(tmp_path / "run")
+    whole = run_twice("run", Save(path, 4))
+    ruined(tmp_path / "run" / "importance.csv", how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = run_twice("resumed", ckpt_path=path)
+    told = [str(warning.message) for warning in caught if "importance.csv" in str(warning.message)]
+    assert len(told) == 1
+    assert "begins behind step 4" in told[0]
+    lines = whole.splitlines(keepends=True)
+    assert resumed == b"".join([lines[0], *(line for line in lines[1:] if int(line.split(b",")[0]) > 4)])
+
+
+def test_no_other_file_is_taken_for_the_history(run_twice, tmp_path):
+    """A checkpoint may come from anybody; what it names is not copied for being named."""
+    path, secret = tmp_path / "4.ckpt", tmp_path / "secret.csv"
+    run_twice("run", Save(path, 4))
+    shutil.move(tmp_path / "run" / "importance.csv", secret)
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        state["history"]["file"] = str(secret)
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="begins behind step 4"):
+        resumed = run_twice("resumed", ckpt_path=path)
+    assert resumed.splitlines()[1].startswith(b"5,")
+
+
+def test_a_resumed_run_in_an_old_directory_keeps_nothing_of_that(run_twice, tmp_path):
+    path = tmp_path / "4.ckpt"
+    whole = run_twice("run", Save(path, 4))
+    run_twice("old")
+    with (tmp_path / "old" / "importance.csv").open("ab") as file:
+        file.write(b"9,0,attention,cosine,0.5\n")
+    assert run_twice("old", ckpt_path=path) == whole
+
+
+def test_a_monitor_that_is_new_in_a_resumed_run_destroys_nothing(make_trainer, text_data, run_twice, tmp_path):
+    path = tmp_path / "run" / "4.ckpt"
+    run_twice("run", Save(path, 4))
+    history = rows(tmp_path / "run", "cosine")
+    monitors = [RedundancyMonitor(2, metric="relative_magnitude"), RedundancyMonitor(1)]
+    with pytest.warns(UserWarning, match="callback"):  # Lightning: the one of angular is gone
+        make_trainer(*monitors, max_steps=8).fit(causal_lm(), datamodule=text_data(), ckpt_path=path)
+    assert rows(tmp_path / "run", "cosine") == history
+    assert set(rows(tmp_path / "run", "relative_magnitude")) == {6, 8}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from layershed import callbacks
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import ScheduleError
+from layershed.thinning import ThinnedCurve
 from tests.callbacks.conftest import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 
 
@@ -94,7 +96,7 @@ def test_page_and_table_hold_the_runs_own_figures(make_trainer, tmp_path, capsys
 
 
 def points(report):
-    return [(point.step, point.split, point.loss) for point in report._losses]
+    return [(point.step, point.split, point.loss) for point in report._losses()]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -173,7 +175,7 @@ def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_pat
     for at in cuts:
         assert run(f"resumed-{at}", tmp_path / f"{at}.ckpt") == whole
         state = torch.load(tmp_path / f"{at}.ckpt", weights_only=True)["callbacks"]["Report"]
-        assert len(state["losses"]) < len(whole[0])
+        assert sum(len(curve["points"]) for curve in state["losses"].values()) < len(whole[0])
 
 
 def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer, unpainted, tmp_path):
@@ -206,3 +208,31 @@ def test_another_module_of_ours_is_named_after_its_source(make_trainer, unpainte
 def test_a_cadence_without_meaning_is_refused():
     with pytest.raises(ScheduleError, match="every_n_steps=0"):
         Report(every_n_steps=0)
+
+
+def test_a_long_runs_curve_stays_short_and_resumes_the_same(make_trainer, tmp_path, text_data, unpainted, monkeypatch):
+    """Every third batch a validation, and a drop; against the values that the loggers wrote."""
+    monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(8))
+
+    def run(name, ckpt_path=None):
+        report = Report(every_n_steps=1)
+        drop = SublayerDrop(11, count=2, quality_batches=2)
+        saves = [Save(tmp_path / f"{at}.ckpt", at) for at in (5, 11, 21)]
+        settings = {"max_steps": 40, "val_check_interval": 2, "limit_val_batches": 1}
+        make_trainer(drop, report, *saves, name=name, csv=True, **settings).fit(
+            causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path
+        )
+        return points(report)
+
+    whole = run("whole")
+    train = [(step, loss) for step, split, loss in whole if split == "train"]
+    losses = column(tmp_path / "whole", "train_loss")
+    assert train == [(step, pytest.approx(losses[step - 1])) for step, _ in train]
+    assert {1, 11, 12, 40} <= {step for step, _ in train}
+    assert 4 <= len(train) <= 8 + 4
+    val = [step for step, split, _ in whole if split == "val"]
+    assert val.count(11) == 2
+    assert {2, 10, 12, 40} <= set(val)
+    assert 6 <= len(val) <= 8 + 8
+    for at in (5, 11, 21):
+        assert run(f"resumed-{at}", tmp_path / f"{at}.ckpt") == whole, at

@@ -25,6 +25,7 @@ from layershed.surgery import bypassed_sublayers
 from tests.callbacks.conftest import (
     BATCH,
     TOKENS,
+    Broken,
     Foreign,
     HandRun,
     Interrupt,
@@ -624,3 +625,21 @@ def test_resuming_on_a_smaller_model_is_refused(make_trainer, tmp_path):
         make_trainer(SublayerDrop(2, "block", count=1)).validate(
             Foreign(num_hidden_layers=2), val_loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False
         )
+
+
+def test_running_leaves_out_passes_of_nan_and_says_how_many(make_trainer):
+    settings = {"count": 3, "calibration_batches": 3, "quality_batches": 0}
+    plain, drop = SublayerDrop(4, **settings), SublayerDrop(4, **settings)
+    fit_foreign(make_trainer(plain, max_steps=5))
+    with pytest.warns(UserWarning, match=r"SublayerDrop, step 4: 2 of 5 forward passes left out.*attention\.0\."):
+        fit_foreign(make_trainer(drop, max_steps=5), Broken(beside=(0, 1, 3)))
+    assert drop.plan == plain.plan
+
+
+def test_running_refuses_to_drop_where_every_pass_was_nan(make_trainer):
+    drop = SublayerDrop(4, count=3, calibration_batches=2, quality_batches=0)
+    module = Broken(alone=(2, 3))
+    with pytest.raises(CalibrationError, match=r"2 of 2 forward passes left out.*nothing is left"):
+        fit_foreign(make_trainer(drop, max_steps=5), module)
+    assert drop.plan is None
+    assert bypassed_sublayers(module) == ()

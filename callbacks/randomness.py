@@ -1,0 +1,41 @@
+"""The state of the random number generators, as plain values that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+
+def random_states() -> dict[str, Any]:
+    """Of Python, NumPy, torch and every CUDA device."""
+    state: Any = np.random.get_state(legacy=True)
+    _, keys, *rest = state
+    return {
+        "python": random.getstate(),
+        "numpy": [keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of :func:`random_states`; with other devices than then, those of the devices stay as they are."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(("MT19937", *states["numpy"]))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def of_every_rank(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank gives, in their order; call it on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    every = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    return every

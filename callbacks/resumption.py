@@ -1,0 +1,139 @@
+"""What Lightning leaves out when it resumes a run, so that interrupted equals uninterrupted.
+
+A checkpoint that is written at the end of a batch comes before three things that belong to it: the row of this step's
+metrics, the validation that is due there, and, behind the last step, the end of the epoch and of training. Lightning
+takes all of them for done. A run that was killed right behind the checkpoint has not done them. Nor does Lightning
+keep the state of the random number generators, which dropout draws from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from layershed.callbacks.metrics_file import keep_rows
+from layershed.callbacks.randomness import of_every_rank, random_states, set_random_states
+from layershed.checkpoint_io import keep_checkpoints_whole
+
+PROGRESS_KEY, RANDOM_KEY = "layershed_progress", "layershed_random"
+
+
+def prepare_resumption(trainer: Trainer) -> None:
+    """Have checkpoints and metrics.csv written whole, unless the user has put something of their own in charge."""
+    keep_checkpoints_whole(trainer.strategy)
+    if trainer.state.fn == TrainerFn.FITTING:
+        for logger in trainer.loggers:
+            keep_rows(logger)
+
+
+def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Note what is still to come when the batch has ended, and bring to the disk what was logged until now."""
+    for logger in trainer.loggers:
+        logger.save()
+    if trainer.state.fn == TrainerFn.FITTING:
+        checkpoint[RANDOM_KEY] = of_every_rank(random_states())
+    loop: Any = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress.total
+    if trainer.state.fn != TrainerFn.FITTING or not trainer.training or batches.processed == batches.completed:
+        return
+    connector, settings = trainer._logger_connector, vars(trainer)
+    steps = not loop._should_accumulate() or not trainer.lightning_module.automatic_optimization
+    logs = steps and (connector.should_update_logs or settings["fast_dev_run"])
+    metrics = convert_tensors_to_scalars(connector.metrics["log"]) if logs else {}
+    checkpoint[PROGRESS_KEY] = {
+        "metrics": metrics,
+        "step": loop._batches_that_stepped,
+        "epoch": trainer.current_epoch,
+        "validates": loop._should_check_val_fx(trainer.fit_loop._data_fetcher),
+    }
+
+
+def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Log the row that was to come, and have Lightning do what else was."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    noted = checkpoint.get(PROGRESS_KEY) or {}
+    if noted.get("metrics"):
+        metrics = dict(noted["metrics"])
+        step = int(metrics.pop("step", noted["step"]))  # a metric of this name takes its place, as in Lightning
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": noted["epoch"], **metrics}, step=step)
+            logger.save()
+    if noted.get("validates"):
+        _validation_to_come(checkpoint["loops"]["fit_loop"])
+    _wrap(trainer, bool(noted.get("validates")), checkpoint.get(RANDOM_KEY, ()))
+
+
+def _validation_to_come(loops: dict[str, Any]) -> None:
+    """Say that the batch is done and validation has begun: this Lightning takes up again."""
+    for counts in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+        counts["completed"] = counts["processed"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    done = validation["total"]["completed"]
+    validation["total"].update(ready=done + 1, started=done + 1, processed=done)
+    validation["current"].update(ready=1, started=1, processed=0, completed=0)
+    validation["is_last_batch"] = False
+
+
+def _wrap(trainer: Trainer, validates: bool, random: Sequence[dict[str, Any]]) -> None:
+    """Look at the loop once its state and its loaders are there, and before it decides that there is nothing to do."""
+    loop: Any = trainer.fit_loop
+    run, advance = loop.run, loop.advance
+
+    def draw_on() -> None:
+        vars(loop).pop("advance", None)
+        if len(random) == trainer.world_size:  # on another number of ranks there is none to go on with
+            set_random_states(random[trainer.global_rank])
+
+    def first_epoch() -> None:
+        draw_on()
+        advance()
+
+    def resumed() -> None:
+        del loop.run
+        loop.setup_data()
+        if loop.restarting and not loop.skip:
+            _tell_repeated_data(loop)
+        if loop.restarting and loop.max_batches and loop.done:
+            loop.reset()
+            loop.on_run_start()
+            draw_on()
+            _end(trainer, loop, validates)
+        else:
+            run()
+
+    loop.run, loop.advance = resumed, first_epoch
+
+
+def _tell_repeated_data(loop: Any) -> None:
+    progress = loop.epoch_loop.batch_progress
+    seen = progress.current.processed
+    loaders = loop._combined_loader.flattened
+    if progress.is_last_batch or not seen or all(isinstance(loader, _Stateful) for loader in loaders):
+        return
+    rank_zero_warn(
+        f"The run is resumed after {seen} batches of an epoch, and the train loader cannot say where it stood: it "
+        "starts from its first batch again, so that this epoch is not the one that was interrupted; use a loader with "
+        "state_dict and load_state_dict, such as torchdata.stateful_dataloader.StatefulDataLoader."
+    )
+
+
+def _end(trainer: Trainer, loop: Any, validates: bool) -> None:
+    """What comes after the last step of a run: the end of the epoch and of training."""
+    if validates:
+        loop.on_advance_start()
+        loop.advance()
+        loop.on_advance_end()
+    elif loop.restarted_mid_epoch and loop.epoch_progress.current.processed < loop.epoch_progress.current.started:
+        loop.epoch_loop.reset()
+        trainer._logger_connector.epoch_end_reached()
+        loop.on_advance_end()
+    loop.on_iteration_done()
+    loop._restarting = False
+    loop.on_run_end()

@@ -1,0 +1,239 @@
+"""Checkpoints on disk: written whole or not at all, and refused in one sentence when they are torn."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from layershed.errors import CheckpointError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own checkpoint files, for runs that may be killed at any moment.
+
+    A local file is written beside the one that it replaces, brought to the disk, and renamed: until then the former one
+    stays. Lightning's own comes through a temporary folder, which may be on another disk, and is not brought to the
+    disk. A torn file is refused, and the newest intact one beside it named. Anything remote is left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; when that fails, the former one stays and nothing else.
+
+        Raises:
+            CheckpointError: If the disk is full, or nothing can be written to the folder.
+        """
+        target = local_path(path)
+        if target is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, checkpoint)
+        except (OSError, RuntimeError) as error:
+            full = _system_error(error)
+            if full is None:
+                raise
+            before = "the former one stays as it was" if target.is_file() else "nothing is left of it"
+            raise CheckpointError(
+                f"The checkpoint {str(path)!r} could not be written ({full.strerror or full}), and {before}; make room "
+                "or give another folder, and resume."
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: Its path or URL.
+            map_location: Where the tensors go, as of ``torch.load``.
+            weights_only: False runs whatever the file's pickle asks for: only for files of people you trust.
+
+        Raises:
+            CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
+            FileNotFoundError: If there is none.
+        """
+        weights_only = weights_only is not False  # also for a URL, where Lightning's default would run the pickle
+        target = local_path(path)
+        if target is None or not target.is_file():
+            return super().load_checkpoint(path, map_location, weights_only)
+        content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
+        return content
+
+
+def keep_checkpoints_whole(strategy: Any) -> None:
+    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, and of nothing else.
+
+    Args:
+        strategy: A Trainer's; one that writes its checkpoints in a way of its own is left alone.
+    """
+    try:
+        current = strategy.checkpoint_io
+    except NotImplementedError:
+        return
+    if type(current) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def write_atomically(target: Path, content: Any) -> None:
+    """``torch.save``, whole or not at all: the file has its former content until the new one is on the disk."""
+    # the same name every time: what a killed writer has left is written over, and no search for *.ckpt finds it
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name outlives a power cut, too
+        finally:
+            os.close(folder)
+
+
+def read_checkpoint(path: Path, **options: Any) -> Any:
+    """``torch.load`` of a file that may be torn, or a stranger's.
+
+    Args:
+        path: A local file.
+        options: As of ``torch.load``; ``weights_only`` is True unless given.
+
+    Raises:
+        CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
+    """
+    options = {"map_location": "cpu", "weights_only": True, **options}
+    damage = _damage(path)
+    if damage is None:
+        whole = zipfile.is_zipfile(path)
+        try:
+            return torch.load(path, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever torch and pickle raise for bytes that mean nothing to them
+            if whole and (not options["weights_only"] or "allocate memory" in str(error)):
+                raise  # not for what the file is
+            if "unsupported global" in str(error).lower() or (whole and isinstance(error, pickle.UnpicklingError)):
+                raise CheckpointError(
+                    f"The checkpoint {str(path)!r} holds more than tensors and plain values, and nothing of it was "
+                    "run; load it with weights_only=False only if you trust who wrote it."
+                ) from error
+            damage = "it is no file that torch wrote, or only the rest of one"
+    other = next(intact_beside(path), None)
+    hint = (
+        "and there is no intact one beside it; give another --ckpt_path, or train anew"
+        if other is None
+        else f"the newest intact one beside it is {str(other)!r}; resume with --ckpt_path {other}"
+    )
+    raise CheckpointError(f"The checkpoint {str(path)!r} is damaged: {damage}, {hint}.")
+
+
+def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> None:
+    """Refuse, before anything is built, what could not be resumed from or evaluated.
+
+    Args:
+        path: Where it should be.
+        resumed: Whether a run shall go on from it, which takes more than weights.
+        options: As of :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: If there is no such file, it is torn, or Lightning did not write it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
+    # mapped, not read: of gigabytes of weights only the index is looked at
+    content = read_checkpoint(path, mmap=zipfile.is_zipfile(path), **options)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
+    if not isinstance(content.get("hyper_parameters", {}), dict):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: its hyper_parameters are no mapping.")
+    if resumed and "optimizer_states" not in content:
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: it holds the weights alone (save_weights_only), from which no run can go on; "
+            "give another one, or validate it."
+        )
+
+
+def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The options of the model that a checkpoint notes.
+
+    Raises:
+        CheckpointError: If there is one that is not known: it may ask for a class, of anywhere.
+    """
+    noted = read_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("hyper_parameters", {})
+    options = {name: value for name, value in noted.items() if name != "_instantiator"}
+    if strangers := sorted(set(map(str, options)) - set(known)):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: its model has the option {strangers[0]!r}, which is not ours.")
+    return options
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it can be resumed from."""
+    damage = _damage(path)
+    if damage is not None:
+        return damage
+    try:
+        check_checkpoint(path)
+    except CheckpointError:
+        return "it is not a whole checkpoint of Lightning's"
+    return None
+
+
+def intact_beside(path: Path) -> Iterator[Path]:
+    """The other checkpoints in its folder that can be resumed from, the newest first."""
+    others = (other for other in newest_first(path.parent) if not other.samefile(path))
+    # of a damaged one nothing is asked, or each would name the others in turn
+    return (other for other in others if _damage(other) is None and zipfile.is_zipfile(other))
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder."""
+    files = [path for path in folder.glob("*.ckpt") if path.is_file()]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def local_path(path: str | Path) -> Path | None:
+    """A path on this machine, also as a ``file://`` URL; None for anything else."""
+    system, name = url_to_fs(str(path))
+    return Path(name) if isinstance(system, LocalFileSystem) else None
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said; torch raises something of its own while it closes a file that took no more."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _damage(path: Path) -> str | None:
+    """What can be told from the bytes alone, without looking at what they mean."""
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            # the index of a zip file stands at its end
+            return "it breaks off in the middle" if file.read(4) == b"PK\x03\x04" else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch writes checksums, and does not look at them when it reads
+            torn = archive.testzip() if torch.serialization.get_crc32_options() else None
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        return f"its parts do not fit together ({error})"
+    return None if torn is None else f"its part {torn!r} is not what was written"

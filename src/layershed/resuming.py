@@ -1,0 +1,88 @@
+"""Which checkpoint ``--ckpt_path last`` means: every run has a folder of its own, and the last run is not this one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from layershed.checkpoint_io import damage_of, newest_first
+from layershed.errors import CheckpointError
+
+
+def resolve_last(command: str, trainer: Any) -> Path | None:
+    """The newest intact checkpoint of the newest run that has one.
+
+    Args:
+        command: Subcommand of the command line.
+        trainer: The config of its Trainer: default_root_dir, logger and callbacks.
+
+    Returns:
+        Its path; None for ``fit`` where there is no checkpoint yet, which is said in one printed line.
+
+    Raises:
+        CheckpointError: For the other commands if there is none, for all if every one of them is damaged.
+    """
+    root = Path(trainer.get("default_root_dir") or "runs")
+    seen = 0
+    for path in _candidates(root, trainer):
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        seen += 1
+        _say(f"note: the checkpoint {str(path)!r} is damaged: {damage}; taking the one before it")
+    if seen:
+        raise CheckpointError(
+            f"ckpt_path='last': every checkpoint under {str(root)!r} is damaged ({seen} of {seen}); train anew without "
+            "it, or give the path of another."
+        )
+    if command != "fit":
+        raise CheckpointError(
+            f"ckpt_path='last': there is no checkpoint under {str(root)!r}; train first, or give the path of one."
+        )
+    _say(f"note: starting anew, as there is no checkpoint yet under {str(root)!r}")
+    return None
+
+
+def _candidates(root: Path, trainer: Any) -> Iterator[Path]:
+    """Every checkpoint that a run of this config may have left, in the order in which to take them."""
+    folders = [Path(folder) for folder in _own_folders(trainer)]
+    for place in [root, *_logged(trainer)]:
+        runs = [path for path in place.glob("version_*") if path.name[8:].isdigit()]
+        folders += [run / "checkpoints" for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True)]
+        folders.append(place / "checkpoints")
+    for folder in dict.fromkeys(folders):
+        # the last one of a run comes first, then what else it kept
+        yield from sorted(newest_first(folder), key=lambda path: not re.match(r"last(-v\d+)?$", path.stem))
+
+
+def _own_folders(trainer: Any) -> Iterator[str]:
+    for callback in _entries(trainer.get("callbacks")):
+        if str(callback.get("class_path")).rpartition(".")[2] == "ModelCheckpoint":
+            folder = (callback.get("init_args") or {}).get("dirpath")
+            if folder is not None:
+                yield str(folder)
+
+
+def _logged(trainer: Any) -> Iterator[Path]:
+    """Where the first logger of the config's own keeps its versions."""
+    for logger in _entries(trainer.get("logger")):
+        settings = logger.get("init_args") or {}
+        folder = settings.get("save_dir") or settings.get("root_dir")
+        if folder is not None:
+            yield Path(folder) / (settings.get("name") or "")
+            return
+
+
+def _entries(value: Any) -> list[Any]:
+    """Classes of a config: one, several or none."""
+    entries = value if isinstance(value, list) else [value]
+    return [entry for entry in entries if hasattr(entry, "get") and entry.get("class_path")]
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line)

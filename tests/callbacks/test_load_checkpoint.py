@@ -1,0 +1,229 @@
+"""A checkpoint of a dropped, quantized or adapted model: that model, or refused; never the dense one in silence."""
+
+import re
+
+import pytest
+import torch
+from torch.distributed.checkpoint import load as load_shards
+from torch.distributed.checkpoint import save as save_shards
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import layershed as ls
+from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
+from layershed.checkpoint import CHECKPOINT_KEY
+from layershed.errors import AmbiguousModelError, CheckpointError
+from layershed.module import CausalLM
+from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
+
+WHAT = {
+    "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),
+    "one": (lambda: [SublayerDrop(3, count=1)], r"{names} is dropped; load with"),
+    "nf4": (
+        lambda: [Quantization(start="end")],
+        r"weights are quantized \(nf4\); load with .* or put Quantization among",
+    ),
+    "lora": (
+        lambda: [LoRARecovery(start=2, rank=2, finish="adapter")],
+        r"adapters are added; load with .* or put LoRARecovery among",
+    ),
+    "all": (
+        lambda: [SublayerDrop(3, count=3), Quantization(), LoRARecovery(rank=2, finish="adapter")],
+        r"{names} are dropped, weights are quantized \(nf4\), adapters are added; load with .* or put SublayerDrop",
+    ),
+}
+LOADERS = {
+    "load_from_checkpoint": lambda path, _: Foreign.load_from_checkpoint(path),
+    "validate": lambda path, trainer: trainer.validate(Foreign(), val_loader(), ckpt_path=path, verbose=False),
+    "test": lambda path, trainer: trainer.test(Foreign(), val_loader(), ckpt_path=path, verbose=False),
+    "predict": lambda path, trainer: trainer.predict(Foreign(), val_loader(), ckpt_path=path),
+    "fit": lambda path, trainer: trainer.fit(Foreign(), val_loader(), val_loader(), ckpt_path=path),
+    "the transformer alone": lambda path, _: Foreign().net.load_state_dict(
+        {name.removeprefix("net."): tensor for name, tensor in torch.load(path)["state_dict"].items()}
+    ),
+}
+
+
+@pytest.fixture
+def saved(make_trainer, tmp_path):
+    """Trains with callbacks and saves whole and the weights alone."""
+
+    def save(what, module=None):
+        trainer = make_trainer(*WHAT[what][0](), max_steps=5, name="saved")
+        module = fit_foreign(trainer, module)
+        trainer.save_checkpoint(tmp_path / "whole.ckpt")
+        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+        return module
+
+    return save
+
+
+def logits(module):
+    """Over every validation batch, in eval mode, in the order of the loader."""
+    with torch.no_grad():
+        return [module.eval().net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()]
+
+
+def names(module):
+    return ", ".join(sublayer.name for sublayer in ls.bypassed_sublayers(module))
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_who_knows_nothing_of_layershed_is_told_what_to_do(make_trainer, tmp_path, saved, what):
+    wanted = WHAT[what][1].format(names=re.escape(names(saved(what))))
+    for file in ("whole.ckpt", "weights.ckpt"):
+        for how in LOADERS if what == "drop" else ["load_from_checkpoint"]:
+            with pytest.raises(RuntimeError, match=rf'"layershed: {wanted}'):
+                LOADERS[how](tmp_path / file, make_trainer(name=how))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("file", ["whole.ckpt", "weights.ckpt"])
+def test_load_checkpoint_and_the_named_callback_give_the_model_that_was_saved(
+    make_trainer, tmp_path, saved, what, file
+):
+    module = saved(what)
+    loaded = Foreign()
+    ls.load_checkpoint(loaded, tmp_path / file)
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+    assert names(loaded) == names(module)
+    trainer = make_trainer(WHAT[what][0]()[0], name="again")
+    if what in ("drop", "one"):
+        hand = HandRun()
+        hand.module.load_state_dict(module.state_dict())
+        hand.drop([(sublayer.block, sublayer.kind) for sublayer in ls.bypassed_sublayers(module)])
+        wanted = logits(hand.module)
+        dense = Foreign()
+        dense.load_state_dict(module.state_dict())
+        assert not same(logits(dense), wanted)
+    else:
+        wanted = logits(module)
+    assert same(logits(loaded), wanted)
+    assert same(trainer.predict(Foreign(), val_loader(), ckpt_path=tmp_path / file), wanted)
+
+
+def test_our_own_module_needs_neither(make_trainer, tmp_path, text_data):
+    trainer = make_trainer(SublayerDrop(3, count=3), max_steps=5)
+    module = causal_lm()
+    trainer.fit(module, datamodule=text_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    ids = torch.arange(3, 19)[None]
+    hand = HandRun(vocab_size=259, eos_token_id=1)
+    hand.module.net.load_state_dict(module.model.state_dict())
+    hand.drop([(sublayer.block, sublayer.kind) for sublayer in ls.bypassed_sublayers(module)])
+    fresh = causal_lm()
+    ls.load_checkpoint(fresh, tmp_path / "a.ckpt")
+    for loaded in (CausalLM.load_from_checkpoint(tmp_path / "a.ckpt"), fresh):
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(input_ids=ids).logits, hand.module.eval().net(input_ids=ids).logits)
+
+
+def test_a_checkpoint_of_a_dense_model_has_no_mark_and_restores(make_trainer, tmp_path):
+    trainer = make_trainer(SublayerDrop(6, count=3), max_steps=8)
+    module = Foreign()
+    keys = set(module.state_dict())
+    trainer.callbacks[0].on_train_end = lambda *_: trainer.save_checkpoint(tmp_path / "dropped.ckpt")
+    fit_foreign(trainer, module)
+    assert len(torch.load(tmp_path / "dropped.ckpt")["state_dict"].keys() - keys) == 1
+    ls.restore(module)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    assert torch.load(tmp_path / "dense.ckpt")["state_dict"].keys() == keys
+    loaded = Foreign.load_from_checkpoint(tmp_path / "dense.ckpt")
+    wanted = logits(loaded)
+    ls.load_checkpoint(loaded, tmp_path / "dropped.ckpt")
+    assert not same(logits(loaded), wanted)
+    ls.load_checkpoint(loaded, tmp_path / "dense.ckpt")
+    assert same(logits(loaded), wanted)
+    assert names(loaded) == ""
+
+
+def test_without_its_note_the_mark_stays_and_refuses(tmp_path, saved, make_trainer):
+    saved("drop")
+    content = torch.load(tmp_path / "whole.ckpt")
+    del content[CHECKPOINT_KEY]
+    torch.save(content, tmp_path / "lost.ckpt")
+    with pytest.raises(CheckpointError, match="do not fit this Foreign") as caught:
+        ls.load_checkpoint(Foreign(), tmp_path / "lost.ckpt")
+    assert "are dropped" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="are dropped"):
+        make_trainer(SublayerDrop(3, count=3)).validate(Foreign(), val_loader(), ckpt_path=tmp_path / "lost.ckpt")
+
+
+def test_one_of_two_transformers_by_its_name(make_trainer, tmp_path):
+    class Two(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.teacher = Foreign().net.requires_grad_(False)
+
+    trainer = make_trainer(SublayerDrop(2, count=3, transformer="net"), max_steps=4)
+    module = fit_foreign(trainer, Two())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Two()
+    with pytest.raises(AmbiguousModelError, match="net, teacher"):
+        ls.load_checkpoint(loaded, tmp_path / "a.ckpt")
+    ls.load_checkpoint(loaded, tmp_path / "a.ckpt", name="net")
+    assert same(logits(loaded), logits(module))
+    assert ls.bypassed_sublayers(loaded.teacher) == ()
+
+
+def test_hooks_of_the_modules_own_run_and_a_plain_module_needs_none(tmp_path, saved):
+    class Noting(Foreign):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.found = checkpoint["mine"], [key for key in checkpoint["state_dict"] if "layershed" in key]
+
+    module = saved("drop", Noting())
+    loaded = Noting()
+    ls.load_checkpoint(loaded, tmp_path / "whole.ckpt")
+    assert loaded.found == (3, [])
+    plain = torch.nn.Module()
+    plain.net = Foreign().net
+    ls.load_checkpoint(plain, str(tmp_path / "weights.ckpt"))
+    assert same(logits(plain), logits(module))
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(tmp_path, saved):
+    saved("drop")
+    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:-400])
+    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save({"state_dict": {}, "evil": Evil()}, tmp_path / "evil.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save(Foreign().state_dict(), tmp_path / "bare.ckpt")
+    for name, module, match in (
+        ("none.ckpt", Foreign(), "there is no such file"),
+        ("torn.ckpt", Foreign(), "is damaged"),
+        ("text.ckpt", Foreign(), "is damaged"),
+        ("empty.ckpt", Foreign(), "is damaged"),
+        ("evil.ckpt", Foreign(), "holds more than tensors"),
+        ("list.ckpt", Foreign(), "not a checkpoint that Lightning wrote"),
+        ("bare.ckpt", Foreign(), "not a checkpoint that Lightning wrote"),
+        ("whole.ckpt", Foreign(num_hidden_layers=1), "do not fit this model"),
+        ("whole.ckpt", Foreign(vocab_size=99), "do not fit this Foreign; build it"),
+        ("whole.ckpt", torch.nn.Linear(2, 2), "Linear holds no Hugging Face transformer"),
+    ):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            ls.load_checkpoint(module, tmp_path / name)
+        assert f"'{tmp_path / name}'" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_shards_bear_the_mark_and_keep_it_when_they_are_consolidated(tmp_path, saved):
+    """As ModelParallelStrategy saves and loads: the rest of the checkpoint goes into a file of its own."""
+    module = saved("drop")
+    state = torch.load(tmp_path / "whole.ckpt")["state_dict"]
+    save_shards({"state_dict": dict(state)}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    fresh = {"state_dict": {name: torch.zeros_like(value) for name, value in module.state_dict().items()}}
+    load_shards(fresh, checkpoint_id=tmp_path / "shards", no_dist=True)
+    assert same(fresh["state_dict"], dict(module.state_dict()))
+    dcp_to_torch_save(tmp_path / "shards", tmp_path / "one.ckpt")
+    with pytest.raises(RuntimeError, match=f"layershed: {names(module)} are dropped"):
+        Foreign().load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])

@@ -1,0 +1,33 @@
+"""A short benchmarks/long_run.py: what callbacks hold and what a checkpoint stores does not grow with the steps."""
+
+import pytest
+
+from layershed import callbacks
+from layershed.thinning import ThinnedCurve
+from long_run import held, train
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about so small a run
+def test_neither_the_callbacks_nor_the_checkpoint_grow(tmp_path, unpainted, monkeypatch):
+    """80 steps more would be 11 kB more of losses and 29 kB more of importances."""
+    monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(20))
+    look = train(240, 6, tmp_path)
+    assert look.steps == [40, 80, 120, 160, 200, 240]
+    for sizes in (look.held, look.checkpoint):
+        for early, late in ((0, 1), (3, 5)):  # before the drop, and behind it
+            assert sizes[late] - sizes[early] < 4_000, sizes
+    assert look.checkpoint[0] > 20_000
+    assert (tmp_path / "importance.csv").stat().st_size > 50_000
+
+
+def test_what_is_held_is_counted():
+    class Keeps(callbacks.Export):
+        def __init__(self):
+            self.rows = {"a": [ThinnedCurve(10_000)], "b": (set(),)}
+
+    callback = Keeps()
+    before = held(callback)
+    for step in range(1000):
+        callback.rows["a"][0].add(1000 + step, step / 7)
+        callback.rows["b"][0].add(step + 5000)
+    assert held(callback) - before > 1000 * (24 + 28 + 56 + 28)

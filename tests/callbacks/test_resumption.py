@@ -1,0 +1,263 @@
+"""What Lightning leaves out when it resumes: rows, validation, the end of a run, random states; and repeated data."""
+
+import csv
+import os
+import random
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from layershed.callbacks import LoRARecovery, RedundancyMonitor, SublayerDrop
+from layershed.callbacks.metrics_file import keep_rows
+from layershed.callbacks.randomness import random_states, set_random_states
+from layershed.checkpoint_io import AtomicCheckpointIO
+from tests.callbacks.conftest import (
+    BATCH,
+    Foreign,
+    Lengthless,
+    Manual,
+    Watch,
+    fit_foreign,
+    loader,
+    sequences,
+    val_loader,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+
+EPOCH = 6  # batches
+LIGHTNINGS = "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing that comes later in the run happens."""
+
+
+class Kill(pl.Callback):
+    """Writes a checkpoint at the end of that step, flushes nothing, and dies right behind it."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            for logger in trainer.loggers:
+                logger.finalize = lambda status: None
+            raise Killed
+
+
+class Hooks(pl.Callback):
+    """Notes which of the hooks at the ends of things were called, at which step and in which epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(("validation", trainer.global_step, trainer.current_epoch))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append(("epoch", trainer.global_step, trainer.current_epoch))
+
+    def on_train_end(self, trainer, pl_module):
+        self.seen.append(("train", trainer.global_step, trainer.current_epoch))
+
+
+def stateful(batches=EPOCH):
+    return StatefulDataLoader(sequences(BATCH * batches), batch_size=BATCH)
+
+
+def rows_of(folder):
+    found = {}
+    for path in folder.rglob("metrics.csv"):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            for name, value in row.items():
+                if value and name != "step":
+                    found.setdefault((row["step"], name), set()).add(value)
+    return found
+
+
+@pytest.fixture
+def interrupted(make_trainer, tmp_path):
+    """Runs through, is killed right behind the checkpoint of a step, and is resumed; what all three left."""
+
+    def go(step, dropout=0.0, steps=2 * EPOCH, **settings):
+        def one(name, *extra, ckpt_path=None):
+            hooks = Hooks()
+            drop = SublayerDrop(4, count=2, calibration_batches=2, quality_batches=2)
+            recovery = [LoRARecovery(rank=2, dropout=dropout)] if dropout else []
+            trainer = make_trainer(
+                RedundancyMonitor(2), drop, *recovery, hooks, *extra, name=name, max_steps=steps, **settings
+            )
+            trainer.loggers = [CSVLogger(tmp_path / "logs" / name.split("-")[0], name="")]
+            module = Foreign(attention_dropout=dropout)
+            torch.manual_seed(7 if ckpt_path is None else 8)  # another process draws other numbers
+            try:
+                trainer.fit(module, stateful(), val_loader(), ckpt_path=ckpt_path)
+            except Killed:
+                return None
+            return {
+                "hooks": hooks.seen,
+                "weights": module.state_dict(),
+                "quality": drop.state_dict()["quality"],
+                "importance": (tmp_path / "logs" / name.split("-")[0]).rglob("importance.csv"),
+            }
+
+        path = tmp_path / "cut.ckpt"
+        whole = one("whole")
+        assert one("cut-1", Kill(path, step)) is None
+        resumed = one("cut-2", ckpt_path=path)
+        texts = [max(each.pop("importance")).read_text() for each in (whole, resumed)]
+        assert texts[0] == texts[1]
+        return whole, resumed, rows_of(tmp_path / "logs" / "whole"), rows_of(tmp_path / "logs" / "cut")
+
+    return go
+
+
+@pytest.mark.parametrize("step", [3, 5, EPOCH, EPOCH + 2, 2 * EPOCH], ids=lambda step: f"step {step}")
+def test_nothing_is_lost_behind_a_checkpoint(interrupted, step):
+    """In mid-epoch, at the drop, before the validation at the end of an epoch, and behind the last step."""
+    whole, resumed, rows, again = interrupted(step)
+    assert {(str(s), "train_loss") for s in range(2 * EPOCH)} <= rows.keys()
+    assert {(str(s), "val_loss") for s in (EPOCH - 1, 2 * EPOCH - 1)} <= rows.keys()
+    assert (str(2 * EPOCH), "drop/loss_end") in rows
+    assert again == rows
+    assert resumed["quality"] == whole["quality"]
+    assert all(torch.equal(weight, whole["weights"][name]) for name, weight in resumed["weights"].items())
+    # what had been done before the kill is not done again, and the rest is
+    assert resumed["hooks"] == [seen for seen in whole["hooks"] if seen[1] >= step]
+
+
+def test_a_run_that_ends_within_an_epoch_ends_it_again(interrupted):
+    whole, resumed, rows, again = interrupted(EPOCH + 2, steps=EPOCH + 2)
+    assert again == rows
+    assert resumed["hooks"] == [seen for seen in whole["hooks"] if seen[1] >= EPOCH + 2]
+    assert [hook for hook, *_ in resumed["hooks"]] == ["epoch", "train"]
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_validation_within_an_epoch_is_made_up_for(interrupted, step):
+    whole, resumed, rows, again = interrupted(step, val_check_interval=2)
+    assert (str(step - 1), "val_loss") in rows
+    assert again == rows
+    assert resumed["hooks"] == [seen for seen in whole["hooks"] if seen[1] >= step]
+
+
+def test_dropout_goes_on_where_it_was(interrupted):
+    whole, resumed, rows, again = interrupted(7, dropout=0.2)
+    assert again == rows
+    assert all(torch.equal(weight, whole["weights"][name]) for name, weight in resumed["weights"].items())
+
+
+def test_random_states_come_back_from_a_file(tmp_path):
+    torch.save(random_states(), tmp_path / "states.pt")
+    drawn = [(random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(), np.random.randn())]
+    set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert drawn == [(random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(), np.random.randn())]
+
+
+def test_a_new_column_never_empties_metrics_csv(tmp_path, monkeypatch):
+    """Killed at any write in between, by an error here, the rows are there."""
+    logger = CSVLogger(tmp_path, name="", version=0)
+    keep_rows(logger)
+    logger.log_metrics({"a": 1.5}, step=0)
+    logger.save()
+    logger.log_metrics({"a": 2.5, "b": 3.5}, step=1)
+    path = tmp_path / "version_0" / "metrics.csv"
+    before = path.read_text()
+
+    def die(self, *args, **kwargs):
+        assert path.read_text() == before
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            logger.save()
+    assert path.read_text() == before
+    logger.experiment.metrics_keys = ["a", "step"]
+    logger.save()
+    assert list(csv.DictReader(path.read_text().splitlines())) == [
+        {"a": "1.5", "b": "", "step": "0"},
+        {"a": "2.5", "b": "3.5", "step": "1"},
+    ]
+
+
+# ---- repeated data ----
+
+
+def resumed_at(make_trainer, tmp_path, step, train, module=Foreign, **settings):
+    """A run that is cut at a step and resumed, each time with a loader of that kind."""
+    path, callbacks = tmp_path / "cut.ckpt", lambda: [RedundancyMonitor(2), SublayerDrop(9, count=1, quality_batches=0)]
+    with pytest.raises(Killed):
+        make_trainer(*callbacks(), Kill(path, step), name="cut", **settings).fit(module(), train(), val_loader())
+    make_trainer(*callbacks(), LoRARecovery(), name="again", **settings).fit(
+        module(), train(), val_loader(), ckpt_path=path
+    )
+
+
+@pytest.mark.filterwarnings(LIGHTNINGS)
+def test_a_loader_that_begins_anew_is_told_of_once(make_trainer, tmp_path):
+    with pytest.warns(UserWarning, match="resumed after 4 batches of an epoch, and the train loader") as warned:
+        resumed_at(make_trainer, tmp_path, 4, loader)
+    told = [
+        str(each.message) for each in warned if "torchdata.stateful_dataloader.StatefulDataLoader" in str(each.message)
+    ]
+    assert len(told) == 1
+
+
+def test_so_is_one_that_has_no_length_of_which_lightning_says_nothing(make_trainer, tmp_path):
+    with pytest.warns(UserWarning, match="resumed after 2 batches of an epoch"):
+        resumed_at(make_trainer, tmp_path, 2, lambda: DataLoader(Lengthless(), batch_size=2))
+
+
+@pytest.mark.parametrize(("step", "train"), [(4, stateful), (EPOCH, loader), (2 * EPOCH, loader)])
+def test_of_one_that_goes_on_or_of_a_whole_epoch_nothing_is_said(make_trainer, tmp_path, step, train):
+    resumed_at(make_trainer, tmp_path, step, train, max_steps=3 * EPOCH)  # every warning is an error here
+
+
+# ---- who writes checkpoints ----
+
+
+class Own(TorchCheckpointIO):
+    """Somebody's own way to write checkpoints."""
+
+
+@pytest.mark.parametrize(("plugin", "kept"), [(None, AtomicCheckpointIO), (Own, Own), (AsyncCheckpointIO,) * 2])
+def test_callbacks_have_checkpoints_written_whole_unless_somebody_else_is_in_charge(make_trainer, plugin, kept):
+    trainer = make_trainer(
+        SublayerDrop(2, count=1, calibration_batches=1, quality_batches=0),
+        plugins=[] if plugin is None else [plugin()],
+        max_steps=3,
+    )
+    fit_foreign(trainer)
+    assert type(trainer.strategy.checkpoint_io) is kept
+
+
+def test_several_optimizers_are_resumed_too(make_trainer, tmp_path):
+    resumed_at(make_trainer, tmp_path, 4, stateful, module=Manual, max_steps=24)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_what_model_checkpoint_writes_is_found_again(make_trainer, tmp_path):
+    """Torn while it was written: Lightning's own search for the last one does not see it."""
+
+    def fit(steps, ckpt_path=None):
+        saving = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_last=True)
+        drop = SublayerDrop(3, count=1, calibration_batches=1, quality_batches=0)
+        steps_seen = Watch(lambda *_: None)
+        trainer = make_trainer(drop, saving, steps_seen, enable_checkpointing=True, max_steps=steps)
+        trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=ckpt_path)
+        return [step for step, _ in steps_seen.seen]
+
+    assert fit(4) == [1, 2, 3, 4]
+    (tmp_path / "kept" / ".last.ckpt.partial").write_bytes(b"half of it")
+    assert fit(6, "last") == [5, 6]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["epoch=0-step=6.ckpt", "last.ckpt"]

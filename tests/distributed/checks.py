@@ -1,0 +1,234 @@
+"""What must hold of the runs of two processes, each as a function that fails where it does not."""
+
+import csv
+from dataclasses import astuple
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import layershed as ls
+from layershed.quality import evaluate_quality
+from tests.callbacks.conftest import BATCH, FORMULAS, Foreign, HandRun, same, sequences
+from tests.callbacks.two_ranks import run_two_ranks
+from tests.conftest import build_model
+from tests.distributed import replicated, sharded
+
+
+def run_replicated(folder):
+    """Both ranks' results under DDP, and one process's over the batches of both."""
+    run_two_ranks("tests.distributed.replicated", folder)
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    one = {name: replicated.train(folder / "one", name, 1) for name in replicated.RUNS}
+    return SimpleNamespace(folder=folder, ranks=ranks, one=one)
+
+
+def run_sharded(folder, which):
+    """Both ranks' results under FSDP2: ``every`` run, or ``some``."""
+    run_two_ranks("tests.distributed.sharded", folder, which, timeout=600)
+    return SimpleNamespace(folder=folder, ranks=[torch.load(folder / f"{rank}.pt") for rank in (0, 1)])
+
+
+def same_on_both_ranks(key, found):
+    first, second = (rank[key] for rank in found.ranks)
+    assert same(first, second)
+
+
+def close(found, wanted, rtol=1e-3, atol=1e-5):
+    """Two state dicts up to float rounding; integers, such as quantized weights, may be off by one."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        whole = not tensor.is_floating_point()
+        torch.testing.assert_close(
+            found[name].double(), tensor.double(), rtol=0 if whole else rtol, atol=1 if whole else atol, msg=name
+        )
+
+
+def as_one_process(name, found):
+    """The same plan, qualities and weights as a run over batches of twice the size."""
+    two, one = found.ranks[0][name], found.one[name]
+    assert two["bypassed"] == one["bypassed"]
+    for when, values in one["quality"].items():
+        assert two["quality"][when] == pytest.approx(values, rel=1e-4)
+    scores = [[drop["score"] for drop in run["plan"]["drops"]] for run in (two, one)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    close(two["state"]["weights"], one["state"]["weights"])
+
+
+def scored_by_token(found):
+    """The paper's formula over the tokens of both ranks, of which one has few; the mean of their means is another."""
+    rows = [replicated.of_rank(rank, BATCH * replicated.STEPS) for rank in (0, 1)]
+    batches = [
+        {name: torch.stack([item[name] for item in own[BATCH * step : BATCH * (step + 1)]]) for name in own[0]}
+        for step in range(replicated.STEPS)
+        for own in rows
+    ]
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    hand, wanted, window = HandRun(accumulate=2), {}, {}
+    for step in hand.train(batches):
+        pairs, hand.captured.pairs = hand.captured.pairs, {}
+        for key, passes in pairs.items():
+            ranks = [
+                FORMULAS["cosine"](x, y)[mask]
+                for (x, y), mask in zip(passes, masks[2 * step - 2 : 2 * step], strict=True)
+            ]
+            wanted[step, key] = torch.cat(ranks).mean().item(), sum(own.mean().item() for own in ranks) / 2
+            if replicated.START - replicated.WINDOW < step <= replicated.START:
+                window.setdefault(key, []).extend(ranks)
+        if step == replicated.START:
+            scores = {key: torch.cat(tokens).mean().item() for key, tokens in window.items()}
+            drops = found.ranks[0]["running"]["plan"]["drops"]
+            keys = [(drop["block"], drop["kind"]) for drop in drops]
+            assert [drop["score"] for drop in drops] == pytest.approx([scores[key] for key in keys], rel=1e-4)
+            lowest = sorted((score, key) for key, score in scores.items() if key[1] != "block")
+            assert keys == [key for _, key in lowest[: len(keys)]]
+            hand.drop(keys)
+    with (found.folder / "running" / "importance.csv").open() as file:
+        measured = {(int(r["step"]), (int(r["block"]), r["kind"])): float(r["value"]) for r in csv.DictReader(file)}
+    assert len(measured) > 12 * 4
+    assert all(value == pytest.approx(wanted[key][0], rel=1e-3) for key, value in measured.items())
+    assert any(abs(value - wanted[key][1]) > 0.1 * value for key, value in measured.items()), "else nothing is shown"
+
+
+def quality_where_one_rank_has_no_token(found):
+    loss, accuracy, tokens = astuple(evaluate_quality(Foreign(), replicated.lonely(0)))
+    for rank in found.ranks:
+        assert rank["lonely"] == pytest.approx((loss, accuracy, tokens))
+
+
+def checks_of_replicated():
+    """All of those of DDP."""
+    return {
+        **{f"DDP, {name}: both ranks the same": partial(same_on_both_ranks, name) for name in replicated.RUNS},
+        **{f"DDP, {name}: as one process": partial(as_one_process, name) for name in replicated.RUNS},
+        "DDP: importances by the formula, over tokens": scored_by_token,
+        "DDP: quality where one rank has no token": quality_where_one_rank_has_no_token,
+    }
+
+
+def resumed_is_whole(name, shards, cut, found):
+    """Bit for bit: weights, optimizer, schedule, plan, quality, and importance.csv."""
+    for rank in found.ranks:
+        assert same(rank["fit", name, shards, cut], rank["fit", name, shards, None])
+    written = [(found.folder / f"{name}-{shards}-{step}" / "importance.csv").read_text() for step in (None, cut)]
+    assert written[0] == written[1]
+    assert len(written[0].splitlines()) > 1 + 12
+
+
+def by_hand(shards, found):
+    """Weights and importances of a run in one process, without Lightning, layershed and shards."""
+    rows = sequences(2 * BATCH * sharded.STEPS)
+    batches = [
+        {"input_ids": torch.stack([item["input_ids"] for item in rows[rank::2][BATCH * step : BATCH * (step + 1)]])}
+        for step in range(sharded.STEPS)
+        for rank in (0, 1)
+    ]
+    hand, seen = HandRun(accumulate=2), {}
+    settings = sharded.Sharded.configure_optimizers(hand.module)
+    hand.optimizer, hand.schedule = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
+    result = found.ranks[0]["fit", "drop", shards, None]
+    for step in hand.train(batches):
+        seen[step] = hand.seen()
+        if step == sharded.START:
+            # every step has as many tokens
+            window = [seen[step - back] for back in range(sharded.WINDOW)]
+            scores = {key: sum(own[key] for own in window) / sharded.WINDOW for key in window[0]}
+            lowest = sorted((score, key) for key, score in scores.items() if key[1] != "block")[:3]
+            drops = result["plan"]["drops"]
+            assert [(drop["block"], drop["kind"]) for drop in drops] == [key for _, key in lowest]
+            assert [drop["score"] for drop in drops] == pytest.approx([score for score, _ in lowest], rel=1e-4)
+            hand.drop([key for _, key in lowest])
+    close(result["state"]["weights"], hand.module.state_dict())
+    with (found.folder / f"drop-{shards}-None" / "importance.csv").open() as file:
+        measured = {(int(r["step"]), (int(r["block"]), r["kind"])): float(r["value"]) for r in csv.DictReader(file)}
+    assert {step for step, _ in measured} == {2, 4, 6}
+    assert all(value == pytest.approx(seen[step][key], rel=1e-3) for (step, key), value in measured.items())
+
+
+def plain_model(found, name, shards, step):
+    """The model of a run at its end, from its weights alone, adapters added in by W + s B A."""
+    model = build_model().eval()
+    result = found.ranks[0]["fit", name, shards, None]
+    weights = {key.removeprefix("net."): tensor for key, tensor in result["state"]["weights"].items()}
+    if step != sharded.STEPS:  # of a step before the drop there is the file
+        file = found.folder / f"{name}-False" / f"{step}.ckpt"
+        weights = {
+            key.removeprefix("net."): tensor
+            for key, tensor in torch.load(file, weights_only=True)["state_dict"].items()
+            if key.startswith("net.")
+        }
+    plain = {key.replace(".base_layer.", "."): tensor for key, tensor in weights.items() if "lora_" not in key}
+    for key, a in weights.items():
+        if ".lora_A." in key and step == sharded.STEPS:
+            b = weights[key.replace(".lora_A.", ".lora_B.")]
+            base = key.split(".lora_A.")[0] + ".weight"
+            plain[base] = plain[base] + 16 / 4 * b @ a
+    model.load_state_dict(plain)
+    if step == sharded.STEPS:
+        ls.bypass(model, ls.DropPlan.from_dict(result["plan"]))
+    return model
+
+
+def evaluates_to(name, shards, step, found):
+    """Predictions, validation and test loss of a checkpoint are those of the dropped model in one process."""
+    model = plain_model(found, name, shards, step)
+    items = sequences(2 * BATCH, seed=100)
+    for number, rank in enumerate(found.ranks):
+        result = rank["evaluate", name, shards, step]
+        ids = torch.stack([item["input_ids"] for item in items[number::2]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        torch.testing.assert_close(result["logits"][0], logits, rtol=1e-4, atol=1e-5)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+        assert result["val"] == pytest.approx(loss, rel=1e-5)
+        assert result["test"] == pytest.approx(loss, rel=1e-5)
+
+
+def exported(name, shards, found):
+    """The folder that Export gathered holds the dropped model."""
+    loaded = ls.load_pretrained(found.folder / f"{name}-{shards}-None" / "pruned")
+    model = plain_model(found, name, shards, sharded.STEPS)
+    assert ls.dropped_sublayers(loaded) == ls.dropped_sublayers(model)
+    ids = torch.stack([item["input_ids"] for item in sequences(4, seed=100)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def read_in_one_process(found):
+    """A whole checkpoint that FSDP2 wrote is an ordinary one."""
+    module = Foreign()
+    ls.load_checkpoint(module, found.folder / "drop-False" / f"{sharded.STEPS}.ckpt")
+    wanted = plain_model(found, "drop", False, sharded.STEPS)
+    assert len(ls.dropped_sublayers(module.net)) == 3
+    assert same(dict(module.net.state_dict()), dict(wanted.state_dict()))
+
+
+def other_adapters_are_refused(shards, found):
+    for rank in found.ranks:
+        assert "has no adapters" in rank["refused", shards]["lora"]
+        assert "has recovery adapters" in rank["refused", shards]["drop"]
+        assert all("list the LoRARecovery" in text for text in rank["refused", shards].values())
+
+
+def checks_of_sharded(which):
+    """Those for the runs that were made."""
+    checks = {}
+    for name, shards, cuts in {"every": sharded.EVERY, "some": sharded.SOME}[which]:
+        title = f"FSDP2, {name}, {'shards' if shards else 'one file'}"
+        checks[f"{title}: both ranks the same"] = partial(same_on_both_ranks, ("fit", name, shards, None))
+        if name == "drop":
+            checks[f"{title}: weights and importances by hand"] = partial(by_hand, shards)
+        for cut in cuts:
+            checks[f"{title}: resumed at step {cut}"] = partial(resumed_is_whole, name, shards, cut)
+        # a step before the drop is read from the whole file of the same run
+        early = (sharded.CUTS[0],) if which == "every" or name == "drop" else ()
+        for step in (*early, sharded.STEPS):
+            checks[f"{title}: step {step} evaluated"] = partial(evaluates_to, name, shards, step)
+        checks[f"{title}: exported"] = partial(exported, name, shards)
+    checks["FSDP2: a whole checkpoint read in one process"] = read_in_one_process
+    for shards in (True, False) if which == "every" else (True,):
+        checks[f"FSDP2, {'shards' if shards else 'one file'}: other adapters refused"] = partial(
+            other_adapters_are_refused, shards
+        )
+    return checks

@@ -1,0 +1,37 @@
+"""DDP and FSDP2 on two processes; the script benchmarks/ranks.py tries more of the same."""
+
+import pytest
+
+from tests.callbacks.two_ranks import said, seconds_to_follow
+from tests.distributed.checks import checks_of_replicated, checks_of_sharded, run_replicated, run_sharded
+
+REPLICATED, SHARDED = checks_of_replicated(), checks_of_sharded("some")
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run_replicated(tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    return run_sharded(tmp_path_factory.mktemp("fsdp2"), "some")
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_two_replicas_are_one_run(ddp, name):
+    REPLICATED[name](ddp)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_shards_are_one_run(fsdp2, name):
+    SHARDED[name](fsdp2)
+
+
+@pytest.mark.parametrize(("place", "dies"), [("scoring pass", 1), ("speed measurement", 0)])
+def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path, place, dies):
+    killed, other, seconds = seconds_to_follow("tests.distributed.deaths", tmp_path, place, str(dies), dies=dies)
+    assert killed == -9, said(tmp_path)
+    assert other == 1, said(tmp_path)
+    assert seconds < 60
+    assert "gloo" in (tmp_path / f"output-{1 - dies}.txt").read_text()

@@ -1,0 +1,150 @@
+"""What the Trainer's strategy does not allow is refused before training, and what FSDP2 needs of an optimizer."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import SGD, AdamW, NAdam
+
+from layershed.callbacks import LoRARecovery, Quantization, SpeedMonitor, SublayerDrop
+from layershed.errors import CheckpointError, StrategyError
+from layershed.optimizers import complete_state, without_empty_groups
+from tests.callbacks.conftest import Foreign, same
+
+CHANGING = {
+    "SublayerDrop": lambda: SublayerDrop(2, count=1),
+    "LoRARecovery": lambda: LoRARecovery(start=1),
+    "Quantization": lambda: Quantization(start="end"),
+}
+
+
+class Unstarted:
+    """A strategy of which nothing is asked but its class."""
+
+    def __init__(self, *_, **__):
+        pass
+
+
+class Elsewhere(Unstarted, FSDPStrategy):
+    pass
+
+
+class Zero(Unstarted, DeepSpeedStrategy):
+    pass
+
+
+class Flat(Unstarted, FSDPStrategy):
+    """Of somebody's own."""
+
+
+class Replicas(Unstarted, DDPStrategy):
+    pass
+
+
+class Shards(Unstarted, ModelParallelStrategy):
+    def __init__(self, tensor_parallel_size=1):
+        self._tensor_parallel_size = tensor_parallel_size
+
+
+def trainer_with(strategy, *callbacks):
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=4, callbacks=list(callbacks)
+    )
+    trainer._accelerator_connector.strategy = strategy
+    return trainer
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("strategy", [Elsewhere, Zero, Flat])
+def test_a_strategy_that_keeps_the_weights_elsewhere_is_refused(name, strategy):
+    callback = CHANGING[name]()
+    with pytest.raises(StrategyError, match=rf"^{name}: .*{strategy.__name__}.* use ModelParallelStrategy \(FSDP2\)"):
+        callback.setup(trainer_with(strategy()), Foreign(), "fit")
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_replicas_are_not(name):
+    CHANGING[name]().setup(trainer_with(Replicas()), Foreign(), "fit")
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_split_sublayers_are_refused(name):
+    with pytest.raises(StrategyError, match=rf"^{name}: .*tensor_parallel_size=2.*set tensor_parallel_size=1"):
+        CHANGING[name]().setup(trainer_with(Shards(2)), Foreign(), "fit")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: SpeedMonitor(),
+        lambda: SublayerDrop(2, target_speedup=1.1),
+        lambda: SublayerDrop(2, count=1, objective="speed"),
+    ],
+)
+def test_the_speed_of_shards_is_not_measured(callback):
+    own = callback()
+    with pytest.raises(StrategyError, match="gathering shards would be measured; leave it out"):
+        own.on_fit_start(trainer_with(Shards(), own), Foreign())
+
+
+def loading(path, module):
+    strategy = Shards()
+    strategy.broadcast = lambda found: found
+    callback = SublayerDrop(2, count=1)
+    callback.setup(trainer_with(strategy), module, "validate")
+    return strategy.load_checkpoint(path)
+
+
+def test_quantized_weights_are_not_loaded_into_shards(tmp_path):
+    note = {"dropped": None, "quantized": {"mode": "nf4"}, "adapters": None}
+    torch.save({"state_dict": {}, "layershed": note}, tmp_path / "quantized.ckpt")
+    with pytest.raises(CheckpointError, match="quantized, and ModelParallelStrategy cannot shard"):
+        loading(tmp_path / "quantized.ckpt", Foreign())
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    torch.save([1], tmp_path / "list.ckpt")
+    for path in (tmp_path, tmp_path / "none.ckpt", tmp_path / "list.ckpt"):
+        with pytest.raises(CheckpointError, match=r"neither a checkpoint file nor a folder of shards with a meta\.pt"):
+            loading(path, Foreign())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: AdamW(groups, lr=0.1, weight_decay=0.1, amsgrad=True),
+        lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda groups: NAdam(groups, lr=0.1, weight_decay=0.1),
+    ],
+)
+def test_to_complete_a_state_moves_nothing_else(make):
+    first, second, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = make([{"params": [first, frozen]}, {"params": [second], "lr": 0.2}])
+    first.grad = torch.ones(3)
+    optimizer.step()
+    frozen.requires_grad_(False)
+    second.grad = torch.full((3,), 9.0)
+
+    def state():
+        every = (first, second, frozen)
+        return [[p.data, p.grad] for p in every], optimizer.state[first], copy.deepcopy(optimizer.param_groups)
+
+    before = copy.deepcopy(state())
+    assert [id(parameter) for parameter in complete_state(optimizer)] == [id(second)]
+    assert optimizer.state[second].keys() == optimizer.state[first].keys()
+    assert frozen not in optimizer.state
+    assert same(state(), before)
+    assert complete_state(optimizer) == []
+
+
+def test_groups_without_parameters_are_away_and_come_back():
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = AdamW([{"params": [p], "lr": rate} for p, rate in zip(parameters, (0.1, 0.2), strict=True)])
+    optimizer.param_groups[0]["params"].clear()
+    with without_empty_groups([optimizer]):
+        loaded = copy.deepcopy(optimizer.state_dict())
+        loaded["param_groups"][0]["lr"] = 0.5
+        optimizer.load_state_dict(loaded)
+    assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [(0, 0.1), (1, 0.5)]

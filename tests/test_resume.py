@@ -1,0 +1,142 @@
+"""``--ckpt_path last``: every run has a folder of its own, and still the last one is found."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from layershed.commands import Trainer
+from layershed.errors import CheckpointError
+from layershed.resuming import resolve_last
+from tests.test_cli import (  # noqa: F401  (fixtures that every test here uses)
+    DATA,
+    DROPPING,
+    FIT,
+    KEEP,
+    TRAINER,
+    callbacks,
+    one_parser,
+    own_world,
+    run,
+)
+
+
+def checkpoint(path, age, whole=True):
+    """A file of that age, in minutes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {"weight": torch.arange(100.0)}}, path)
+    if not whole:
+        path.write_bytes(path.read_bytes()[:-100])
+    os.utime(path, (1e6 - 60 * age, 1e6 - 60 * age))
+    return path
+
+
+def keeping(folder):
+    return {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(folder)}}
+
+
+def logging_to(folder, **settings):
+    return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": folder, **settings}}
+
+
+def test_the_newest_run_that_has_a_checkpoint_counts_and_in_it_the_last_one():
+    checkpoint("runs/version_2/checkpoints/last.ckpt", age=1)
+    checkpoint("runs/version_10/checkpoints/last.ckpt", age=7)
+    wanted = checkpoint("runs/version_10/checkpoints/last-v1.ckpt", age=6)
+    checkpoint("runs/version_10/checkpoints/epoch=9.ckpt", age=5)
+    checkpoint("runs/version_10/checkpoints/.last.ckpt.partial", age=0)
+    Path("runs/version_11").mkdir()
+    Path("runs/version_12/checkpoints").mkdir(parents=True)
+    checkpoint("runs/version_new/checkpoints/last.ckpt", age=0)
+    assert resolve_last("fit", {}) == wanted
+
+
+def test_without_one_called_last_any_other_will_do():
+    checkpoint("there/version_0/checkpoints/epoch=1.ckpt", age=3)
+    wanted = checkpoint("there/version_0/checkpoints/epoch=2.ckpt", age=2)
+    assert resolve_last("fit", {"default_root_dir": "there"}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"callbacks": [keeping("kept")]}, "kept"),
+        ({"callbacks": keeping("kept")}, "kept"),
+        ({"logger": logging_to("logs", name="mine")}, "logs/mine/version_3/checkpoints"),
+        ({"logger": [logging_to("logs", name="")]}, "logs/version_3/checkpoints"),
+        ({"logger": False}, "runs/checkpoints"),
+    ],
+)
+def test_it_is_looked_for_where_this_config_keeps_it(config, place):
+    wanted = checkpoint(f"{place}/last.ckpt", age=1)
+    assert resolve_last("fit", config) == wanted
+
+
+def test_a_torn_one_is_named_and_the_one_before_it_taken(capsys):
+    before = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
+    assert resolve_last("fit", {}) == before
+    assert capsys.readouterr().out == ""
+    checkpoint("runs/version_1/checkpoints/last.ckpt", age=1, whole=False)
+    wanted = checkpoint("runs/version_1/checkpoints/epoch=2.ckpt", age=2)
+    assert resolve_last("test", {}) == wanted
+    assert capsys.readouterr().out == (
+        "note: the checkpoint 'runs/version_1/checkpoints/last.ckpt' is damaged: it breaks off in the middle; taking "
+        "the one before it\n"
+    )
+    wanted.write_bytes(b"")
+    assert resolve_last("fit", {}) == before
+    before.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(3 of 3\)"):
+        resolve_last("fit", {})
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "benchmark"])
+def test_what_cannot_start_anew_says_that_there_is_none(command, capsys):
+    assert run([command, *FIT[1:], "--ckpt_path=last"]) == 1
+    told = capsys.readouterr().err.strip()
+    assert told == "error: ckpt_path='last': there is no checkpoint under 'runs'; train first, or give the path of one."
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has: each run has a directory of its own
+def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
+    """The same words each time, as a script of a cluster would say them; the reference runs through."""
+    words = [*FIT, "--config=run.yaml", "--ckpt_path=last"]
+    # a cosine would be one over four steps and one over six
+    config = {"model": {"schedule": "constant"}, **yaml.safe_load(callbacks(DROPPING, KEEP))}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    Path("callbacks.yaml").write_text(callbacks(DROPPING, KEEP))
+    assert run([*FIT, "--config=run.yaml", "--trainer.max_steps=6", "--trainer.default_root_dir=whole"]) == 0
+
+    capsys.readouterr()
+    assert run([*words, "--trainer.max_steps=4"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "note: starting anew, as there is no checkpoint yet under 'runs'" in told
+    # the folder of a run that was killed before its first checkpoint
+    Path("runs/version_1").mkdir()
+    assert run([*words, "--trainer.max_steps=6"]) == 0
+    assert "starting anew" not in capsys.readouterr().out
+    resumed = yaml.safe_load(Path("runs/version_2/config.yaml").read_text())
+    assert resumed["ckpt_path"] == "runs/version_0/checkpoints/last.ckpt"
+    folders = ("whole/version_0", "runs/version_2")
+    ends, resumed = (torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True) for folder in folders)
+    assert resumed["global_step"] == ends["global_step"] == 6
+    assert all(torch.equal(weight, resumed["state_dict"][name]) for name, weight in ends["state_dict"].items())
+    # the model comes from the checkpoint
+    assert run(["validate", *DATA, *TRAINER, "--config=callbacks.yaml", "--ckpt_path=last"]) == 0
+    assert "val_loss" in capsys.readouterr().out
+
+
+def test_our_trainer_writes_whole_checkpoints():
+    assert type(Trainer(accelerator="cpu", logger=False).strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
+
+
+def test_a_damaged_one_is_refused_with_the_name_of_the_intact_one(capsys):
+    torn = checkpoint("kept/last.ckpt", age=1, whole=False)
+    checkpoint("kept/step=2.ckpt", age=2)
+    assert run([*FIT, f"--ckpt_path={torn}"]) == 1
+    told = capsys.readouterr().err.strip()
+    assert "'kept/last.ckpt' is damaged: it breaks off in the middle" in told
+    assert told.endswith("resume with --ckpt_path kept/step=2.ckpt.")
