@@ -12,7 +12,7 @@ from torch import nn
 
 from layershed.adapter_folder import check_adapter_folder, save_adapter
 from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
-from layershed.callbacks.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
+from layershed.callbacks.strategies import fit_strategy, is_sharded, reshard, restore_empty_rates, train_adapters
 from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,
@@ -318,6 +318,7 @@ class LoRARecovery(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put adapters in, or switch them on, and have the optimizers train them."""
         transformer = find_transformer(pl_module, name=self.transformer)
+        reshard(pl_module)
         if self._sharded(trainer):
             train_adapters(transformer)
         else:

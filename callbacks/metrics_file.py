@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.run import write_text
 from layershed.checkpoint_io import local_path
+
+ROWS_KEY = "layershed_rows"
 
 
 def keep_rows(logger: Logger) -> None:
@@ -27,6 +33,33 @@ def keep_rows(logger: Logger) -> None:
     file = local_path(writer.metrics_file_path)
     if file is not None:
         vars(writer)["_rewrite_with_new_header"] = partial(_with_header, file)
+
+
+def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Note which files hold the rows of a run so far."""
+    if trainer.state.fn == TrainerFn.FITTING and (files := [str(file) for file in _files(trainer) if file.is_file()]):
+        checkpoint[ROWS_KEY] = files
+
+
+def tell_lost_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Warn if the logger of a resumed run took its file away; Lightning has done so before any callback is asked."""
+    noted = checkpoint.get(ROWS_KEY, ())
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    for file in _files(trainer):
+        if str(file) in noted and not file.is_file():
+            rank_zero_warn(
+                f"CSVLogger deleted {str(file)!r} as it opened, and with it the rows before step "
+                f"{checkpoint['global_step']}; resume with a version of its own, such as CSVLogger(version=None)."
+            )
+
+
+def _files(trainer: Trainer) -> Iterator[Path]:
+    for logger in trainer.loggers:
+        writer = logger.experiment if isinstance(logger, CSVLogger) else None
+        file = local_path(writer.metrics_file_path) if isinstance(writer, ExperimentWriter) else None
+        if file is not None:
+            yield file.absolute()
 
 
 def _with_header(file: Path, names: Sequence[str]) -> None:

@@ -36,7 +36,8 @@ def check_monitors(trainer: Trainer, first_step: int) -> None:
             lenient = ", or set strict=False" if isinstance(watcher, EarlyStopping) else ""
             raise ScheduleError(
                 f"{named}: it first looks after {look} steps, and the metric comes with the drop, at step "
-                f"{first_step}; let it look later (val_check_interval, every_n_train_steps), drop sooner{lenient}."
+                f"{first_step}; let it look later (val_check_interval, every_n_epochs, every_n_train_steps), drop "
+                f"sooner{lenient}."
             )
 
 
@@ -48,16 +49,37 @@ def _insists(watcher: Any) -> bool:
 
 
 def _first_look(trainer: Any, watcher: Any) -> float:
-    """The optimizer steps before it, infinite where nobody can tell."""
-    if every := getattr(watcher, "_every_n_train_steps", 0):
-        return int(every)
-    epoch, interval = trainer.num_training_batches, trainer.val_check_batch
-    if not trainer.lightning_module.automatic_optimization:
+    """The optimizer steps before it, infinite where nobody can tell or it never looks."""
+    stops = isinstance(watcher, EarlyStopping)
+    if not stops and watcher._every_n_train_steps:
+        return int(watcher._every_n_train_steps)
+    nth = 1 if stops else watcher._every_n_epochs
+    if not nth or not trainer.lightning_module.automatic_optimization:  # every_n_epochs=0: by the clock
         return math.inf
-    if not trainer.enable_validation:
-        batches = epoch
-    elif interval is None:  # by the clock
+    if watcher._check_on_train_epoch_end if stops else watcher._should_save_on_train_epoch_end(trainer):
+        return _steps(trainer, nth * trainer.num_training_batches)
+    if not trainer.enable_validation or trainer.val_check_batch is None:  # None: by the clock
         return math.inf
-    else:
-        batches = epoch * ((trainer.check_val_every_n_epoch or 1) - 1) + interval
-    return batches if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    return _steps(trainer, _first_validation(trainer, nth))
+
+
+def _first_validation(trainer: Any, nth: int) -> float:
+    """The batches before the first validation in an epoch whose number, from 1, is a multiple of ``nth``."""
+    length, interval = trainer.num_training_batches, trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is not None:
+        epochs = math.lcm(nth, trainer.check_val_every_n_epoch)
+        return (length * (epochs - 1) if epochs > 1 else 0) + interval
+    # it is counted across epochs
+    if length == math.inf:
+        return interval if nth == 1 else math.inf
+    ends = (interval * number for number in range(1, length * nth + 1))
+    return next(batches for batches in ends if math.ceil(batches / length) % nth == 0)
+
+
+def _steps(trainer: Any, batches: float) -> float:
+    """Every epoch's last batch takes a step, also if that gathers fewer than the others."""
+    length, gathered = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if length == math.inf:
+        return batches if batches == math.inf else batches // gathered
+    epochs, rest = divmod(batches, length)
+    return int(epochs * math.ceil(length / gathered) + rest // gathered)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from lightning.pytorch import Trainer
 
 
 def random_states() -> dict[str, Any]:
@@ -32,9 +33,12 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def of_every_rank(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank gives, in their order; call it on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def of_every_rank(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    """What every rank of the trainer gives, in their order; call it on every rank.
+
+    A process group may be there that is somebody else's: a trainer of one process asks nobody.
+    """
+    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
     every = [own] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, own)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
 from layershed.callbacks.history import append, begin, note, take_up
+from layershed.callbacks.resumption import prepare_resumption
 from layershed.callbacks.run import (
     IMPORTANCE_FILE,
     StepCounter,
@@ -70,6 +71,14 @@ class RedundancyMonitor(Callback):
     def should_measure(self, step: int) -> bool:
         """Whether the ``step``-th optimizer step, counted from 1, is measured; override it for another cadence."""
         return step % self.every_n_steps == 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have checkpoints written whole, and begin anew unless this Trainer goes on with its run."""
+        prepare_resumption(trainer)
+        if stage == "fit":  # of a resumed run the checkpoint's state comes later
+            self._restored = {}
+            if trainer.global_step == 0:
+                self._latest, self._steps = {}, StepCounter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the sublayers and register the hooks, before anything is compiled."""

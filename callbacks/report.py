@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from layershed.callbacks.resumption import prepare_resumption
 from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.discovery import find_transformer
 from layershed.errors import ScheduleError
@@ -52,6 +53,12 @@ class Report(Callback):
         self._quality: dict[str, Quality] = {}
         self._finished: tuple[RunRecord, Path] | None = None
         self._stale: set[tuple[str, int]] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have checkpoints written whole, and begin anew unless this Trainer goes on with its run."""
+        prepare_resumption(trainer)
+        if stage == "fit" and trainer.global_step == 0:  # of a resumed run the checkpoint's state comes later
+            self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which files an earlier run left in the directory: those that belong to this run are written anew."""

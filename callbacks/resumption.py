@@ -37,7 +37,7 @@ def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     for logger in trainer.loggers:
         logger.save()
     if trainer.state.fn == TrainerFn.FITTING:
-        checkpoint[RANDOM_KEY] = of_every_rank(random_states())
+        checkpoint[RANDOM_KEY] = of_every_rank(random_states(), trainer)
     loop: Any = trainer.fit_loop.epoch_loop
     batches = loop.batch_progress.total
     if trainer.state.fn != TrainerFn.FITTING or not trainer.training or batches.processed == batches.completed:
@@ -67,7 +67,7 @@ def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             logger.save()
     if noted.get("validates"):
         _validation_to_come(checkpoint["loops"]["fit_loop"])
-    _wrap(trainer, bool(noted.get("validates")), checkpoint.get(RANDOM_KEY, ()))
+    _wrap(trainer, noted, checkpoint.get(RANDOM_KEY, ()))
 
 
 def _validation_to_come(loops: dict[str, Any]) -> None:
@@ -81,34 +81,86 @@ def _validation_to_come(loops: dict[str, Any]) -> None:
     validation["is_last_batch"] = False
 
 
-def _wrap(trainer: Trainer, validates: bool, random: Sequence[dict[str, Any]]) -> None:
+def _wrap(trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]]) -> None:
     """Look at the loop once its state and its loaders are there, and before it decides that there is nothing to do."""
     loop: Any = trainer.fit_loop
-    run, advance = loop.run, loop.advance
+    kind, validates = type(loop), bool(noted.get("validates"))
 
     def draw_on() -> None:
-        vars(loop).pop("advance", None)
+        vars(loop).pop("on_advance_start", None)
         if len(random) == trainer.world_size:  # on another number of ranks there is none to go on with
             set_random_states(random[trainer.global_rank])
 
-    def first_epoch() -> None:
+    def first_start() -> None:
         draw_on()
-        advance()
+        kind.on_advance_start(loop)
+
+    def nothing_left() -> None:
+        vars(loop).pop("advance", None)
+        _end_batches(loop.epoch_loop)
 
     def resumed() -> None:
-        del loop.run
+        vars(loop).pop("run", None)
         loop.setup_data()
+        _load_loaders(loop)
         if loop.restarting and not loop.skip:
             _tell_repeated_data(loop)
+        only_ends = bool(noted) and not validates and loop.epoch_loop._num_ready_batches_reached()
+        if only_ends:  # of this Lightning leaves out the hooks, and then takes the loader's end for the next epoch's
+            loop.epoch_loop.batch_progress.increment_completed()
+            loop.advance = nothing_left
         if loop.restarting and loop.max_batches and loop.done:
             loop.reset()
             loop.on_run_start()
             draw_on()
-            _end(trainer, loop, validates)
+            _end(trainer, loop, validates or only_ends)
         else:
-            run()
+            _begin_next_epoch(loop)
+            kind.run(loop)
 
-    loop.run, loop.advance = resumed, first_epoch
+    def torn_down() -> None:
+        _unwrap(trainer)
+        trainer._teardown()
+
+    loop.run, loop.on_advance_start = resumed, first_start
+    vars(trainer)["_teardown"] = torn_down  # what Lightning calls at the end of every fit, also of one that failed
+
+
+def _unwrap(trainer: Trainer) -> None:
+    vars(trainer).pop("_teardown", None)
+    for name in ("run", "on_advance_start", "advance"):
+        vars(trainer.fit_loop).pop(name, None)
+
+
+def _load_loaders(loop: Any) -> None:
+    """What Lightning leaves out between two epochs, and where the loaders were set up before (for their length)."""
+    states, loader = loop._combined_loader_states_to_load, loop._combined_loader
+    if not states or loader is None:
+        return
+    if _between_epochs(loop) and len(states) != sum(isinstance(each, _Stateful) for each in loader.flattened):
+        return  # a new epoch may have other loaders
+    loader._load_state_dicts(states)
+    loop._combined_loader_states_to_load = []
+    iter(loop._data_fetcher)
+
+
+def _between_epochs(loop: Any) -> bool:
+    epochs = loop.epoch_progress.current
+    return bool(epochs.ready == epochs.started == epochs.processed > 0)
+
+
+def _begin_next_epoch(loop: Any) -> None:
+    """Have Lightning ask the loaders anew: their first iterators drew a seed before the random states were set."""
+    if _between_epochs(loop):
+        # not by the loop's own setter, which says True whenever there are max_steps
+        loop._restarting = loop.epoch_loop.restarting = loop._resuming_from_checkpoint = False
+
+
+def _end_batches(batches: Any) -> None:
+    """What the loop over the batches of an epoch does behind the last one, if no validation is due there."""
+    batches._batches_that_stepped += not batches._should_accumulate()
+    batches.restarting = False
+    batches.on_iteration_done()
 
 
 def _tell_repeated_data(loop: Any) -> None:
@@ -124,9 +176,9 @@ def _tell_repeated_data(loop: Any) -> None:
     )
 
 
-def _end(trainer: Trainer, loop: Any, validates: bool) -> None:
+def _end(trainer: Trainer, loop: Any, advances: bool) -> None:
     """What comes after the last step of a run: the end of the epoch and of training."""
-    if validates:
+    if advances:
         loop.on_advance_start()
         loop.advance()
         loop.on_advance_end()

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from layershed.checkpoint import CHECKPOINT_KEY, apply_structure
@@ -82,6 +83,16 @@ def refuse_sharded_speed(trainer: Trainer, what: str) -> None:
         )
 
 
+def reshard(pl_module: LightningModule) -> None:
+    """Have the module's parameters be those that the optimizers hold.
+
+    After a forward pass without a backward one, FSDP2 leaves other objects in their places: the gathered weights.
+    """
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def train_adapters(transformer: nn.Module) -> None:
     """Switch adapters on that have been there from the start, and train nothing else of the transformer."""
     resting = {id(parameter) for module, _ in overridden(transformer) for parameter in module.parameters()}
@@ -118,6 +129,7 @@ class _ShardedCheckpoints:
         """Look at what is dropped before a weight is read."""
         trainer, strategy = self.trainer, self.strategy
         path = Path(strategy.broadcast(checkpoint_path))
+        reshard(self.pl_module)
         noted = _read_notes(path, weights_only)
         transformer = find_transformer(self.pl_module, name=self.transformer)
         _check_loadable(noted, transformer)
@@ -140,6 +152,7 @@ class _ShardedCheckpoints:
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """A state of which everything can be read back."""
         raw: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+        reshard(self.pl_module)
         # shards are found by the number of their group; a whole state is found by names, and others read it, too
         groups = [raw] if self.strategy._save_distributed_checkpoint else []
         completed = complete_state(raw)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
+from layershed.callbacks.metrics_file import note_rows, tell_lost_rows
 from layershed.callbacks.resumption import note_progress, prepare_resumption, take_up_progress
 from layershed.checkpoint import apply_structure, has_structure, write_structure
 from layershed.errors import ScheduleError
@@ -147,8 +148,14 @@ class _Hook:
         else:
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
         trainer = self.pl_module._trainer
-        if trainer is not None:
-            (note_progress if self.name == "on_save_checkpoint" else take_up_progress)(checkpoint, trainer)
+        if trainer is None:
+            return
+        if self.name == "on_save_checkpoint":
+            note_progress(checkpoint, trainer)
+            note_rows(checkpoint, trainer)
+        else:
+            tell_lost_rows(checkpoint, trainer)
+            take_up_progress(checkpoint, trainer)
 
 
 def _release(pl_module: LightningModule) -> None:

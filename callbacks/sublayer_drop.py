@@ -19,6 +19,7 @@ from layershed.callbacks.monitors import check_monitors
 from layershed.callbacks.run import (
     StepCounter,
     Sums,
+    current_drop,
     every_share,
     own_share,
     publish,
@@ -27,7 +28,7 @@ from layershed.callbacks.run import (
     show,
     write_text,
 )
-from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed
+from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed, reshard
 from layershed.callbacks.structure import carry_structure, check_averaging, check_order, leave_structure
 from layershed.discovery import find_transformer
 from layershed.errors import SelectionError, UnknownNameError
@@ -130,7 +131,8 @@ class SublayerDrop(Callback):
             raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
         get_metric(metric)
         self.metric = metric
-        self.protect: tuple[Sublayer | int, ...] = tuple(protect)
+        self.protect = tuple(protect)
+        self._protected: tuple[Sublayer, ...] = ()  # what that means on the model of this run
         self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
         self.transformer = transformer
@@ -151,9 +153,14 @@ class SublayerDrop(Callback):
         return self.schedule.should_drop(step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the module's own checkpoint hooks carry the drop."""
+        """Have the module's own checkpoint hooks carry the drop, and begin anew unless the module is still dropped."""
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
+        if stage == "fit":  # of a resumed run the checkpoint's state comes later
+            self._sums = None
+            held = set() if self.plan is None else set(self.plan)
+            if not held or not held <= set(current_drop(pl_module)):
+                self.plan, self.quality, self.speedup = None, {}, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give a dense module its hooks back; a dropped one may still be saved."""
@@ -165,8 +172,8 @@ class SublayerDrop(Callback):
         check_averaging(trainer, self)
         if self.rule.measures_speed:
             refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
-        self.protect = resolve_protected(pl_module, self.protect, self.transformer)
-        self.rule.check(pl_module, self.protect)
+        self._protected = resolve_protected(pl_module, self.protect, self.transformer)
+        self.rule.check(pl_module, self._protected)
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         if self.calibrate_on == "running":
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
@@ -188,7 +195,7 @@ class SublayerDrop(Callback):
         self._sums = None
         if self.plan is None:
             check_monitors(trainer, self.first_step)
-            self.rule.check_reachable(trainer, pl_module, self.protect)
+            self.rule.check_reachable(trainer, pl_module, self._protected)
         else:
             show(trainer, self._metrics(pl_module))
         self._save_plan(trainer)
@@ -253,8 +260,9 @@ class SublayerDrop(Callback):
         if self.plan is None:
             self._measure(trainer, pl_module, "before")
         scores = self._scores(trainer, pl_module)
-        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self.protect)
+        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected)
         round_plan = chosen.at_step(trainer.global_step)
+        reshard(pl_module)
         if round_plan.drops:
             bypass(pl_module, round_plan, name=self.transformer)
         self.plan = round_plan if self.plan is None else self.plan + round_plan

@@ -1,7 +1,9 @@
 """Checkpoints on disk: whole or not at all; torn ones and strangers' pickles are refused."""
 
+import errno
 import os
 import resource
+import zipfile
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,7 +13,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from layershed import checkpoint_io
-from layershed.checkpoint_io import AtomicCheckpointIO, check_checkpoint, keep_checkpoints_whole
+from layershed.checkpoint_io import (
+    AtomicCheckpointIO,
+    check_checkpoint,
+    damage_of,
+    intact_beside,
+    keep_checkpoints_whole,
+)
 from layershed.errors import CheckpointError
 
 CONTENT = {"state_dict": {"weight": torch.arange(5000.0)}, "callbacks": {"a": [1, None, "x"]}}
@@ -169,19 +177,81 @@ def test_it_stands_in_for_lightnings_own_and_for_nothing_else():
         return strategy.checkpoint_io
 
     assert type(kept()) is AtomicCheckpointIO
-    for plugin in (Own(), AsyncCheckpointIO()):
+    own = Own()
+    assert kept(own) is own
+    for plugin, inner in [
+        (AsyncCheckpointIO(), AtomicCheckpointIO),
+        (AsyncCheckpointIO(TorchCheckpointIO()), AtomicCheckpointIO),
+        (AsyncCheckpointIO(own), Own),
+    ]:
         assert kept(plugin) is plugin
+        assert type(plugin.checkpoint_io) is inner
 
 
-def test_without_checksums_in_its_files_torch_is_believed(tmp_path):
-    torch.serialization.set_crc32_options(False)
-    try:
-        path = write(tmp_path / "last.ckpt")
-        assert torch.equal(
-            AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["weight"], CONTENT["state_dict"]["weight"]
-        )
-    finally:
-        torch.serialization.set_crc32_options(True)
+@pytest.fixture
+def checksums():
+    """Switches them on and off for what this process writes."""
+    yield torch.serialization.set_crc32_options
+    torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_the_file_says_whether_it_has_checksums_not_the_setting_of_who_reads_it(tmp_path, checksums, reader):
+    checksums(False)
+    path = write(tmp_path / "without.ckpt")
+    checksums(True)
+    torn = write(tmp_path / "with.ckpt")
+    torn.write_bytes(TORN["a hole in a tensor"][0](torn.read_bytes()))
+    checksums(reader)
+    check_checkpoint(path)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert torch.equal(loaded["state_dict"]["weight"], CONTENT["state_dict"]["weight"])
+    with pytest.raises(CheckpointError, match="data/0' is not what was written"):
+        check_checkpoint(torn)
+    data = path.read_bytes()
+    for damaged in (data[:-1], data[: len(data) // 2], bytes(4) + data[4:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            check_checkpoint(path)
+
+
+def test_the_checksums_of_a_file_are_gone_through_once_until_it_changes(tmp_path, monkeypatch):
+    counted, testzip = [], zipfile.ZipFile.testzip
+    monkeypatch.setattr(
+        zipfile.ZipFile, "testzip", lambda archive: counted.append(archive.filename) or testzip(archive)
+    )
+    path = write(tmp_path / "last.ckpt")
+    assert damage_of(path) is None
+    check_checkpoint(path)
+    AtomicCheckpointIO().load_checkpoint(path)
+    assert counted == [str(path)]
+    path.write_bytes(TORN["a hole in a tensor"][0](path.read_bytes()))  # of the same length
+    for _ in range(2):
+        assert "is not what was written" in damage_of(path)
+    assert counted == [str(path)] * 2
+
+
+def test_a_file_that_may_not_be_read_is_refused_in_one_sentence_and_taken_once_it_may(tmp_path, monkeypatch):
+    path, other = write(tmp_path / "last.ckpt"), write(tmp_path / "step=1.ckpt", age=3)
+    check_checkpoint(path)  # what was found then does not speak for now
+    really = Path.open
+
+    def refused(self, *args, **kwargs):  # as for root every file may be read
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return really(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        assert damage_of(path) == "it cannot be read (Permission denied)"
+        assert next(intact_beside(other), None) is None
+        for refuse in (AtomicCheckpointIO().load_checkpoint, check_checkpoint):
+            with pytest.raises(
+                CheckpointError, match=r"last.ckpt' cannot be read \(Permission denied\).*step=1"
+            ) as caught:
+                refuse(path)
+            assert str(caught.value).count(". ") == 0
+    assert damage_of(path) is None
 
 
 def test_a_url_is_left_to_lightning_but_its_pickle_is_not_run(monkeypatch):

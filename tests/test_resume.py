@@ -100,6 +100,17 @@ def test_what_cannot_start_anew_says_that_there_is_none(command, capsys):
     assert told == "error: ckpt_path='last': there is no checkpoint under 'runs'; train first, or give the path of one."
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "benchmark"])
+@pytest.mark.parametrize("asked", [["--ckpt_path=last"], ["--ckpt_path", "some.ckpt"]])
+def test_a_config_behind_it_that_would_take_it_back_is_refused(command, asked, capsys):
+    """As a run leaves one: with it the checkpoint would be forgotten, and the run begin anew."""
+    Path("left.yaml").write_text("ckpt_path: null\n")
+    assert run([command, *FIT[1:], *asked, "--config=left.yaml"]) == 1
+    told = capsys.readouterr().err.strip()
+    assert told.endswith("a --config behind it, as a run leaves one, says null; put --config first.")
+    assert "\n" not in told
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has: each run has a directory of its own
 def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
     """The same words each time, as a script of a cluster would say them; the reference runs through."""

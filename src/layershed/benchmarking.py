@@ -237,6 +237,6 @@ def _speed_fields(speed: SpeedReport) -> dict[str, Any]:
         fields[name] |= {
             **milliseconds,
             "measurable": phase.measurable,
-            "measured_over_predicted": None if phase.predicted is None else phase.speedup.median / phase.predicted,
+            "measured_over_predicted": phase.measured_over_predicted,
         }
     return fields

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from layershed.errors import CheckpointError
+
+_UNREADABLE = "it cannot be read"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -75,7 +80,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(strategy: Any) -> None:
-    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, and of nothing else.
+    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also within a plugin that wraps it; of nothing else.
 
     Args:
         strategy: A Trainer's; one that writes its checkpoints in a way of its own is left alone.
@@ -86,6 +91,10 @@ def keep_checkpoints_whole(strategy: Any) -> None:
         return
     if type(current) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
+    while isinstance(current, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+        wrapper, current = current, current.checkpoint_io
+        if type(current) is TorchCheckpointIO:
+            wrapper._checkpoint_io = AtomicCheckpointIO()  # its setter takes none in place of another
 
 
 def write_atomically(target: Path, content: Any) -> None:
@@ -142,7 +151,8 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
         if other is None
         else f"the newest intact one beside it is {str(other)!r}; resume with --ckpt_path {other}"
     )
-    raise CheckpointError(f"The checkpoint {str(path)!r} is damaged: {damage}, {hint}.")
+    verdict = damage.removeprefix("it ") if damage.startswith(_UNREADABLE) else f"is damaged: {damage}"
+    raise CheckpointError(f"The checkpoint {str(path)!r} {verdict}, {hint}.")
 
 
 def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> None:
@@ -158,7 +168,7 @@ def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> No
     """
     if not path.is_file():
         raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
-    # mapped, not read: of gigabytes of weights only the index is looked at
+    # the weights were read once for their checksums; mapped, they are not brought to memory, too
     content = read_checkpoint(path, mmap=zipfile.is_zipfile(path), **options)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
@@ -224,16 +234,40 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 def _damage(path: Path) -> str | None:
     """What can be told from the bytes alone, without looking at what they mean."""
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as file:  # every time: who may read it can change, and the file does not
+            found = os.fstat(file.fileno())
+        return _damage_of_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+    except OSError as error:
+        return f"{_UNREADABLE} ({error.strerror or error})"
+
+
+@lru_cache(maxsize=256)
+def _damage_of_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | None:
+    """All bytes are read for it: of a file that has not changed since only once, however many ask."""
+    if size == 0:
         return "it is empty"
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
             # the index of a zip file stands at its end
             return "it breaks off in the middle" if file.read(4) == b"PK\x03\x04" else None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch writes checksums, and does not look at them when it reads
-            torn = archive.testzip() if torch.serialization.get_crc32_options() else None
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
-        return f"its parts do not fit together ({error})"
+        try:
+            with zipfile.ZipFile(file) as archive:
+                torn = _torn_part(archive)
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is an offset without a meaning
+                raise
+            return f"its parts do not fit together ({error})"
     return None if torn is None else f"its part {torn!r} is not what was written"
+
+
+def _torn_part(archive: zipfile.ZipFile) -> str | None:
+    """The first part that is not what its checksum says; torch writes checksums, and does not look at them."""
+    parts = archive.infolist()
+    if any(part.CRC for part in parts):
+        return archive.testzip()
+    # written under torch.serialization.set_crc32_options(False): all are zero, and say nothing
+    for part in parts:
+        archive.open(part).close()  # looks whether the part stands where the index has it
+    return None

@@ -173,6 +173,10 @@ class LayershedCLI(LightningCLI):
         check_seed(self.config[self.config.subcommand].seed_everything)
         config = self.config[self.config.subcommand]
         path = str(config.get("ckpt_path") or "best")
+        if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
+            raise CheckpointError(
+                f"ckpt_path={asked!r}: a --config behind it, as a run leaves one, says null; put --config first."
+            )
         if path == "last":
             found = resolve_last(self.config.subcommand, config.trainer)
             config.ckpt_path = None if found is None else str(found)
@@ -221,6 +225,16 @@ class LayershedCLI(LightningCLI):
             raise DataError(
                 f"data.block_size={self.datamodule.block_size} exceeds the model's {places} positions; lower it."
             )
+
+
+def _asked_checkpoint(words: Sequence[str]) -> str | None:
+    """The checkpoint that a command line names."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--ckpt_path":
+            asked = value if equals else following
+            return None if asked == "null" else asked
+    return None
 
 
 def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = None) -> int:

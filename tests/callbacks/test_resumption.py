@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.callbacks import LoRARecovery, RedundancyMonitor, SublayerDrop
 from layershed.callbacks.metrics_file import keep_rows
-from layershed.callbacks.randomness import random_states, set_random_states
+from layershed.callbacks.randomness import of_every_rank, random_states, set_random_states
 from layershed.checkpoint_io import AtomicCheckpointIO
 from tests.callbacks.conftest import (
     BATCH,
@@ -26,6 +26,7 @@ from tests.callbacks.conftest import (
     Watch,
     fit_foreign,
     loader,
+    same,
     sequences,
     val_loader,
 )
@@ -221,6 +222,145 @@ def test_so_is_one_that_has_no_length_of_which_lightning_says_nothing(make_train
 @pytest.mark.parametrize(("step", "train"), [(4, stateful), (EPOCH, loader), (2 * EPOCH, loader)])
 def test_of_one_that_goes_on_or_of_a_whole_epoch_nothing_is_said(make_trainer, tmp_path, step, train):
     resumed_at(make_trainer, tmp_path, step, train, max_steps=3 * EPOCH)  # every warning is an error here
+
+
+# ---- between two epochs ----
+
+
+class Seen(Foreign):
+    """Notes what it is trained on, and draws a number where an epoch begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_epoch_start(self):
+        self.seen.append((self.trainer.global_step, self.trainer.current_epoch, torch.rand(()).item()))
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.trainer.global_step, batch_idx, batch["input_ids"].tolist()))
+        return super().training_step(batch, batch_idx)
+
+
+def early_drop():
+    return SublayerDrop(2, count=1, calibration_batches=1, quality_batches=0)
+
+
+NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloader`"
+WRITTEN = {  # by ModelCheckpoint, and which hooks of that step are behind it
+    "end of the epoch": ({}, ("validation", "epoch")),
+    "end of validation": ({"save_on_train_epoch_end": False}, ("validation",)),
+    "last batch": ({"every_n_train_steps": EPOCH}, ()),
+}
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION, "ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("limit", [{"max_steps": -1, "max_epochs": 3}, {"max_steps": 3 * EPOCH}], ids=list)
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize(
+    ("written", "val"),
+    [*((where, True) for where in WRITTEN), ("end of the epoch", False), ("last batch", False)],
+)
+def test_the_epochs_to_come_are_those_that_would_have_come(make_trainer, tmp_path, written, val, kind, limit):
+    """Shuffled, all of them, and in another process than the one that wrote the checkpoint."""
+    saving, behind = WRITTEN[written]
+
+    def fit(seed, ckpt_path=None):
+        torch.manual_seed(seed)
+        drop, hooks = SublayerDrop(EPOCH + 2, count=1, calibration_batches=1, quality_batches=0), Hooks()
+        keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **saving)
+        trainer = make_trainer(drop, hooks, keep, enable_checkpointing=True, csv=True, name=f"of-{seed}", **limit)
+        train = kind(sequences(BATCH * EPOCH), batch_size=BATCH, shuffle=True)
+        module = Seen()
+        trainer.fit(module, train, val_loader() if val else None, ckpt_path=ckpt_path)
+        return module, hooks.seen, rows_of(tmp_path / f"of-{seed}")
+
+    whole, hooks, rows = fit(7)
+    resumed, hooks_again, rows_again = fit(8, tmp_path / "kept" / f"epoch=0-step={EPOCH}.ckpt")
+    assert len({str([seen[2] for seen in whole.seen][start : start + EPOCH]) for start in (1, 8, 15)}) == 3  # orders
+    assert resumed.seen == [seen for seen in whole.seen if seen[0] >= EPOCH]
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert hooks_again == [seen for seen in hooks if seen[1] > EPOCH or (seen[1] == EPOCH and seen[0] not in behind)]
+    assert rows_again.items() <= rows.items()
+    assert {int(step) for step, name in rows_again if name == "train_loss"} >= set(range(EPOCH, 3 * EPOCH))
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+@pytest.mark.parametrize("limit", [{"max_steps": -1, "max_epochs": 2}, {"max_steps": 2 * EPOCH}], ids=list)
+def test_so_is_the_end_of_the_last_epoch(make_trainer, tmp_path, limit):
+    def fit(*extra, ckpt_path=None):
+        hooks = Hooks()
+        make_trainer(early_drop(), hooks, *extra, **limit).fit(Foreign(), stateful(), ckpt_path=ckpt_path)
+        return hooks.seen
+
+    path = tmp_path / "cut.ckpt"
+    whole = fit()
+    with pytest.raises(Killed):
+        fit(Kill(path, 2 * EPOCH))
+    assert fit(ckpt_path=path) == [seen for seen in whole if seen[1] == 2 * EPOCH]
+    assert whole[-2:] == [("epoch", 2 * EPOCH, 1), ("train", 2 * EPOCH, 2)]
+
+
+class Counting(Foreign):
+    """Asks how many steps there will be, which sets the train loader up before the checkpoint is read."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 2 * EPOCH
+        return super().configure_optimizers()
+
+
+def test_a_loader_that_was_set_up_early_goes_on_where_it_stood(make_trainer, tmp_path):
+    def fit(*extra, ckpt_path=None):
+        module = Counting()
+        trainer = make_trainer(early_drop(), *extra, max_steps=-1, max_epochs=2)
+        trainer.fit(module, stateful(), val_loader(), ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    path = tmp_path / "cut.ckpt"
+    with pytest.raises(Killed):
+        fit(Kill(path, 4))
+    assert same(fit(ckpt_path=path), fit())
+
+
+# ---- a fit that fails, and others that share the process ----
+
+
+class Fails(pl.Callback):
+    """Raises in that hook, if told to."""
+
+    def __init__(self, hook):
+        self.armed = True
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_):
+        if self.armed:
+            raise Killed
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_sanity_check_start"])
+def test_a_trainer_is_as_good_as_new_after_a_resumption_that_failed(make_trainer, tmp_path, hook):
+    path, fails = tmp_path / "cut.ckpt", Fails(hook)
+    first = make_trainer(early_drop(), max_steps=-1, max_epochs=1)
+    first.fit(Foreign(), stateful(), val_loader())
+    first.save_checkpoint(path)
+    trainer = make_trainer(early_drop(), fails, max_steps=-1, max_epochs=3, num_sanity_val_steps=1)
+    with pytest.raises(Killed):
+        trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=path)
+    for each in (trainer, trainer.fit_loop):  # no method has anything in its place
+        assert not [name for name in vars(each) if callable(getattr(type(each), name, None))]
+    fails.armed = False
+    trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=path)
+    assert trainer.global_step == 3 * EPOCH
+
+
+def test_a_trainer_of_one_process_gathers_nothing_in_the_process_group_of_another(make_trainer, tmp_path, monkeypatch):
+    def gather(*_):
+        raise AssertionError("the others do not come")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    trainer = make_trainer(max_steps=1)
+    assert len(of_every_rank(random_states(), trainer)) == 1
 
 
 # ---- who writes checkpoints ----

@@ -7,6 +7,7 @@ test_sublayer_drop.
 import copy
 import itertools
 import logging
+from datetime import timedelta
 
 import pytest
 import torch
@@ -391,6 +392,81 @@ def test_who_looks_for_a_metric_before_the_drop_is_refused_before_training(make_
     assert isinstance(caught.value, LayershedError)
     assert "\n" not in str(caught.value)
     assert seen.seen == []
+
+
+class Stopping(EarlyStopping):
+    """Notes when it looks, and stops nothing."""
+
+    def _run_early_stopping_check(self, trainer):
+        self.looked = [*getattr(self, "looked", []), trainer.global_step]
+
+
+class Saving(ModelCheckpoint):
+    """Notes when it looks, and saves nothing."""
+
+    def _save_topk_checkpoint(self, trainer, monitor_candidates):
+        self.looked = [*getattr(self, "looked", []), trainer.global_step]
+
+
+LOOKS = {  # an epoch has 6 batches
+    "stopping": (EarlyStopping, {}, {}),
+    "stopping, epoch's end": (EarlyStopping, {"check_on_train_epoch_end": True}, {"val_check_interval": 4}),
+    "stopping, validation": (EarlyStopping, {"check_on_train_epoch_end": False}, {"val_check_interval": 4}),
+    "stopping, accumulated": (EarlyStopping, {}, {"val_check_interval": 3, "accumulate_grad_batches": 2}),
+    "stopping, second epoch": (EarlyStopping, {}, {"check_val_every_n_epoch": 2, "accumulate_grad_batches": 4}),
+    "stopping, across epochs": (EarlyStopping, {}, {"val_check_interval": 8, "check_val_every_n_epoch": None}),
+    "saving, epoch's end": (ModelCheckpoint, {"save_on_train_epoch_end": True}, {"val_check_interval": 4}),
+    "saving, validation": (ModelCheckpoint, {}, {"val_check_interval": 4}),
+    "saving, two epochs": (ModelCheckpoint, {"every_n_epochs": 2}, {}),
+    "saving, validation in two": (ModelCheckpoint, {"every_n_epochs": 2}, {"val_check_interval": 2}),
+    "saving, every second and third": (
+        ModelCheckpoint,
+        {"every_n_epochs": 2},
+        {"check_val_every_n_epoch": 3, "max_steps": 40},
+    ),
+    "saving, across epochs": (
+        ModelCheckpoint,
+        {"every_n_epochs": 2},
+        {"val_check_interval": 4, "check_val_every_n_epoch": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOOKS)
+def test_who_looks_at_the_very_step_of_the_drop_may_and_one_step_before_may_not(make_trainer, case):
+    """When it first looks, Lightning says in a run without a drop."""
+    kind, arguments, options = LOOKS[case]
+    options = {"enable_checkpointing": True, "max_steps": 20, **options}
+    spy = {EarlyStopping: Stopping, ModelCheckpoint: Saving}[kind](monitor="drop/mlp", **arguments)
+    fit_foreign(make_trainer(spy, **options))
+    first = spy.looked[0]
+    with pytest.raises(ScheduleError, match=f"first looks after {first} steps"):
+        fit_foreign(
+            make_trainer(dropping(start=first + 1), kind(monitor="drop/mlp", **arguments), name="behind", **options)
+        )
+    watcher = kind(monitor="drop/mlp", **arguments)
+    drop = dropping(start=first, quality_batches=0, calibration_batches=1)
+    fit_foreign(make_trainer(drop, watcher, name="at", **options))
+    assert drop.plan is not None
+    found = watcher.best_score if kind is EarlyStopping else watcher.best_model_score
+    assert found == sum(sublayer.kind == "mlp" for sublayer in drop.plan)
+
+
+NEVER = {
+    "by the clock": (lambda: ModelCheckpoint(monitor="drop/mlp", train_time_interval=timedelta(days=1)), {}),
+    "no validation": (
+        lambda: EarlyStopping("drop/mlp", check_on_train_epoch_end=False),
+        {"limit_val_batches": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_who_never_looks_is_let_be(make_trainer, case):
+    watcher, options = NEVER[case]
+    drop = dropping(start=8, quality_batches=0)
+    fit_foreign(make_trainer(drop, watcher(), enable_checkpointing=True, **options))
+    assert drop.plan is not None
 
 
 METRICS = ["drop/loss_after", "drop/attention", "importance/attention_mean", "importance/mlp.1", "speed/decode_speedup"]

@@ -1,6 +1,7 @@
 """What must hold of the runs of two processes, each as a function that fails where it does not."""
 
 import csv
+import math
 from dataclasses import astuple
 from functools import partial
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 
 import layershed as ls
 from layershed.quality import evaluate_quality
+from layershed.recovery import set_enabled
 from tests.callbacks.conftest import BATCH, FORMULAS, Foreign, HandRun, same, sequences
 from tests.callbacks.two_ranks import run_two_ranks
 from tests.conftest import build_model
@@ -146,6 +148,37 @@ def by_hand(shards, found):
     assert all(value == pytest.approx(seen[step][key], rel=1e-3) for (step, key), value in measured.items())
 
 
+def adapters_by_hand(shards, found):
+    """Weights of a run in one process that never saves: adapters are there from the start, off until the drop."""
+    module, result = Foreign(), found.ranks[0]["fit", "lora", shards, None]
+    module.log = lambda *_, **__: None
+    ls.inject_lora(module.net, rank=4)
+    set_enabled(module.net, False)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" not in name)
+    settings = sharded.Sharded.configure_optimizers(module)
+    optimizer, rows = settings["optimizer"], sequences(2 * BATCH * sharded.STEPS)
+    for step in range(sharded.STEPS):
+        warm = 1.0
+        if step == sharded.START:
+            ls.bypass(module.net, ls.DropPlan.from_dict(result["plan"]))
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_("lora_" in name and ".base_layer." not in name)
+            set_enabled(module.net, True)
+            adapters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(adapters, weight_decay=0.1)
+        if step >= sharded.START:
+            warm = min(1.0, (step - sharded.START + 1) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = warm * module.lr * (1 + math.cos(math.pi * step / module.steps)) / 2
+        for rank in (0, 1):
+            batch = rows[rank::2][BATCH * step : BATCH * (step + 1)]
+            (module.loss({"input_ids": torch.stack([item["input_ids"] for item in batch])}) / 2).backward()
+        optimizer.step()
+        module.zero_grad()
+    close(result["state"]["weights"], module.state_dict())
+
+
 def plain_model(found, name, shards, step):
     """The model of a run at its end, from its weights alone, adapters added in by W + s B A."""
     model = build_model().eval()
@@ -219,8 +252,12 @@ def checks_of_sharded(which):
         checks[f"{title}: both ranks the same"] = partial(same_on_both_ranks, ("fit", name, shards, None))
         if name == "drop":
             checks[f"{title}: weights and importances by hand"] = partial(by_hand, shards)
+        if name == "lora":
+            checks[f"{title}: weights by hand"] = partial(adapters_by_hand, shards)
         for cut in cuts:
             checks[f"{title}: resumed at step {cut}"] = partial(resumed_is_whole, name, shards, cut)
+        if name == "headed":
+            continue
         # a step before the drop is read from the whole file of the same run
         early = (sharded.CUTS[0],) if which == "every" or name == "drop" else ()
         for step in (*early, sharded.STEPS):

@@ -40,6 +40,24 @@ class Sharded(Foreign):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Headed(Sharded):
+    """What stands outside the transformer trains on, with its state, beside adapters that have none yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(97, 97)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def configure_model(self):
+        super().configure_model()
+        fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch):
+        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = logits + self.head(logits)
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
 def dropping():
     return SublayerDrop(START, count=3, calibration_batches=WINDOW, quality_batches=2)
 
@@ -49,6 +67,7 @@ def recovering():
 
 
 RUNS = {"drop": lambda: [dropping()], "lora": lambda: [dropping(), recovering()]}
+RUNS["headed"] = RUNS["lora"]
 
 
 def trainer_of(folder, *callbacks, shards=True):
@@ -82,10 +101,11 @@ def whole(tensor):
 
 def state_of(trainer, module):
     """Everything of a run that the next step would depend on, with its shards put together."""
+    weights = {name: whole(tensor) for name, tensor in module.state_dict().items()}  # which reshards, too
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     optimizer = trainer.optimizers[0]
     return {
-        "weights": {name: whole(tensor) for name, tensor in module.state_dict().items()},
+        "weights": weights,
         "optimizer": {
             names[id(parameter)]: {name: whole(value) for name, value in state.items()}
             for parameter, state in optimizer.state.items()
@@ -108,7 +128,7 @@ def fit(folder, name, shards, cut=None):
     keep = [Save(saved / f"{step}.ckpt", step) for step in (*CUTS, STEPS)]
     run = folder / f"{name}-{shards}-{cut}"
     trainer = trainer_of(run, watch, *callbacks, Export(), *keep, shards=shards)
-    module = Sharded()
+    module = Headed() if name == "headed" else Sharded()
     torch.manual_seed(7)
     trainer.fit(
         module,
@@ -154,16 +174,16 @@ def main(folder, combinations):
     for name, shards, cuts in combinations:
         for cut in (None, *cuts):
             results["fit", name, shards, cut] = fit(folder, name, shards, cut)
-        for cut in (CUTS[0], STEPS):
+        for cut in (CUTS[0], STEPS) if name != "headed" else ():
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
     for shards in (True, False):
-        if {(name, shards) for name in RUNS} <= {combination[:2] for combination in combinations}:
+        if {("drop", shards), ("lora", shards)} <= {combination[:2] for combination in combinations}:
             results["refused", shards] = refused(folder, shards)
     torch.save(results, folder / f"{os.environ['RANK']}.pt")
 
 
 EVERY = [(name, shards, CUTS) for name in RUNS for shards in (True, False)]
-SOME = [("drop", True, ()), ("lora", True, (START,)), ("drop", False, (CUTS[0],))]
+SOME = [("drop", True, ()), ("lora", True, ()), ("headed", True, (START,)), ("drop", False, (CUTS[0],))]
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), {"every": EVERY, "some": SOME}[sys.argv[2]])

@@ -6,9 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, NAdam
 
 from layershed.callbacks import LoRARecovery, Quantization, SpeedMonitor, SublayerDrop
+from layershed.callbacks.strategies import reshard
 from layershed.errors import CheckpointError, StrategyError
 from layershed.optimizers import complete_state, without_empty_groups
 from tests.callbacks.conftest import Foreign, same
@@ -109,6 +113,22 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.ckpt", tmp_path / "list.ckpt"):
         with pytest.raises(CheckpointError, match=r"neither a checkpoint file nor a folder of shards with a meta\.pt"):
             loading(path, Foreign())
+
+
+def test_resharded_parameters_are_those_of_the_optimizer(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = pl.LightningModule()
+        module.head = torch.nn.Linear(4, 4)
+        fully_shard(module.head, mesh=init_device_mesh("cpu", (1,)))
+        before = list(map(id, module.parameters()))
+        with torch.no_grad():
+            module.head(torch.ones(1, 4))
+        assert list(map(id, module.parameters())) != before, "else there is nothing to put right"
+        reshard(module)
+        assert list(map(id, module.parameters())) == before
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""The same callbacks in one run after the other: each run is what it would be by itself."""
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.checkpoint_io import AtomicCheckpointIO
+from layershed.surgery import bypassed_sublayers
+from tests.callbacks.conftest import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
+
+AT = 4
+
+
+def callbacks(calibrate_on="running", quality="val_loss", **kwargs):
+    settings = {"calibration_batches": 2, "quality_batches": 2, "protect": [-1], "calibrate_on": calibrate_on}
+    return [
+        RedundancyMonitor(2),
+        SublayerDrop(AT, count=3, **{**settings, **kwargs}),
+        SpeedMonitor(6, 2, runs=1, quality=quality, quality_mode="min" if quality else None),
+        Report(every_n_steps=1),
+    ]
+
+
+def run(make_trainer, own, name, **settings):
+    """One of a sweep; everything that its callbacks hold in the end, apart from measured times."""
+    module = Foreign(**settings)
+    fit_foreign(make_trainer(*own, name=name, max_steps=7, val_check_interval=3), module)
+    monitor, drop, speed, report = own
+    path = make_trainer(name=name).default_root_dir
+    with open(f"{path}/importance.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    return {
+        "weights": dict(module.state_dict()),
+        "bypassed": [sublayer.name for sublayer in bypassed_sublayers(module)],
+        "drop": {key: value for key, value in drop.state_dict().items() if key != "sums"},
+        "latest": monitor._latest,
+        "rows": rows,
+        "dense": speed._dense_quality,
+        "measured": [sublayer.name for sublayer in speed._measured],
+        "report": report.state_dict(),
+    }
+
+
+MODELS = [{}, {"num_hidden_layers": 6}, {"num_hidden_layers": 3}]
+
+
+@pytest.mark.parametrize("calibrate_on", ["running", "val"])
+def test_a_sweep_gives_for_every_model_what_it_gives_alone(make_trainer, tmp_path, calibrate_on):
+    own = callbacks(calibrate_on)
+    for number, model in enumerate(MODELS):
+        alone = run(make_trainer, callbacks(calibrate_on), f"alone{number}", **model)
+        shared = run(make_trainer, own, f"shared{number}", **model)
+        for part in alone:
+            assert same(shared[part], alone[part]), part
+        last = model.get("num_hidden_layers", 4) - 1
+        assert len(shared["bypassed"]) == 3
+        assert not {f"attention.{last}", f"mlp.{last}"} & set(shared["bypassed"])
+
+
+@pytest.mark.parametrize("cut", [2, 5], ids=["before the drop", "behind it"])
+def test_a_run_that_broke_off_leaves_nothing_to_the_next(make_trainer, cut):
+    own = callbacks(quality=None)
+    with pytest.raises(Interrupted):
+        fit_foreign(make_trainer(*own, Interrupt(cut), name="cut", max_steps=7, val_check_interval=3))
+    alone, shared = (
+        run(make_trainer, own, name) for own, name in [(callbacks(quality=None), "alone"), (own, "shared")]
+    )
+    assert all(same(shared[part], alone[part]) for part in alone)
+
+
+def test_callbacks_used_before_take_up_a_checkpoint_as_new_ones_do(make_trainer, tmp_path):
+    path, used = tmp_path / "at.ckpt", callbacks(quality=None)
+    fit_foreign(make_trainer(*used, Save(path, AT + 2), name="first", max_steps=7))
+    found = []
+    for own, name in [(callbacks(quality=None), "new"), (used, "used")]:
+        module = Foreign()
+        trainer = make_trainer(*own, name=name, max_steps=8)
+        torch.manual_seed(7)
+        trainer.fit(module, loader(), val_loader(), ckpt_path=path)
+        found.append((dict(module.state_dict()), own[1].plan.to_dict(), own[1].state_dict()["quality"]))
+    assert same(*found)
+
+
+class Stop(Callback):
+    """Has the run end early, once."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def test_a_second_fit_of_the_dropped_module_goes_on_with_its_plan(make_trainer):
+    """Rounds at 3, 6 and 9, of which the first run makes two: by the same Trainer and by another one."""
+    module, stop = Foreign(), Stop(7)
+    drop = SublayerDrop(3, count=1, every_n_steps=3, rounds=3, calibration_batches=2, quality_batches=2)
+    trainer = make_trainer(drop, stop, max_steps=11)
+    with pytest.warns(UserWarning, match="the drop at step 9 never happened"):
+        fit_foreign(trainer, module)
+    plan, before = drop.plan, drop.quality["before"]
+    assert len(plan) == 2
+    fit_foreign(trainer, module)
+    assert list(drop.plan)[:2] == list(plan)
+    assert len(drop.plan) == len(set(drop.plan)) == 3
+    assert set(drop.plan) == set(bypassed_sublayers(module))
+    assert drop.quality["before"] == before
+    fit_foreign(make_trainer(drop, max_steps=10), module)
+    assert len(drop.plan) == len(set(drop.plan)) == 6
+    assert set(drop.plan) == set(bypassed_sublayers(module))
+    assert drop.quality["before"] == before
+
+
+@pytest.mark.parametrize("own", [RedundancyMonitor, Report, lambda: SpeedMonitor(6, 2, quality=None)])
+def test_each_alone_has_checkpoints_written_whole_also_in_another_thread(make_trainer, own):
+    for plugins, outer in ([], AtomicCheckpointIO), ([AsyncCheckpointIO()], AsyncCheckpointIO):
+        trainer = make_trainer(own(), plugins=plugins, max_steps=1, limit_val_batches=0)
+        fit_foreign(trainer)
+        writer = trainer.strategy.checkpoint_io
+        assert type(writer) is outer
+        assert type(getattr(writer, "checkpoint_io", writer)) is AtomicCheckpointIO
+
+
+# ---- metrics.csv ----
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_rows_that_lightning_deletes_as_a_run_is_resumed_are_told_of(make_trainer, tmp_path):
+    path = tmp_path / "at.ckpt"
+
+    def fit(*others, name="run", steps=8, ckpt_path=None):
+        own = SublayerDrop(2, count=1, calibration_batches=1, quality_batches=0)
+        trainer = make_trainer(own, *others, name=name, csv=True, max_steps=steps)
+        trainer.fit(Foreign(), loader(), val_loader(), ckpt_path=ckpt_path)
+        with open(tmp_path / name / "metrics.csv", newline="") as file:
+            return {int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]}
+
+    assert fit(Save(path, 6)) == set(range(8))
+    assert fit(name="other", ckpt_path=path) == {5, 6, 7}  # every warning is an error here
+    with pytest.warns(UserWarning, match=r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6; resume with"):
+        assert fit(ckpt_path=path) == {5, 6, 7}
