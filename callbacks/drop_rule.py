@@ -12,7 +12,7 @@ from layershed.errors import SelectionError
 from layershed.latency import measure_latency
 from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.schedule import DropSchedule
-from layershed.selection import Objective, protected_sublayers, rank_sublayers, select_sublayers
+from layershed.selection import Objective, equal_scores, protected_sublayers, rank_sublayers, select_sublayers
 from layershed.stopwatch import Phase, SpeedSettings
 from layershed.targeting import check_choice, check_reachable, drop_to_speedup, phase_of
 
@@ -62,7 +62,7 @@ class DropRule:
             SelectionError: If it has too few sublayers.
             MeasurementError: If its speed is needed and cannot be measured.
         """
-        equal = _equal_scores(find_sublayers(pl_module, name=self.transformer))
+        equal = equal_scores(find_sublayers(pl_module, name=self.transformer))
         if self.target_speedup is None:
             total = None if self.count is None else self.count * self.schedule.rounds
             select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=protect)
@@ -84,7 +84,7 @@ class DropRule:
         """
         if self.target_speedup is None:
             return
-        equal = _equal_scores(find_sublayers(pl_module, name=self.transformer))
+        equal = equal_scores(find_sublayers(pl_module, name=self.transformer))
         groups = rank_sublayers(equal, self.scope, protect=protect)
         with trainer.precision_plugin.forward_context():
             check_reachable(
@@ -153,8 +153,3 @@ def resolve_protected(
 ) -> tuple[Sublayer, ...]:
     """What ``protect`` means on the whole model: a negative index must not wander as the last blocks go."""
     return tuple(protected_sublayers(find_sublayers(pl_module, name=transformer), protect))
-
-
-def _equal_scores(sublayers: Collection[Sublayer]) -> ImportanceScores:
-    blocks = dict.fromkeys((sublayer.block for sublayer in sublayers), 0)
-    return ImportanceScores(dict.fromkeys(sublayers, 0.0), blocks=blocks)

@@ -20,7 +20,7 @@ from layershed.plan import DropPlan, ImportanceScores, Scope
 from layershed.quality import Quality
 from layershed.recovery import adapted_modules, adapters_off
 from layershed.roofline import Ceilings, measure_ceilings
-from layershed.selection import Objective, select_sublayers
+from layershed.selection import Objective, equal_scores, select_sublayers
 from layershed.speed import SpeedReport, measure_speed
 from layershed.stopwatch import SpeedSettings, describe_device
 from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, removed_sublayers, restore
@@ -145,9 +145,7 @@ def check_comparison(model: nn.Module, base: str | None, scopes: Sequence[Scope]
 def _check_sweep(model: nn.Module, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
     if not scopes:
         raise SelectionError("benchmark: scopes is empty; give at least one.")
-    # any importances will do to see whether there is enough of everything
-    equal = ImportanceScores(dict.fromkeys(find_sublayers(model), 0.0), blocks={})
-    equal.blocks = dict.fromkeys((sublayer.block for sublayer in equal), 0.0)
+    equal = equal_scores(find_sublayers(model))
     for scope in scopes:
         for count in counts:
             select_sublayers(equal, scope, count=count)

@@ -40,7 +40,7 @@ from layershed.running import (
     run_directory,
     score_sublayers,
 )
-from layershed.selection import Objective, check_selection, select_sublayers
+from layershed.selection import Objective, check_selection, equal_scores, select_sublayers
 from layershed.speed import measure_speed
 from layershed.stopwatch import SpeedSettings
 from layershed.surgery import bypass, dropped_sublayers
@@ -163,9 +163,7 @@ class Trainer(ComparingTrainer):
                 f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
                 "dense one to compare with; prune the model that it came from."
             )
-        everything = find_sublayers(model)
-        equal = ImportanceScores(dict.fromkeys(everything, 0.0), blocks=dict.fromkeys((s.block for s in everything), 0))
-        select_sublayers(equal, scope, count=count, ratio=ratio, protect=protect)
+        select_sublayers(equal_scores(find_sublayers(model)), scope, count=count, ratio=ratio, protect=protect)
 
         console, folder = Console(), prepare(self, model, datamodule)
         scores = score_sublayers(self, model, datamodule, metric, batches, folder)

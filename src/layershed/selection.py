@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from layershed.errors import SelectionError
@@ -116,6 +116,12 @@ def _price(
         return max(importance, 0.0) / (1000 * seconds)
 
     return per_millisecond
+
+
+def equal_scores(sublayers: Collection[Sublayer]) -> ImportanceScores:
+    """Importances that are all the same, which do to see beforehand whether there is enough to drop."""
+    blocks = dict.fromkeys((sublayer.block for sublayer in sublayers), 0.0)
+    return ImportanceScores(dict.fromkeys(sublayers, 0.0), blocks=blocks)
 
 
 def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> None:
