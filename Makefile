@@ -11,7 +11,7 @@ fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -88,7 +88,13 @@ def _deaths(place: Path) -> list[float | None]:
         for where in deaths.PLACES:
             folder = _fresh(place, f"death-{len(found)}")
             killed, other, seconds = ranks.seconds_to_follow(deaths.__name__, folder, where, str(dies), dies=dies)
-            found.append(_told(f"rank {dies} killed at: {where}", killed == -9 and other not in (None, 0), seconds))
+            ended = killed == -9 and other not in (None, 0)
+            if where == deaths.SHARDS:
+                check = import_module("tests.distributed.checks").former_shards_are_left
+                ended &= _holds(
+                    f"rank {dies} killed at: {where}: the former checkpoint is left", partial(check, folder)
+                )
+            found.append(_told(f"rank {dies} killed at: {where}", ended, seconds))
         ended, seconds = launched.seconds_to_follow(_fresh(place, f"death-{len(found)}"), dies)
         found.append(_told(f"rank {dies} of Lightning's launcher killed", ended, seconds))
     return found

@@ -12,7 +12,8 @@ from torch import nn
 
 from layershed.adapter_folder import check_adapter_folder, save_adapter
 from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
-from layershed.callbacks.strategies import fit_strategy, is_sharded, reshard, restore_empty_rates, train_adapters
+from layershed.callbacks.sharded_checkpoints import reshard
+from layershed.callbacks.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.callbacks.structure import (
     callbacks_of,
     carry_structure,

@@ -28,7 +28,8 @@ from layershed.callbacks.run import (
     show,
     write_text,
 )
-from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed, reshard
+from layershed.callbacks.sharded_checkpoints import reshard
+from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed
 from layershed.callbacks.structure import carry_structure, check_averaging, check_order, leave_structure
 from layershed.discovery import find_transformer
 from layershed.errors import SelectionError, UnknownNameError

@@ -23,7 +23,7 @@ RANKS = [
         "wording",
         "checkpoint_io",
     },
-    {"probe", "metrics", "selection", "kinds", "resuming"},
+    {"probe", "metrics", "selection", "kinds", "resuming", "shards"},
     {"substitution", "quantized_linear"},
     {"branches"},
     {"trial"},

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from layershed.overrides import install, lifted, overridden, override_of, uninstall
+from layershed.overrides import install, lifted, overridden, override_of, uninstall, withheld
 from layershed.plan import Sublayer
 from layershed.standins import StandIn
 from tests.conftest import build_model
@@ -109,3 +109,18 @@ def test_a_cache_that_a_bypassed_attention_filled_holds_no_memory_to_speak_of(to
     assert own.shape[2] == other.shape[2] == tokens.shape[1]
     assert own.numel() * 8 <= other.numel()
     assert own.untyped_storage().nbytes() == own.element_size()
+
+
+def test_what_is_withheld_has_other_names_in_the_same_order_until_the_end():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Linear(3, 2))
+    model.add_module("again", model[1][0])  # a module that stands in two places
+    names, parameters = list(model.state_dict()), list(map(id, model.parameters()))
+    for module in (model[1], model[1][0]):
+        install(module, pass_through())
+    with withheld(model):
+        inside = list(model.state_dict()), list(map(id, model.parameters()))
+    assert inside[1] == parameters
+    wanted = {"1.0": "1 (dropped).0 (dropped)", "1.1": "1 (dropped).1", "again": "again (dropped)"}
+    paths = [name.rpartition(".") for name in names]
+    assert inside[0] == [f"{wanted.get(path, path)}.{name}" for path, _, name in paths]
+    assert (list(model.state_dict()), list(map(id, model.parameters()))) == (names, parameters)

@@ -12,6 +12,7 @@ from torch import nn
 from layershed.checkpoint_io import read_checkpoint
 from layershed.discovery import find_transformer
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
+from layershed.overrides import WITHHELD
 from layershed.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery import checked_settings, inject_at, lora_settings, remove_lora
@@ -85,7 +86,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
 
     Args:
         checkpoint: A checkpoint that :func:`write_structure` has seen, or any other; the mark among its weights is
-            taken out.
+            taken out, and what FSDP2 withheld has its own name again.
         model: The module that holds the transformer.
         name: Path of the transformer inside it, needed where it holds more than one.
 
@@ -118,6 +119,8 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         weights = checkpoint.get("state_dict", {})
         for mark in [key for key in weights if key.startswith(_MARK)]:
             del weights[mark]
+        for key in [key for key in weights if WITHHELD in key]:
+            weights[key.replace(WITHHELD, "")] = weights.pop(key)
 
 
 def has_structure(model: nn.Module, *, name: str | None = None) -> bool:

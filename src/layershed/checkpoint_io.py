@@ -110,12 +110,17 @@ def write_atomically(target: Path, content: Any) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, so that they outlive a power cut."""
     with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
-        folder = os.open(target.parent, os.O_RDONLY)
+        opened = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)  # so that the new name outlives a power cut, too
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def read_checkpoint(path: Path, **options: Any) -> Any:

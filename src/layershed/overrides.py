@@ -7,7 +7,7 @@ pickle carry it along, and nothing has to be kept elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ class _Note:
         return self.text
 
 
+WITHHELD = " (dropped)"  # behind the name of a module, in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
 _HOOKS = (
     "_forward_hooks",
@@ -154,3 +155,31 @@ def _clear(module: nn.Module, override: StandIn) -> None:
     for name in _HIDDEN:
         del module.__dict__[name]
     module.__dict__.update(override.own)
+
+
+@contextmanager
+def withheld(model: nn.Module) -> Iterator[None]:
+    """Within the context overridden modules go by names that no dense model has, and so do their parameters.
+
+    A checkpoint that is written within it lacks what a dense model asks for; what reads it must be bypassed alike, and
+    within such a context, too.
+    """
+    parents = [parent for parent in model.modules() if any(map(_overridden, parent._modules.values()))]
+    for parent in parents:
+        _rename(parent, lambda name, child: name + WITHHELD if _overridden(child) else name)
+    try:
+        yield
+    finally:
+        for parent in parents:
+            _rename(parent, lambda name, _child: name.replace(WITHHELD, ""))
+
+
+def _overridden(module: nn.Module | None) -> bool:
+    return module is not None and override_of(module) is not None
+
+
+def _rename(parent: nn.Module, name_of: Callable[[str, nn.Module | None], str]) -> None:
+    # all of them anew: their order is that of the parameters, by which optimizer states are told apart
+    children = {name_of(name, child): child for name, child in parent._modules.items()}
+    parent._modules.clear()
+    parent._modules.update(children)

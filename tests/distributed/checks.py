@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from dataclasses import astuple
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import layershed as ls
 from layershed.quality import evaluate_quality
 from layershed.recovery import set_enabled
+from layershed.shards import read_notes
 from tests.callbacks.conftest import BATCH, FORMULAS, Foreign, HandRun, same, sequences
 from tests.callbacks.two_ranks import run_two_ranks
 from tests.conftest import build_model
@@ -237,6 +239,30 @@ def read_in_one_process(found):
     assert same(dict(module.net.state_dict()), dict(wanted.state_dict()))
 
 
+def not_loaded_densely(name, shards, found):
+    """Lightning, which passes by what it does not know, misses the weights of what is dropped or adapted."""
+    drops = found.ranks[0]["fit", name, shards, None]["plan"]["drops"]
+    paths = {f"net.model.layers.{d['block']}.{'self_attn' if d['kind'] == 'attention' else d['kind']}" for d in drops}
+    for rank in found.ranks:
+        said = rank["dense", name, shards]
+        assert said is not None, "evaluated the dense model"
+        missing = re.search(
+            r"(?:Missing key in checkpoint state_dict: state_dict\.|contains a key ')([\w.]+)\.weight", said
+        )
+        assert missing, said
+        # of adapted modules the weights have other names anyhow
+        assert name != "drop" or missing[1].rpartition(".")[0] in paths, said
+
+
+def former_shards_are_left(folder):
+    """Whoever was killed while a folder of shards was written over another: the other one is there, byte for byte."""
+    path = folder / "last.ckpt"
+    assert read_notes(path)["global_step"] == 1
+    names = sorted(file.name for file in path.iterdir())
+    assert names == sorted(file.name for file in (folder / "first").iterdir())
+    assert all((path / name).read_bytes() == (folder / "first" / name).read_bytes() for name in names)
+
+
 def other_adapters_are_refused(shards, found):
     for rank in found.ranks:
         assert "has no adapters" in rank["refused", shards]["lora"]
@@ -254,6 +280,7 @@ def checks_of_sharded(which):
             checks[f"{title}: weights and importances by hand"] = partial(by_hand, shards)
         if name == "lora":
             checks[f"{title}: weights by hand"] = partial(adapters_by_hand, shards)
+        checks[f"{title}: not loaded without layershed"] = partial(not_loaded_densely, name, shards)
         for cut in cuts:
             checks[f"{title}: resumed at step {cut}"] = partial(resumed_is_whole, name, shards, cut)
         if name == "headed":

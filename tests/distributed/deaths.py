@@ -1,12 +1,14 @@
 """Two processes, of which one is killed at a given place; the other must end, too."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 import layershed.speed
 import layershed.stopwatch
@@ -15,9 +17,11 @@ from layershed.callbacks import RedundancyMonitor, SublayerDrop, sublayer_drop
 from layershed.stopwatch import SpeedSettings
 from tests.callbacks.conftest import BATCH, Foreign, loader, val_loader
 from tests.callbacks.ticking import MADE_UP, Ticking
+from tests.distributed import sharded
 
 STEPS, START = 6, 3
-PLACES = ("training step", "scoring pass", "drop", "speed measurement", "checkpoint")
+SHARDS = "folder of shards"
+PLACES = ("training step", "scoring pass", "drop", "speed measurement", "checkpoint", SHARDS)
 
 
 def die(*_, **__):
@@ -43,6 +47,22 @@ class Saving(pl.Callback):
 
     def state_dict(self):
         return die() if self.dies else {}
+
+
+class SavingShards(pl.Callback):
+    """Saves twice by the same name, and may die once its shard of the second one is written."""
+
+    def __init__(self, dies):
+        self.dies = dies
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        path = Path(trainer.default_root_dir) / "last.ckpt"
+        if self.dies and path.exists():
+            write = FileSystemWriter.write_data
+            FileSystemWriter.write_data = lambda *args: (write(*args).wait(), die())
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            shutil.copytree(path, path.with_name("first"))
 
 
 def cut_short(batches_of):
@@ -76,6 +96,10 @@ def run(folder, place, dies):
         sublayer_drop.bypass = die
     elif dies and place == "speed measurement":
         layershed.targeting.measure_latency = die
+    if place == SHARDS:
+        callbacks = [SublayerDrop(1, count=2, calibration_batches=1, quality_batches=0), SavingShards(dies)]
+        sharded.trainer_of(folder, *callbacks).fit(sharded.Sharded(), loader(2 * STEPS * BATCH))
+        return
     module = Foreign()
     clock.watch(module.net)
     trainer = pl.Trainer(

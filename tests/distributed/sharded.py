@@ -167,6 +167,16 @@ def refused(folder, shards):
     return found
 
 
+def loaded_densely(folder, name, shards):
+    """What a Trainer that knows nothing of layershed says to the checkpoint of a dropped model, if anything."""
+    path = folder / f"{name}-{shards}" / f"{STEPS}.ckpt"
+    try:
+        trainer_of(folder / "dense", shards=shards).validate(Sharded(), share(sequences(2 * BATCH)), ckpt_path=path)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def main(folder, combinations):
     """Runs with their name, whether checkpoints are folders of shards, and the steps from which to resume."""
     torch.set_num_threads(1)
@@ -174,6 +184,7 @@ def main(folder, combinations):
     for name, shards, cuts in combinations:
         for cut in (None, *cuts):
             results["fit", name, shards, cut] = fit(folder, name, shards, cut)
+        results["dense", name, shards] = loaded_densely(folder, name, shards)
         for cut in (CUTS[0], STEPS) if name != "headed" else ():
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
     for shards in (True, False):

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, NAdam
 
 from layershed.callbacks import LoRARecovery, Quantization, SpeedMonitor, SublayerDrop
-from layershed.callbacks.strategies import reshard
+from layershed.callbacks.sharded_checkpoints import reshard
 from layershed.errors import CheckpointError, StrategyError
 from layershed.optimizers import complete_state, without_empty_groups
 from tests.callbacks.conftest import Foreign, same
@@ -48,6 +48,8 @@ class Replicas(Unstarted, DDPStrategy):
 
 
 class Shards(Unstarted, ModelParallelStrategy):
+    cluster_environment = None
+
     def __init__(self, tensor_parallel_size=1):
         self._tensor_parallel_size = tensor_parallel_size
 
