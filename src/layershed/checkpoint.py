@@ -12,10 +12,11 @@ from torch import nn
 from layershed.checkpoint_io import read_checkpoint
 from layershed.discovery import find_transformer
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
-from layershed.overrides import WITHHELD
+from layershed.overrides import WITHHELD, withheld
 from layershed.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery import checked_settings, inject_at, lora_settings, remove_lora
+from layershed.shards import read_notes, read_shards
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"
@@ -31,14 +32,16 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
 
     Args:
         module: What was trained, built anew; where loading fails, it may be half loaded.
-        path: A checkpoint, whole or of the weights alone; nothing in it is executed.
+        path: A checkpoint, whole or of the weights alone, or a folder of shards that FSDP2 wrote; nothing in it is
+            executed.
         name: Path of the transformer inside ``module``, needed where it holds more than one.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it does not fit the module.
         AmbiguousModelError: If the module holds more than one transformer and none is named.
     """
-    checkpoint = _read(Path(path))
+    path = Path(path)
+    checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)
     try:
         apply_structure(checkpoint, module, name=name)
     except AmbiguousModelError:
@@ -47,6 +50,10 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
         raise CheckpointError(f"{str(path)!r}: {error}") from error
     # as Lightning does; a plain module has no such hook
     getattr(module, "on_load_checkpoint", _nothing)(checkpoint)
+    if path.is_dir():
+        with withheld(module):
+            read_shards(path, {"state_dict": module.state_dict()})  # in place
+        return
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

@@ -68,11 +68,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             weights_only: False runs whatever the file's pickle asks for: only for files of people you trust.
 
         Raises:
-            CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
+            CheckpointError: If it is torn, a folder, or holds what only ``weights_only=False`` would load.
             FileNotFoundError: If there is none.
         """
         weights_only = weights_only is not False  # also for a URL, where Lightning's default would run the pickle
         target = local_path(path)
+        if target is not None:
+            _refuse_folder(target)
         if target is None or not target.is_file():
             return super().load_checkpoint(path, map_location, weights_only)
         content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
@@ -171,6 +173,7 @@ def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> No
     Raises:
         CheckpointError: If there is no such file, it is torn, or Lightning did not write it.
     """
+    _refuse_folder(path)
     if not path.is_file():
         raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
     # the weights were read once for their checksums; mapped, they are not brought to memory, too
@@ -228,6 +231,15 @@ def local_path(path: str | Path) -> Path | None:
     """A path on this machine, also as a ``file://`` URL; None for anything else."""
     system, name = url_to_fs(str(path))
     return Path(name) if isinstance(system, LocalFileSystem) else None
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: it is a folder, such as ModelParallelStrategy writes, and a file is needed here; "
+            "have that strategy write files (save_distributed_checkpoint=False), or read it with "
+            "layershed.load_checkpoint(module, path)."
+        )
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, 
 
 
 def read_shards(path: Path, state: dict[str, Any]) -> None:
-    """Fill a nested state dict in place; call it on every rank.
+    """Fill a nested state dict in place; in a process group call it on every rank.
 
     Args:
         path: The folder.
@@ -126,7 +127,9 @@ def read_shards(path: Path, state: dict[str, Any]) -> None:
         CheckpointError: If one of them is not in the checkpoint, has another shape, or would have to be run.
     """
     try:
-        load(state, storage_reader=_Reader(path), planner=_Planner())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            load(state, storage_reader=_Reader(path), planner=_Planner())
     except CheckpointException as error:
         reasons = [reason for reason, _ in error.failures.values()]
         refused = next((reason for reason in reasons if isinstance(reason, CheckpointError)), None)
