@@ -68,6 +68,12 @@ class ShardedCheckpoints:
         noted = _read_notes(path, weights_only)
         transformer = find_transformer(self.pl_module, name=self.transformer)
         _check_loadable(noted, transformer)
+        if trainer.optimizers and not all(own["state"] for own in noted.get("optimizer_states", ())):
+            raise CheckpointError(
+                f"ckpt_path={str(path)!r}: an optimizer without a state, such as SGD without momentum, cannot be "
+                "resumed from a single file under ModelParallelStrategy; give it momentum, or write folders "
+                "(save_distributed_checkpoint=True)."
+            )
         apply_structure(noted, self.pl_module, name=self.transformer)
         forget_parameters(trainer.optimizers, transformer)
         # off again where LoRARecovery says that it had not begun; of the weights alone nobody says so

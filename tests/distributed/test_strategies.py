@@ -48,7 +48,7 @@ class Replicas(Unstarted, DDPStrategy):
 
 
 class Shards(Unstarted, ModelParallelStrategy):
-    cluster_environment = None
+    cluster_environment = _model = None
 
     def __init__(self, tensor_parallel_size=1):
         self._tensor_parallel_size = tensor_parallel_size
@@ -95,8 +95,9 @@ def test_the_speed_of_shards_is_not_measured(callback):
         own.on_fit_start(trainer_with(Shards(), own), Foreign())
 
 
-def loading(path, module):
+def loading(path, module, *optimizers):
     strategy = Shards()
+    strategy._optimizers, strategy._lightning_module = list(optimizers), module
     strategy.broadcast = lambda found: found
     callback = SublayerDrop(2, count=1)
     callback.setup(trainer_with(strategy), module, "validate")
@@ -108,6 +109,18 @@ def test_quantized_weights_are_not_loaded_into_shards(tmp_path):
     torch.save({"state_dict": {}, "layershed": note}, tmp_path / "quantized.ckpt")
     with pytest.raises(CheckpointError, match="quantized, and ModelParallelStrategy cannot shard"):
         loading(tmp_path / "quantized.ckpt", Foreign())
+
+
+def test_a_file_without_an_optimizers_state_is_not_resumed_from(tmp_path):
+    """Of which Lightning asks for the first."""
+    module = Foreign()
+    for name, state in (("none", {}), ("some", {0: {"step": 1.0}})):
+        content = {"state_dict": {}, "optimizer_states": [{"state": state, "param_groups": []}]}
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    with pytest.raises(CheckpointError, match=r"SGD without momentum.*single file.*save_distributed_checkpoint=True"):
+        loading(tmp_path / "none.ckpt", module, SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="distributed model"):  # as far as Lightning's own reading
+        loading(tmp_path / "some.ckpt", module, SGD(module.parameters(), lr=0.1))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
