@@ -26,6 +26,7 @@ from layershed.callbacks import LoRARecovery, Quantization, RedundancyMonitor, R
 from layershed.cli import main as command_line
 
 KINDS, MODULES = ("one-shot", "iterative", "lora", "nf4"), ("ours", "foreign")
+STATELESS = ("iterative", "nf4")  # with the foreign module these read a plain DataLoader, the others a stateful one
 STEPS, SAVE_EVERY, TOKENS = 20, 2, 16  # 8 batches an epoch: checkpoints also at its end, and behind the last step
 NET = {
     "hidden_size": 32,
@@ -198,7 +199,7 @@ def _foreign(kind: str, folder: Path) -> int:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(3, 97, (24, TOKENS), generator=generator)
     items: Any = [{"input_ids": row, "labels": row} for row in rows]
-    train = StatefulDataLoader(items[:16], batch_size=2, shuffle=True)
+    train = (DataLoader if kind in STATELESS else StatefulDataLoader)(items[:16], batch_size=2, shuffle=True)
     val: DataLoader[Any] = DataLoader(items[16:], batch_size=2)
     trainer.fit(Plain(), train, val, ckpt_path="last")
     return 0

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from layershed.batches import as_inputs, describe
+from layershed.callbacks.randomness import own_generators
 from layershed.errors import CalibrationError
 
 
@@ -99,8 +99,7 @@ def _isolated(loader: Any) -> Iterator[Any]:
 @contextmanager
 def _kept(loader: Any) -> Iterator[None]:
     """Put the loader's own generators back to where they were."""
-    owners = (loader, getattr(loader, "sampler", None))
-    generators = [own for owner in owners if isinstance(own := getattr(owner, "generator", None), torch.Generator)]
+    generators = own_generators(loader)
     states = [generator.get_state() for generator in generators]
     yield
     for generator, state in zip(generators, states, strict=True):

@@ -1,10 +1,15 @@
-"""``metrics.csv`` of a run that may be killed: CSVLogger empties it whenever a metric of a new name comes."""
+"""``metrics.csv`` of a run that may be killed.
+
+CSVLogger empties it whenever a metric of a new name comes, and deletes it when a resumed run opens it.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,35 +41,81 @@ def keep_rows(logger: Logger) -> None:
 
 
 def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Note which files hold the rows of a run so far."""
-    if trainer.state.fn == TrainerFn.FITTING and (files := [str(file) for file in _files(trainer) if file.is_file()]):
-        checkpoint[ROWS_KEY] = files
+    """Note how many rows there are, and give the file a second name: Lightning deletes the first as a logger opens."""
+    noted = {}
+    for _, file in _files(trainer):
+        if file.is_file():
+            lines = _lines(file)
+            noted[str(file)] = {"rows": len(lines) - 1, "last": _values(lines[0], lines[-1])}
+            _keep(file)
+    if noted:
+        checkpoint[ROWS_KEY] = noted
 
 
-def tell_lost_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Warn if the logger of a resumed run took its file away; Lightning has done so before any callback is asked."""
-    noted = checkpoint.get(ROWS_KEY, ())
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
-    for file in _files(trainer):
-        if str(file) in noted and not file.is_file():
+def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Bring back the rows of before, where the logger of a resumed run took its file away; warn if they are lost.
+
+    Lightning has done so before any callback is asked. What came behind the checkpoint is logged anew.
+    """
+    noted = checkpoint.get(ROWS_KEY, {})
+    for writer, file in _files(trainer):
+        if str(file) not in noted or file.is_file():
+            continue
+        count, kept = noted[str(file)]["rows"], _kept(file)
+        lines = _lines(kept)[: count + 1] if kept.is_file() else []
+        # the second name may be that of another run's rows, which began in the same place
+        if len(lines) == count + 1 and _values(lines[0], lines[-1]) == noted[str(file)]["last"]:
+            rows = list(csv.DictReader(lines))
+            writer.metrics_keys = list(rows[0])
+            _write(file, writer.metrics_keys, rows)
+        else:
             rank_zero_warn(
                 f"CSVLogger deleted {str(file)!r} as it opened, and with it the rows before step "
                 f"{checkpoint['global_step']}; resume with a version of its own, such as CSVLogger(version=None)."
             )
 
 
-def _files(trainer: Trainer) -> Iterator[Path]:
-    for logger in trainer.loggers:
+def _files(trainer: Trainer) -> Iterator[tuple[ExperimentWriter, Path]]:
+    for logger in trainer.loggers if trainer.state.fn == TrainerFn.FITTING else ():
         writer = logger.experiment if isinstance(logger, CSVLogger) else None
-        file = local_path(writer.metrics_file_path) if isinstance(writer, ExperimentWriter) else None
-        if file is not None:
-            yield file.absolute()
+        if isinstance(writer, ExperimentWriter):
+            file = local_path(writer.metrics_file_path)
+            if file is not None:
+                yield writer, file.absolute()
+
+
+def _kept(file: Path) -> Path:
+    return file.with_name(f".{file.name}.kept")
+
+
+def _keep(file: Path) -> None:
+    """A link, which costs no room; what is appended later stands behind the rows that are noted."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(file, beside)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, beside)
+    os.replace(beside, _kept(file))
+    beside.unlink(missing_ok=True)  # of two names of one file, replace leaves both
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def _values(header: str, line: str) -> dict[str, str]:
+    """What a row holds, however many empty columns there are by now."""
+    return {name: value for name, value in next(csv.DictReader([header, line])).items() if value}
 
 
 def _with_header(file: Path, names: Sequence[str]) -> None:
     with file.open(encoding="utf-8", newline="") as old:
         rows = list(csv.DictReader(old))
+    _write(file, names, rows)
+
+
+def _write(file: Path, names: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed
 from lightning.pytorch import Trainer
+
+T = TypeVar("T")
 
 
 def random_states() -> dict[str, Any]:
@@ -33,7 +35,15 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def of_every_rank(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """Those that a loader and its samplers were given, each once."""
+    batching = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batching, getattr(batching, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list(dict.fromkeys(own for own in found if isinstance(own, torch.Generator)))
+
+
+def of_every_rank(own: T, trainer: Trainer) -> list[T]:
     """What every rank of the trainer gives, in their order; call it on every rank.
 
     A process group may be there that is somebody else's: a trainer of one process asks nobody.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
 from layershed.callbacks.history import append, begin, note, take_up
-from layershed.callbacks.resumption import prepare_resumption
 from layershed.callbacks.run import (
     IMPORTANCE_FILE,
     StepCounter,
@@ -21,7 +20,7 @@ from layershed.callbacks.run import (
     run_directory,
     show,
 )
-from layershed.callbacks.structure import callbacks_of
+from layershed.callbacks.structure import callbacks_of, carry_progress, leave_structure
 from layershed.errors import NotFiniteError, ScheduleError
 from layershed.metrics import get_metric
 
@@ -55,6 +54,7 @@ class RedundancyMonitor(Callback):
         get_metric(metric)
         self.every_n_steps, self.metric, self.transformer = every_n_steps, metric, transformer
         self._steps = StepCounter()
+        self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._measured = False
         self._latest: dict[str, float] = {}
@@ -73,15 +73,20 @@ class RedundancyMonitor(Callback):
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints written whole, and begin anew unless this Trainer goes on with its run."""
-        prepare_resumption(trainer)
+        """Have checkpoints say how far the run has come, and begin anew unless this Trainer goes on with its run."""
+        carry_progress(pl_module, self.transformer)
         if stage == "fit":  # of a resumed run the checkpoint's state comes later
             self._restored = {}
             if trainer.global_step == 0:
                 self._latest, self._steps = {}, StepCounter()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give a module in its original state its hooks back."""
+        leave_structure(pl_module)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the sublayers and register the hooks, before anything is compiled."""
+        self._trainer = trainer
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
         self._tracker.attach()
         self._file = run_directory(trainer) / IMPORTANCE_FILE
@@ -89,8 +94,8 @@ class RedundancyMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin ``importance.csv``, with the history of the run that is resumed."""
-        self._steps.start(trainer)
         restored, self._restored = self._restored, {}
+        self._steps.start(trainer, restored.get("stride"))
         if restored:
             self._require_tracker().load_state_dict(own_share(trainer, restored["sums"]))
             self._latest = restored["latest"]
@@ -135,10 +140,11 @@ class RedundancyMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Running sums, and how far the history has come, as primitives."""
-        if self._tracker is None or self._file is None:
+        if self._trainer is None or self._tracker is None or self._file is None:
             return {}
+        sums = every_share(self._tracker.state_dict(), self._trainer)
         history = note(self._file) if self._writes else None
-        return {"sums": every_share(self._tracker.state_dict()), "history": history, "latest": dict(self._latest)}
+        return {"sums": sums, "history": history, "latest": dict(self._latest), "stride": self._steps.stride}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the run directory is known."""

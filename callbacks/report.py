@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from layershed.callbacks.resumption import prepare_resumption
 from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
+from layershed.callbacks.structure import carry_progress, leave_structure
 from layershed.discovery import find_transformer
 from layershed.errors import ScheduleError
 from layershed.figures import MOST_COLUMNS, drop_steps
@@ -55,8 +55,8 @@ class Report(Callback):
         self._stale: set[tuple[str, int]] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints written whole, and begin anew unless this Trainer goes on with its run."""
-        prepare_resumption(trainer)
+        """Have checkpoints say how far the run has come, and begin anew unless this Trainer goes on with its run."""
+        carry_progress(pl_module)
         if stage == "fit" and trainer.global_step == 0:  # of a resumed run the checkpoint's state comes later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
 
@@ -94,7 +94,8 @@ class Report(Callback):
         self._finished = record, write_report(record, directory / REPORT_FILE)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the table."""
+        """Print the table, and give a module in its original state its hooks back."""
+        leave_structure(pl_module)
         if self._finished is not None:
             (record, path), self._finished = self._finished, None
             console = Console()

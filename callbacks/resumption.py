@@ -4,6 +4,8 @@ A checkpoint that is written at the end of a batch comes before three things tha
 metrics, the validation that is due there, and, behind the last step, the end of the epoch and of training. Lightning
 takes all of them for done. A run that was killed right behind the checkpoint has not done them. Nor does Lightning
 keep the state of the random number generators, which dropout draws from.
+
+A loader without a state begins its epoch anew; how it is brought back is in :mod:`layershed.callbacks.epoch_start`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from layershed.callbacks.epoch_start import (
+    EPOCH_KEY,
+    batches_read,
+    leave_epochs,
+    note_epoch_start,
+    read_again,
+    set_own_generators,
+    watch_epochs,
+)
 from layershed.callbacks.metrics_file import keep_rows
 from layershed.callbacks.randomness import of_every_rank, random_states, set_random_states
 from layershed.checkpoint_io import keep_checkpoints_whole
@@ -30,6 +41,8 @@ def prepare_resumption(trainer: Trainer) -> None:
     if trainer.state.fn == TrainerFn.FITTING:
         for logger in trainer.loggers:
             keep_rows(logger)
+        watch_epochs(trainer)
+        _unwrap_at_the_end(trainer)
 
 
 def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -38,6 +51,7 @@ def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         logger.save()
     if trainer.state.fn == TrainerFn.FITTING:
         checkpoint[RANDOM_KEY] = of_every_rank(random_states(), trainer)
+        note_epoch_start(checkpoint, trainer)
     loop: Any = trainer.fit_loop.epoch_loop
     batches = loop.batch_progress.total
     if trainer.state.fn != TrainerFn.FITTING or not trainer.training or batches.processed == batches.completed:
@@ -67,7 +81,7 @@ def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             logger.save()
     if noted.get("validates"):
         _validation_to_come(checkpoint["loops"]["fit_loop"])
-    _wrap(trainer, noted, checkpoint.get(RANDOM_KEY, ()))
+    _wrap(trainer, noted, checkpoint.get(RANDOM_KEY, ()), checkpoint.get(EPOCH_KEY, ()))
 
 
 def _validation_to_come(loops: dict[str, Any]) -> None:
@@ -81,7 +95,9 @@ def _validation_to_come(loops: dict[str, Any]) -> None:
     validation["is_last_batch"] = False
 
 
-def _wrap(trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]]) -> None:
+def _wrap(
+    trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]], epochs: Sequence[dict[str, Any]]
+) -> None:
     """Look at the loop once its state and its loaders are there, and before it decides that there is nothing to do."""
     loop: Any = trainer.fit_loop
     kind, validates = type(loop), bool(noted.get("validates"))
@@ -90,6 +106,7 @@ def _wrap(trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, An
         vars(loop).pop("on_advance_start", None)
         if len(random) == trainer.world_size:  # on another number of ranks there is none to go on with
             set_random_states(random[trainer.global_rank])
+        set_own_generators(epochs, trainer)
 
     def first_start() -> None:
         draw_on()
@@ -103,8 +120,10 @@ def _wrap(trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, An
         vars(loop).pop("run", None)
         loop.setup_data()
         _load_loaders(loop)
-        if loop.restarting and not loop.skip:
-            _tell_repeated_data(loop)
+        if loop.restarting and not loop.skip and _loader_begins_anew(loop):
+            known = len(random) == trainer.world_size and not _between_epochs(loop)
+            if not known or not read_again(epochs, random[trainer.global_rank], trainer):
+                _tell_repeated_data(loop)
         only_ends = bool(noted) and not validates and loop.epoch_loop._num_ready_batches_reached()
         if only_ends:  # of this Lightning leaves out the hooks, and then takes the loader's end for the next epoch's
             loop.epoch_loop.batch_progress.increment_completed()
@@ -118,16 +137,21 @@ def _wrap(trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, An
             _begin_next_epoch(loop)
             kind.run(loop)
 
+    loop.run, loop.on_advance_start = resumed, first_start
+    _unwrap_at_the_end(trainer)
+
+
+def _unwrap_at_the_end(trainer: Trainer) -> None:
     def torn_down() -> None:
         _unwrap(trainer)
         trainer._teardown()
 
-    loop.run, loop.on_advance_start = resumed, first_start
     vars(trainer)["_teardown"] = torn_down  # what Lightning calls at the end of every fit, also of one that failed
 
 
 def _unwrap(trainer: Trainer) -> None:
     vars(trainer).pop("_teardown", None)
+    leave_epochs(trainer)
     for name in ("run", "on_advance_start", "advance"):
         vars(trainer.fit_loop).pop(name, None)
 
@@ -163,16 +187,16 @@ def _end_batches(batches: Any) -> None:
     batches.on_iteration_done()
 
 
+def _loader_begins_anew(loop: Any) -> bool:
+    """Whether the run stands within an epoch of which a loader cannot say where it stood."""
+    return batches_read(loop) > 0 and not all(isinstance(each, _Stateful) for each in loop._combined_loader.flattened)
+
+
 def _tell_repeated_data(loop: Any) -> None:
-    progress = loop.epoch_loop.batch_progress
-    seen = progress.current.processed
-    loaders = loop._combined_loader.flattened
-    if progress.is_last_batch or not seen or all(isinstance(loader, _Stateful) for loader in loaders):
-        return
     rank_zero_warn(
-        f"The run is resumed after {seen} batches of an epoch, and the train loader cannot say where it stood: it "
-        "starts from its first batch again, so that this epoch is not the one that was interrupted; use a loader with "
-        "state_dict and load_state_dict, such as torchdata.stateful_dataloader.StatefulDataLoader."
+        f"The run is resumed after {batches_read(loop)} batches of an epoch, and the train loader cannot say where it "
+        "stood: it starts from its first batch again, so that this epoch is not the one that was interrupted; use a "
+        "loader with state_dict and load_state_dict, such as torchdata.stateful_dataloader.StatefulDataLoader."
     )
 
 

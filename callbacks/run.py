@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.adapter_folder import PLAN_FILE
+from layershed.callbacks.randomness import of_every_rank
 from layershed.folders import write_text as write_text
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
@@ -51,16 +51,12 @@ def current_drop(pl_module: LightningModule) -> tuple[Sublayer, ...]:
     return bypassed_sublayers(pl_module) if next(overridden(pl_module), None) else ()
 
 
-def every_share(own: Sums) -> list[Sums]:
+def every_share(own: Sums, trainer: Trainer) -> list[Sums]:
     """The running sums of every rank, for a checkpoint: rank 0 writes it, and by itself would only write its own.
 
     Call it on every rank, as Lightning calls ``Callback.state_dict``.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    shares = [own] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, own)
-    return shares
+    return of_every_rank(own, trainer)
 
 
 def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
@@ -100,19 +96,20 @@ class StepCounter:
 
     def __init__(self) -> None:
         self._last = 0
-        self._stride = 1
+        self.stride = 1  # of the last batch that took any
 
-    def start(self, trainer: Trainer) -> None:
-        """Begin counting at the trainer's current step."""
+    def start(self, trainer: Trainer, stride: int | None = None) -> None:
+        """Begin counting at the trainer's current step, in a resumed run with the stride that it had."""
         self._last = trainer.global_step
+        self.stride = stride or self.stride
 
     def coming(self, trainer: Trainer) -> range:
         """The steps of the coming batch, if it takes as many as the last one that took any."""
-        return range(trainer.global_step + 1, trainer.global_step + 1 + self._stride)
+        return range(trainer.global_step + 1, trainer.global_step + 1 + self.stride)
 
     def taken(self, trainer: Trainer) -> range:
         """The steps since the last call, counted from 1."""
         taken = range(self._last + 1, trainer.global_step + 1)
         self._last = trainer.global_step
-        self._stride = len(taken) or self._stride
+        self.stride = len(taken) or self.stride
         return taken

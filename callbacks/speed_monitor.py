@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from layershed.callbacks.resumption import prepare_resumption
 from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.callbacks.strategies import refuse_sharded_speed
-from layershed.callbacks.structure import callbacks_of
+from layershed.callbacks.structure import callbacks_of, carry_progress, leave_structure
 from layershed.discovery import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
 from layershed.plan import Sublayer
@@ -83,14 +82,18 @@ class SpeedMonitor(Callback):
         self._dense_quality: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints written whole, and begin anew unless the model is still what was measured."""
-        prepare_resumption(trainer)
+        """Have checkpoints say how far the run has come, and begin anew unless the model is still what was measured."""
+        carry_progress(pl_module, self.transformer)
         if stage != "fit":
             return
         dropped = current_drop(pl_module)
         if dropped != self._measured or (not dropped and trainer.global_step == 0):
             # of a resumed run the checkpoint's state comes later
             self.report, self._measured, self._latest, self._dense_quality = None, (), {}, None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give a module in its original state its hooks back."""
+        leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""

@@ -8,15 +8,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from layershed.callbacks.metrics_file import note_rows, tell_lost_rows
+from layershed.callbacks.metrics_file import note_rows, take_up_rows
 from layershed.callbacks.resumption import note_progress, prepare_resumption, take_up_progress
-from layershed.checkpoint import apply_structure, has_structure, write_structure
-from layershed.errors import ScheduleError
+from layershed.checkpoint import CHECKPOINT_KEY, apply_structure, has_structure, write_structure
+from layershed.discovery import find_transformer
+from layershed.errors import LayershedError, ScheduleError
 from layershed.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, recover, export"
 _DROP, _LORA = 1, 3
+_BY_HAND_KEY = "layershed_by_hand"
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
@@ -25,18 +27,27 @@ def carry_structure(pl_module: LightningModule, transformer: str | None) -> None
 
     The hooks of callbacks would not do: Lightning asks none of them for a checkpoint of the weights alone.
     """
-    if pl_module._trainer is not None:
-        prepare_resumption(pl_module.trainer)
-    before = pl_module.__dict__.get(_Hook.NAMES[0])
-    named = before.transformer if isinstance(before, _Hook) else None
-    _release(pl_module)
-    pl_module.__dict__.update({name: _Hook(pl_module, name, transformer or named) for name in _Hook.NAMES})
+    before = _hook_of(pl_module)
+    named = None if before is None else before.transformer
+    _install(pl_module, transformer or named, changes=True)
+
+
+def carry_progress(pl_module: LightningModule, transformer: str | None = None) -> None:
+    """Have them carry how far the run has come, for a callback that only watches.
+
+    A structure that somebody gave the model by hand goes into the checkpoint and comes back from it; any other
+    checkpoint leaves the model as it is, and the mark in that of a drop stops a run without SublayerDrop, whose
+    optimizers would not fit. Beside a callback that changes the model it adds nothing.
+    """
+    before = _hook_of(pl_module)
+    named = None if before is None else before.transformer
+    _install(pl_module, named or transformer, changes=before is not None and before.changes)
 
 
 def leave_structure(pl_module: LightningModule) -> None:
     """Give a module in its original state its hooks back; a changed one may still be saved."""
-    hook = pl_module.__dict__.get(_Hook.NAMES[0])
-    if isinstance(hook, _Hook) and not has_structure(pl_module, name=hook.transformer):
+    hook = _hook_of(pl_module)
+    if hook is not None and not has_structure(pl_module, name=hook.transformer):
         _release(pl_module)
 
 
@@ -137,15 +148,15 @@ class _Hook:
 
     NAMES = ("on_save_checkpoint", "on_load_checkpoint")
 
-    def __init__(self, pl_module: LightningModule, name: str, transformer: str | None) -> None:
-        self.pl_module, self.name, self.transformer = pl_module, name, transformer
+    def __init__(self, pl_module: LightningModule, name: str, transformer: str | None, changes: bool) -> None:
+        self.pl_module, self.name, self.transformer, self.changes = pl_module, name, transformer, changes
         self.own = getattr(pl_module, name)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.own(checkpoint)
         if self.name == "on_save_checkpoint":
-            write_structure(checkpoint, self.pl_module, name=self.transformer)
-        else:
+            self._write(checkpoint)
+        elif self.changes or _BY_HAND_KEY in checkpoint:
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
         trainer = self.pl_module._trainer
         if trainer is None:
@@ -154,8 +165,32 @@ class _Hook:
             note_progress(checkpoint, trainer)
             note_rows(checkpoint, trainer)
         else:
-            tell_lost_rows(checkpoint, trainer)
+            take_up_rows(checkpoint, trainer)
             take_up_progress(checkpoint, trainer)
+
+    def _write(self, checkpoint: dict[str, Any]) -> None:
+        if self.changes:
+            write_structure(checkpoint, self.pl_module, name=self.transformer)
+            return
+        try:
+            transformer = find_transformer(self.pl_module, name=self.transformer)
+        except LayershedError:  # none, or several and no name: nobody could tell whose structure it is
+            return
+        write_structure(checkpoint, transformer)
+        if CHECKPOINT_KEY in checkpoint:
+            checkpoint[_BY_HAND_KEY] = True
+
+
+def _hook_of(pl_module: LightningModule) -> _Hook | None:
+    hook = pl_module.__dict__.get(_Hook.NAMES[0])
+    return hook if isinstance(hook, _Hook) else None
+
+
+def _install(pl_module: LightningModule, transformer: str | None, *, changes: bool) -> None:
+    if pl_module._trainer is not None:
+        prepare_resumption(pl_module.trainer)
+    _release(pl_module)
+    pl_module.__dict__.update({name: _Hook(pl_module, name, transformer, changes) for name in _Hook.NAMES})
 
 
 def _release(pl_module: LightningModule) -> None:

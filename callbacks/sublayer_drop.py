@@ -74,7 +74,8 @@ class SublayerDrop(Callback):
         protect: Indices of blocks that stay whole; negative ones count from the end.
         calibrate_on: Where importance is measured: ``running``, on the training batches of the last steps before the
             drop, without an extra forward pass; ``train`` or ``val``, in a pass over that loader's batches.
-        calibration_batches: How many batches (optimizer steps, if ``running``) are scored.
+        calibration_batches: How many batches (optimizer steps, if ``running``) are scored; a batch in which several
+            optimizers step by hand is scored as a whole.
         quality_batches: Validation batches on which loss and accuracy are measured around the drop; 0 for none.
         transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
         target_speedup: Dropped over dense, such as 1.3: as few go as give it, and each round of an iterative schedule
@@ -141,8 +142,10 @@ class SublayerDrop(Callback):
         self.quality: dict[str, Quality] = {}
         self.speedup: float | None = None
         self._steps = StepCounter()
+        self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None
+        self._stride: int | None = None
 
     @property
     def first_step(self) -> int:
@@ -158,7 +161,7 @@ class SublayerDrop(Callback):
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
         if stage == "fit":  # of a resumed run the checkpoint's state comes later
-            self._sums = None
+            self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
                 self.plan, self.quality, self.speedup = None, {}, None
@@ -169,6 +172,7 @@ class SublayerDrop(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this model cannot do, and prepare the optimizers of a resumed run."""
+        self._trainer = trainer
         check_order(trainer)
         check_averaging(trainer, self)
         if self.rule.measures_speed:
@@ -190,7 +194,9 @@ class SublayerDrop(Callback):
         if self.quality_batches:
             check_text(validation_batches(trainer), "quality_batches=0")
             check_head(find_transformer(pl_module, name=self.transformer))
-        self._steps.start(trainer)
+        # before the first batch nobody knows: by hand every optimizer may step
+        several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
+        self._steps.start(trainer, self._stride or several)
         if self._sums is not None and self._tracker is not None:
             self._tracker.load_state_dict(own_share(trainer, self._sums))
         self._sums = None
@@ -204,7 +210,8 @@ class SublayerDrop(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch if it falls into the last steps before a drop."""
         if self._tracker is not None:
-            ahead = range(trainer.global_step + 1, trainer.global_step + 1 + self.calibration_batches)
+            coming = self._steps.coming(trainer)
+            ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
             self._tracker.active = any(self.should_drop(step) for step in ahead)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -243,11 +250,13 @@ class SublayerDrop(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plan, qualities and running sums, as primitives."""
+        tracker, trainer = self._tracker, self._trainer
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
             "speedup": self.speedup,
-            "sums": None if self._tracker is None else every_share(self._tracker.state_dict()),
+            "stride": self._steps.stride,
+            "sums": None if tracker is None or trainer is None else every_share(tracker.state_dict(), trainer),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -255,7 +264,7 @@ class SublayerDrop(Callback):
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
         self.quality = {when: Quality(*values) for when, values in state_dict["quality"].items()}
         self.speedup = state_dict["speedup"]
-        self._sums = state_dict["sums"]
+        self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.plan is None:

@@ -292,6 +292,39 @@ def test_an_attention_that_insists_on_positions_is_no_crash(family):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "culprits",
+    [("model.layers.0.mlp.up_proj.weight",), ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight")],
+)
+@pytest.mark.parametrize("find", [find_sublayers, find_left_alone])
+def test_weights_without_a_finite_value_are_named(llama, culprits, value, find):
+    """Of an MLP alone they would only look as if it mixed tokens, and the others were all that there is."""
+    with torch.no_grad():
+        for name in culprits:
+            llama.get_parameter(name)[:, 0] = value
+    more = " and 1 more" if len(culprits) == 2 else ""
+    with pytest.raises(UnprovenStructureError) as caught:
+        find(llama)
+    told = f"The weights of LlamaForCausalLM hold NaN or infinite values, in {culprits[0]}{more}; load some"
+    assert str(caught.value).startswith(told)
+
+
+def test_values_that_overflow_are_told_apart(llama):
+    llama.half()
+    with torch.no_grad():
+        llama.model.layers[0].mlp.down_proj.weight.fill_(6e4)
+        llama.model.layers[0].mlp.up_proj.weight.fill_(6e4)
+    with pytest.raises(UnprovenStructureError, match=r"NaN or infinite values, and its parameters hold none; .* wider"):
+        find_sublayers(llama)
+
+
+def test_a_token_that_nobody_asks_for_may_be_not_a_number(llama):
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[-1] = torch.nan
+    assert len(find_sublayers(llama)) == 2 * llama.config.num_hidden_layers
+
+
 def test_a_model_without_attention_is_refused():
     with pytest.raises(NoSublayersFoundError, match="MambaForCausalLM has no list of blocks with attention in them"):
         find_sublayers(build_model("mamba"))

@@ -1,5 +1,6 @@
 """``--ckpt_path last``: every run has a folder of its own, and still the last one is found."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -91,6 +92,79 @@ def test_a_torn_one_is_named_and_the_one_before_it_taken(capsys):
     before.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(3 of 3\)"):
         resolve_last("fit", {})
+
+
+@pytest.fixture
+def forbidden(monkeypatch):
+    """Paths that may not be read, nor anything in them be looked at: for root every one may."""
+    paths, really = set(), {name: getattr(os, name) for name in ("stat", "listdir", "scandir")}
+
+    def guarded(name):
+        def ask(path=".", *args, **kwargs):
+            inside = Path(path).parents if name == "stat" else [Path(path), *Path(path).parents]
+            if paths & set(inside):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return really[name](path, *args, **kwargs)
+
+        return ask
+
+    def opened(self, *args, **kwargs):
+        if self in paths:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return open(self, *args, **kwargs)
+
+    for name in really:
+        monkeypatch.setattr(os, name, guarded(name))
+    monkeypatch.setattr(Path, "open", opened)
+    return paths
+
+
+@pytest.mark.parametrize("place", ["runs/version_1", "runs/version_1/checkpoints", "kept"])
+def test_a_folder_that_may_not_be_entered_is_named_and_the_one_before_it_taken(capsys, forbidden, place):
+    wanted = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
+    checkpoint(f"{place}/checkpoints/last.ckpt" if place[-1] == "1" else f"{place}/last.ckpt", age=1)
+    folder = Path(place, "checkpoints") if place[-1] == "1" else Path(place)
+    forbidden.add(Path(place))
+    config = {"callbacks": keeping("kept")}
+    assert resolve_last("fit", config) == wanted
+    assert capsys.readouterr().out == (
+        f"note: the folder {str(folder)!r} cannot be read (Permission denied); taking the one before it\n"
+    )
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(capsys, forbidden):
+    path = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
+    forbidden.add(path)
+    with pytest.raises(CheckpointError) as caught:
+        resolve_last("fit", {})
+    assert str(caught.value) == (
+        "ckpt_path='last': every checkpoint under 'runs' cannot be read (1 of 1); let this user read them, train anew "
+        "without it, or give the path of another."
+    )
+    assert capsys.readouterr().out == (
+        f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); taking the one before it\n"
+    )
+    checkpoint("runs/version_0/checkpoints/other.ckpt", age=10, whole=False)
+    with pytest.raises(CheckpointError, match=r"under 'runs' is damaged or cannot be read \(2 of 2\); let this user"):
+        resolve_last("fit", {})
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_where_no_folder_may_be_entered_no_run_begins_anew(command, capsys, forbidden):
+    checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
+    forbidden.add(Path("runs"))
+    with pytest.raises(CheckpointError, match="every checkpoint under 'runs' cannot be read"):
+        resolve_last(command, {})
+    assert "note: the folder 'runs' cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_nor_may_one_be_given_by_its_path_in_such_a_folder(command, capsys, forbidden):
+    path = checkpoint("kept/last.ckpt", age=9)
+    forbidden.add(Path("kept"))
+    assert run([command, *FIT[1:], f"--ckpt_path={path}"]) == 1
+    told = capsys.readouterr().err.strip()
+    assert told == "error: ckpt_path='kept/last.ckpt' cannot be read (Permission denied); let this user read it."
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "benchmark"])

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from layershed.errors import CheckpointError
 
-_UNREADABLE = "it cannot be read"
+UNREADABLE = "it cannot be read"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -158,7 +158,7 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
         if other is None
         else f"the newest intact one beside it is {str(other)!r}; resume with --ckpt_path {other}"
     )
-    verdict = damage.removeprefix("it ") if damage.startswith(_UNREADABLE) else f"is damaged: {damage}"
+    verdict = damage.removeprefix("it ") if damage.startswith(UNREADABLE) else f"is damaged: {damage}"
     raise CheckpointError(f"The checkpoint {str(path)!r} {verdict}, {hint}.")
 
 
@@ -236,7 +236,7 @@ def local_path(path: str | Path) -> Path | None:
 def _refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(
-            f"ckpt_path={str(path)!r}: it is a folder, such as ModelParallelStrategy writes, and a file is needed here; "
+            f"ckpt_path={str(path)!r}: it is a folder, such as ModelParallelStrategy writes, and a file is needed; "
             "have that strategy write files (save_distributed_checkpoint=False), or read it with "
             "layershed.load_checkpoint(module, path)."
         )
@@ -256,7 +256,7 @@ def _damage(path: Path) -> str | None:
             found = os.fstat(file.fileno())
         return _damage_of_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError as error:
-        return f"{_UNREADABLE} ({error.strerror or error})"
+        return f"{UNREADABLE} ({error.strerror or error})"
 
 
 @lru_cache(maxsize=256)

@@ -181,7 +181,13 @@ class LayershedCLI(LightningCLI):
             found = resolve_last(self.config.subcommand, config.trainer)
             config.ckpt_path = None if found is None else str(found)
         elif path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
-            check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
+            try:
+                check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
+            except OSError as error:
+                reason = error.strerror or error
+                raise CheckpointError(
+                    f"ckpt_path={path!r} cannot be read ({reason}); let this user read it."
+                ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's options from the checkpoint, as Lightning does, but no class: it may be a stranger's."""

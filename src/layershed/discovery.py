@@ -18,7 +18,7 @@ from layershed.adapter import adapter_of
 from layershed.branches import Branch, LeftAlone, Tap, branches_of
 from layershed.dataflow import BlockFlow, follow_block
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
-from layershed.kinds import is_attention
+from layershed.kinds import is_attention, is_symbolic
 from layershed.plan import Sublayer
 from layershed.probe import gathered, quietly, run_probe, watch_cache
 from layershed.standins import RemovedModule
@@ -61,7 +61,8 @@ def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublay
     Raises:
         NoSublayersFoundError: If there is no transformer, or none with attention blocks.
         AmbiguousModelError: If there are several transformers and none is named.
-        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it.
+        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it. If the weights hold NaN or
+            infinite values, so that it cannot be told; names the parameter.
     """
     return tuple(branch.sublayer for branch in dissect(model, name=name).branches)
 
@@ -87,6 +88,8 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     with gathered(transformer), quietly(transformer):
         tape, slots = run_probe(transformer), watch_cache(transformer)
         anatomy = _take_apart(transformer, tape, slots)
+        if anatomy.left_alone or not anatomy.branches:
+            _refuse_not_finite(transformer, tape)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
     return anatomy
@@ -154,6 +157,26 @@ def _sifted(
         [branch for branch in good if branch.sublayer.block == block[0].sublayer.block] for block in blocks if block
     ]
     return kept or [[]], [LeftAlone(branch.sublayer.path, reason) for branch in bad]
+
+
+def _refuse_not_finite(transformer: nn.Module, tape: Tape) -> None:
+    """Refuse numbers that compare with nothing: whatever was left alone may have been so for no other reason."""
+    outputs = (call.output for path in _block_paths(transformer, tape) for call in tape.calls_of(path))
+    streams = [tape.tensors[output] for output in outputs if output is not None]
+    if all(is_symbolic(stream) or bool(stream.isfinite().all()) for stream in streams):
+        return
+    weights = transformer.named_parameters()
+    found = [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
+    if not found:
+        raise UnprovenStructureError(
+            f"{type(transformer).__name__} gives NaN or infinite values, and its parameters hold none; load it in a "
+            "wider precision (bfloat16, float32), or look at its buffers."
+        )
+    more = f" and {len(found) - 1} more" if found[1:] else ""
+    raise UnprovenStructureError(
+        f"The weights of {type(transformer).__name__} hold NaN or infinite values, in {found[0]}{more}; load some that "
+        "are finite, such as a checkpoint from before its loss became NaN."
+    )
 
 
 def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> str:

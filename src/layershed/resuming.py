@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from layershed.checkpoint_io import damage_of, newest_first
+from layershed.checkpoint_io import UNREADABLE, damage_of, newest_first
 from layershed.errors import CheckpointError
 
 
@@ -24,20 +25,27 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
         Its path; None for ``fit`` where there is no checkpoint yet, which is said in one printed line.
 
     Raises:
-        CheckpointError: For the other commands if there is none, for all if every one of them is damaged.
+        CheckpointError: For the other commands if there is none, for all if every one of them is damaged, or may not be
+            read.
     """
     root = Path(trainer.get("default_root_dir") or "runs")
-    seen = 0
-    for path in _candidates(root, trainer):
-        damage = damage_of(path)
+    verdicts: dict[Path, str] = {}
+    for path, barred in _candidates(root, trainer):
+        damage = barred or damage_of(path)
         if damage is None:
             return path
-        seen += 1
-        _say(f"note: the checkpoint {str(path)!r} is damaged: {damage}; taking the one before it")
-    if seen:
+        if path not in verdicts:
+            unread = damage.startswith(UNREADABLE)
+            verdicts[path] = "cannot be read" if unread else "is damaged"
+            verdict = damage.removeprefix("it ") if unread else f"is damaged: {damage}"
+            what = "folder" if barred else "checkpoint"
+            _say(f"note: the {what} {str(path)!r} {verdict}; taking the one before it")
+    if verdicts:
+        seen, states = len(verdicts), " or ".join(sorted(set(verdicts.values()), reverse=True))
+        mend = "let this user read them, " if "cannot" in states else ""
         raise CheckpointError(
-            f"ckpt_path='last': every checkpoint under {str(root)!r} is damaged ({seen} of {seen}); train anew without "
-            "it, or give the path of another."
+            f"ckpt_path='last': every checkpoint under {str(root)!r} {states} ({seen} of {seen}); {mend}train anew "
+            "without it, or give the path of another."
         )
     if command != "fit":
         raise CheckpointError(
@@ -47,16 +55,43 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
     return None
 
 
-def _candidates(root: Path, trainer: Any) -> Iterator[Path]:
-    """Every checkpoint that a run of this config may have left, in the order in which to take them."""
-    folders = [Path(folder) for folder in _own_folders(trainer)]
+def _candidates(root: Path, trainer: Any) -> Iterator[tuple[Path, str | None]]:
+    """Every checkpoint that a run of this config may have left, in the order in which to take them.
+
+    Where a folder may not be read, that folder, and why.
+    """
+    for folder in _own_folders(trainer):
+        yield from _listed(Path(folder), _checkpoints)
     for place in [root, *_logged(trainer)]:
-        runs = [path for path in place.glob("version_*") if path.name[8:].isdigit()]
-        folders += [run / "checkpoints" for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True)]
-        folders.append(place / "checkpoints")
-    for folder in dict.fromkeys(folders):
-        # the last one of a run comes first, then what else it kept
-        yield from sorted(newest_first(folder), key=lambda path: not re.match(r"last(-v\d+)?$", path.stem))
+        for run, barred in _listed(place, _runs):
+            if barred:
+                yield run, barred
+            else:
+                yield from _listed(run / "checkpoints", _checkpoints)
+        yield from _listed(place / "checkpoints", _checkpoints)
+
+
+def _listed(folder: Path, inside: Callable[[Path], list[Path]]) -> Iterator[tuple[Path, str | None]]:
+    try:
+        os.listdir(folder)  # of one that may not be read, glob says that it is empty
+        found = inside(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        yield folder, f"{UNREADABLE} ({error.strerror or error})"
+        return
+    yield from ((path, None) for path in found)
+
+
+def _runs(place: Path) -> list[Path]:
+    """The newest first."""
+    found = [path for path in place.glob("version_*") if path.name[8:].isdigit()]
+    return sorted(found, key=lambda run: int(run.name[8:]), reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The last one of a run comes first, then what else it kept."""
+    return sorted(newest_first(folder), key=lambda path: not re.match(r"last(-v\d+)?$", path.stem))
 
 
 def _own_folders(trainer: Any) -> Iterator[str]:

@@ -34,7 +34,6 @@ from tests.callbacks.conftest import (
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
 EPOCH = 6  # batches
-LIGHTNINGS = "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"
 
 
 class Killed(Exception):
@@ -204,22 +203,13 @@ def resumed_at(make_trainer, tmp_path, step, train, module=Foreign, **settings):
     )
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
-def test_a_loader_that_begins_anew_is_told_of_once(make_trainer, tmp_path):
-    with pytest.warns(UserWarning, match="resumed after 4 batches of an epoch, and the train loader") as warned:
-        resumed_at(make_trainer, tmp_path, 4, loader)
-    told = [
-        str(each.message) for each in warned if "torchdata.stateful_dataloader.StatefulDataLoader" in str(each.message)
-    ]
-    assert len(told) == 1
+def lengthless():
+    return DataLoader(Lengthless(), batch_size=2)
 
 
-def test_so_is_one_that_has_no_length_of_which_lightning_says_nothing(make_trainer, tmp_path):
-    with pytest.warns(UserWarning, match="resumed after 2 batches of an epoch"):
-        resumed_at(make_trainer, tmp_path, 2, lambda: DataLoader(Lengthless(), batch_size=2))
-
-
-@pytest.mark.parametrize(("step", "train"), [(4, stateful), (EPOCH, loader), (2 * EPOCH, loader)])
+@pytest.mark.parametrize(
+    ("step", "train"), [(4, stateful), (4, loader), (2, lengthless), (EPOCH, loader), (2 * EPOCH, loader)]
+)
 def test_of_one_that_goes_on_or_of_a_whole_epoch_nothing_is_said(make_trainer, tmp_path, step, train):
     resumed_at(make_trainer, tmp_path, step, train, max_steps=3 * EPOCH)  # every warning is an error here
 
@@ -361,6 +351,20 @@ def test_a_trainer_of_one_process_gathers_nothing_in_the_process_group_of_anothe
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     trainer = make_trainer(max_steps=1)
     assert len(of_every_rank(random_states(), trainer)) == 1
+
+
+def test_neither_do_the_running_sums_of_callbacks(make_trainer, monkeypatch):
+    def gather(*_):
+        raise AssertionError("the others do not come")
+
+    watch, drop = RedundancyMonitor(2), SublayerDrop(5, count=1, quality_batches=0)
+    trainer = make_trainer(watch, drop, Watch(lambda *_: (watch.state_dict()["sums"], drop.state_dict()["sums"])))
+    fit_foreign(trainer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    sums = [callback.state_dict()["sums"] for callback in (watch, drop)]
+    assert same(sums, list(trainer.callbacks[2].seen[-1][1]))
+    assert [len(each) for each in sums] == [1, 1]
 
 
 # ---- who writes checkpoints ----

@@ -1,6 +1,7 @@
 """The same callbacks in one run after the other: each run is what it would be by itself."""
 
 import csv
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, Sublaye
 from layershed.checkpoint_io import AtomicCheckpointIO
 from layershed.surgery import bypassed_sublayers
 from tests.callbacks.conftest import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
+from tests.callbacks.test_resumption import stateful
 
 AT = 4
 
@@ -128,18 +130,52 @@ def test_each_alone_has_checkpoints_written_whole_also_in_another_thread(make_tr
 # ---- metrics.csv ----
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_rows_that_lightning_deletes_as_a_run_is_resumed_are_told_of(make_trainer, tmp_path):
+@pytest.fixture
+def fit(make_trainer, tmp_path):
+    """Trains in a run directory, also in one that is there already, and gives its metrics.csv."""
+
+    def fit(*others, name="run", steps=12, lr=1e-2, ckpt_path=None):
+        own = SublayerDrop(5, count=1, calibration_batches=1, quality_batches=1)
+        trainer = make_trainer(RedundancyMonitor(2), own, *others, name=name, csv=True, max_steps=steps)
+        trainer.fit(Foreign(lr=lr), stateful(), val_loader(), ckpt_path=ckpt_path)
+        return (tmp_path / name / "metrics.csv").read_bytes()
+
+    return fit
+
+
+def train_steps(rows):
+    return {int(row["step"]) for row in csv.DictReader(rows.decode().splitlines()) if row["train_loss"]}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize(("at", "links"), [(3, True), (6, True), (8, False)])
+def test_a_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypatch, at, links):
+    """Before and behind the drop with its columns; Lightning deletes the file, which held later rows, too."""
+
+    def refuse(*_, **__):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "at.ckpt"
+    whole = fit(name="whole")
+    assert train_steps(whole) == set(range(12))
+    assert train_steps(fit(Save(path, at), Save(tmp_path / "later.ckpt", 9), steps=10)) == set(range(10))
+    for _ in range(2):  # from the same checkpoint once more
+        assert fit(ckpt_path=path) == whole
+    assert sorted(file.name for file in (tmp_path / "run").glob(".*")) == [".metrics.csv.kept"]
 
-    def fit(*others, name="run", steps=8, ckpt_path=None):
-        own = SublayerDrop(2, count=1, calibration_batches=1, quality_batches=0)
-        trainer = make_trainer(own, *others, name=name, csv=True, max_steps=steps)
-        trainer.fit(Foreign(), loader(), val_loader(), ckpt_path=ckpt_path)
-        with open(tmp_path / name / "metrics.csv", newline="") as file:
-            return {int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]}
 
-    assert fit(Save(path, 6)) == set(range(8))
-    assert fit(name="other", ckpt_path=path) == {5, 6, 7}  # every warning is an error here
-    with pytest.warns(UserWarning, match=r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6; resume with"):
-        assert fit(ckpt_path=path) == {5, 6, 7}
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+@pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
+def test_rows_that_are_lost_or_of_another_run_are_told_of(fit, tmp_path):
+    path = tmp_path / "at.ckpt"
+    fit(Save(path, 6), steps=8)
+    assert train_steps(fit(name="other", ckpt_path=path)) == set(range(5, 12))  # every warning is an error here
+    lost = r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6; resume with"
+    (tmp_path / "run" / ".metrics.csv.kept").unlink()
+    with pytest.warns(UserWarning, match=lost):
+        assert train_steps(fit(ckpt_path=path)) == set(range(5, 12))
+    fit(Save(tmp_path / "later.ckpt", 9), lr=1e-3)
+    with pytest.warns(UserWarning, match=lost):
+        assert train_steps(fit(ckpt_path=path)) == set(range(5, 12))

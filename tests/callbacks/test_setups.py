@@ -51,13 +51,13 @@ def keys(plan):
     return [(sublayer.block, sublayer.kind) for sublayer in plan]
 
 
-def drop_by_hand(hand, steps):
+def drop_by_hand(hand, steps, at=AT, window=WINDOW):
     """Let a run by hand take its steps, with the drop that the window before it asks for; the scores of that."""
     scores = None
     for step in steps:
-        if step == AT - WINDOW:
+        if step == at - window:
             hand.seen()
-        if step == AT:
+        if step == at:
             scores = hand.seen()
             hand.drop(ranked(scores, "joint", COUNT))
     return scores
@@ -99,9 +99,12 @@ def test_several_param_groups(make_trainer):
     ]
 
 
-def test_several_optimizers_by_manual_optimization(make_trainer):
-    """global_step counts the steps of both: the drop at 8 comes with the fourth batch."""
-    drop = dropping(start=2 * AT, calibration_batches=2 * WINDOW)
+@pytest.mark.parametrize(
+    ("at", "calibrated", "window"), [(AT, 2 * WINDOW, WINDOW), (AT, 2 * WINDOW - 1, WINDOW), (AT, 1, 1), (1, 1, 1)]
+)
+def test_several_optimizers_by_manual_optimization(make_trainer, at, calibrated, window):
+    """global_step counts the steps of both: the drop at 8 comes with the fourth batch, of the steps 7 and 8."""
+    drop = dropping(start=2 * at, calibration_batches=calibrated)
     module = fit_foreign(make_trainer(drop, max_steps=2 * STEPS), Manual())
     hand, scale = HandRun(), torch.nn.Parameter(torch.ones(()))
     optimizers = [torch.optim.AdamW(hand.module.net.parameters(), lr=1e-2), torch.optim.SGD([scale], lr=1e-3)]
@@ -116,7 +119,7 @@ def test_several_optimizers_by_manual_optimization(make_trainer):
                 optimizer.zero_grad()
             yield step
 
-    scores = drop_by_hand(hand, steps())
+    scores = drop_by_hand(hand, steps(), at, window)
     hand.module.scale = scale
     check(module, drop, hand, scores)
     assert scale.item() != 1

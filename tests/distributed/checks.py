@@ -101,6 +101,16 @@ def quality_where_one_rank_has_no_token(found):
         assert rank["lonely"] == pytest.approx((loss, accuracy, tokens))
 
 
+def plain_loader_read_again(own, found):
+    """Resumed within an epoch, a loader without a state gives every rank what it would have given it."""
+    ranks = [rank["read again"][own] for rank in found.ranks]
+    for runs in ranks:
+        assert (runs["whole"]["batches"], runs["resumed"]["batches"]) == (9, 3)
+        assert same(runs["resumed"]["seen"], runs["whole"]["seen"])
+        assert same(runs["resumed"]["state"], runs["whole"]["state"])
+    assert ranks[0]["whole"]["seen"] != ranks[1]["whole"]["seen"]
+
+
 def checks_of_replicated():
     """All of those of DDP."""
     return {
@@ -108,6 +118,8 @@ def checks_of_replicated():
         **{f"DDP, {name}: as one process": partial(as_one_process, name) for name in replicated.RUNS},
         "DDP: importances by the formula, over tokens": scored_by_token,
         "DDP: quality where one rank has no token": quality_where_one_rank_has_no_token,
+        "DDP: resumed within an epoch, own sampler": partial(plain_loader_read_again, True),
+        "DDP: resumed within an epoch, Lightning's sampler": partial(plain_loader_read_again, False),
     }
 
 

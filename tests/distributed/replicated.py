@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from layershed.callbacks import LoRARecovery, Quantization, RedundancyMonitor, SublayerDrop
 from layershed.quality import evaluate_quality
 from layershed.surgery import bypassed_sublayers
-from tests.callbacks.conftest import BATCH, TOKENS, Foreign, sequences, state_of
+from tests.callbacks.conftest import BATCH, TOKENS, Foreign, Save, sequences, state_of
 
 STEPS, START, WINDOW = 6, 3, 2
 KEPT = ((TOKENS, TOKENS - 1), (3, 2))  # tokens that are no padding, in the rows of rank 0 and of rank 1
@@ -100,8 +100,58 @@ def lonely(rank):
     return [{"input_ids": row["input_ids"][None], "labels": row["labels"][None]}]
 
 
+class Seen(Foreign):
+    """Notes what it is trained on."""
+
+    def __init__(self):
+        super().__init__(attention_dropout=0.2)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["input_ids"].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def read_again(folder, own):
+    """What a rank sees and ends with from the second batch of the second epoch on: left alone, and resumed there.
+
+    Args:
+        folder: Where the checkpoint is.
+        own: Whether the loader has a DistributedSampler of its own, instead of the one that Lightning puts in.
+    """
+    path, found = folder / f"own-{own}.ckpt", {}
+    for which, seed in (("whole", 7), ("resumed", 8)):
+        torch.manual_seed(seed + 10 * int(os.environ["RANK"]))
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp",
+            logger=False,
+            default_root_dir=folder / which,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            max_steps=9,
+            use_distributed_sampler=not own,
+            callbacks=[dropping(), *([Save(path, 6)] if which == "whole" else [])],
+        )
+        items = sequences(2 * BATCH * 4)
+        sampler = DistributedSampler(items, 2, int(os.environ["RANK"]), seed=5) if own else None
+        module = Seen()
+        trainer.fit(
+            module,
+            DataLoader(items, BATCH, shuffle=not own, sampler=sampler),
+            loader(2, 2 * BATCH, seed=100),
+            ckpt_path=None if which == "whole" else path,
+        )
+        found[which] = {"state": state_of(trainer, module), "seen": module.seen[-3:], "batches": len(module.seen)}
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {name: train(Path(sys.argv[1]), name, 2) for name in RUNS}
+    results["read again"] = {own: read_again(Path(sys.argv[1]), own) for own in (True, False)}
     results["lonely"] = astuple(evaluate_quality(Foreign(), lonely(int(os.environ["RANK"]))))
     torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
