@@ -33,7 +33,7 @@ def _cut_embedding(content: dict[str, Any]) -> None:
 
 CHECKPOINTS: Mapping[str, Case] = {
     "checkpoint missing": Case([*VALIDATE[:-1], "--ckpt_path=nope.ckpt"], ("nope.ckpt", "no such file")),
-    "checkpoint a folder": Case([*VALIDATE[:-1], "--ckpt_path=model"], ("'model'", "no such file")),
+    "checkpoint a folder": Case([*VALIDATE[:-1], "--ckpt_path=model"], ("'model'", "it is a folder")),
     "checkpoint empty": Case(VALIDATE, ("run.ckpt",), written("run.ckpt", "")),
     "checkpoint empty, to resume": Case(RESUME, ("run.ckpt",), written("run.ckpt", "")),
     "checkpoint cut": Case(VALIDATE, ("run.ckpt",), cut("run.ckpt")),

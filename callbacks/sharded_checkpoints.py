@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from layershed.checkpoint import CHECKPOINT_KEY, apply_structure
+from layershed.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
 from layershed.checkpoint_io import read_checkpoint
 from layershed.discovery import find_transformer
 from layershed.errors import CheckpointError
@@ -133,9 +133,9 @@ class ShardedCheckpoints:
     def _load_shards(self, path: Path) -> None:
         """As Lightning does it, but that nothing in the folder is executed."""
         model = self.strategy.model
-        weights = {"state_dict": get_model_state_dict(model)}
-        read_shards(path, weights)
-        model.load_state_dict(weights["state_dict"], strict=self.pl_module.strict_loading)
+        weights, strict = get_model_state_dict(model), self.pl_module.strict_loading
+        read_sharded_weights(path, weights, strict=strict)
+        model.load_state_dict(weights, strict=strict)
         for number, optimizer in enumerate(self.trainer.optimizers):
             key = f"optimizer_{number}"
             state: dict[str, Any] = {key: get_optimizer_state_dict(model, optimizer)}

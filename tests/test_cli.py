@@ -245,7 +245,7 @@ ERRORS = {
     "missing checkpoint": ([*FIT, "--ckpt_path=nope.ckpt"], 1, ["'nope.ckpt'", "no such file"]),
     "checkpoint called last.ckpt": ([*FIT, "--ckpt_path=last.ckpt"], 1, ["'last.ckpt'", "no such file"]),
     "damaged checkpoint": ([*FIT, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "damaged"]),
-    "checkpoint that is a folder": ([*FIT, "--ckpt_path=afolder"], 1, ["'afolder'", "no such file"]),
+    "checkpoint that is a folder": ([*FIT, "--ckpt_path=afolder"], 1, ["'afolder'", "it is a folder"]),
     "output that is a file": ([*FIT, "--trainer.default_root_dir=afile"], 1, ["default_root_dir='afile'", "is a file"]),
     "output in a file": ([*FIT, "--trainer.default_root_dir=afile/runs"], 1, ["'afile/runs'", "is a file"]),
     "score: unknown metric": ([*SCORE, "--metric=cosin"], 1, ["'cosin'", "Did you mean 'cosine'?"]),

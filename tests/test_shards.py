@@ -1,17 +1,19 @@
 """Folders of shards: whole or not at all, refused when torn, and nothing in them runs."""
 
+import errno
 import io
 import os
 import pickle
 import shutil
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.serialization import _get_layout
 
 from layershed import shards
 from layershed.errors import CheckpointError
@@ -143,12 +145,42 @@ def test_when_it_fails_the_former_one_stays_and_nothing_else(path):
     def fail():
         with replacing_shards(path, leads=True, wait=lambda: None) as beside:
             fill(beside, 2)
-            raise OSError("the disk is full")
+            raise RuntimeError("a defect")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(RuntimeError, match="defect"):
         fail()
     assert holds(path) == 1
     assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("place", [FileSystemWriter, FileSystem])
+def test_a_full_disk_is_told_in_one_sentence(path, place, monkeypatch):
+    """While the shards are written, or their index."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(place, "write_data" if place is FileSystemWriter else "rename", full)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\), and nothing is left of it; make room"):
+        write(path, 1)
+    monkeypatch.undo()
+    write(path, 1)
+    monkeypatch.setattr(place, "write_data" if place is FileSystemWriter else "rename", full)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\), and the former one stays as it was"):
+        write(path, 2)
+    monkeypatch.undo()
+    assert holds(path) == 1
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_a_link_gives_way_and_what_it_names_stays(path):
+    """As ModelCheckpoint(save_last="link") makes it."""
+    write(path.with_name("1.ckpt"), 1)
+    path.symlink_to("1.ckpt")
+    assert holds(path) == 1
+    write(path, 2)
+    assert (holds(path), holds(path.with_name("1.ckpt"))) == (2, 1)
+    assert not path.is_symlink()
 
 
 TEARS = {
@@ -184,11 +216,36 @@ def test_an_index_runs_nothing(path):
         read_shards(path, {"state_dict": {"weight": torch.zeros(3, 5)}})
 
 
-def test_what_lightning_adds_runs_nothing(path):
+def test_what_lightning_adds_runs_nothing_unless_it_is_asked_to(path):
     write(path, 1)
     torch.save({"state": Evil()}, path / "meta.pt")
-    with pytest.raises(CheckpointError, match="nothing of it was run"):
+    for asked in (None, True):
+        with pytest.raises(CheckpointError, match="nothing of it was run"):
+            read_notes(path, weights_only=asked)
+    assert not Path("marker").exists()
+    read_notes(path, weights_only=False)
+    Path("marker").unlink()
+
+
+def test_what_lightning_did_not_add_is_refused(path):
+    write(path, 1)
+    torch.save([1], path / "meta.pt")
+    with pytest.raises(CheckpointError, match=r"meta\.pt that Lightning did not write"):
         read_notes(path)
+
+
+@pytest.mark.parametrize("kind", [PosixPath, Metadata, _get_layout])
+def test_an_index_changes_no_class(path, kind):
+    write(path, 1)
+    named = pickle.dumps(kind, protocol=0).split(b"p0")[0]
+    state = (
+        b"(N(Vname\nV../secret.distcp\ndt"  # (None, {"name": "../secret.distcp"}): of the class, not of its __dict__
+    )
+    (path / ".metadata").write_bytes(named + state + b"b.")
+    before = vars(kind).get("name")
+    with pytest.raises(CheckpointError, match=r"it would change .*nothing of it was run"):
+        read_notes(path)
+    assert vars(kind).get("name") is before
 
 
 def test_a_shard_runs_nothing(path):
@@ -213,7 +270,18 @@ def test_an_index_leads_to_no_file_outside(path):
         place.relative_path = "../secret.distcp"
     shutil.copy(path / "__0_0.distcp", path.with_name("secret.distcp"))
     (path / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(CheckpointError, match=r"leads to '\.\./secret\.distcp', out of the folder"):
+    for read in (read_notes, lambda folder: read_shards(folder, {"state_dict": {"weight": torch.zeros(3, 5)}})):
+        with pytest.raises(CheckpointError, match=r"leads to '\.\./secret\.distcp', out of the folder"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", [7, "", ".."])
+def test_nor_to_what_is_no_name(path, name):
+    write(path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = name
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="damaged"):
         read_notes(path)
 
 

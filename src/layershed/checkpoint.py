@@ -16,7 +16,7 @@ from layershed.overrides import WITHHELD, withheld
 from layershed.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery import checked_settings, inject_at, lora_settings, remove_lora
-from layershed.shards import read_notes, read_shards
+from layershed.shards import keys_of, mend, read_notes, read_shards
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"
@@ -41,6 +41,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
         AmbiguousModelError: If the module holds more than one transformer and none is named.
     """
     path = Path(path)
+    mend(path)
     checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)
     try:
         apply_structure(checkpoint, module, name=name)
@@ -52,7 +53,9 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
     getattr(module, "on_load_checkpoint", _nothing)(checkpoint)
     if path.is_dir():
         with withheld(module):
-            read_shards(path, {"state_dict": module.state_dict()})  # in place
+            weights = module.state_dict()
+            read_sharded_weights(path, weights, alone=True)
+            module.load_state_dict(weights)
         return
     try:
         module.load_state_dict(checkpoint["state_dict"])
@@ -61,6 +64,27 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
             f"{str(path)!r}: its weights do not fit this {type(module).__name__}; build it from the config that "
             "it was trained with."
         ) from error
+
+
+def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = True, alone: bool = False) -> None:
+    """Fill a module's state dict, within :func:`withheld`, from a folder of shards.
+
+    Args:
+        path: The folder.
+        weights: What is filled.
+        strict: Whether the folder must hold nothing else, as torch by itself would not notice.
+        alone: As of :func:`read_shards`.
+
+    Raises:
+        CheckpointError: If the weights do not fit.
+    """
+    unknown = {key for key in keys_of(path, "state_dict") - weights.keys() if not key.startswith(_MARK)}
+    if strict and unknown:
+        raise CheckpointError(
+            f"{str(path)!r}: it holds {len(unknown)} weights that this module has no place for, such as "
+            f"{min(unknown)!r}; build it from the config that it was trained with."
+        )
+    read_shards(path, {"state_dict": weights}, alone=alone)
 
 
 def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None) -> None:

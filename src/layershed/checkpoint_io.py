@@ -45,14 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, checkpoint)
         except (OSError, RuntimeError) as error:
-            full = _system_error(error)
-            if full is None:
+            reason = system_error(error)
+            if reason is None:
                 raise
-            before = "the former one stays as it was" if target.is_file() else "nothing is left of it"
-            raise CheckpointError(
-                f"The checkpoint {str(path)!r} could not be written ({full.strerror or full}), and {before}; make room "
-                "or give another folder, and resume."
-            ) from error
+            raise unwritten(target, reason) from error
 
     def load_checkpoint(
         self,
@@ -227,6 +223,22 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
+def system_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said; torch raises something of its own while it closes a file that took no more."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def unwritten(path: Path, reason: OSError) -> CheckpointError:
+    """The error of a checkpoint for which there is no room, or no right."""
+    before = "the former one stays as it was" if path.exists() else "nothing is left of it"
+    return CheckpointError(
+        f"The checkpoint {str(path)!r} could not be written ({reason.strerror or reason}), and {before}; make room "
+        "or give another folder, and resume."
+    )
+
+
 def local_path(path: str | Path) -> Path | None:
     """A path on this machine, also as a ``file://`` URL; None for anything else."""
     system, name = url_to_fs(str(path))
@@ -236,17 +248,9 @@ def local_path(path: str | Path) -> Path | None:
 def _refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(
-            f"ckpt_path={str(path)!r}: it is a folder, such as ModelParallelStrategy writes, and a file is needed; "
-            "have that strategy write files (save_distributed_checkpoint=False), or read it with "
-            "layershed.load_checkpoint(module, path)."
+            f"ckpt_path={str(path)!r}: it is a folder, and a file is needed here; what ModelParallelStrategy writes to "
+            "folders is read under it, or by layershed.load_checkpoint(module, path)."
         )
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """What the operating system said; torch raises something of its own while it closes a file that took no more."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
 
 
 def _damage(path: Path) -> str | None:

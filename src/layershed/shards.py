@@ -15,37 +15,45 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from layershed.checkpoint_io import read_checkpoint, sync
+from layershed.checkpoint_io import read_checkpoint, sync, system_error, unwritten
 from layershed.errors import CheckpointError
 
 NOTES_FILE, INDEX_FILE = "meta.pt", ".metadata"
+_InPython: Any = pickle._Unpickler  # the one in C would set attributes of a class, too
+_PLAIN = (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _StorageInfo,
+)
 _INDEX_CLASSES = {
+    *((kind.__module__, kind.__name__) for kind in (*_PLAIN, _MEM_FORMAT_ENCODING)),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
     *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 }
 
@@ -58,6 +66,9 @@ def replacing_shards(path: Path, *, leads: bool, wait: Callable[[], object]) -> 
         path: The checkpoint, on a file system that all ranks share.
         leads: Whether this rank is the one that renames.
         wait: Returns when every rank has called it.
+
+    Raises:
+        CheckpointError: If the disk is full, or nothing can be written there; the former one stays.
     """
     beside, former = _beside(path)
     if leads:
@@ -68,10 +79,13 @@ def replacing_shards(path: Path, *, leads: bool, wait: Callable[[], object]) -> 
     wait()
     try:
         yield beside
-    except BaseException:
+    except BaseException as error:
         if leads:
             _delete(beside)
-        raise
+        reason = next(filter(None, map(system_error, _reasons(error))), None)
+        if reason is None:
+            raise
+        raise unwritten(path, reason) from error
     wait()
     if leads:
         sync(beside / NOTES_FILE)  # torch has synced its own
@@ -116,22 +130,29 @@ def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, 
     return notes
 
 
-def read_shards(path: Path, state: dict[str, Any]) -> None:
-    """Fill a nested state dict in place; in a process group call it on every rank.
+def keys_of(path: Path, part: str) -> set[str]:
+    """The keys of a part of a checkpoint, such as those of ``state_dict``."""
+    return {key for top, key, *_ in _read_index(path).planner_data.values() if top == part}
+
+
+def read_shards(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Fill a nested state dict in place.
 
     Args:
         path: The folder.
         state: The tensors to fill and whatever else there is, under the names that they were saved by.
+        alone: Whether this process reads by itself; else every rank of the process group, if there is one, calls it.
 
     Raises:
         CheckpointError: If one of them is not in the checkpoint, has another shape, or would have to be run.
     """
+    options = {"no_dist": True} if alone and torch.distributed.is_initialized() else {}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            load(state, storage_reader=_Reader(path), planner=_Planner())
+            load(state, storage_reader=_Reader(path), planner=_Planner(), **options)
     except CheckpointException as error:
-        reasons = [reason for reason, _ in error.failures.values()]
+        reasons = _reasons(error)
         refused = next((reason for reason in reasons if isinstance(reason, CheckpointError)), None)
         if refused is not None:
             raise CheckpointError(f"The folder of shards {str(path)!r}: {refused}") from None
@@ -139,6 +160,13 @@ def read_shards(path: Path, state: dict[str, Any]) -> None:
             f"The weights in {str(path)!r} do not fit ({reasons[0]}); build the module from the config that it was "
             "trained with, and list the callbacks that the run had."
         ) from error
+
+
+def _reasons(error: BaseException) -> list[BaseException]:
+    """What went wrong, on whichever rank it did."""
+    if isinstance(error, CheckpointException):
+        return [reason for reason, _ in error.failures.values()]
+    return [error] if isinstance(error, Exception) else []
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
@@ -166,8 +194,6 @@ def _damage(path: Path) -> str | None:
     except Exception as error:  # whatever unpickling raises for bytes that mean nothing to it
         return f"its {INDEX_FILE} cannot be read ({error})"
     for name, end in ends.items():
-        if Path(name).name != name:
-            return f"its {INDEX_FILE} leads to {name!r}, out of the folder"
         size = (path / name).stat().st_size if (path / name).is_file() else 0
         if size < end:
             return f"{name} has {size} of {end} bytes"
@@ -176,18 +202,33 @@ def _damage(path: Path) -> str | None:
 
 def _read_index(path: Path) -> Metadata:
     with (path / INDEX_FILE).open("rb") as file:
-        index: Metadata = _Unpickler(file).load()
+        index = _Unpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise CheckpointError("torch did not write it")
+    for name in {place.relative_path for place in index.storage_data.values()}:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise CheckpointError(f"it leads to {name!r}, out of the folder")
     return index
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(_InPython):
     """Knows the classes of an index and nothing else."""
+
+    dispatch: ClassVar = {**_InPython.dispatch}
 
     def find_class(self, module: str, name: str) -> Any:
         kind = getattr(torch, name, None) if module == "torch" else None
         if (module, name) in _INDEX_CLASSES or isinstance(kind, torch.dtype):
             return super().find_class(module, name)
         raise CheckpointError(f"it asks for {module}.{name}, and nothing of it was run")
+
+    def load_build(self) -> None:
+        changed = self.stack[-2]
+        if type(changed) not in _PLAIN:
+            raise CheckpointError(f"it would change {changed!r}, and nothing of it was run")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(FileSystemReader):
@@ -198,10 +239,13 @@ class _Reader(FileSystemReader):
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         try:
-            torch.load(value, weights_only=True)
+            content = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{read_item.dest_index.fqn} holds more than tensors and plain values, and nothing of it was run."
             ) from error
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        # torch would run whatever the stranger's bytes ask for: it gets bytes of ours
+        own = io.BytesIO()
+        torch.save(content, own)
+        own.seek(0)
+        super().load_bytes(read_item, own)

@@ -1,6 +1,7 @@
 """A checkpoint of a dropped, quantized or adapted model: that model, or refused; never the dense one in silence."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
 from layershed.checkpoint import CHECKPOINT_KEY
 from layershed.errors import AmbiguousModelError, CheckpointError
 from layershed.module import CausalLM
+from layershed.overrides import withheld
 from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
 
 WHAT = {
@@ -227,3 +229,73 @@ def test_shards_bear_the_mark_and_keep_it_when_they_are_consolidated(tmp_path, s
     dcp_to_torch_save(tmp_path / "shards", tmp_path / "one.ckpt")
     with pytest.raises(RuntimeError, match=f"layershed: {names(module)} are dropped"):
         Foreign().load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
+
+
+class Counted(Foreign):
+    """Saves more than tensors, too."""
+
+    count = 0
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def write_folder(folder, weights, notes):
+    """What ModelParallelStrategy would have written, which is tried in tests/distributed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch speaks of what it assumes without a process group
+        save_shards({"state_dict": weights}, checkpoint_id=folder)
+    torch.save(notes, folder / "meta.pt")
+    return folder
+
+
+def folder_of(tmp_path, module):
+    """The checkpoint that was saved whole, as a folder."""
+    whole = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    marks = {name: value for name, value in whole.pop("state_dict").items() if name.startswith("layershed")}
+    del whole["optimizer_states"]
+    with withheld(module):
+        return write_folder(tmp_path / "folder", {**module.state_dict(), **marks}, whole)
+
+
+@pytest.mark.parametrize("what", ["drop", "lora"])
+def test_a_folder_of_shards_gives_the_model_that_was_saved(tmp_path, saved, what):
+    module = Counted()
+    module.count = 7
+    saved(what, module)
+    found, tokens = Counted(), torch.arange(3, 11)[None]
+    ls.load_checkpoint(found, folder_of(tmp_path, module))
+    assert ls.dropped_sublayers(found.net) == ls.dropped_sublayers(module.net)
+    assert same(dict(found.state_dict()), dict(module.state_dict()))
+    assert found.count == 7
+    with torch.no_grad():
+        assert torch.equal(found.eval().net(tokens).logits, module.eval().net(tokens).logits)
+
+
+def test_a_folder_of_shards_of_another_model_is_refused_in_one_sentence(tmp_path, saved):
+    """Of weights that are asked of nobody torch says nothing."""
+    folder = folder_of(tmp_path, saved("lora"))
+    for module, match in (
+        (Foreign(num_hidden_layers=1), "do not fit this model|does not fit this model"),
+        (Foreign(vocab_size=99), "do not fit"),
+        (torch.nn.Linear(2, 2), "Linear holds no Hugging Face transformer"),
+    ):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            ls.load_checkpoint(module, folder)
+        assert f"'{folder}'" in str(caught.value)
+    dense = write_folder(tmp_path / "dense", Foreign().state_dict(), {})
+    with pytest.raises(
+        CheckpointError, match=r"18 weights that this module has no place for, such as 'net\.model"
+    ):
+        ls.load_checkpoint(Foreign(num_hidden_layers=2), dense)
+
+
+def test_a_folder_of_shards_whose_replacement_was_cut_off_is_found(tmp_path, saved):
+    module = saved("drop")
+    folder_of(tmp_path, module).rename(tmp_path / ".last.ckpt.former")
+    found = Foreign()
+    ls.load_checkpoint(found, tmp_path / "last.ckpt")
+    assert same(dict(found.state_dict()), dict(module.state_dict()))

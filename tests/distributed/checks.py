@@ -251,6 +251,10 @@ def read_in_one_process(name, shards, found):
     assert same(dict(module.state_dict()), result["state"]["weights"])
 
 
+def read_by_one_of_two(found):
+    assert same(found.ranks[0]["alone"], found.ranks[0]["fit", "drop", True, None]["state"]["weights"])
+
+
 def not_loaded_densely(name, shards, found):
     """Lightning, which passes by what it does not know, misses the weights of what is dropped or adapted."""
     drops = found.ranks[0]["fit", name, shards, None]["plan"]["drops"]
@@ -303,6 +307,7 @@ def checks_of_sharded(which):
         for step in (*early, sharded.STEPS):
             checks[f"{title}: step {step} evaluated"] = partial(evaluates_to, name, shards, step)
         checks[f"{title}: exported"] = partial(exported, name, shards)
+    checks["FSDP2, drop, shards: read by one of two"] = read_by_one_of_two
     for shards in (True, False) if which == "every" else (True,):
         checks[f"FSDP2, {'shards' if shards else 'one file'}: other adapters refused"] = partial(
             other_adapters_are_refused, shards

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.callbacks import Export, LoRARecovery, RedundancyMonitor, SublayerDrop
+from layershed.checkpoint import load_checkpoint
 from layershed.errors import CheckpointError
 from layershed.surgery import bypassed_sublayers
 from tests.callbacks.conftest import BATCH, Foreign, Save, sequences
@@ -187,6 +188,10 @@ def main(folder, combinations):
         results["dense", name, shards] = loaded_densely(folder, name, shards)
         for cut in (CUTS[0], STEPS) if name != "headed" else ():
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
+    if os.environ["RANK"] == "0":  # one of two reads by itself, and waits for nobody
+        found = Foreign()
+        load_checkpoint(found, folder / "drop-True" / f"{STEPS}.ckpt")
+        results["alone"] = dict(found.state_dict())
     for shards in (True, False):
         if {("drop", shards), ("lora", shards)} <= {combination[:2] for combination in combinations}:
             results["refused", shards] = refused(folder, shards)

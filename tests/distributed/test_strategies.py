@@ -5,17 +5,24 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, NAdam
 
+import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization, SpeedMonitor, SublayerDrop
 from layershed.callbacks.sharded_checkpoints import reshard
+from layershed.checkpoint import write_structure
 from layershed.errors import CheckpointError, StrategyError
 from layershed.optimizers import complete_state, without_empty_groups
+from layershed.overrides import withheld
 from tests.callbacks.conftest import Foreign, same
+
+# torch speaks of what it assumes without a process group
+READS = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
 CHANGING = {
     "SublayerDrop": lambda: SublayerDrop(2, count=1),
@@ -121,6 +128,46 @@ def test_a_file_without_an_optimizers_state_is_not_resumed_from(tmp_path):
         loading(tmp_path / "none.ckpt", module, SGD(module.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="distributed model"):  # as far as Lightning's own reading
         loading(tmp_path / "some.ckpt", module, SGD(module.parameters(), lr=0.1))
+
+
+def folder_of(path, module, **more):
+    """What FSDP2 would have written of a module's weights."""
+    checkpoint = {"state_dict": {}, **more}
+    write_structure(checkpoint, module)
+    with withheld(module):
+        weights = {**module.state_dict(), **checkpoint.pop("state_dict")}
+        dcp.save({"state_dict": {name: tensor.clone() for name, tensor in weights.items()}}, checkpoint_id=path)
+    torch.save(checkpoint, path / "meta.pt")
+
+
+def trained():
+    """Other weights than a new module's, and two sublayers dropped."""
+    module = Foreign()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    ls.bypass(module.net, ls.find_sublayers(module.net)[2:4])
+    return module
+
+
+@READS
+def test_a_folder_whose_replacement_was_cut_off_is_found(tmp_path):
+    module, found = trained(), Foreign()
+    folder_of(tmp_path / ".last.ckpt.former", module)
+    loading(tmp_path / "last.ckpt", found)
+    assert same(dict(found.state_dict()), dict(module.state_dict()))
+    assert ls.dropped_sublayers(found.net) == ls.dropped_sublayers(module.net)
+
+
+@READS
+def test_a_folder_with_more_than_the_module_holds_is_refused_unless_loading_is_not_strict(tmp_path):
+    """Of which torch reads what it is asked for and says nothing."""
+    folder_of(tmp_path / "last.ckpt", Foreign())
+    small = Foreign(num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"no place for, such as 'net\.model\.layers\.2\..*build it from"):
+        loading(tmp_path / "last.ckpt", small)
+    small.strict_loading = False
+    loading(tmp_path / "last.ckpt", small)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
