@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -42,12 +43,18 @@ def keep_rows(logger: Logger) -> None:
 
 def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Note how many rows there are, and give the file a second name: Lightning deletes the first as a logger opens."""
-    noted = {}
+    noted = []
     for _, file in _files(trainer):
-        if file.is_file():
-            lines = _lines(file)
-            noted[str(file)] = {"rows": len(lines) - 1, "last": _values(lines[0], lines[-1])}
-            _keep(file)
+        try:
+            lines = _lines(file) if file.is_file() else []
+            if len(lines) > 1:
+                noted.append({"file": str(file), "rows": len(lines) - 1, "last": _values(lines[0], lines[-1])})
+                _keep(file)
+        except OSError as error:  # another run in the same folder, for one: that is no reason to end this one
+            rank_zero_warn(
+                f"The rows of {str(file)!r} could not be kept for a resumed run ({error.strerror or error}); give "
+                "every run a folder of its own."
+            )
     if noted:
         checkpoint[ROWS_KEY] = noted
 
@@ -55,17 +62,21 @@ def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Bring back the rows of before, where the logger of a resumed run took its file away; warn if they are lost.
 
-    Lightning has done so before any callback is asked. What came behind the checkpoint is logged anew.
+    Lightning has done so before any callback is asked. What came behind the checkpoint is logged anew. The run's folder
+    may have been copied or moved since, so that what is kept in it counts, and not its path; in a new folder there is
+    nothing to bring back.
     """
-    noted = checkpoint.get(ROWS_KEY, {})
+    noted = checkpoint.get(ROWS_KEY, [])
     for writer, file in _files(trainer):
-        if str(file) not in noted or file.is_file():
+        kept = _kept(file)
+        here = kept.is_file() or any(each["file"] == str(file) for each in noted)
+        if not noted or not here or file.is_file():
             continue
-        count, kept = noted[str(file)]["rows"], _kept(file)
-        lines = _lines(kept)[: count + 1] if kept.is_file() else []
+        lines = _lines(kept) if kept.is_file() else []
         # the second name may be that of another run's rows, which began in the same place
-        if len(lines) == count + 1 and _values(lines[0], lines[-1]) == noted[str(file)]["last"]:
-            rows = list(csv.DictReader(lines))
+        fitting = [each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])]
+        if fitting:
+            rows = list(csv.DictReader(lines[: max(fitting) + 1]))
             writer.metrics_keys = list(rows[0])
             _write(file, writer.metrics_keys, rows)
         else:
@@ -81,7 +92,7 @@ def _files(trainer: Trainer) -> Iterator[tuple[ExperimentWriter, Path]]:
         if isinstance(writer, ExperimentWriter):
             file = local_path(writer.metrics_file_path)
             if file is not None:
-                yield writer, file.absolute()
+                yield writer, file.parent.resolve() / file.name
 
 
 def _kept(file: Path) -> Path:
@@ -90,14 +101,23 @@ def _kept(file: Path) -> Path:
 
 def _keep(file: Path) -> None:
     """A link, which costs no room; what is appended later stands behind the rows that are noted."""
-    beside = file.with_name(f".{file.name}.partial")
-    beside.unlink(missing_ok=True)
+    kept = _kept(file)
+    # nobody else's name: through a link that a killed run left, whoever opens it to write would empty the rows
+    beside = kept.with_name(f"{kept.name}.{uuid4().hex}")
     try:
-        os.link(file, beside)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, beside)
-    os.replace(beside, _kept(file))
-    beside.unlink(missing_ok=True)  # of two names of one file, replace leaves both
+        try:
+            os.link(file, beside)
+        except FileExistsError:  # of a network that asked twice
+            pass
+        except OSError:  # a file system without links
+            shutil.copyfile(file, beside)
+        os.replace(beside, kept)
+    finally:
+        beside.unlink(missing_ok=True)  # of two names of one file, replace leaves both
+
+
+def _is_row(lines: Sequence[str], number: int, values: dict[str, str]) -> bool:
+    return len(lines) > number and _values(lines[0], lines[number]) == values
 
 
 def _lines(file: Path) -> list[str]:

@@ -11,16 +11,21 @@ from torch import Tensor
 
 from layershed.calibration import ImportanceTracker
 from layershed.callbacks.history import append, begin, note, take_up
+from layershed.callbacks.randomness import of_every_rank
 from layershed.callbacks.run import (
     IMPORTANCE_FILE,
     StepCounter,
-    every_share,
     own_share,
     publish,
     run_directory,
     show,
 )
-from layershed.callbacks.structure import callbacks_of, carry_progress, leave_structure
+from layershed.callbacks.structure import (
+    callbacks_of,
+    carry_progress,
+    leave_structure,
+    refuse_shards_changed_by_hand,
+)
 from layershed.errors import NotFiniteError, ScheduleError
 from layershed.metrics import get_metric
 
@@ -46,6 +51,7 @@ class RedundancyMonitor(Callback):
     Raises:
         ScheduleError: If ``every_n_steps`` is below 1.
         UnknownNameError: If there is no such metric.
+        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand, and no callback changes it.
     """
 
     def __init__(self, every_n_steps: int = 50, metric: str = "cosine", transformer: str | None = None) -> None:
@@ -86,6 +92,7 @@ class RedundancyMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the sublayers and register the hooks, before anything is compiled."""
+        refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._trainer = trainer
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
         self._tracker.attach()
@@ -142,7 +149,7 @@ class RedundancyMonitor(Callback):
         """Running sums, and how far the history has come, as primitives."""
         if self._trainer is None or self._tracker is None or self._file is None:
             return {}
-        sums = every_share(self._tracker.state_dict(), self._trainer)
+        sums = of_every_rank(self._tracker.state_dict(), self._trainer)
         history = note(self._file) if self._writes else None
         return {"sums": sums, "history": history, "latest": dict(self._latest), "stride": self._steps.stride}
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
-from layershed.callbacks.structure import carry_progress, leave_structure
+from layershed.callbacks.structure import carry_progress, leave_structure, refuse_shards_changed_by_hand
 from layershed.discovery import find_transformer
 from layershed.errors import ScheduleError
 from layershed.figures import MOST_COLUMNS, drop_steps
@@ -37,6 +37,10 @@ class Report(Callback):
         train_loss: Name under which the LightningModule logs its training loss.
         val_loss: Name under which it logs its validation loss.
         title: Title of the page; None for the name of the model.
+
+    Raises:
+        ScheduleError: If ``every_n_steps`` is below 1.
+        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand, and no callback changes it.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which files an earlier run left in the directory: those that belong to this run are written anew."""
+        refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._stale = set(_files(run_directory(trainer)).items())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

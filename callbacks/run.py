@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.adapter_folder import PLAN_FILE
-from layershed.callbacks.randomness import of_every_rank
 from layershed.folders import write_text as write_text
 from layershed.overrides import overridden
 from layershed.plan import Drop, DropPlan, Sublayer
@@ -51,16 +50,8 @@ def current_drop(pl_module: LightningModule) -> tuple[Sublayer, ...]:
     return bypassed_sublayers(pl_module) if next(overridden(pl_module), None) else ()
 
 
-def every_share(own: Sums, trainer: Trainer) -> list[Sums]:
-    """The running sums of every rank, for a checkpoint: rank 0 writes it, and by itself would only write its own.
-
-    Call it on every rank, as Lightning calls ``Callback.state_dict``.
-    """
-    return of_every_rank(own, trainer)
-
-
 def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
-    """The inverse of :func:`every_share`; on another number of ranks the first one takes everything."""
+    """This rank's part of the running sums of every rank; on another number of ranks the first one takes everything."""
     if len(shares) == trainer.world_size:
         return shares[trainer.global_rank]
     scale = 1.0 if trainer.is_global_zero else 0.0

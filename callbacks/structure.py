@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
 
 from layershed.callbacks.metrics_file import note_rows, take_up_rows
 from layershed.callbacks.resumption import note_progress, prepare_resumption, take_up_progress
+from layershed.callbacks.strategies import is_sharded
 from layershed.checkpoint import CHECKPOINT_KEY, apply_structure, has_structure, write_structure
 from layershed.discovery import find_transformer
-from layershed.errors import LayershedError, ScheduleError
+from layershed.errors import LayershedError, ScheduleError, StrategyError
 from layershed.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
@@ -42,6 +44,26 @@ def carry_progress(pl_module: LightningModule, transformer: str | None = None) -
     before = _hook_of(pl_module)
     named = None if before is None else before.transformer
     _install(pl_module, named or transformer, changes=before is not None and before.changes)
+
+
+def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
+    """Refuse, before training, that a structure given by hand goes into shards where every callback only watches.
+
+    Only those that change a model have FSDP2 write the weights of dropped sublayers under names of their own.
+
+    Raises:
+        StrategyError: If whoever loads the shards would evaluate the dense model, and not be told.
+    """
+    hook = _hook_of(pl_module)
+    if hook is None or hook.changes or not is_sharded(trainer):
+        return
+    transformer = hook.watched()
+    if transformer is not None and has_structure(transformer):
+        raise StrategyError(
+            f"{_name(callback)}: the model was bypassed, quantized or adapted by hand, and a Trainer would take its "
+            "checkpoints under ModelParallelStrategy for those of the dense model; list SublayerDrop instead of "
+            "bypassing by hand, or use another strategy, such as DDPStrategy."
+        )
 
 
 def leave_structure(pl_module: LightningModule) -> None:
@@ -150,7 +172,7 @@ class _Hook:
 
     def __init__(self, pl_module: LightningModule, name: str, transformer: str | None, changes: bool) -> None:
         self.pl_module, self.name, self.transformer, self.changes = pl_module, name, transformer, changes
-        self.own = getattr(pl_module, name)
+        self.own, self.owned = getattr(pl_module, name), name in vars(pl_module)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.own(checkpoint)
@@ -168,15 +190,22 @@ class _Hook:
             take_up_rows(checkpoint, trainer)
             take_up_progress(checkpoint, trainer)
 
+    def watched(self) -> nn.Module | None:
+        """The transformer; None if there is none, or several and no name: nobody could tell whose structure it is."""
+        try:
+            return find_transformer(self.pl_module, name=self.transformer)
+        except LayershedError:
+            return None
+
     def _write(self, checkpoint: dict[str, Any]) -> None:
         if self.changes:
             write_structure(checkpoint, self.pl_module, name=self.transformer)
             return
-        try:
-            transformer = find_transformer(self.pl_module, name=self.transformer)
-        except LayershedError:  # none, or several and no name: nobody could tell whose structure it is
+        transformer = self.watched()
+        if transformer is None:
             return
-        write_structure(checkpoint, transformer)
+        # the optimizers have all the parameters, which SublayerDrop would take out of them
+        write_structure(checkpoint, transformer, callback="RedundancyMonitor, SpeedMonitor or Report")
         if CHECKPOINT_KEY in checkpoint:
             checkpoint[_BY_HAND_KEY] = True
 
@@ -195,5 +224,8 @@ def _install(pl_module: LightningModule, transformer: str | None, *, changes: bo
 
 def _release(pl_module: LightningModule) -> None:
     for name in _Hook.NAMES:
-        if isinstance(pl_module.__dict__.get(name), _Hook):
+        hook = pl_module.__dict__.get(name)
+        if isinstance(hook, _Hook):
             del pl_module.__dict__[name]
+            if hook.owned:  # somebody had set it on this one module
+                pl_module.__dict__[name] = hook.own

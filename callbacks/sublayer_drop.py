@@ -16,11 +16,11 @@ from layershed.callbacks.batches import calibration_batches as batches_of
 from layershed.callbacks.batches import check_text, validation_batches
 from layershed.callbacks.drop_rule import DropRule, resolve_protected
 from layershed.callbacks.monitors import check_monitors
+from layershed.callbacks.randomness import of_every_rank
 from layershed.callbacks.run import (
     StepCounter,
     Sums,
     current_drop,
-    every_share,
     own_share,
     publish,
     rewrap,
@@ -256,7 +256,7 @@ class SublayerDrop(Callback):
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
             "speedup": self.speedup,
             "stride": self._steps.stride,
-            "sums": None if tracker is None or trainer is None else every_share(tracker.state_dict(), trainer),
+            "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

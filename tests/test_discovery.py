@@ -291,15 +291,19 @@ def test_an_attention_that_insists_on_positions_is_no_crash(family):
     assert second == (Sublayer(0, "mlp", "transformer.h.0.mlp"), norm, second[0].path, "parallel", 1.0, {norm})
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
     "culprits",
-    [("model.layers.0.mlp.up_proj.weight",), ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight")],
+    [
+        ("model.layers.0.mlp.up_proj.weight",),
+        ("model.layers.2.self_attn.v_proj.weight",),
+        ("model.layers.3.mlp.down_proj.weight",),
+        ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"),
+    ],
 )
 @pytest.mark.parametrize("find", [find_sublayers, find_left_alone])
 def test_weights_without_a_finite_value_are_named(llama, culprits, value, find):
-    """Of an MLP alone they would only look as if it mixed tokens, and the others were all that there is."""
+    """Of the first MLP they would look as if it mixed tokens, and of most others as if nothing were the matter."""
     with torch.no_grad():
         for name in culprits:
             llama.get_parameter(name)[:, 0] = value
@@ -308,6 +312,34 @@ def test_weights_without_a_finite_value_are_named(llama, culprits, value, find):
         find(llama)
     told = f"The weights of LlamaForCausalLM hold NaN or infinite values, in {culprits[0]}{more}; load some"
     assert str(caught.value).startswith(told)
+
+
+EIGHT_BITS = [name for name in dir(torch) if name.startswith("float8_")]  # newer ones have more of them
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("broken", [True, False])
+def test_so_they_are_beside_and_among_weights_of_eight_bits(llama, dtype, broken):
+    scale = torch.ones(2, dtype=getattr(torch, dtype))
+    if broken:
+        scale.view(torch.uint8)[:] = 0xFF if "e8m0" in dtype else 0x80 if "uz" in dtype else 0x7F  # their NaN
+    assert scale.float().isnan().any() == broken
+    llama.model.layers[0].mlp.scale = torch.nn.Parameter(scale, requires_grad=False)
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[:, 0] = torch.nan
+    first = "layers.0.mlp.scale and 1 more" if broken else "layers.1.mlp.up_proj.weight"
+    with pytest.raises(UnprovenStructureError, match=f"hold NaN or infinite values, in model.{first}; load some"):
+        find_sublayers(llama)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="an older torch")
+def test_so_they_are_beside_weights_of_four_bits(llama):
+    packed = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    llama.model.layers[0].mlp.scale = torch.nn.Parameter(packed, requires_grad=False)
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[:, 0] = torch.nan
+    with pytest.raises(UnprovenStructureError, match=r"values, in model.layers.1.mlp.up_proj.weight; load some"):
+        find_sublayers(llama)
 
 
 def test_values_that_overflow_are_told_apart(llama):
@@ -325,6 +357,7 @@ def test_a_token_that_nobody_asks_for_may_be_not_a_number(llama):
     assert len(find_sublayers(llama)) == 2 * llama.config.num_hidden_layers
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_without_attention_is_refused():
     with pytest.raises(NoSublayersFoundError, match="MambaForCausalLM has no list of blocks with attention in them"):
         find_sublayers(build_model("mamba"))

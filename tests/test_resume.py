@@ -84,14 +84,31 @@ def test_a_torn_one_is_named_and_the_one_before_it_taken(capsys):
     wanted = checkpoint("runs/version_1/checkpoints/epoch=2.ckpt", age=2)
     assert resolve_last("test", {}) == wanted
     assert capsys.readouterr().out == (
-        "note: the checkpoint 'runs/version_1/checkpoints/last.ckpt' is damaged: it breaks off in the middle; taking "
-        "the one before it\n"
+        "note: the checkpoint 'runs/version_1/checkpoints/last.ckpt' is damaged: it breaks off in the middle; "
+        "looking for the one before it\n"
     )
     wanted.write_bytes(b"")
     assert resolve_last("fit", {}) == before
     before.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(3 of 3\)"):
         resolve_last("fit", {})
+
+
+def test_a_link_to_a_file_that_is_gone_is_named_too(capsys):
+    """As ``save_last="link"`` leaves one where somebody clears the folder; else the run would begin anew in silence."""
+    last = Path("runs/version_0/checkpoints/last.ckpt")
+    wanted = checkpoint(last.with_name("epoch=2.ckpt"), age=2)
+    last.symlink_to("epoch=3.ckpt")
+    assert resolve_last("fit", {}) == wanted
+    assert capsys.readouterr().out == (
+        f"note: the checkpoint {str(last)!r} is damaged: it leads to a file that is gone; looking for the one before "
+        "it\n"
+    )
+    wanted.unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(1 of 1\)"):
+        resolve_last("fit", {})
+    checkpoint(last.with_name("epoch=3.ckpt"), age=1)
+    assert resolve_last("fit", {}) == last
 
 
 @pytest.fixture
@@ -128,7 +145,30 @@ def test_a_folder_that_may_not_be_entered_is_named_and_the_one_before_it_taken(c
     config = {"callbacks": keeping("kept")}
     assert resolve_last("fit", config) == wanted
     assert capsys.readouterr().out == (
-        f"note: the folder {str(folder)!r} cannot be read (Permission denied); taking the one before it\n"
+        f"note: the folder {str(folder)!r} cannot be read (Permission denied); looking for the one before it\n"
+    )
+
+
+def test_so_is_one_that_may_be_listed_and_not_entered(capsys, monkeypatch):
+    """Of what is in it Path.is_file says from Python 3.14 on that it is not there."""
+    checkpoint("runs/version_1/checkpoints/last.ckpt", age=1)
+    wanted = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
+
+    def asked(really):
+        def ask(path, *args, **kwargs):
+            if "version_1/checkpoints/" in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return really(path, *args, **kwargs)
+
+        return ask
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, asked(getattr(os, name)))
+    monkeypatch.setattr(Path, "is_file", os.path.isfile)
+    assert resolve_last("fit", {}) == wanted
+    assert capsys.readouterr().out == (
+        "note: the folder 'runs/version_1/checkpoints' cannot be read (Permission denied); looking for the one before "
+        "it\n"
     )
 
 
@@ -142,7 +182,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(capsys, forbidden):
         "without it, or give the path of another."
     )
     assert capsys.readouterr().out == (
-        f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); taking the one before it\n"
+        f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); looking for the one before it\n"
     )
     checkpoint("runs/version_0/checkpoints/other.ckpt", age=10, whole=False)
     with pytest.raises(CheckpointError, match=r"under 'runs' is damaged or cannot be read \(2 of 2\); let this user"):

@@ -87,7 +87,9 @@ def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = 
     read_shards(path, {"state_dict": weights}, alone=alone)
 
 
-def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None) -> None:
+def write_structure(
+    checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None, callback: str | None = None
+) -> None:
     """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
 
     Among the weights it leaves a mark, too, whose name says what to do: whoever loads them strictly and knows nothing
@@ -97,6 +99,7 @@ def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str |
         checkpoint: The checkpoint that is being written.
         model: The module that holds the transformer.
         name: Path of the transformer inside it, needed where it holds more than one.
+        callback: Which callback the mark advises; None for that which does such things to a model.
     """
     drops = tuple(Drop(sublayer) for sublayer in bypassed_sublayers(model))
     transformer = _transformer(model, name)
@@ -109,7 +112,9 @@ def write_structure(checkpoint: dict[str, Any], model: nn.Module, *, name: str |
     if any(noted.values()):
         checkpoint[CHECKPOINT_KEY] = noted
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"][_mark(drops, quantized, noted["adapters"])] = torch.zeros(0)
+            weights = checkpoint["state_dict"]
+            _take_marks(weights)  # a module of ours has written its own before its callbacks do
+            weights[_mark(drops, quantized, noted["adapters"], callback)] = torch.zeros(0)
 
 
 def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: str | None = None) -> None:
@@ -148,8 +153,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         raise CheckpointError(f"The checkpoint's structure does not fit this model: {error}") from error
     if any(noted.values()):  # of a checkpoint that has lost its note the mark stays, and stops whoever loads it
         weights = checkpoint.get("state_dict", {})
-        for mark in [key for key in weights if key.startswith(_MARK)]:
-            del weights[mark]
+        _take_marks(weights)
         for key in [key for key in weights if WITHHELD in key]:
             weights[key.replace(WITHHELD, "")] = weights.pop(key)
 
@@ -161,7 +165,12 @@ def has_structure(model: nn.Module, *, name: str | None = None) -> bool:
     return bool(noted)
 
 
-def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object) -> str:
+def _take_marks(weights: dict[str, Any]) -> None:
+    for mark in [key for key in weights if key.startswith(_MARK)]:
+        del weights[mark]
+
+
+def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object, advised: str | None) -> str:
     """What stands among the unexpected keys when somebody loads the weights without their structure."""
     parts, callback = [], "LoRARecovery"
     if adapters is not None:
@@ -172,8 +181,8 @@ def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object
         names = ", ".join(drop.sublayer.name for drop in drops)
         parts, callback = [f"{names} {'is' if len(drops) == 1 else 'are'} dropped", *parts], "SublayerDrop"
     return (
-        f"{_MARK}{', '.join(parts)}; load with layershed.load_checkpoint(module, path), or put {callback} among the "
-        "callbacks"
+        f"{_MARK}{', '.join(parts)}; load with layershed.load_checkpoint(module, path), or put {advised or callback} "
+        "among the callbacks"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.adapter import adapter_of
@@ -62,7 +62,8 @@ def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublay
         NoSublayersFoundError: If there is no transformer, or none with attention blocks.
         AmbiguousModelError: If there are several transformers and none is named.
         UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it. If the weights hold NaN or
-            infinite values, so that it cannot be told; names the parameter.
+            infinite values, so that it cannot be told; names the parameter. Such as do not show in what a block gives,
+            like those of the head or of a query (which fused attention may pass over), are not found.
     """
     return tuple(branch.sublayer for branch in dissect(model, name=name).branches)
 
@@ -88,8 +89,7 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     with gathered(transformer), quietly(transformer):
         tape, slots = run_probe(transformer), watch_cache(transformer)
         anatomy = _take_apart(transformer, tape, slots)
-        if anatomy.left_alone or not anatomy.branches:
-            _refuse_not_finite(transformer, tape)
+        _refuse_not_finite(transformer, tape)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
     return anatomy
@@ -160,13 +160,13 @@ def _sifted(
 
 
 def _refuse_not_finite(transformer: nn.Module, tape: Tape) -> None:
-    """Refuse numbers that compare with nothing: whatever was left alone may have been so for no other reason."""
+    """Refuse numbers that compare with nothing: what was left alone, or was not, may be so for no other reason."""
     outputs = (call.output for path in _block_paths(transformer, tape) for call in tape.calls_of(path))
     streams = [tape.tensors[output] for output in outputs if output is not None]
-    if all(is_symbolic(stream) or bool(stream.isfinite().all()) for stream in streams):
+    if all(is_symbolic(stream) or _is_finite(stream) for stream in streams):
         return
     weights = transformer.named_parameters()
-    found = [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
+    found = [name for name, weight in weights if weight.is_floating_point() and not _is_finite(weight)]
     if not found:
         raise UnprovenStructureError(
             f"{type(transformer).__name__} gives NaN or infinite values, and its parameters hold none; load it in a "
@@ -177,6 +177,13 @@ def _refuse_not_finite(transformer: nn.Module, tape: Tape) -> None:
         f"The weights of {type(transformer).__name__} hold NaN or infinite values, in {found[0]}{more}; load some that "
         "are finite, such as a checkpoint from before its loss became NaN."
     )
+
+
+def _is_finite(values: Tensor) -> bool:
+    if str(values.dtype).startswith("torch.float4"):  # has no other numbers, and an older torch does not have it
+        return True
+    # of 8 bits torch tells it only for some formats; bfloat16 has the range of all of them
+    return bool((values.bfloat16() if values.dtype.itemsize == 1 else values).isfinite().all())
 
 
 def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> str:

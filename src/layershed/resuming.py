@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from layershed.checkpoint_io import UNREADABLE, damage_of, newest_first
+from layershed.checkpoint_io import UNREADABLE, damage_of
 from layershed.errors import CheckpointError
 
 
@@ -31,7 +32,7 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
     root = Path(trainer.get("default_root_dir") or "runs")
     verdicts: dict[Path, str] = {}
     for path, barred in _candidates(root, trainer):
-        damage = barred or damage_of(path)
+        damage = barred or _damage(path)
         if damage is None:
             return path
         if path not in verdicts:
@@ -39,7 +40,7 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
             verdicts[path] = "cannot be read" if unread else "is damaged"
             verdict = damage.removeprefix("it ") if unread else f"is damaged: {damage}"
             what = "folder" if barred else "checkpoint"
-            _say(f"note: the {what} {str(path)!r} {verdict}; taking the one before it")
+            _say(f"note: the {what} {str(path)!r} {verdict}; looking for the one before it")
     if verdicts:
         seen, states = len(verdicts), " or ".join(sorted(set(verdicts.values()), reverse=True))
         mend = "let this user read them, " if "cannot" in states else ""
@@ -90,8 +91,24 @@ def _runs(place: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The last one of a run comes first, then what else it kept."""
-    return sorted(newest_first(folder), key=lambda path: not re.match(r"last(-v\d+)?$", path.stem))
+    """The last one of a run comes first, then what else it kept; a link to a file that is gone is one of them, too."""
+    ages: dict[Path, int] = {}
+    for name in os.listdir(folder):
+        path = folder / name
+        if path.suffix == ".ckpt" and not os.path.isdir(path):
+            with suppress(FileNotFoundError):  # it was there a moment ago
+                ages[path] = os.lstat(path).st_mtime_ns  # raises where Path.is_file may say that there is none
+    return sorted(ages, key=lambda path: (bool(re.match(r"last(-v\d+)?$", path.stem)), ages[path]), reverse=True)
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "it leads to a file that is gone"
+    except OSError:  # of which damage_of says more
+        pass
+    return damage_of(path)
 
 
 def _own_folders(trainer: Any) -> Iterator[str]:

@@ -287,9 +287,7 @@ def test_a_folder_of_shards_of_another_model_is_refused_in_one_sentence(tmp_path
             ls.load_checkpoint(module, folder)
         assert f"'{folder}'" in str(caught.value)
     dense = write_folder(tmp_path / "dense", Foreign().state_dict(), {})
-    with pytest.raises(
-        CheckpointError, match=r"18 weights that this module has no place for, such as 'net\.model"
-    ):
+    with pytest.raises(CheckpointError, match=r"18 weights that this module has no place for, such as 'net\.model"):
         ls.load_checkpoint(Foreign(num_hidden_layers=2), dense)
 
 

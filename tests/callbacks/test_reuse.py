@@ -1,7 +1,10 @@
 """The same callbacks in one run after the other: each run is what it would be by itself."""
 
 import csv
+import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.callbacks.metrics_file import _keep
 from layershed.checkpoint_io import AtomicCheckpointIO
+from layershed.folders import write_text
 from layershed.surgery import bypassed_sublayers
 from tests.callbacks.conftest import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
 from tests.callbacks.test_resumption import stateful
@@ -147,16 +152,21 @@ def train_steps(rows):
     return {int(row["step"]) for row in csv.DictReader(rows.decode().splitlines()) if row["train_loss"]}
 
 
+def no_link(*_):
+    raise OSError("no links here")
+
+
+def twice(source, target, really=os.link):
+    """As NFS does where the first answer was lost: the link is there, and it says that it was there already."""
+    really(source, target)
+    raise FileExistsError(errno.EEXIST, "File exists", str(target))
+
+
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize(("at", "links"), [(3, True), (6, True), (8, False)])
-def test_a_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypatch, at, links):
+@pytest.mark.parametrize(("at", "link"), [(3, os.link), (6, os.link), (8, no_link), (8, twice)])
+def test_a_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypatch, at, link):
     """Before and behind the drop with its columns; Lightning deletes the file, which held later rows, too."""
-
-    def refuse(*_, **__):
-        raise OSError("no links here")
-
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", link)
     path = tmp_path / "at.ckpt"
     whole = fit(name="whole")
     assert train_steps(whole) == set(range(12))
@@ -179,3 +189,64 @@ def test_rows_that_are_lost_or_of_another_run_are_told_of(fit, tmp_path):
     fit(Save(tmp_path / "later.ckpt", 9), lr=1e-3)
     with pytest.warns(UserWarning, match=lost):
         assert train_steps(fit(ckpt_path=path)) == set(range(5, 12))
+
+
+MOVES = {
+    "copied": lambda old, new: shutil.copytree(old, new),
+    "moved": lambda old, new: old.rename(new),
+    "linked": lambda old, new: new.symlink_to(old),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+@pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
+@pytest.mark.parametrize("move", MOVES)
+def test_so_it_does_in_a_directory_that_was_copied_moved_or_linked(fit, tmp_path, move):
+    path = tmp_path / "at.ckpt"
+    whole = fit(name="whole")
+    fit(Save(path, 6), steps=10)
+    MOVES[move](tmp_path / "run", tmp_path / "elsewhere")
+    assert fit(name="elsewhere", ckpt_path=path) == whole
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+@pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
+def test_rows_of_another_run_in_a_copied_directory_are_told_of(fit, tmp_path):
+    path = tmp_path / "at.ckpt"
+    fit(Save(path, 6), steps=8)
+    fit(Save(tmp_path / "later.ckpt", 9), name="other", lr=1e-3)
+    shutil.copytree(tmp_path / "other", tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"CSVLogger deleted '.*elsewhere/metrics.csv' .* before step 6; resume with"):
+        assert train_steps(fit(name="elsewhere", ckpt_path=path)) == set(range(5, 12))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_file_that_another_run_deletes_meanwhile_ends_no_training(fit, tmp_path, monkeypatch):
+    def deleted(source, _target):
+        Path(source).unlink()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", source)
+
+    monkeypatch.setattr(os, "link", deleted)
+    path = tmp_path / "at.ckpt"
+    with pytest.warns(UserWarning, match=r"rows of '.*metrics.csv' could not be kept .*\(No such file or directory\)"):
+        fit(Save(path, 6), steps=8)
+    assert torch.load(path)["global_step"] == 6
+
+
+def test_a_link_that_a_killed_run_left_does_not_empty_what_is_kept(tmp_path, monkeypatch):
+    """As it would through a link of the name that the next writer of metrics.csv opens first."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    file, kept = tmp_path / "metrics.csv", tmp_path / ".metrics.csv.kept"
+    file.write_text("a,step\n1.5,0\n")
+    _keep(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: killed() if path.exists() else None)
+        with pytest.raises(KeyboardInterrupt):
+            _keep(file)
+    assert len(list(tmp_path.iterdir())) == 3
+    write_text(file, "a,step\n")
+    assert (file.read_text(), kept.read_text()) == ("a,step\n", "a,step\n1.5,0\n")

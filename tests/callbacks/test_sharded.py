@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 import layershed as ls
-from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
-from layershed.errors import QuantizationError, RecoveryError
+from layershed.callbacks import LoRARecovery, Quantization, RedundancyMonitor, Report, SublayerDrop
+from layershed.errors import QuantizationError, RecoveryError, StrategyError
 from layershed.recovery import set_enabled
 from tests.callbacks.two_ranks import run_two_ranks
 from tests.conftest import build_model
@@ -125,6 +125,23 @@ def test_what_cannot_be_done_to_shards_is_refused_before_training(said, tmp_path
     with pytest.raises((RecoveryError, QuantizationError), match=said):
         _ = callback.setup(trainer, module, "fit"), callback.on_fit_start(trainer, module)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items() if name in before)
+
+
+@pytest.mark.parametrize("watcher", [lambda: RedundancyMonitor(2), Report])
+def test_a_drop_by_hand_that_nobody_would_read_back_is_refused_before_training(tmp_path, watcher):
+    """None of these has the dropped weights go by other names, and a Trainer would take the dense ones."""
+    for bypassed, others in [(True, []), (False, []), (True, [SublayerDrop(START, count=1)])]:
+        module = Sharded()
+        if bypassed:
+            ls.bypass(module, ls.find_sublayers(module)[:2])
+        trainer = trainer_of(tmp_path, *others, watcher(), max_steps=2)
+        for callback in trainer.callbacks:
+            callback.setup(trainer, module, "fit")
+        if bypassed and not others:
+            with pytest.raises(StrategyError, match="list SublayerDrop instead of bypassing by hand, or use another"):
+                trainer.callbacks[-1].on_fit_start(trainer, module)
+        else:
+            trainer.callbacks[-1].on_fit_start(trainer, module)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,17 @@ from lightning.pytorch.loggers import CSVLogger
 import layershed as ls
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.checkpoint import CHECKPOINT_KEY
-from tests.callbacks.conftest import Foreign, Manual, Save, fit_foreign, loader, same, state_of, val_loader
+from tests.callbacks.conftest import (
+    Foreign,
+    Manual,
+    Save,
+    causal_lm,
+    fit_foreign,
+    loader,
+    same,
+    state_of,
+    val_loader,
+)
 from tests.callbacks.test_resumption import EPOCH, Kill, Killed, rows_of, stateful
 
 pytestmark = [
@@ -93,6 +103,28 @@ def test_so_it_is_where_every_batch_takes_two_steps(resumed, own):
         assert same(again[part], whole[part]), part
 
 
+class FirstOnly(Manual):
+    """Of its two optimizers only the first ever steps."""
+
+    def training_step(self, batch, batch_idx):
+        first, _ = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(self.loss(batch) * self.scale)
+        first.step()
+
+
+def test_so_it_is_where_a_batch_takes_fewer_steps_than_there_are_optimizers(resumed):
+    """The first batch of the resumed run, which at two steps a batch would be scored, and is not."""
+
+    def own():
+        return SublayerDrop(6, count=2, calibration_batches=1, quality_batches=1)
+
+    whole, again = resumed(own, lambda: FirstOnly(attention_dropout=0.2), 4)
+    assert len(whole["dropped"]) == 2
+    for part in whole:
+        assert same(again[part], whole[part]), part
+
+
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_a_dense_checkpoint_leaves_what_was_bypassed_by_hand(make_trainer, tmp_path, watcher):
     path = tmp_path / "dense.ckpt"
@@ -118,13 +150,39 @@ def test_beside_sublayer_drop_it_makes_the_model_dense_before_and_behind_it(make
 
 @pytest.mark.filterwarnings(OTHERS)
 def test_a_structure_made_by_hand_stops_who_would_load_it_densely(make_trainer, tmp_path):
+    """And names what resumes the run, too: with SublayerDrop the optimizer would be another."""
     path = tmp_path / "bypassed.ckpt"
     module = fit_foreign(make_trainer(RedundancyMonitor(2), Save(path, 2), max_steps=2), bypassed())
-    with pytest.raises(RuntimeError, match=r"layershed: attention\.0, mlp\.0 are dropped"):
+    advice = r"load with .*, or put RedundancyMonitor, SpeedMonitor or Report among the callbacks"
+    with pytest.raises(RuntimeError, match=rf"layershed: attention\.0, mlp\.0 are dropped; {advice}"):
         Foreign.load_from_checkpoint(path)
-    loaded = Foreign()
-    make_trainer(Report()).validate(loaded, val_loader(), ckpt_path=path, verbose=False)
-    assert ls.bypassed_sublayers(loaded) == ls.bypassed_sublayers(module) != ()
+    for watcher in WATCHERS.values():
+        loaded = Foreign()
+        make_trainer(watcher(), max_steps=3).fit(loaded, loader(), val_loader(), ckpt_path=path)
+        assert ls.bypassed_sublayers(loaded) == ls.bypassed_sublayers(module) != ()
+
+
+def test_of_our_own_module_it_leaves_one_mark(make_trainer, tmp_path, text_data):
+    """Which notes its structure by itself, and knows of no callbacks."""
+    path, module = tmp_path / "bypassed.ckpt", causal_lm()
+    keys = set(module.state_dict())
+    ls.bypass(module, ls.find_sublayers(module)[:2])
+    make_trainer(Report(), Save(path, 2), max_steps=2).fit(module, datamodule=text_data())
+    (mark,) = torch.load(path)["state_dict"].keys() - keys
+    assert "or put RedundancyMonitor, SpeedMonitor or Report among" in mark
+
+
+def test_hooks_that_somebody_set_on_the_module_are_called_and_come_back(make_trainer, tmp_path):
+    path, module, called = tmp_path / "hooked.ckpt", Foreign(), []
+    hooks = {f"on_{what}_checkpoint": lambda _, what=what: called.append(what) for what in ("save", "load")}
+    vars(module).update(hooks)
+    watchers = RedundancyMonitor(2), Report()
+    fit_foreign(make_trainer(*watchers, Save(path, 2), max_steps=3), module)
+    assert {name: vars(module)[name] for name in hooks} == hooks
+    for others in ([], [SublayerDrop(3, count=1)]):
+        make_trainer(*others, *watchers).validate(module, val_loader(), ckpt_path=path, verbose=False)
+        assert {name: vars(module)[name] for name in hooks} == hooks
+    assert called == ["save", "load", "load"]
 
 
 class Two(Foreign):
