@@ -19,19 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed
+from torch.distributed.checkpoint import metadata as kinds
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -41,17 +33,17 @@ from layershed.errors import CheckpointError
 NOTES_FILE, INDEX_FILE = "meta.pt", ".metadata"
 _InPython: Any = pickle._Unpickler  # the one in C would set attributes of a class, too
 _PLAIN = (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
+    kinds.BytesStorageMetadata,
+    kinds.ChunkStorageMetadata,
+    kinds.MetadataIndex,
+    kinds.StorageMeta,
+    kinds.TensorProperties,
+    kinds.TensorStorageMetadata,
     _StorageInfo,
 )
 _INDEX_CLASSES = {
-    *((kind.__module__, kind.__name__) for kind in (*_PLAIN, _MEM_FORMAT_ENCODING)),
+    *((kind.__module__, kind.__name__) for kind in (*_PLAIN, kinds._MEM_FORMAT_ENCODING)),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
