@@ -80,7 +80,8 @@ class Keep(pl.Callback):
             "logs": str(trainer.log_dir),
             "rng": torch.get_rng_state(),
         }
-        torch.save(result, Path(trainer.default_root_dir) / RESULT)
+        # whole or not at all, as it says that the run is done
+        layershed.checkpoint_io.write_atomically(Path(trainer.default_root_dir) / RESULT, result)
 
 
 class Plain(pl.LightningModule):
