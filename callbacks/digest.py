@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,35 @@ import torch
 
 
 def digest(batch: Any) -> str:
-    """A number for the tensors, arrays and plain values in a nest of them; of other objects only their types count."""
+    """A number for the tensors, arrays and plain values in a nest of them, and in the attributes of objects.
+
+    What cannot be read counts by its type: nobody's batch ends a run here.
+    """
     found = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        found.update(type(part).__name__.encode())
-        if isinstance(part, Mapping):
-            for name, value in part.items():
-                add(name)
-                add(value)
-        elif isinstance(part, list | tuple):
-            for value in part:
-                add(value)
-        elif isinstance(part, torch.Tensor) and part.layout == torch.strided and not part.is_quantized:
-            plain = part.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
-            found.update(str((part.dtype, part.shape)).encode() + plain.view(torch.uint8).numpy().tobytes())
-        elif isinstance(part, np.ndarray | np.generic) and not part.dtype.hasobject:
-            found.update(str((part.dtype, part.shape)).encode() + part.tobytes())
-        elif isinstance(part, str | bytes | int | float | complex | None):
-            found.update(repr(part).encode())
-
-    add(batch)
+    with suppress(Exception):  # sparse and quantized tensors, lists that hold themselves, and whatever else there is
+        for part in _parts(batch):
+            found.update(part)
     return found.hexdigest()
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """Bytes, or what has them."""
+    yield type(batch).__name__.encode()
+    if isinstance(batch, Mapping):
+        yield from _parts(list(batch.items()))
+    elif isinstance(batch, list | tuple):
+        for each in batch:
+            yield from _parts(each)
+    elif isinstance(batch, torch.Tensor):
+        yield str((batch.dtype, batch.shape)).encode()
+        plain = batch.detach().cpu().resolve_conj().resolve_neg()
+        # not contiguous(), which leaves the strides of a column of one row as they are
+        plain = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
+        yield plain.view(torch.uint8).numpy()
+    elif isinstance(batch, np.ndarray | np.generic):
+        yield str((batch.dtype, batch.shape)).encode()
+        yield b"" if batch.dtype.hasobject else batch.tobytes()
+    elif isinstance(batch, str | bytes | int | float | complex | None):
+        yield repr(batch).encode()
+    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
+        yield from _parts(vars(batch))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 
 T = TypeVar("T")
 
@@ -38,7 +39,10 @@ def set_random_states(states: dict[str, Any]) -> None:
 def own_generators(loader: Any) -> list[torch.Generator]:
     """Those that a loader and its samplers were given, each once."""
     batching = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batching, getattr(batching, "sampler", None))
+    samplers = [getattr(each, "sampler", None) for each in (loader, batching)]
+    # of several processes, Lightning wraps them
+    wrapped = [getattr(getattr(sampler, "dataset", None), "_sampler", None) for sampler in samplers]
+    owners = (loader, batching, *samplers, *wrapped)
     found = (getattr(owner, "generator", None) for owner in owners)
     return list(dict.fromkeys(own for own in found if isinstance(own, torch.Generator)))
 
@@ -46,9 +50,11 @@ def own_generators(loader: Any) -> list[torch.Generator]:
 def of_every_rank(own: T, trainer: Trainer) -> list[T]:
     """What every rank of the trainer gives, in their order; call it on every rank.
 
-    A process group may be there that is somebody else's: a trainer of one process asks nobody.
+    A process group may be there that is somebody else's: a trainer of one process asks nobody. Nor does a rank that has
+    raised an error, and saves once more (ModelCheckpoint's save_on_exception): the others would not answer.
     """
-    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    alone = trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED
+    if alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
     every = [own] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, own)

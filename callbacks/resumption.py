@@ -24,12 +24,12 @@ from layershed.callbacks.epoch_start import (
     batches_read,
     leave_epochs,
     note_epoch_start,
-    read_again,
     set_own_generators,
     watch_epochs,
 )
 from layershed.callbacks.metrics_file import keep_rows
 from layershed.callbacks.randomness import of_every_rank, random_states, set_random_states
+from layershed.callbacks.reading_again import read_again
 from layershed.checkpoint_io import keep_checkpoints_whole
 
 PROGRESS_KEY, RANDOM_KEY = "layershed_progress", "layershed_random"
@@ -120,10 +120,8 @@ def _wrap(
         vars(loop).pop("run", None)
         loop.setup_data()
         _load_loaders(loop)
-        if loop.restarting and not loop.skip and _loader_begins_anew(loop):
-            known = len(random) == trainer.world_size and not _between_epochs(loop)
-            if not known or not read_again(epochs, random[trainer.global_rank], trainer):
-                _tell_repeated_data(loop)
+        if loop.restarting and not loop.skip:
+            _take_up_epoch(trainer, epochs, random)
         only_ends = bool(noted) and not validates and loop.epoch_loop._num_ready_batches_reached()
         if only_ends:  # of this Lightning leaves out the hooks, and then takes the loader's end for the next epoch's
             loop.epoch_loop.batch_progress.increment_completed()
@@ -187,9 +185,25 @@ def _end_batches(batches: Any) -> None:
     batches.on_iteration_done()
 
 
-def _loader_begins_anew(loop: Any) -> bool:
-    """Whether the run stands within an epoch of which a loader cannot say where it stood."""
-    return batches_read(loop) > 0 and not all(isinstance(each, _Stateful) for each in loop._combined_loader.flattened)
+def _take_up_epoch(trainer: Trainer, epochs: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]]) -> None:
+    """Within an epoch, have the loaders go on where they stood, or tell that they do not."""
+    loop: Any = trainer.fit_loop
+    if batches_read(loop) is None:
+        return
+    _tell_lost_gradients(loop, trainer.accumulate_grad_batches)
+    if all(isinstance(loader, _Stateful) for loader in loop._combined_loader.flattened):
+        return
+    if _between_epochs(loop) or not read_again(epochs, random, trainer):
+        _tell_repeated_data(loop)
+
+
+def _tell_lost_gradients(loop: Any, accumulated: int) -> None:
+    if not _between_epochs(loop) and (batches_read(loop) or 0) % accumulated:
+        rank_zero_warn(
+            f"The checkpoint was written between two optimizer steps (accumulate_grad_batches={accumulated}): the "
+            "gradients that had been accumulated until then are not in it; save at a step instead, as "
+            "ModelCheckpoint(every_n_train_steps=...) does."
+        )
 
 
 def _tell_repeated_data(loop: Any) -> None:

@@ -26,7 +26,7 @@ from tests.callbacks.conftest import BATCH, Foreign, same, sequences, state_of, 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
 EPOCH = 6  # batches
-READ_AGAIN = "they are read again, and not trained on"
+READ_AGAIN = "they were read again, and are not trained on"
 
 
 class Killed(Exception):
