@@ -60,30 +60,35 @@ def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Bring back the rows of before, where the logger of a resumed run took its file away; warn if they are lost.
+    """Have the file hold the rows of before, and no others: what came behind the checkpoint is logged anew.
 
-    Lightning has done so before any callback is asked. What came behind the checkpoint is logged anew. The run's folder
-    may have been copied or moved since, so that what is kept in it counts, and not its path; in a new folder there is
-    nothing to bring back.
+    Where the logger of a resumed run took its file away, which Lightning has it do before any callback is asked, they
+    are brought back; it warns if they are lost. The run's folder may have been copied or moved since, so that what is
+    kept in it counts, and not its path; in a new folder there is nothing to bring back.
     """
     noted = checkpoint.get(ROWS_KEY, [])
     for writer, file in _files(trainer):
         kept = _kept(file)
-        here = kept.is_file() or any(each["file"] == str(file) for each in noted)
-        if not noted or not here or file.is_file():
-            continue
-        lines = _lines(kept) if kept.is_file() else []
-        # the second name may be that of another run's rows, which began in the same place
-        fitting = [each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])]
-        if fitting:
-            rows = list(csv.DictReader(lines[: max(fitting) + 1]))
-            writer.metrics_keys = list(rows[0])
+        present = _lines(file) if file.is_file() else []
+        if _fitting(present, noted):  # the same logger goes on
+            before, since = present, []
+        else:  # of this run there may be rows already, which a module logged as it was set up
+            before, since = _lines(kept) if kept.is_file() else [], present
+        count = _fitting(before, noted)
+        if count:
+            rows = [*csv.DictReader(before[: count + 1]), *csv.DictReader(since)]
+            writer.metrics_keys = list(dict.fromkeys(name for row in rows for name in row))
             _write(file, writer.metrics_keys, rows)
-        else:
+        elif noted and (kept.is_file() or any(each["file"] == str(file) for each in noted)):
             rank_zero_warn(
                 f"CSVLogger deleted {str(file)!r} as it opened, and with it the rows before step "
                 f"{checkpoint['global_step']}; resume with a version of its own, such as CSVLogger(version=None)."
             )
+
+
+def _fitting(lines: Sequence[str], noted: Sequence[dict[str, Any]]) -> int:
+    """How many rows of a file are those of before; 0 where it is another run's, which may begin in the same place."""
+    return max((each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])), default=0)
 
 
 def _files(trainer: Trainer) -> Iterator[tuple[ExperimentWriter, Path]]:

@@ -81,6 +81,8 @@ def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             logger.save()
     if noted.get("validates"):
         _validation_to_come(checkpoint["loops"]["fit_loop"])
+        # of a trainer that has fitted before Lightning thinks it done, and never ends
+        trainer.fit_loop.epoch_loop.val_loop._has_run = False
     _wrap(trainer, noted, checkpoint.get(RANDOM_KEY, ()), checkpoint.get(EPOCH_KEY, ()))
 
 

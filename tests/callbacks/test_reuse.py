@@ -191,6 +191,36 @@ def test_rows_that_are_lost_or_of_another_run_are_told_of(fit, tmp_path):
         assert train_steps(fit(ckpt_path=path)) == set(range(5, 12))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_trainer_that_goes_back_to_a_checkpoint_has_no_row_twice(make_trainer, tmp_path, fit):
+    whole, path = fit(name="whole"), tmp_path / "at.ckpt"
+    own = SublayerDrop(5, count=1, calibration_batches=1, quality_batches=1)
+    trainer = make_trainer(RedundancyMonitor(2), own, Save(path, 6), name="run", csv=True, max_steps=12)
+    for ckpt_path in (None, path):
+        trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=ckpt_path)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == whole
+
+
+class LogsEarly(Foreign):
+    """Its logger has written a row before anybody is asked for the rows of before."""
+
+    def setup(self, stage):
+        self.logger.log_metrics({"early": 1.0}, step=0)
+        self.logger.save()
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+def test_a_row_that_is_there_already_stays_behind_those_of_before(make_trainer, tmp_path):
+    path = tmp_path / "at.ckpt"
+    for more, ckpt_path in (([Save(path, 6)], None), ([], path)):
+        watch = RedundancyMonitor(2)
+        trainer = make_trainer(watch, *more, name="run", csv=True, max_steps=8 if more else 12)
+        trainer.fit(LogsEarly(), stateful(), val_loader(), ckpt_path=ckpt_path)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["train_loss"]] == list(range(12))
+    assert len([row for row in rows if row["early"]]) == 2
+
+
 MOVES = {
     "copied": lambda old, new: shutil.copytree(old, new),
     "moved": lambda old, new: old.rename(new),
