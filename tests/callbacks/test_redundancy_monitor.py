@@ -223,6 +223,7 @@ class SaveMiddle(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint was written between two optimizer steps")
 @pytest.mark.parametrize("saved_at", ["between", "middle"])
 def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, saved_at):
     """In the middle of a window Lightning loses the gradient so far: with a learning rate of 0 that is no matter."""
@@ -321,7 +322,7 @@ def test_a_step_of_which_nothing_finite_is_left_has_no_rows(make_trainer, tmp_pa
     assert trainer.callback_metrics["importance/skipped"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:The checkpoint was written between two optimizer steps")
 def test_what_was_left_out_before_an_interruption_is_counted_after_it(make_trainer, tmp_path):
     """The first of two micro-batches of step 2 came with a pass of NaN, before the checkpoint."""
     for name, ckpt_path in (("whole", None), ("resumed", tmp_path / "cut.ckpt")):
