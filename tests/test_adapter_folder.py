@@ -67,7 +67,7 @@ def test_what_is_dropped_after_the_adapters_came_is_not_saved(tokens, tmp_path):
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
-@pytest.mark.parametrize("names", [set(), {"attention.1"}, {"attention.1", "mlp.3"}], ids=str)
+@pytest.mark.parametrize("names", [set(), {"attention.1"}, {"attention.1", "mlp.3"}], ids=["none", "one", "other"])
 def test_a_base_with_another_plan_is_refused(names, tmp_path):
     ls.save_adapter(adapted(), tmp_path / "adapter")
     base = build_model()
