@@ -21,8 +21,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.callbacks.epoch_start import (
     EPOCH_KEY,
+    all_stateful,
     batches_read,
     leave_epochs,
+    loaders_of,
     note_epoch_start,
     set_own_generators,
     watch_epochs,
@@ -193,7 +195,7 @@ def _take_up_epoch(trainer: Trainer, epochs: Sequence[dict[str, Any]], random: S
     if batches_read(loop) is None:
         return
     _tell_lost_gradients(loop, trainer.accumulate_grad_batches)
-    if all(isinstance(loader, _Stateful) for loader in loop._combined_loader.flattened):
+    if all_stateful(loaders_of(loop)):
         return
     if _between_epochs(loop) or not read_again(epochs, random, trainer):
         _tell_repeated_data(loop)
