@@ -13,9 +13,12 @@ fit: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
+# mypy knows no package-dir: it gets the package as it is installed, made of links
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/layershed
+	ln -s $(CURDIR)/src/layershed/* $(CURDIR)/callbacks build/types/layershed/
 	$(BIN)/mypy
 
 clean:

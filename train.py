@@ -7,6 +7,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # before the imports: it complains at import time about a kernel that only 4-bit inference on CPUs would use
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from layershed.cli import main
+    from layershed.cli.main import main
 
     sys.exit(main(quickstart=Path(__file__).parent / "configs" / "quickstart.yaml"))

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from smollm2 import batches, load
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import layershed as ls
-from smollm2 import batches, load
 
 BATCHES, BATCH_SIZE, TOKENS = 4, 4, 256
 AGREEMENT = 1e-4

@@ -43,14 +43,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from smollm2 import batches, gguf_path, load
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from layershed.calibration import ImportanceTracker
 from layershed.callbacks import RedundancyMonitor
-from layershed.intervals import Interval, bootstrap_interval
-from layershed.module import CausalLM
-from smollm2 import batches, gguf_path, load
+from layershed.importance.tracker import ImportanceTracker
+from layershed.performance.intervals import Interval, bootstrap_interval
+from layershed.training.causal_lm import CausalLM
 
 SHAPES = (1, 128), (1, 512), (4, 128), (2, 256)  # batch size, tokens
 EVERY = 10

@@ -55,7 +55,7 @@ def main(folder: str | None = None) -> int:
 
 
 def _checks(place: Path) -> list[bool]:
-    checks, launched = import_module("tests.distributed.checks"), import_module("tests.distributed.launched")
+    checks, launched = import_module("tests.support.ranks.checks"), import_module("tests.support.ranks.launched")
     equal: list[bool] = []
     for name, which in (("replicated", ()), ("sharded", ("every",))):
         found = getattr(checks, f"run_{name}")(_fresh(place, name), *which)
@@ -81,8 +81,8 @@ def _holds(name: str, check: Callable[[], Any]) -> bool:
 
 def _deaths(place: Path) -> list[float | None]:
     """The seconds that each other rank lived on; None where it did not end with an error."""
-    deaths, ranks = import_module("tests.distributed.deaths"), import_module("tests.callbacks.two_ranks")
-    launched = import_module("tests.distributed.launched")
+    deaths, ranks = import_module("tests.support.ranks.deaths"), import_module("tests.support.two_ranks")
+    launched = import_module("tests.support.ranks.launched")
     found: list[float | None] = []
     for dies in (0, 1):
         for where in deaths.PLACES:
@@ -90,7 +90,7 @@ def _deaths(place: Path) -> list[float | None]:
             killed, other, seconds = ranks.seconds_to_follow(deaths.__name__, folder, where, str(dies), dies=dies)
             ended = killed == -9 and other not in (None, 0)
             if where == deaths.SHARDS:
-                check = import_module("tests.distributed.checks").former_shards_are_left
+                check = import_module("tests.support.ranks.checks").former_shards_are_left
                 ended &= _holds(
                     f"rank {dies} killed at: {where}: the former checkpoint is left", partial(check, folder)
                 )

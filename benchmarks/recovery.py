@@ -30,12 +30,12 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from smollm2 import gguf_path, load
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, get_scheduler
 
 import layershed as ls
-from layershed.distillation import Distillation, self_distillation
-from smollm2 import gguf_path, load
+from layershed.recovery.distillation import Distillation, self_distillation
 
 TOKENS, BATCH_SIZE, DROPPED = 256, 4, 8
 HELD_OUT, CALIBRATION = 16, 8  # batches

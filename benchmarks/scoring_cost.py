@@ -27,10 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from smollm2 import batches, load
 
 import layershed as ls
-from layershed.intervals import bootstrap_interval
-from smollm2 import batches, load
+from layershed.performance.intervals import bootstrap_interval
 
 PAIRS, BATCH_SIZE, TOKENS = 12, 4, 256
 

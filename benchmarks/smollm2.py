@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from layershed.building import build_model
-from layershed.data import TextData
+from layershed.saving.load_model import build_model
+from layershed.training.text_data import TextData
 
 
 def gguf_path() -> Path:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from smollm2 import batches, load
 from transformers import PreTrainedModel
 
 import layershed as ls
-from smollm2 import batches, load
 
 MODES = ("eager", "autocast", "bfloat16", "compiled")
 

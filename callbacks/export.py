@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layershed.callbacks.run import plan_of, run_directory
-from layershed.callbacks.strategies import is_sharded
-from layershed.callbacks.structure import check_order
-from layershed.discovery import find_transformer
-from layershed.export import check_folder, save_pretrained
-from layershed.folders import refuse_source
+from layershed.discovery.find import find_transformer
+from layershed.files.atomic import refuse_source
+from layershed.integration.module_hooks import check_order
+from layershed.integration.run import plan_of, run_directory
+from layershed.integration.strategies import is_sharded
+from layershed.saving.pretrained import check_folder, save_pretrained
 
 
 class Export(Callback):

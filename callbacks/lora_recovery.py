@@ -10,11 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from layershed.adapter_folder import check_adapter_folder, save_adapter
-from layershed.callbacks.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
-from layershed.callbacks.sharded_checkpoints import reshard
-from layershed.callbacks.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
-from layershed.callbacks.structure import (
+from layershed.discovery.find import find_transformer
+from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
+from layershed.integration.fsdp_checkpoints import reshard
+from layershed.integration.module_hooks import (
     callbacks_of,
     carry_structure,
     check_order,
@@ -23,13 +22,11 @@ from layershed.callbacks.structure import (
     refuse_averaging,
     waits_for_nothing,
 )
-from layershed.discovery import find_transformer
-from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
-from layershed.lora_targets import Placement
-from layershed.optimizers import Layout, LearningRateFactor, forget_parameters, hand_over, layout_of, restore_layout
-from layershed.plan import Sublayer
+from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
+from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
+from layershed.planning.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
-from layershed.recovery import (
+from layershed.recovery.lora import (
     adapted_modules,
     check_lora,
     check_targets,
@@ -39,6 +36,16 @@ from layershed.recovery import (
     merge_lora,
     set_enabled,
 )
+from layershed.recovery.lora_targets import Placement
+from layershed.recovery.optimizer_groups import (
+    Layout,
+    LearningRateFactor,
+    forget_parameters,
+    hand_over,
+    layout_of,
+    restore_layout,
+)
+from layershed.saving.lora_folder import check_adapter_folder, save_adapter
 from layershed.surgery import dropped_sublayers
 
 Mode = Literal["lora", "full", "none"]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from layershed.callbacks.run import StepCounter, current_drop, publish, rewrap
-from layershed.callbacks.strategies import fit_strategy, is_sharded
-from layershed.callbacks.structure import (
+from layershed.discovery.find import find_transformer
+from layershed.errors import QuantizationError, ScheduleError
+from layershed.integration.module_hooks import (
     callbacks_of,
     carry_structure,
     check_order,
@@ -19,9 +19,8 @@ from layershed.callbacks.structure import (
     refuse_averaging,
     waits_for_nothing,
 )
-from layershed.discovery import find_transformer
-from layershed.errors import QuantizationError, ScheduleError
-from layershed.optimizers import forget_quantized
+from layershed.integration.run import StepCounter, current_drop, publish, rewrap
+from layershed.integration.strategies import fit_strategy, is_sharded
 from layershed.quantization import (
     ComputeDtype,
     Mode,
@@ -31,6 +30,7 @@ from layershed.quantization import (
     quantize,
     stored_bytes,
 )
+from layershed.recovery.optimizer_groups import forget_quantized
 from layershed.surgery import dropped_sublayers
 
 

@@ -9,10 +9,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from layershed.calibration import ImportanceTracker
-from layershed.callbacks.history import append, begin, note, take_up
-from layershed.callbacks.randomness import of_every_rank
-from layershed.callbacks.run import (
+from layershed.errors import NotFiniteError, ScheduleError
+from layershed.importance.metrics import get_metric
+from layershed.importance.tracker import ImportanceTracker
+from layershed.integration.importance_csv import append, begin, note, take_up
+from layershed.integration.module_hooks import (
+    callbacks_of,
+    carry_progress,
+    leave_structure,
+    refuse_shards_changed_by_hand,
+)
+from layershed.integration.rng import of_every_rank
+from layershed.integration.run import (
     IMPORTANCE_FILE,
     StepCounter,
     own_share,
@@ -20,14 +28,6 @@ from layershed.callbacks.run import (
     run_directory,
     show,
 )
-from layershed.callbacks.structure import (
-    callbacks_of,
-    carry_progress,
-    leave_structure,
-    refuse_shards_changed_by_hand,
-)
-from layershed.errors import NotFiniteError, ScheduleError
-from layershed.metrics import get_metric
 
 
 class RedundancyMonitor(Callback):

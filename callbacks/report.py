@@ -9,15 +9,22 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from layershed.callbacks.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
-from layershed.callbacks.structure import carry_progress, leave_structure, refuse_shards_changed_by_hand
-from layershed.discovery import find_transformer
+from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
-from layershed.figures import MOST_COLUMNS, drop_steps
+from layershed.integration.module_hooks import carry_progress, leave_structure, refuse_shards_changed_by_hand
+from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
+from layershed.performance.speed import SpeedReport
 from layershed.quality import Quality
-from layershed.report import LossPoint, RunRecord, measured_steps, read_importance, summary_table, write_report
-from layershed.speed import SpeedReport
-from layershed.thinning import ThinnedCurve, shown_steps
+from layershed.reporting.downsampling import ThinnedCurve, shown_steps
+from layershed.reporting.figures import MOST_COLUMNS, drop_steps
+from layershed.reporting.html_report import (
+    LossPoint,
+    RunRecord,
+    measured_steps,
+    read_importance,
+    summary_table,
+    write_report,
+)
 
 
 class Report(Callback):

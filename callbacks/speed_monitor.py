@@ -9,16 +9,16 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from layershed.callbacks.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
-from layershed.callbacks.strategies import refuse_sharded_speed
-from layershed.callbacks.structure import callbacks_of, carry_progress, leave_structure
-from layershed.discovery import find_transformer
+from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
-from layershed.plan import Sublayer
-from layershed.speed import SpeedReport, measure_speed
-from layershed.stopwatch import Phase, SpeedSettings
+from layershed.integration.module_hooks import callbacks_of, carry_progress, leave_structure
+from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.integration.strategies import refuse_sharded_speed
+from layershed.performance.speed import SpeedReport, measure_speed
+from layershed.performance.speedup_target import phase_of
+from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.planning.plan import Sublayer
 from layershed.surgery import removed_sublayers
-from layershed.targeting import phase_of
 
 Mode = Literal["max", "min"]
 # What SublayerDrop measures around the drop, and whether higher or lower is better.

@@ -10,14 +10,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from layershed.adapter_folder import PLAN_FILE
-from layershed.calibration import ImportanceTracker, estimate_importance
-from layershed.callbacks.batches import calibration_batches as batches_of
-from layershed.callbacks.batches import check_text, validation_batches
-from layershed.callbacks.drop_rule import DropRule, resolve_protected
-from layershed.callbacks.monitors import check_monitors
-from layershed.callbacks.randomness import of_every_rank
-from layershed.callbacks.run import (
+from layershed.discovery.find import find_transformer
+from layershed.errors import SelectionError, UnknownNameError
+from layershed.importance.metrics import get_metric
+from layershed.importance.tracker import ImportanceTracker, estimate_importance
+from layershed.integration.drop_rule import DropRule, resolve_protected
+from layershed.integration.fsdp_checkpoints import reshard
+from layershed.integration.loaders import calibration_batches as batches_of
+from layershed.integration.loaders import check_text, validation_batches
+from layershed.integration.module_hooks import carry_structure, check_averaging, check_order, leave_structure
+from layershed.integration.preflight import check_monitors
+from layershed.integration.rng import of_every_rank
+from layershed.integration.run import (
     StepCounter,
     Sums,
     current_drop,
@@ -28,20 +32,16 @@ from layershed.callbacks.run import (
     show,
     write_text,
 )
-from layershed.callbacks.sharded_checkpoints import reshard
-from layershed.callbacks.strategies import fit_strategy, refuse_sharded_speed
-from layershed.callbacks.structure import carry_structure, check_averaging, check_order, leave_structure
-from layershed.discovery import find_transformer
-from layershed.errors import SelectionError, UnknownNameError
-from layershed.metrics import get_metric
-from layershed.optimizers import forget_parameters
-from layershed.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
+from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
+from layershed.performance.speedup_target import DEFAULT_SETTINGS
+from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
+from layershed.planning.schedule import DropSchedule
+from layershed.planning.selection import Objective
 from layershed.quality import Quality, check_head, evaluate_quality
-from layershed.schedule import DropSchedule
-from layershed.selection import Objective
-from layershed.stopwatch import Phase, SpeedSettings
+from layershed.recovery.optimizer_groups import forget_parameters
+from layershed.saving.lora_folder import PLAN_FILE
 from layershed.surgery import bypass, bypassed_sublayers
-from layershed.targeting import DEFAULT_SETTINGS
 
 CalibrateOn = Literal["running", "train", "val"]
 

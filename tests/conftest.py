@@ -1,45 +1,23 @@
-"""Tiny models built from configs: seconds for the whole suite, no download."""
+"""Fixtures that tests of several rooms use; what they are made of is in tests/support."""
 
 import os
 from collections.abc import Callable
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
-from transformers.models.auto.configuration_auto import AutoConfig
+from lightning.pytorch.loggers import CSVLogger
+from transformers import PreTrainedModel
+
+import layershed.reporting.html_report
+from layershed.training.text_data import TextData
+from tests.support.models import MODEL_TYPES, build_model
+from tests.support.runs import TOKENS
 
 # One thread each, here and in the processes that tests start: tensors this small gain nothing from a second one, and
 # lose seconds to its waiting where the machine is shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-MODEL_TYPES = ("llama", "mistral", "qwen3", "gpt2")
-
-
-def build_model(model_type: str = "llama", **overrides: object) -> PreTrainedModel:
-    """A random model whose branches are large enough to matter, in eval mode."""
-    set_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
 
 
 @pytest.fixture(params=MODEL_TYPES)
@@ -65,3 +43,56 @@ def llama() -> PreTrainedModel:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads, the more so on a machine that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Reports without their pictures, which take most of the time; the alternative texts say what would be painted."""
+    monkeypatch.setattr(
+        layershed.reporting.html_report, "_image", lambda _figure: layershed.reporting.html_report._Image("", 1, 1)
+    )
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Paragraphs enough for a dozen batches."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(f"{i} plus {i} is {2 * i}, and then some." for i in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def text_data(text_file):
+    """Makes the same data module anew: 8 batches an epoch."""
+    return lambda **kwargs: TextData(
+        **{"source": str(text_file), "block_size": TOKENS, "batch_size": 4, "max_tokens": 512, **kwargs}
+    )
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A quiet trainer on the CPU; ``name`` is its directory, ``csv`` asks for a CSVLogger there."""
+
+    def make(*callbacks, name="run", csv=False, **kwargs):
+        folder = tmp_path / name
+        settings = {"max_steps": 12, "enable_checkpointing": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+        return pl.Trainer(
+            accelerator="cpu",
+            logger=CSVLogger(folder, name="", version="") if csv else False,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            **{**settings, **kwargs},
+        )
+
+    return make

@@ -1,4 +1,4 @@
-"""The direction of imports: every module of layershed imports strictly lower ranks, and none is too long."""
+"""The house: which room may import which, what needs no torch or Lightning, and how long a file may be."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -6,55 +6,51 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "layershed"
-RANKS = [
-    {"errors", "intervals", "memory", "style", "thinning", "usage"},
-    {"folders", "vetting", "config_files"},
-    {"plan", "adapter", "standins", "tape", "roofline"},
-    {
-        "schedule",
-        "functional",
-        "overrides",
-        "batches",
-        "epoch_sampler",
-        "packing",
-        "dataflow",
-        "replay",
-        "wording",
-        "checkpoint_io",
-    },
-    {"probe", "metrics", "selection", "kinds", "resuming", "shards"},
-    {"substitution", "quantized_linear"},
-    {"branches"},
-    {"trial"},
-    {"discovery"},
-    {"surgery", "stopwatch"},
-    {"calibration", "standalone", "lora_targets"},
-    {"recovery"},
-    {"quantization", "distillation", "optimizers", "adapter_folder", "weights"},
-    {"costs", "latency"},
-    {"pruning", "quality", "speed", "export", "checkpoint"},
-    {"targeting", "prediction", "building", "benchmarking"},
-    {"figures", "frontier"},
-    {"report", "console"},
-    {"callbacks"},
-    {"module", "data"},
-    {"running"},
-    {"comparing"},
-    {"commands"},
-    {"cli"},
+ROOT = Path(__file__).parents[1]
+# Each room imports only what stands before it. layershed/__init__.py re-exports from everywhere and is no room.
+ROOMS = [
+    "errors",
+    "stand_ins",
+    "files",
+    "batches",
+    "planning",
+    "formatting",
+    "discovery",
+    "surgery",
+    "quality",
+    "importance",
+    "recovery",
+    "drop",
+    "quantization",
+    "performance",
+    "saving",
+    "reporting",
+    "integration",
+    "callbacks",
+    "training",
+    "cli",
 ]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-MAX_LINES = 350
+WITHOUT_LIGHTNING = ROOMS[: ROOMS.index("integration")]
+WITHOUT_TORCH = ("errors", "planning")
+LONGEST = 350
 
-# layershed/__init__.py re-exports from everywhere and stands above all
-FILES = {
-    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
-    for folder in (SOURCE, SOURCE / "callbacks")
-    for path in sorted(folder.glob("*.py"))
-    if path != SOURCE / "__init__.py"
-}
-files = pytest.mark.parametrize("name", FILES)
+
+def modules():
+    """Path of every file by its dotted name within layershed."""
+    found = {}
+    for folder, prefix in ((ROOT / "src" / "layershed", ()), (ROOT / "callbacks", ("callbacks",))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    del found["__init__"]
+    return found
+
+
+MODULES = modules()
+
+
+def parse(name):
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
 
 
 def imports(tree):
@@ -69,85 +65,102 @@ def imports(tree):
 
 
 def own_imports(tree):
-    """The modules of layershed among them, by their keys in FILES; the bare package as ``""``."""
-    found = set()
-    for name in imports(tree):
-        if name == "layershed":
-            found.add("")
-        elif name.startswith("layershed."):
-            found.add(name.removeprefix("layershed."))
-    known = {name for name in found if name in FILES}
-    # "from layershed import plan" names the package and the module; "import layershed" the package alone
+    """The modules of layershed among them; the bare package as an empty name."""
+    names = {name for name in imports(tree) if name.partition(".")[0] == "layershed"}
+    found = {name.removeprefix("layershed").removeprefix(".") for name in names}
+    known = {name for name in found if name in MODULES}
+    # "from layershed import surgery" names the package and the module; "import layershed" the package alone
     return known | ({""} if "" in found and not known else set())
 
 
-def parse(name):
-    return ast.parse(FILES[name].read_text(encoding="utf-8"))
-
-
 def runs_on_import(tree):
-    """The tree without what stands inside functions."""
+    """The tree without what stands inside functions, or is only for type checkers."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node):
             return ast.Pass()
+
+        def visit_If(self, node):
+            return ast.Pass() if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
         visit_AsyncFunctionDef = visit_FunctionDef
 
     return Strip().visit(tree)
 
 
-def test_there_is_something_to_check():
-    assert {"errors", "plan", "selection", "calibration", "callbacks"} <= set(FILES)
-    assert own_imports(parse("selection")) == {"errors", "plan"}
+def room(name):
+    return name.partition(".")[0]
+
+
+def test_the_import_reader_sees_every_form_of_import():
+    assert {"errors", "planning.plan", "importance.tracker", "callbacks.sublayer_drop"} <= set(MODULES)
+    assert own_imports(parse("planning.selection")) == {"errors", "planning.plan"}
     assert own_imports(ast.parse("import layershed as ls")) == {""}
-    assert own_imports(ast.parse("from layershed import plan")) == {"plan"}
-    assert own_imports(runs_on_import(ast.parse("def f():\n import layershed.plan"))) == set()
+    assert own_imports(ast.parse("from layershed import surgery")) == {"surgery"}
+    assert own_imports(ast.parse("from layershed.planning import plan")) == {"planning", "planning.plan"}
+    assert own_imports(runs_on_import(ast.parse("def f():\n import layershed.surgery"))) == set()
 
 
-@files
-def test_every_module_has_a_rank(name):
-    assert name.partition(".")[0] in RANK
-
-
-@files
-def test_imports_go_to_strictly_lower_ranks(name):
-    top = name.partition(".")[0]
-    for other in own_imports(parse(name)):
-        below = other.partition(".")[0]
-        assert other, f"{name} imports the package itself, which imports everything"
-        # among themselves the callbacks need only be free of circles
-        assert RANK[below] < RANK[top] or top == below == "callbacks", f"{name} must not import {other}"
-
-
-@files
-def test_nobody_imports_the_callbacks_by_their_folder(name):
-    assert not [other for other in imports(parse(name)) if other.partition(".")[0] == "callbacks"]
+def test_every_room_imports_only_rooms_before_it():
+    for name in MODULES:
+        assert room(name) in ROOMS, f"{name} stands in no room"
+        for other in own_imports(parse(name)):
+            assert other, f"{name} imports the package itself, which imports everything"
+            assert ROOMS.index(room(other)) <= ROOMS.index(room(name)), f"{name} must not import {other}"
 
 
 def test_no_module_imports_itself_in_a_circle():
-    graph = {name: own_imports(runs_on_import(parse(name))) & set(FILES) for name in FILES}
+    graph = {name: own_imports(parse(name)) & set(MODULES) - {name} for name in MODULES}
+    packages = {name for name in MODULES if any(other.startswith(f"{name}.") for other in MODULES)}
+    for name in graph:
+        graph[name] -= packages - {"callbacks"}  # the __init__ of a room imports nothing
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("name", ["errors", "plan", "schedule", "selection"])
-def test_deciding_needs_no_torch(name):
+def test_the_init_of_a_room_imports_nothing():
+    """Else a file of the room would bring all of it along."""
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name != "callbacks":
+            assert not list(imports(parse(name))), f"layershed/{name}/__init__.py imports something"
+
+
+def test_nothing_before_integration_imports_lightning():
+    for name in MODULES:
+        if room(name) in WITHOUT_LIGHTNING:
+            found = {other for other in imports(parse(name)) if other.partition(".")[0].endswith("lightning")}
+            assert not found, f"{name} imports {found}"
+
+
+def test_errors_and_planning_import_no_torch():
     """So that a plan can be made, read and checked without a model; the same on every rank."""
-    seen, todo = set(), [name]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        tree = parse(current)
-        heavy = {other.partition(".")[0] for other in imports(tree)} & {"torch", "transformers", "numpy", "lightning"}
-        assert not heavy, f"{current} imports {heavy}"
-        todo += own_imports(tree)
+    for name in MODULES:
+        if room(name) in WITHOUT_TORCH:
+            heavy = {other.partition(".")[0] for other in imports(parse(name))} & {"torch", "transformers", "numpy"}
+            assert not heavy, f"{name} imports {heavy}"
 
 
-@files
-def test_no_file_is_too_long(name):
-    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) < MAX_LINES
+def test_the_callbacks_folder_is_imported_as_layershed_callbacks():
+    """A bare ``import callbacks`` would import every class twice."""
+    for name in MODULES:
+        assert not [other for other in imports(parse(name)) if other.partition(".")[0] == "callbacks"], name
+
+
+def test_no_file_is_too_long():
+    for name, path in MODULES.items():
+        assert len(path.read_text(encoding="utf-8").splitlines()) < LONGEST, name
+
+
+def test_the_tests_stand_in_the_rooms_of_what_they_test():
+    rooms = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert rooms - {"support", "distributed"} <= set(ROOMS)
+
+
+def test_tests_share_code_only_through_support():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        shared = {other for other in imports(tree) if other.partition(".")[0] in ("tests", "benchmarks")}
+        strangers = {other for other in shared if not f"{other}.".startswith("tests.support.")} - {"tests"}
+        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from layershed.discovery import find_sublayers
+from layershed.discovery.find import find_sublayers
 from layershed.errors import MeasurementError
 from layershed.quality import evaluate_quality
 from layershed.surgery import bypass
-from tests.conftest import build_model
+from tests.support.models import build_model
 
 
 def make_batch(seed, rows, length, padding=(), **extra):

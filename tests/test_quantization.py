@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 import layershed as ls
-from layershed import adapter
+from layershed.discovery import registry as adapter
+from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt, dequantized_weight, secure
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize, quantize_as
-from layershed.quantized_linear import Linear4bit, Linear8bitLt, dequantized_weight, secure
-from layershed.recovery import adapted_modules, inject_lora, merge_lora, remove_lora
-from tests.conftest import build_model
-from tests.test_adapter import GPT
-from tests.test_recovery import ARCHITECTURES, dropped, learn, logits, maps, pick
+from layershed.recovery.lora import adapted_modules, inject_lora, merge_lora, remove_lora
+from tests.discovery.test_registry import GPT
+from tests.recovery.test_lora import ARCHITECTURES, dropped, learn, logits, maps, pick
+from tests.support.models import build_model
 
 MODES = ["nf4", "fp4", "int8"]
 # bitsandbytes repacks weights whose sides are multiples of 64

@@ -8,11 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from architectures import tiny_model
-from checks import Case, reference
-from layershed.discovery import dissect, find_sublayers
+from layershed.discovery.find import dissect, find_sublayers
 from layershed.errors import AmbiguousModelError, PlanError
-from layershed.plan import Sublayer
+from layershed.planning.plan import Sublayer
 from layershed.surgery import (
     bypass,
     bypassed_sublayers,
@@ -22,7 +20,9 @@ from layershed.surgery import (
     removed_sublayers,
     restore,
 )
-from tests.conftest import build_model
+from tests.support.architectures import tiny_model
+from tests.support.conformance import Case, reference
+from tests.support.models import build_model
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def test_some_of_one_of_two_transformers_are_restored_by_its_name(llama):
 
 
 def test_a_cache_slot_that_could_not_be_found_out_is_an_error_and_no_wrong_text(llama, tokens, monkeypatch):
-    monkeypatch.setattr("layershed.discovery.watch_cache", lambda model: None)
+    monkeypatch.setattr("layershed.discovery.find.watch_cache", lambda model: None)
     chosen = find_sublayers(llama)[:1]
     expected = build_model("llama")
     bypass(llama, chosen)

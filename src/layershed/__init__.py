@@ -4,32 +4,32 @@ The functions work on any Hugging Face transformer, inside or outside of trainin
 when to call them are in :mod:`layershed.callbacks`.
 """
 
-from layershed.adapter import SublayerAdapter, register_adapter
-from layershed.adapter_folder import load_adapter, save_adapter
-from layershed.branches import LeftAlone
-from layershed.calibration import ImportanceTracker, estimate_importance
-from layershed.checkpoint import load_checkpoint
-from layershed.costs import CostModel, PassCosts
-from layershed.discovery import find_left_alone, find_sublayers, find_transformer
-from layershed.distillation import Distillation, self_distillation_loss
+from layershed.discovery.branches import LeftAlone
+from layershed.discovery.find import find_left_alone, find_sublayers, find_transformer
+from layershed.discovery.registry import SublayerAdapter, register_adapter
+from layershed.drop import drop_sublayers
 from layershed.errors import LayershedError
-from layershed.export import load_plan, load_pretrained, save_pretrained
-from layershed.functional import angular, cosine_importance, relative_magnitude
-from layershed.intervals import Interval
-from layershed.latency import Latency, measure_latency
-from layershed.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
-from layershed.plan import Drop, DropPlan, ImportanceScores, Sublayer
-from layershed.pruning import drop_sublayers
+from layershed.importance.functional import angular, cosine_importance, relative_magnitude
+from layershed.importance.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
+from layershed.importance.tracker import ImportanceTracker, estimate_importance
+from layershed.performance.costs import CostModel, PassCosts
+from layershed.performance.intervals import Interval
+from layershed.performance.latency import Latency, measure_latency
+from layershed.performance.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
+from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed, speedup_degradation_ratio
+from layershed.performance.speedup_target import drop_to_speedup
+from layershed.performance.stopwatch import SpeedSettings
+from layershed.planning.plan import Drop, DropPlan, ImportanceScores, Sublayer
+from layershed.planning.schedule import DropSchedule
+from layershed.planning.selection import select_sublayers
 from layershed.quality import Quality, evaluate_quality
 from layershed.quantization import dequantize, quantization_of, quantize
-from layershed.recovery import adapters_off, inject_lora, merge_lora, remove_lora
-from layershed.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
-from layershed.schedule import DropSchedule
-from layershed.selection import select_sublayers
-from layershed.speed import PhaseSpeed, SpeedReport, measure_speed, speedup_degradation_ratio
-from layershed.stopwatch import SpeedSettings
+from layershed.recovery.distillation import Distillation, self_distillation_loss
+from layershed.recovery.lora import adapters_off, inject_lora, merge_lora, remove_lora
+from layershed.saving.checkpoint import load_checkpoint
+from layershed.saving.lora_folder import load_adapter, save_adapter
+from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, remove, removed_sublayers, restore
-from layershed.targeting import drop_to_speedup
 
 __all__ = [
     "ACCELERATORS",

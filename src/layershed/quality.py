@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, SumMetric
 
 from layershed.batches import as_inputs, describe, select
-from layershed.discovery import find_transformer, predicts_next_token
+from layershed.discovery.find import find_transformer, predicts_next_token
+from layershed.discovery.probe import evaluating
 from layershed.errors import MeasurementError
-from layershed.probe import evaluating
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershed.discovery import find_transformer, secure_quantized
+from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
-from layershed.overrides import exchange
-from layershed.recovery import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
+from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
+from layershed.stand_ins.install import exchange
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -252,7 +252,7 @@ def _upstream_config(how: Quantized) -> BitsAndBytesConfig:
 def _quantized(module: Any, how: Quantized) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Params4bit
 
-    from layershed.quantized_linear import Linear4bit, Linear8bitLt
+    from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt
 
     weight = module.weight.detach()
     if isinstance(module, Conv1D):
@@ -274,7 +274,7 @@ def _quantized(module: Any, how: Quantized) -> nn.Module:
 
 
 def _dequantized(module: Linear4bit | Linear8bitLt, dtype: torch.dtype) -> nn.Module:
-    from layershed.quantized_linear import dequantized_weight
+    from layershed.discovery.bnb_layers import dequantized_weight
 
     weight = dequantized_weight(module).to(dtype)
     rows, columns = weight.shape

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from layershed.branches import Branch
-from layershed.discovery import dissect, find_transformer
+from layershed.discovery.branches import Branch
+from layershed.discovery.find import dissect, find_transformer
 from layershed.errors import PlanError
-from layershed.overrides import install, keep_out, lifted, overridden, override_of, uninstall
-from layershed.plan import Sublayer, sublayer_from
-from layershed.standins import RemovedModule, StandIn
+from layershed.planning.plan import Sublayer, sublayer_from
+from layershed.stand_ins.install import install, keep_out, lifted, overridden, override_of, uninstall
+from layershed.stand_ins.stand_in import RemovedModule, StandIn
 
 
 def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershed import load_pretrained
 from layershed.callbacks import Export, SublayerDrop
-from layershed.discovery import find_sublayers
+from layershed.discovery.find import find_sublayers
 from layershed.errors import ExportError
-from layershed.export import load_plan, save_pretrained
+from layershed.saving.pretrained import load_plan, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, restore
-from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, val_loader
+from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, val_loader
 
 
 def logits_by_hand(net, dropped=(), **overrides):

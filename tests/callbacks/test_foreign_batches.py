@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from layershed.callbacks import SublayerDrop
 from layershed.errors import CalibrationError
 from layershed.surgery import bypassed_sublayers
-from tests.conftest import build_model
+from tests.support.models import build_model
 
 
 class Pairs(pl.LightningModule):

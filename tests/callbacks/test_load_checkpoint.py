@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
-from layershed.checkpoint import CHECKPOINT_KEY
 from layershed.errors import AmbiguousModelError, CheckpointError
-from layershed.module import CausalLM
-from layershed.overrides import withheld
-from tests.callbacks.conftest import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
+from layershed.saving.checkpoint import CHECKPOINT_KEY
+from layershed.stand_ins.install import withheld
+from layershed.training.causal_lm import CausalLM
+from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
 
 WHAT = {
     "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),

@@ -3,8 +3,8 @@
 import pytest
 
 from layershed import callbacks
-from layershed.thinning import ThinnedCurve
-from long_run import held, train
+from layershed.reporting.downsampling import ThinnedCurve
+from tests.support.long_run import held, train
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about so small a run

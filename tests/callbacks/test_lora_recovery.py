@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
 from layershed.callbacks import Export, LoRARecovery, Quantization, SublayerDrop
+from layershed.discovery.bnb_layers import Linear4bit, dequantized_weight
 from layershed.errors import (
     ExportError,
     LayershedError,
@@ -30,12 +31,11 @@ from layershed.errors import (
     ScheduleError,
     UnknownNameError,
 )
-from layershed.module import CausalLM
 from layershed.quantization import quantization_of
-from layershed.quantized_linear import Linear4bit, dequantized_weight
-from layershed.recovery import adapted_modules
+from layershed.recovery.lora import adapted_modules
 from layershed.surgery import bypassed_sublayers
-from tests.callbacks.conftest import (
+from layershed.training.causal_lm import CausalLM
+from tests.support.runs import (
     BATCH,
     Foreign,
     Interrupt,
@@ -52,7 +52,7 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.callbacks.two_ranks import run_two_ranks
+from tests.support.two_ranks import run_two_ranks
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 PART = {"attention": "self_attn", "mlp": "mlp"}

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import layershed as ls
 from layershed.callbacks import Export, LoRARecovery, Quantization, SublayerDrop
+from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt, dequantized_weight
 from layershed.errors import LayershedError, QuantizationError, ScheduleError, UnknownNameError
 from layershed.quantization import quantization_of
-from layershed.quantized_linear import Linear4bit, Linear8bitLt, dequantized_weight
 from layershed.surgery import dropped_sublayers
-from tests.callbacks.conftest import (
+from tests.recovery.test_lora import maps
+from tests.support.runs import (
     BATCH,
     Foreign,
     Save,
@@ -29,7 +30,6 @@ from tests.callbacks.conftest import (
     val_loader,
 )
 from tests.test_quantization import EVEN, rounded
-from tests.test_recovery import maps
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))

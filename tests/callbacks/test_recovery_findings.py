@@ -12,11 +12,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization
-from layershed.cli import _names_8bit_optimizer
-from layershed.distillation import Distillation, self_distillation_loss
+from layershed.cli.main import _names_8bit_optimizer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
-from layershed.recovery import adapted_modules, lora_settings
-from tests.callbacks.conftest import (
+from layershed.recovery.distillation import Distillation, self_distillation_loss
+from layershed.recovery.lora import adapted_modules, lora_settings
+from tests.callbacks.test_lora_recovery import dropping, recovery
+from tests.support.models import build_model
+from tests.support.runs import (
     BATCH,
     Foreign,
     Save,
@@ -28,8 +30,6 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.callbacks.test_lora_recovery import dropping, recovery
-from tests.conftest import build_model
 
 
 def trainable(model):

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from layershed.callbacks import RedundancyMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
-from tests.callbacks.conftest import (
+from tests.support.models import build_model
+from tests.support.runs import (
     Broken,
     Foreign,
     HandRun,
@@ -29,7 +30,6 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.conftest import build_model
 
 
 def rows(folder, metric=None):

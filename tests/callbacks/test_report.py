@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from layershed import callbacks
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import ScheduleError
-from layershed.thinning import ThinnedCurve
-from tests.callbacks.conftest import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
+from layershed.reporting.downsampling import ThinnedCurve
+from tests.support.runs import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 
 
 class Page(HTMLParser):

@@ -12,12 +12,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
-from layershed.callbacks.metrics_file import _keep
-from layershed.checkpoint_io import AtomicCheckpointIO
-from layershed.folders import write_text
+from layershed.files.atomic import write_text
+from layershed.integration.checkpoint_io import AtomicCheckpointIO
+from layershed.integration.metrics_csv import _keep
 from layershed.surgery import bypassed_sublayers
-from tests.callbacks.conftest import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
-from tests.callbacks.test_resumption import stateful
+from tests.integration.test_pending_work import stateful
+from tests.support.runs import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
 
 AT = 4
 

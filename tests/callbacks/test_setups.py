@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
 import layershed as ls
 from layershed.callbacks import Export, LoRARecovery, Quantization, RedundancyMonitor, SpeedMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError
-from tests.callbacks.conftest import (
+from tests.support.runs import (
     Foreign,
     HandRun,
     Manual,

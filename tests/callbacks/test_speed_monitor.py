@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from layershed.callbacks import SpeedMonitor, SublayerDrop, speed_monitor
-from layershed.discovery import find_sublayers
+from layershed.discovery.find import find_sublayers
 from layershed.errors import LayershedError, MeasurementError, UnknownNameError
-from layershed.speed import Interval, PhaseSpeed, SpeedReport, measure_speed
+from layershed.performance.speed import Interval, PhaseSpeed, SpeedReport, measure_speed
 from layershed.surgery import bypass, remove, restore
-from tests.callbacks.conftest import Foreign, Save, fit_foreign, loader, same, state_of
+from tests.support.runs import Foreign, Save, fit_foreign, loader, same, state_of
 
 SMALL = {"prompt_tokens": 6, "new_tokens": 2, "runs": 1}
 PLAIN = {**SMALL, "quality": None}

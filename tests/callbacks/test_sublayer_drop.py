@@ -20,9 +20,9 @@ from layershed.errors import (
     SelectionError,
     UnknownNameError,
 )
-from layershed.module import CausalLM
 from layershed.surgery import bypassed_sublayers
-from tests.callbacks.conftest import (
+from layershed.training.causal_lm import CausalLM
+from tests.support.runs import (
     BATCH,
     TOKENS,
     Broken,

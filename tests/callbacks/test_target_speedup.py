@@ -13,16 +13,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-import layershed.speed
-import layershed.stopwatch
-from layershed.callbacks import SublayerDrop, drop_rule
-from layershed.discovery import find_sublayers
+import layershed.performance.speed
+import layershed.performance.stopwatch
+from layershed.callbacks import SublayerDrop
+from layershed.discovery.find import find_sublayers
 from layershed.errors import MeasurementError, ScheduleError, SelectionError, SpeedupError, UnknownNameError
-from layershed.schedule import DropSchedule
-from layershed.stopwatch import SpeedSettings
+from layershed.integration import drop_rule
+from layershed.performance.speedup_target import check_reachable, drop_to_speedup
+from layershed.performance.stopwatch import SpeedSettings
+from layershed.planning.schedule import DropSchedule
 from layershed.surgery import bypass, bypassed_sublayers, restore
-from layershed.targeting import check_reachable, drop_to_speedup
-from tests.callbacks.conftest import (
+from tests.callbacks.test_sublayer_drop import endless, keys, later_rows, outcome, primitive, refused
+from tests.support.runs import (
     BATCH,
     Foreign,
     HandRun,
@@ -35,9 +37,8 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.callbacks.test_sublayer_drop import endless, keys, later_rows, outcome, primitive, refused
-from tests.callbacks.ticking import MADE_UP, Ticking, attentions_take_more, install, mlps_take_more
-from tests.callbacks.two_ranks import run_two_ranks
+from tests.support.ticking import MADE_UP, Ticking, attentions_take_more, install, mlps_take_more
+from tests.support.two_ranks import run_two_ranks
 
 FAST = SpeedSettings(prompt_tokens=4, new_tokens=2, runs=1, warmup=0)
 
@@ -427,8 +428,8 @@ def two_ranks(folder):
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     clock = Ticking() if rank == 0 else Ticking(decode=mlps_take_more, prefill=attentions_take_more, rest=2.0)
-    layershed.stopwatch.clock_of = lambda _device: clock
-    layershed.speed.measure_ceilings = lambda *_: MADE_UP
+    layershed.performance.stopwatch.clock_of = lambda _device: clock
+    layershed.performance.speed.measure_ceilings = lambda *_: MADE_UP
     results = {}
     for name, arguments in RUNS.items():
         kind = SublayerDrop if rank == 0 else Upside

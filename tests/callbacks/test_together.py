@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-import layershed.report
+import layershed.reporting.html_report
 from layershed import load_pretrained
 from layershed.callbacks import (
     Export,
@@ -23,9 +23,9 @@ from layershed.callbacks import (
     SpeedMonitor,
     SublayerDrop,
 )
-from layershed.distillation import Distillation
+from layershed.recovery.distillation import Distillation
 from layershed.surgery import bypassed_sublayers, dropped_sublayers
-from tests.callbacks.conftest import (
+from tests.support.runs import (
     BATCH,
     Foreign,
     HandRun,
@@ -40,7 +40,7 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.callbacks.two_ranks import run_two_ranks
+from tests.support.two_ranks import run_two_ranks
 
 FILES = {"importance.csv", "drop_plan.json", "speed.json", "pruned", "report.html"}
 
@@ -210,7 +210,7 @@ RUNS = {"running": ("whole", "resumed"), "train": ("whole",)}
 def two_ranks(folder, calibrate_on):
     """One rank's run, and one resumed from within the window of calibration; saves what there is to compare."""
     torch.set_num_threads(1)
-    layershed.report._image = lambda _figure: layershed.report._Image("", 1, 1)
+    layershed.reporting.html_report._image = lambda _figure: layershed.reporting.html_report._Image("", 1, 1)
     results = {}
     for name in RUNS[calibrate_on]:
         drop = SublayerDrop(START, count=3, calibrate_on=calibrate_on, calibration_batches=WINDOW, quality_batches=2)

@@ -7,8 +7,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 import layershed as ls
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
-from layershed.checkpoint import CHECKPOINT_KEY
-from tests.callbacks.conftest import (
+from layershed.saving.checkpoint import CHECKPOINT_KEY
+from tests.integration.test_pending_work import EPOCH, Kill, Killed, rows_of, stateful
+from tests.support.runs import (
     Foreign,
     Manual,
     Save,
@@ -19,7 +20,6 @@ from tests.callbacks.conftest import (
     state_of,
     val_loader,
 )
-from tests.callbacks.test_resumption import EPOCH, Kill, Killed, rows_of, stateful
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),

@@ -2,15 +2,15 @@
 
 import pytest
 
-from tests.callbacks.two_ranks import said, seconds_to_follow
-from tests.distributed.checks import (
+from tests.support.ranks.checks import (
     checks_of_replicated,
     checks_of_sharded,
     former_shards_are_left,
     run_replicated,
     run_sharded,
 )
-from tests.distributed.deaths import SHARDS
+from tests.support.ranks.deaths import SHARDS
+from tests.support.two_ranks import said, seconds_to_follow
 
 REPLICATED, SHARDED = checks_of_replicated(), checks_of_sharded("some")
 
@@ -37,7 +37,7 @@ def test_two_shards_are_one_run(fsdp2, name):
 
 @pytest.mark.parametrize(("place", "dies"), [("scoring pass", 1), ("speed measurement", 0), (SHARDS, 1)])
 def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path, place, dies):
-    killed, other, seconds = seconds_to_follow("tests.distributed.deaths", tmp_path, place, str(dies), dies=dies)
+    killed, other, seconds = seconds_to_follow("tests.support.ranks.deaths", tmp_path, place, str(dies), dies=dies)
     assert killed == -9, said(tmp_path)
     assert other == 1, said(tmp_path)
     assert seconds < 60

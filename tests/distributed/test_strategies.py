@@ -14,12 +14,12 @@ from torch.optim import SGD, AdamW, NAdam
 
 import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization, SpeedMonitor, SublayerDrop
-from layershed.callbacks.sharded_checkpoints import reshard
-from layershed.checkpoint import write_structure
 from layershed.errors import CheckpointError, StrategyError
-from layershed.optimizers import complete_state, without_empty_groups
-from layershed.overrides import withheld
-from tests.callbacks.conftest import Foreign, same
+from layershed.integration.fsdp_checkpoints import reshard
+from layershed.recovery.optimizer_groups import complete_state, without_empty_groups
+from layershed.saving.checkpoint import write_structure
+from layershed.stand_ins.install import withheld
+from tests.support.runs import Foreign, same
 
 # torch speaks of what it assumes without a process group
 READS = pytest.mark.filterwarnings("ignore::UserWarning:torch")

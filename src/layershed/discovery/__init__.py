@@ -1,0 +1,1 @@
+"""Finding the sublayers of a transformer, and proving what was found."""

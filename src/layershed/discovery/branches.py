@@ -1,0 +1,227 @@
+"""From the data flow of a block to its sublayers: which modules stand in for what, and where X and Y can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Literal
+
+from torch import nn
+
+from layershed.discovery.branch_kinds import kind_of
+from layershed.discovery.recording import Call, Key
+from layershed.discovery.replacement import Modules, Unfit, outermost
+from layershed.discovery.residual_stream import BlockFlow, BranchFlow
+from layershed.planning.plan import Kind, Sublayer
+from layershed.stand_ins.stand_in import StandIn
+
+Topology = Literal["sequential", "parallel"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place where a tensor can be read while the model runs.
+
+    Args:
+        path: Path of a module.
+        key: Position or name of one of its arguments, or None for what it returns.
+    """
+
+    path: str
+    key: Key | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sublayer with what surgery and calibration need to know about it.
+
+    Args:
+        sublayer: The sublayer.
+        topology: ``"sequential"``: it reads what the one before it wrote; ``"parallel"``: it reads the same X as
+            another one.
+        entry: Where X can be read.
+        exit: Where its output can be read.
+        scale: Y = X + scale * b, with b what is read at the exit; None if Y itself is read there.
+        stand_ins: By module path, what its own modules do once it is dropped.
+        support: By module path, what norms and the like do once every sublayer that uses them is dropped.
+        parts: Its terms in the data flow.
+        overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
+    """
+
+    sublayer: Sublayer
+    topology: Topology
+    entry: Tap
+    exit: Tap
+    scale: float | None
+    stand_ins: tuple[tuple[str, StandIn], ...]
+    support: tuple[tuple[str, StandIn], ...] = ()
+    parts: tuple[BranchFlow, ...] = field(default=(), compare=False, repr=False)
+    overwritten: bool = False
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Something that a block adds to its stream, or a whole block, that is not for dropping.
+
+    Args:
+        path: Path of its module.
+        reason: Why not, as the end of a sentence.
+    """
+
+    path: str
+    reason: str
+
+
+def branches_of(
+    flow: BlockFlow,
+    block: int,
+    model: nn.Module,
+    slots: Mapping[str, tuple[int, int]] | None,
+    known: dict[object, bool],
+) -> tuple[list[list[Branch]], list[LeftAlone]]:
+    """The sublayers of a block in the order in which they run, and what is left alone.
+
+    Args:
+        flow: The block's data flow.
+        block: Its index.
+        model: The model that the tape was made of.
+        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's; None if
+            that could not be told.
+        known: What was found out about branches of the same make, which are not tried again.
+
+    Returns:
+        One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
+        of which begins a block of its own.
+    """
+    return _Block(flow, block, model, slots, known).assemble()
+
+
+class _Block:
+    def __init__(
+        self,
+        flow: BlockFlow,
+        block: int,
+        model: nn.Module,
+        slots: Mapping[str, tuple[int, int]] | None,
+        known: dict[object, bool],
+    ) -> None:
+        self.flow, self.tape, self.block, self.known = flow, flow.tape, block, known
+        self.calls = list(flow.tape.within(flow.call))
+        self.modules = Modules(flow, slots)
+        parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
+        positions = dict(enumerate(parameters))
+        operations = flow.tape.operations[flow.call.start : flow.call.stop]
+        self._overwritten = any(not flow.stream.keys().isdisjoint(operation.renews) for operation in operations)
+        self.names = {key: positions.get(key, "") if isinstance(key, int) else key for key in flow.call.arguments}
+        self.left_alone: list[LeftAlone] = []
+
+    def assemble(self) -> tuple[list[list[Branch]], list[LeftAlone]]:
+        found: list[tuple[Branch, list[BranchFlow]]] = []
+        for kind, parts in self._groups():
+            branch = self._branch(kind, parts)
+            if branch is not None:
+                found.append((branch, parts))
+        found.sort(key=lambda pair: (pair[1][0].join, self.tape.calls_of(pair[0].sublayer.path)[0].opened))
+        blocks: list[list[Branch]] = [[]]
+        for branch, _ in found:
+            kind = branch.sublayer.kind
+            if any(other.sublayer.kind == kind for other in blocks[-1]):
+                if kind != "attention":
+                    self.left_alone.append(LeftAlone(branch.sublayer.path, f"its block has another {kind} before it"))
+                    continue
+                blocks.append([])
+            blocks[-1].append(branch)
+        dropped = [part for block in blocks for branch in block for part in branch.parts]
+        blocks = [[self._in_block(b, self.block + i, dropped) for b in block] for i, block in enumerate(blocks)]
+        return blocks, self.left_alone
+
+    def _groups(self) -> list[tuple[Kind, list[BranchFlow]]]:
+        """The terms of each sublayer; MLPs side by side are one, as experts and a shared expert are."""
+        groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
+        for branch in self.flow.branches:
+            kind, reason = kind_of(self.flow, branch, self.names, self.known)
+            if kind is None:
+                self._leave_alone(branch, reason)
+            else:
+                groups.setdefault((kind, branch.before if kind == "mlp" else branch.value), []).append(branch)
+        return [(kind, side) for (kind, _), parts in groups.items() for side in self._side_by_side(parts)]
+
+    def _side_by_side(self, parts: list[BranchFlow]) -> list[list[BranchFlow]]:
+        """The terms together, unless something else joins the stream between them."""
+        together = self.flow.stream[parts[-1].after] - parts[0].before == {part.value for part in parts}
+        return [parts] if together else [[part] for part in parts]
+
+    def _leave_alone(self, branch: BranchFlow, reason: str) -> None:
+        self.left_alone.append(LeftAlone(self.modules.path(branch), reason))
+
+    def _branch(self, kind: Kind, parts: list[BranchFlow]) -> Branch | None:
+        """One sublayer, or None if it has to be left alone."""
+        stand_ins: dict[str, StandIn] = {}
+        support: dict[str, StandIn] = {}
+        sublayer: Sublayer | None = None
+        try:
+            for part in parts:
+                core, around = self.modules.find(kind, part)
+                sublayer = sublayer or Sublayer(self.block, kind, core[0][0].path)
+                for call, zero, key in core:
+                    stand_ins[call.path] = self.modules.stand_in(sublayer, call, zero=zero, key=key, core=True)
+                for call, key in around:
+                    support[call.path] = self.modules.stand_in(sublayer, call, zero=False, key=key, core=False)
+            assert sublayer is not None
+            first = parts[0]
+            entry, (leave, scale) = self._entry(first), self._exit(parts)
+        except Unfit as unfit:
+            self._leave_alone(parts[0], str(unfit))
+            return None
+        others = [branch for branch in self.flow.branches if branch not in parts]
+        beside = any(other.before == first.before for other in others)
+        topology: Topology = "parallel" if beside else "sequential"
+        own, around_it = tuple(stand_ins.items()), tuple(support.items())
+        return Branch(sublayer, topology, entry, leave, scale, own, around_it, tuple(parts), self._overwritten)
+
+    def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
+        """The same branch in the block of its final index, with the support that goes once all its users go."""
+        sublayer = replace(branch.sublayer, block=block)
+        own = tuple((path, replace(stand_in, sublayer=sublayer)) for path, stand_in in branch.stand_ins)
+        support = tuple(
+            (path, replace(stand_in, sublayer=sublayer))
+            for path, stand_in in branch.support
+            if self.modules.is_spare(path, dropped)
+        )
+        return replace(branch, sublayer=sublayer, stand_ins=own, support=support)
+
+    def _entry(self, branch: BranchFlow) -> Tap:
+        for call in self._called_once():
+            if any(operation in call for operation in branch.cone):
+                for key, value in call.arguments.items():
+                    if self.flow.stream.get(value) == branch.before:
+                        return Tap(call.path, key)
+        if not branch.before:
+            return Tap(self.flow.call.path, self.flow.source)
+        raise Unfit("no module takes its X")
+
+    def _exit(self, parts: list[BranchFlow]) -> tuple[Tap, float | None]:
+        """Where b can be read, behind its dropout if it has one; else where Y can."""
+        last = parts[-1]
+        calls = self._called_once()
+        if len(parts) == 1 and last.norm is None and last.scale is not None:
+            writers = outermost([call for call in calls if call.output == last.value])
+            if writers:
+                return Tap(writers[-1].path), last.scale
+        writers = [call for call in calls if call.output == last.after]
+        if writers:
+            return Tap(writers[0].path), None
+        after = self.flow.stream[last.after]
+        if after - parts[0].before != {part.value for part in parts}:
+            raise Unfit("what is beside it joins the stream before")
+        for call in calls:
+            for key, value in call.arguments.items():
+                if call.start > last.join and self.flow.stream.get(value) == after:
+                    return Tap(call.path, key), None
+        if self.flow.position(self.flow.call.output) == after:
+            return Tap(self.flow.call.path), None
+        raise Unfit("no module takes its Y")
+
+    def _called_once(self) -> list[Call]:
+        return [call for call in self.calls if len(self.tape.calls_of(call.path)) == 1]

@@ -1,0 +1,219 @@
+"""The forward pass that discovery looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+from layershed.discovery.recording import Tape, recording
+from layershed.discovery.registry import adapter_of
+from layershed.errors import UnprovenStructureError
+from layershed.stand_ins.install import lifted
+
+_TOKENS = 4
+_SAMPLES = 4000  # of a sound wave: a quarter of a second
+_PROBING: ContextVar[bool] = ContextVar("layershed_probing", default=False)
+
+
+def run_probe(transformer: nn.Module) -> Tape:
+    """Record one small forward pass, in eval mode, without gradients and without moving the random state.
+
+    Args:
+        transformer: The model, its bypass lifted; on the meta device the pass runs on fake tensors.
+
+    Raises:
+        UnprovenStructureError: If the forward pass fails.
+    """
+    with quietly(transformer), recording(transformer) as tape, _explained(transformer):
+        _forward(transformer)
+    return tape
+
+
+@contextmanager
+def _explained(transformer: nn.Module) -> Iterator[None]:
+    """Whatever a forward pass raises, as an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
+        raise UnprovenStructureError(
+            f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
+            f"{first_line.rstrip('.')}). If it takes other inputs, say which: layershed.register_adapter({name}, "
+            "layershed.SublayerAdapter(lambda model: {...}))."
+        ) from error
+
+
+def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Which slot of the KV cache each module fills, and with how many tokens of the probe's, by path.
+
+    Asked in a forward pass of its own, with the cache that the model makes for itself.
+
+    Returns:
+        Empty for a model that makes none; None if the pass failed.
+    """
+    if "past_key_values" not in signature(transformer.forward).parameters:
+        return {}
+    watch = _CacheWatch()
+    with quietly(transformer), ExitStack() as hooks:
+        for path, module in transformer.named_modules():
+            hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
+        try:
+            _forward(transformer, use_cache=True)
+        except Exception:  # whatever it raises: it does without a cache
+            return None
+    return watch.slots
+
+
+def filled_cache(transformer: nn.Module) -> Any:
+    """The KV cache as the model makes it for itself, filled with the few tokens of a probe.
+
+    Raises:
+        UnprovenStructureError: If the forward pass fails.
+    """
+    with quietly(transformer), _explained(transformer):
+        return getattr(_forward(transformer, use_cache=True), "past_key_values", None)
+
+
+class _CacheWatch:
+    """Notes which module is running whenever a cache is filled."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, tuple[int, int]] = {}
+        self._running: list[str] = []
+
+    def enter(self, path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._running.append(path)
+        for value in (*args, *kwargs.values()):
+            cache = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+            if isinstance(cache, Cache) and "update" not in cache.__dict__:
+                cache.__dict__["update"] = partial(self._update, cache.update)
+
+    def leave(self, *_: object) -> None:
+        self._running.pop()
+
+    def _update(self, update: Any, keys: Tensor, values: Tensor, layer_idx: int, *more: Any, **options: Any) -> Any:
+        for path in self._running:
+            self.slots.setdefault(path, (layer_idx, keys.shape[-2]))
+        return update(keys, values, layer_idx, *more, **options)
+
+
+def probing() -> bool:
+    """Whether the running forward pass is a probe, which nobody should measure."""
+    return _PROBING.get()
+
+
+@contextmanager
+def quietly(transformer: nn.Module) -> Iterator[None]:
+    """Within the context a forward pass is a probe: dense, eager, in eval mode, and nothing of it remains."""
+    with _marked(), torch.no_grad(), torch.random.fork_rng(devices=[]), ExitStack() as contexts:
+        for context in (evaluating(transformer), lifted(transformer), eager(transformer)):
+            contexts.enter_context(context)
+        yield
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    token = _PROBING.set(True)
+    try:
+        yield
+    finally:
+        _PROBING.reset(token)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; afterwards every module is back in the mode that it had itself."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Keeps compiled modules from running their compiled code, in which no module is called."""
+    if not any(module._compiled_call_impl is not None for module in model.modules()):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within the context FSDP2 keeps its weights together, which it else frees behind what a probe has recorded."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
+    before = [None if group is None else group.post_forward_mesh_info for group in groups]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module, group, after_forward in zip(sharded, groups, before, strict=True):
+            if group is not None:
+                group.post_forward_mesh_info = after_forward
+            module.reshard()
+
+
+def _forward(transformer: nn.Module, **more: Any) -> Any:
+    if not any(parameter.is_meta for parameter in transformer.parameters()):
+        device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
+        inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
+        return transformer(**{**inputs, **more})
+    # bfloat16, which grouped matrix products of expert layers insist on without real data
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {
+            name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())
+        }
+        return functional_call(transformer, state, kwargs={**example_inputs(transformer), **more})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def example_inputs(transformer: nn.Module) -> Mapping[str, Any]:
+    """Arguments of a small forward pass: a sequence of four tokens, an image or a stretch of sound."""
+    adapter = adapter_of(transformer)
+    if adapter is not None:
+        return adapter.inputs(transformer)
+    assert isinstance(transformer, PreTrainedModel)
+    known = signature(transformer.forward).parameters
+    config, text = transformer.config, transformer.config.get_text_config()
+    tokens = torch.arange(1, _TOKENS + 1).remainder(getattr(text, "vocab_size", _TOKENS + 1))[None]
+    inputs: dict[str, Any] = {}
+    main = transformer.main_input_name
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros(1, config.num_channels, height, width)
+        inputs["pixel_values"] = pixels + torch.linspace(-1, 1, width)
+    elif main == "input_features":
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames) + torch.linspace(-1, 1, frames)
+    elif main == "input_values":
+        inputs["input_values"] = torch.linspace(-1, 1, _SAMPLES)[None]
+    else:
+        tables = transformer.get_input_embeddings()
+        # several tables: a row for each codebook of a sequence, as of sound
+        inputs["input_ids"] = tokens.repeat(len(tables), 1) if isinstance(tables, nn.ModuleList) else tokens
+    if config.is_encoder_decoder and "decoder_input_ids" in known:
+        inputs["decoder_input_ids"] = tokens
+    if "use_cache" in known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        inputs["use_cache"] = False
+    return inputs

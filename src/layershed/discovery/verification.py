@@ -1,0 +1,186 @@
+"""The proof of the pudding: a block with stand-ins, run, against its recording computed again with zero branches.
+
+What is computed again are the recorded operations, and no module: a stand-in that hands on the wrong tensor, or one of
+another shape, or one that is written over later, is found out here, before anything is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from layershed.discovery.branch_kinds import is_symbolic
+from layershed.discovery.branches import Branch, Tap
+from layershed.discovery.recompute import replay
+from layershed.discovery.residual_stream import BlockFlow, BranchFlow
+from layershed.stand_ins.install import standing_in
+from layershed.stand_ins.stand_in import StandIn
+
+
+def sift(
+    model: nn.Module, flow: BlockFlow, branches: list[Branch], known: dict[object, bool]
+) -> tuple[list[Branch], list[Branch]]:
+    """Try the branches of a block, each alone and then all that stood the trial together.
+
+    Args:
+        model: The model, in the state in which it was recorded.
+        flow: The block's data flow.
+        branches: Its branches.
+        known: What came out for blocks of the same make, which are not tried again.
+
+    Returns:
+        Those that may be dropped, and those that may not.
+    """
+    good: list[Branch] = []
+    for branch in branches:
+        if _known(model, flow, [branch], [other for other in branches if other is not branch], known):
+            good.append(branch)
+    if len(good) > 1 and not _known(model, flow, good, [b for b in branches if b not in good], known):
+        good = []
+    bad = [branch for branch in branches if branch not in good]
+    # a norm that one of those reads, too, must go on running
+    needed = {path for branch in bad for path, _ in branch.support}
+    good = [replace(b, support=tuple(pair for pair in b.support if pair[0] not in needed)) for b in good]
+    return good, bad
+
+
+def _known(
+    model: nn.Module, flow: BlockFlow, dropped: list[Branch], kept: list[Branch], known: dict[object, bool]
+) -> bool:
+    prefix = f"{flow.call.path}."
+
+    def make(branch: Branch) -> object:
+        parts = [
+            (path.removeprefix(prefix), s.zero, s.argument, s.echoes, s.materialize)
+            for path, s in (*branch.stand_ins, *branch.support)
+        ]
+        places = [(part.join - flow.call.start, len(part.before)) for part in branch.parts]
+        return (branch.sublayer.kind, branch.scale, branch.topology, *places, *parts)
+
+    names = tuple(o.name for o in flow.tape.operations[flow.call.start : flow.call.stop])
+    key = (type(model.get_submodule(flow.call.path)), names, tuple(map(make, dropped)), tuple(map(make, kept)))
+    if key not in known:
+        known[key] = is_exact(model, flow, dropped, kept)
+    return known[key]
+
+
+def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept: Iterable[Branch]) -> bool:
+    """Whether a block with stand-ins gives what it would give if the branches contributed nothing.
+
+    Args:
+        model: The model, in the state in which it was recorded.
+        flow: The block's data flow.
+        dropped: The branches to try without.
+        kept: The other ones.
+
+    Returns:
+        True on fake tensors, which have no numbers: whoever built the skeleton asks again once it holds weights.
+    """
+    call = flow.call
+    assert call.output is not None
+    recorded = flow.tape.tensors[call.output]
+    if is_symbolic(recorded):
+        return True
+    shared = {path for branch in kept for path, _ in branch.support}
+    stand_ins: dict[str, StandIn] = {}
+    for branch in dropped:
+        stand_ins |= dict(branch.stand_ins)
+        stand_ins |= {path: stand_in for path, stand_in in branch.support if path not in shared}
+    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, call.given)
+    parts = [part for branch in dropped for part in branch.parts]
+    point = _check_point(flow, parts)
+    try:
+        with standing_in(model, stand_ins), _shapes_kept(model, flow, stand_ins), _reading(model, point) as seen:
+            model.get_submodule(call.path)(*args, **kwargs)
+    except Exception:  # whatever it raises: it would raise it in use
+        return False
+    return point is None or _equal(seen[0], replay(flow.tape, point[1], _without(flow, parts)))
+
+
+def _check_point(flow: BlockFlow, parts: list[BranchFlow]) -> tuple[Tap, int] | None:
+    """A place to compare at, and the value recorded there: right behind the branches, before any other one reads them.
+
+    Another X would send the tokens of a later branch to other experts, whose recorded sizes do not fit.
+    """
+    assert flow.call.output is not None
+    last = max(parts, key=lambda part: part.join)
+    after = flow.stream[last.after]
+    for call in flow.tape.within(flow.call):
+        if call.output == last.after and last.join in call:
+            return Tap(call.path), last.after
+        for key, value in call.arguments.items():
+            if call.start > last.join and flow.position(value) == after:
+                return Tap(call.path, key), value
+    gone = {part.value for part in parts}
+    readers = [branch for branch in flow.branches if branch not in parts and not gone.isdisjoint(branch.before)]
+    return None if readers else (Tap(flow.call.path), flow.call.output)
+
+
+@contextmanager
+def _reading(model: nn.Module, point: tuple[Tap, int] | None) -> Iterator[list[Tensor]]:
+    """Fills a list with the tensor at a point, as it is at that moment."""
+    seen: list[Tensor] = []
+    if point is None:
+        yield seen
+        return
+    tap, _ = point
+
+    def argument(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args[tap.key] if isinstance(tap.key, int) else kwargs[tap.key]).clone())
+
+    def output(_module: nn.Module, _args: Any, result: Any) -> None:
+        seen.append((result[0] if isinstance(result, tuple | list) else result).clone())
+
+    module = model.get_submodule(tap.path)
+    if tap.key is None:
+        handle = module.register_forward_hook(output)
+    else:
+        handle = module.register_forward_pre_hook(argument, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _shapes_kept(model: nn.Module, flow: BlockFlow, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
+    """Zeros of a smaller size would be broadcast, and do no harm until a batch of another size comes."""
+    shapes = {call.path: flow.tape.tensors[call.output].shape for call in flow.tape.within(flow.call) if call.output}
+
+    def check(path: str, _module: nn.Module, _args: object, output: object) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(first, Tensor) or first.numel() != shapes[path].numel():
+            raise ValueError(f"{path}: another size than in the recording")
+
+    with ExitStack() as hooks:
+        for path, stand_in in stand_ins.items():
+            if stand_in.core:
+                handle = model.get_submodule(path).register_forward_hook(partial(check, path))
+                hooks.callback(handle.remove)
+        yield
+
+
+def _without(flow: BlockFlow, parts: Iterable[BranchFlow]) -> dict[int, Tensor]:
+    """Zeros for the branches, and for what a norm in the stream behind one wrote (post-LN) what that norm read."""
+    values: dict[int, Tensor] = {}
+    for part in sorted(parts, key=lambda part: part.join):
+        values[part.value] = torch.zeros_like(flow.tape.tensors[part.value])
+        if part.norm is not None:
+            read = next(value for value in part.norm.arguments.values() if value in flow.stream)
+            values[part.after] = replay(flow.tape, read, values)
+    return values
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of a few additions."""
+    if found.shape != expected.shape:
+        return False
+    tolerance = 4 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    return (found - expected).abs().max().item() <= tolerance

@@ -1,0 +1,51 @@
+"""Score, select and bypass in one call: training-free dropping, and what the callbacks do at a drop step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from layershed.importance.tracker import estimate_importance
+from layershed.planning.plan import DropPlan, Scope, Sublayer
+from layershed.planning.selection import check_selection, select_sublayers
+from layershed.surgery import bypass
+
+
+def drop_sublayers(
+    model: nn.Module,
+    batches: Iterable[Any],
+    scope: Scope = "joint",
+    *,
+    count: int | None = None,
+    ratio: float | None = None,
+    metric: str = "cosine",
+    protect: Iterable[Sublayer | int] = (),
+    max_batches: int | None = None,
+    name: str | None = None,
+) -> DropPlan:
+    """Measure importance on the batches, choose the least important sublayers and bypass them.
+
+    Args:
+        model: A transformer, or a module that holds one.
+        batches: As of :func:`~layershed.importance.tracker.estimate_importance`.
+        scope: As of :func:`~layershed.planning.selection.select_sublayers`, and so are count, ratio and protect.
+        count: How many to drop; or
+        ratio: which share.
+        metric: Name of the importance metric.
+        protect: What stays.
+        max_batches: Stop scoring after that many batches.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        The plan that was carried out; ``restore(model)`` undoes it.
+
+    Raises:
+        LayershedError: As the functions that it calls; the model is unchanged then.
+    """
+    check_selection(scope, count=count, ratio=ratio)
+    scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
+    plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
+    bypass(model, plan, name=name)
+    return plan

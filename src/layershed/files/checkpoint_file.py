@@ -1,0 +1,225 @@
+"""Checkpoints on disk: written whole or not at all, and refused in one sentence when they are torn."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from layershed.errors import CheckpointError
+
+UNREADABLE = "it cannot be read"
+
+
+def write_atomically(target: Path, content: Any) -> None:
+    """``torch.save``, whole or not at all: the file has its former content until the new one is on the disk."""
+    # the same name every time: what a killed writer has left is written over, and no search for *.ckpt finds it
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, so that they outlive a power cut."""
+    with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def read_checkpoint(path: Path, **options: Any) -> Any:
+    """``torch.load`` of a file that may be torn, or a stranger's.
+
+    Args:
+        path: A local file.
+        options: As of ``torch.load``; ``weights_only`` is True unless given.
+
+    Raises:
+        CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
+    """
+    options = {"map_location": "cpu", "weights_only": True, **options}
+    damage = _damage(path)
+    if damage is None:
+        whole = zipfile.is_zipfile(path)
+        try:
+            return torch.load(path, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever torch and pickle raise for bytes that mean nothing to them
+            if whole and (not options["weights_only"] or "allocate memory" in str(error)):
+                raise  # not for what the file is
+            if "unsupported global" in str(error).lower() or (whole and isinstance(error, pickle.UnpicklingError)):
+                raise CheckpointError(
+                    f"The checkpoint {str(path)!r} holds more than tensors and plain values, and nothing of it was "
+                    "run; load it with weights_only=False only if you trust who wrote it."
+                ) from error
+            damage = "it is no file that torch wrote, or only the rest of one"
+    other = next(intact_beside(path), None)
+    hint = (
+        "and there is no intact one beside it; give another --ckpt_path, or train anew"
+        if other is None
+        else f"the newest intact one beside it is {str(other)!r}; resume with --ckpt_path {other}"
+    )
+    verdict = damage.removeprefix("it ") if damage.startswith(UNREADABLE) else f"is damaged: {damage}"
+    raise CheckpointError(f"The checkpoint {str(path)!r} {verdict}, {hint}.")
+
+
+def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> None:
+    """Refuse, before anything is built, what could not be resumed from or evaluated.
+
+    Args:
+        path: Where it should be.
+        resumed: Whether a run shall go on from it, which takes more than weights.
+        options: As of :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: If there is no such file, it is torn, or Lightning did not write it.
+    """
+    refuse_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
+    # the weights were read once for their checksums; mapped, they are not brought to memory, too
+    content = read_checkpoint(path, mmap=zipfile.is_zipfile(path), **options)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
+    if not isinstance(content.get("hyper_parameters", {}), dict):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: its hyper_parameters are no mapping.")
+    if resumed and "optimizer_states" not in content:
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: it holds the weights alone (save_weights_only), from which no run can go on; "
+            "give another one, or validate it."
+        )
+
+
+def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The options of the model that a checkpoint notes.
+
+    Raises:
+        CheckpointError: If there is one that is not known: it may ask for a class, of anywhere.
+    """
+    noted = read_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("hyper_parameters", {})
+    options = {name: value for name, value in noted.items() if name != "_instantiator"}
+    if strangers := sorted(set(map(str, options)) - set(known)):
+        raise CheckpointError(f"ckpt_path={str(path)!r}: its model has the option {strangers[0]!r}, which is not ours.")
+    return options
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it can be resumed from."""
+    damage = _damage(path)
+    if damage is not None:
+        return damage
+    try:
+        check_checkpoint(path)
+    except CheckpointError:
+        return "it is not a whole checkpoint of Lightning's"
+    return None
+
+
+def intact_beside(path: Path) -> Iterator[Path]:
+    """The other checkpoints in its folder that can be resumed from, the newest first."""
+    others = (other for other in newest_first(path.parent) if not other.samefile(path))
+    # of a damaged one nothing is asked, or each would name the others in turn
+    return (other for other in others if _damage(other) is None and zipfile.is_zipfile(other))
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder."""
+    files = [path for path in folder.glob("*.ckpt") if path.is_file()]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said; torch raises something of its own while it closes a file that took no more."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def unwritten(path: Path, reason: OSError) -> CheckpointError:
+    """The error of a checkpoint for which there is no room, or no right."""
+    before = "the former one stays as it was" if path.exists() else "nothing is left of it"
+    return CheckpointError(
+        f"The checkpoint {str(path)!r} could not be written ({reason.strerror or reason}), and {before}; make room "
+        "or give another folder, and resume."
+    )
+
+
+def local_path(path: str | Path) -> Path | None:
+    """A path on this machine, also as a ``file://`` URL; None for anything else."""
+    system, name = url_to_fs(str(path))
+    return Path(name) if isinstance(system, LocalFileSystem) else None
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder where a checkpoint file is needed.
+
+    Raises:
+        CheckpointError: If it is a folder.
+    """
+    if path.is_dir():
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: it is a folder, and a file is needed here; what ModelParallelStrategy writes to "
+            "folders is read under it, or by layershed.load_checkpoint(module, path)."
+        )
+
+
+def _damage(path: Path) -> str | None:
+    """What can be told from the bytes alone, without looking at what they mean."""
+    try:
+        with path.open("rb") as file:  # every time: who may read it can change, and the file does not
+            found = os.fstat(file.fileno())
+        return _damage_of_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+    except OSError as error:
+        return f"{UNREADABLE} ({error.strerror or error})"
+
+
+@lru_cache(maxsize=256)
+def _damage_of_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | None:
+    """All bytes are read for it: of a file that has not changed since only once, however many ask."""
+    if size == 0:
+        return "it is empty"
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            # the index of a zip file stands at its end
+            return "it breaks off in the middle" if file.read(4) == b"PK\x03\x04" else None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                torn = _torn_part(archive)
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is an offset without a meaning
+                raise
+            return f"its parts do not fit together ({error})"
+    return None if torn is None else f"its part {torn!r} is not what was written"
+
+
+def _torn_part(archive: zipfile.ZipFile) -> str | None:
+    """The first part that is not what its checksum says; torch writes checksums, and does not look at them."""
+    parts = archive.infolist()
+    if any(part.CRC for part in parts):
+        return archive.testzip()
+    # written under torch.serialization.set_crc32_options(False): all are zero, and say nothing
+    for part in parts:
+        archive.open(part).close()  # looks whether the part stands where the index has it
+    return None

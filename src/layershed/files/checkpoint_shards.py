@@ -1,0 +1,243 @@
+"""Folders of shards, as torch.distributed.checkpoint writes them: whole or not at all, and read without running a line.
+
+Such a folder has the shards of every rank (``*.distcp``), a pickle that says what is where in them (``.metadata``), and
+what Lightning adds to it (``meta.pt``). torch runs whatever the pickles ask for; a stranger's checkpoint may ask for
+anything.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch.distributed.checkpoint import metadata as kinds
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from layershed.errors import CheckpointError
+from layershed.files.checkpoint_file import read_checkpoint, sync, system_error, unwritten
+
+NOTES_FILE, INDEX_FILE = "meta.pt", ".metadata"
+_InPython: Any = pickle._Unpickler  # the one in C would set attributes of a class, too
+_PLAIN = (
+    Metadata,
+    kinds.BytesStorageMetadata,
+    kinds.ChunkStorageMetadata,
+    kinds.MetadataIndex,
+    kinds.StorageMeta,
+    kinds.TensorProperties,
+    kinds.TensorStorageMetadata,
+    _StorageInfo,
+)
+_INDEX_CLASSES = {
+    *((kind.__module__, kind.__name__) for kind in (*_PLAIN, kinds._MEM_FORMAT_ENCODING)),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+}
+
+
+@contextmanager
+def replacing_shards(path: Path, *, leads: bool, wait: Callable[[], object]) -> Iterator[Path]:
+    """A folder that every rank fills, and that takes the given one's place at the end; until then the former one stays.
+
+    Args:
+        path: The checkpoint, on a file system that all ranks share.
+        leads: Whether this rank is the one that renames.
+        wait: Returns when every rank has called it.
+
+    Raises:
+        CheckpointError: If the disk is full, or nothing can be written there; the former one stays.
+    """
+    beside, former = _beside(path)
+    if leads:
+        mend(path)
+        for rest in (beside, former):  # of a run that was killed
+            _delete(rest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    wait()
+    try:
+        yield beside
+    except BaseException as error:
+        if leads:
+            _delete(beside)
+        reason = next(filter(None, map(system_error, _reasons(error))), None)
+        if reason is None:
+            raise
+        raise unwritten(path, reason) from error
+    wait()
+    if leads:
+        sync(beside / NOTES_FILE)  # torch has synced its own
+        if os.path.lexists(path):
+            path.rename(former)
+        beside.rename(path)
+        sync(path.parent)
+        _delete(former)
+    wait()
+
+
+def mend(path: Path) -> None:
+    """Finish a replacement that was cut off between its two renames: by then the new folder is whole."""
+    beside, former = _beside(path)
+    if not os.path.lexists(path) and os.path.lexists(former):
+        (beside if _damage(beside) is None else former).rename(path)
+
+
+def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, Any]:
+    """What a folder of shards holds beside weights and optimizer states.
+
+    Args:
+        path: The folder.
+        weights_only: False runs whatever the pickles in ``meta.pt`` ask for, and nothing else's.
+
+    Raises:
+        CheckpointError: If a part is missing or cut off, or holds what would have to be run.
+    """
+    damage = _damage(path)
+    if damage is not None:
+        others = sorted(
+            (other for other in path.parent.glob("[!.]*/") if other != path and _damage(other) is None),
+            key=lambda other: other.stat().st_mtime_ns,
+        )
+        hint = (
+            f"the newest intact one beside it is {str(others[-1])!r}" if others else "there is no intact one beside it"
+        )
+        raise CheckpointError(f"The folder of shards {str(path)!r} is damaged: {damage}; {hint}.")
+    notes = read_checkpoint(path / NOTES_FILE, weights_only=weights_only is not False)
+    if not isinstance(notes, Mapping):
+        raise CheckpointError(f"The folder of shards {str(path)!r} has a {NOTES_FILE} that Lightning did not write.")
+    return notes
+
+
+def keys_of(path: Path, part: str) -> set[str]:
+    """The keys of a part of a checkpoint, such as those of ``state_dict``."""
+    return {key for top, key, *_ in _read_index(path).planner_data.values() if top == part}
+
+
+def read_shards(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Fill a nested state dict in place.
+
+    Args:
+        path: The folder.
+        state: The tensors to fill and whatever else there is, under the names that they were saved by.
+        alone: Whether this process reads by itself; else every rank of the process group, if there is one, calls it.
+
+    Raises:
+        CheckpointError: If one of them is not in the checkpoint, has another shape, or would have to be run.
+    """
+    options = {"no_dist": True} if alone and torch.distributed.is_initialized() else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            load(state, storage_reader=_Reader(path), planner=_Planner(), **options)
+    except CheckpointException as error:
+        reasons = _reasons(error)
+        refused = next((reason for reason in reasons if isinstance(reason, CheckpointError)), None)
+        if refused is not None:
+            raise CheckpointError(f"The folder of shards {str(path)!r}: {refused}") from None
+        raise CheckpointError(
+            f"The weights in {str(path)!r} do not fit ({reasons[0]}); build the module from the config that it was "
+            "trained with, and list the callbacks that the run had."
+        ) from error
+
+
+def _reasons(error: BaseException) -> list[BaseException]:
+    """What went wrong, on whichever rank it did."""
+    if isinstance(error, CheckpointException):
+        return [reason for reason, _ in error.failures.values()]
+    return [error] if isinstance(error, Exception) else []
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the new one is written, and where the former one waits for it; no search for *.ckpt finds either."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is missing of a folder of shards, by the lengths in its index; of what is there not every byte is read."""
+    for name in (NOTES_FILE, INDEX_FILE):
+        if not (path / name).is_file():
+            return f"it has no {name}"
+    try:
+        index = _read_index(path)
+        ends: dict[str, int] = {}
+        for place in index.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    except Exception as error:  # whatever unpickling raises for bytes that mean nothing to it
+        return f"its {INDEX_FILE} cannot be read ({error})"
+    for name, end in ends.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else 0
+        if size < end:
+            return f"{name} has {size} of {end} bytes"
+    return None
+
+
+def _read_index(path: Path) -> Metadata:
+    with (path / INDEX_FILE).open("rb") as file:
+        index = _Unpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise CheckpointError("torch did not write it")
+    for name in {place.relative_path for place in index.storage_data.values()}:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise CheckpointError(f"it leads to {name!r}, out of the folder")
+    return index
+
+
+class _Unpickler(_InPython):
+    """Knows the classes of an index and nothing else."""
+
+    dispatch: ClassVar = {**_InPython.dispatch}
+
+    def find_class(self, module: str, name: str) -> Any:
+        kind = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) in _INDEX_CLASSES or isinstance(kind, torch.dtype):
+            return super().find_class(module, name)
+        raise CheckpointError(f"it asks for {module}.{name}, and nothing of it was run")
+
+    def load_build(self) -> None:
+        changed = self.stack[-2]
+        if type(changed) not in _PLAIN:
+            raise CheckpointError(f"it would change {changed!r}, and nothing of it was run")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _read_index(Path(self.path))
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            content = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{read_item.dest_index.fqn} holds more than tensors and plain values, and nothing of it was run."
+            ) from error
+        # torch would run whatever the stranger's bytes ask for: it gets bytes of ours
+        own = io.BytesIO()
+        torch.save(content, own)
+        own.seek(0)
+        super().load_bytes(read_item, own)

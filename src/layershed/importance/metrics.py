@@ -1,0 +1,166 @@
+"""Importance metrics as torchmetrics: running sums over many sublayers, synchronised across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from layershed.errors import UnknownNameError
+from layershed.importance.functional import angular, cosine_importance, relative_magnitude
+
+
+class ImportanceMetric(Metric):
+    """Mean importance per token of several residual branches.
+
+    Keeps two numbers per branch, however many tokens it sees. A subclass says which function it averages.
+
+    Args:
+        num_branches: Number of branches that are measured side by side.
+        kwargs: As of :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+    function: ClassVar[Callable[..., Tensor]]
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, num_branches: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # float64: millions of tokens of 1e-6 each would be lost in a float32 sum
+        self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, branch: Tensor, mask: Tensor | None = None, index: int = 0) -> None:
+        """Add the tokens of one forward pass.
+
+        Args:
+            x: Input X of the sublayer, shape (..., hidden).
+            branch: Its output b in Y = X + b, shape (..., hidden).
+            mask: True where a token counts, with as many elements as there are tokens; None counts all.
+            index: Which of the branches this is.
+        """
+        values = type(self).function(x, branch, reduction="none").to(self.total.device).double()
+        if mask is None:
+            self.total[index] += values.sum()
+            self.tokens[index] += values.numel()
+        else:
+            counts = mask.to(values.device, torch.bool).reshape(values.shape)
+            self.total[index] += torch.where(counts, values, torch.zeros_like(values)).sum()
+            self.tokens[index] += counts.sum()
+
+    def compute(self) -> Tensor:
+        """Mean importance per branch, shape (num_branches,), or a scalar for one; NaN where no token was seen."""
+        return self.total / self.tokens
+
+
+class PassSums(Metric):
+    """What an :class:`ImportanceMetric` saw in forward passes, of which each counts as a whole or not at all.
+
+    A pass in which any importance is not finite is counted and left out, so that all branches are averaged over the
+    same tokens. No number is read, so that nothing waits for the device.
+
+    Args:
+        num_branches: Number of branches that are measured side by side.
+    """
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+    passes: Tensor
+
+    def __init__(self, num_branches: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
+        # those left out, by the first branch that was not finite; at the end, those averaged in
+        self.add_state("passes", torch.zeros(num_branches + 1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, one: ImportanceMetric) -> None:
+        """Add one forward pass, or count it as left out.
+
+        Args:
+            one: The sums of that pass alone.
+        """
+        broken = torch.cat([~one.total.isfinite(), one.total.new_ones(1, dtype=torch.bool)])
+        first = broken & (broken.cumsum(0) == 1)
+        self.total += torch.where(first[-1], one.total, 0.0)
+        self.tokens += torch.where(first[-1], one.tokens, 0.0)
+        self.passes += first
+
+    def compute(self) -> Tensor:
+        """Mean importance per branch over the passes that count; NaN where no token was seen."""
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Forward passes that are not averaged in.
+
+    Args:
+        count: How many.
+        passes: Of how many.
+        first: The first sublayer whose importance was not finite.
+    """
+
+    count: int
+    passes: int
+    first: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} of {self.passes} forward passes left out of the importances: one was NaN or infinite, "
+            f"first that of {self.first}"
+        )
+
+
+class CosineImportance(ImportanceMetric):
+    r"""Importance :math:`S = 1 - \cos(X, Y)` of arXiv 2406.15786.
+
+    See :func:`~layershed.importance.functional.cosine_importance`.
+
+    Example:
+        >>> metric = CosineImportance()
+        >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    function = staticmethod(cosine_importance)
+
+
+class RelativeMagnitude(ImportanceMetric):
+    r"""Relative magnitude :math:`|b| / |X|`; see :func:`~layershed.importance.functional.relative_magnitude`."""
+
+    function = staticmethod(relative_magnitude)
+
+
+class Angular(ImportanceMetric):
+    r"""Angular distance :math:`\arccos(\cos(X, Y)) / \pi`; see :func:`~layershed.importance.functional.angular`."""
+
+    function = staticmethod(angular)
+
+
+METRICS: dict[str, type[ImportanceMetric]] = {
+    "cosine": CosineImportance,
+    "relative_magnitude": RelativeMagnitude,
+    "angular": Angular,
+}
+"""Importance metrics by name; add your own subclass of :class:`ImportanceMetric` here."""
+
+
+def get_metric(name: str) -> type[ImportanceMetric]:
+    """The importance metric of a name.
+
+    Raises:
+        UnknownNameError: If there is none; suggests the nearest name.
+    """
+    if name not in METRICS:
+        raise UnknownNameError("importance metric", name, METRICS)
+    return METRICS[name]

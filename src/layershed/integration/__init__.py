@@ -1,0 +1,1 @@
+"""Everything that knows Lightning's insides, for the callbacks."""

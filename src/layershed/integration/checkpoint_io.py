@@ -1,0 +1,91 @@
+"""Lightning's CheckpointIO, with checkpoints written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+from layershed.files.checkpoint_file import (
+    local_path,
+    read_checkpoint,
+    refuse_folder,
+    system_error,
+    unwritten,
+    write_atomically,
+)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own checkpoint files, for runs that may be killed at any moment.
+
+    A local file is written beside the one that it replaces, brought to the disk, and renamed: until then the former one
+    stays. Lightning's own comes through a temporary folder, which may be on another disk, and is not brought to the
+    disk. A torn file is refused, and the newest intact one beside it named. Anything remote is left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; when that fails, the former one stays and nothing else.
+
+        Raises:
+            CheckpointError: If the disk is full, or nothing can be written to the folder.
+        """
+        target = local_path(path)
+        if target is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, checkpoint)
+        except (OSError, RuntimeError) as error:
+            reason = system_error(error)
+            if reason is None:
+                raise
+            raise unwritten(target, reason) from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: Its path or URL.
+            map_location: Where the tensors go, as of ``torch.load``.
+            weights_only: False runs whatever the file's pickle asks for: only for files of people you trust.
+
+        Raises:
+            CheckpointError: If it is torn, a folder, or holds what only ``weights_only=False`` would load.
+            FileNotFoundError: If there is none.
+        """
+        weights_only = weights_only is not False  # also for a URL, where Lightning's default would run the pickle
+        target = local_path(path)
+        if target is not None:
+            refuse_folder(target)
+        if target is None or not target.is_file():
+            return super().load_checkpoint(path, map_location, weights_only)
+        content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
+        return content
+
+
+def keep_checkpoints_whole(strategy: Any) -> None:
+    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also within a plugin that wraps it; of nothing else.
+
+    Args:
+        strategy: A Trainer's; one that writes its checkpoints in a way of its own is left alone.
+    """
+    try:
+        current = strategy.checkpoint_io
+    except NotImplementedError:
+        return
+    if type(current) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    while isinstance(current, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+        wrapper, current = current, current.checkpoint_io
+        if type(current) is TorchCheckpointIO:
+            wrapper._checkpoint_io = AtomicCheckpointIO()  # its setter takes none in place of another

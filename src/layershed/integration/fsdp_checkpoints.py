@@ -1,0 +1,185 @@
+"""How FSDP2 (ModelParallelStrategy) writes and reads the checkpoints of a model that changes while it trains.
+
+It reads weights and optimizer states in one go, once the optimizers are there and before any callback has its state. By
+then the model must have the checkpoint's structure, and the optimizers its parameters. What it does not know it passes
+by, and so would evaluate the dense model: the weights of dropped sublayers therefore go by other names.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from layershed.discovery.find import find_transformer
+from layershed.errors import CheckpointError
+from layershed.files.checkpoint_file import read_checkpoint
+from layershed.files.checkpoint_shards import INDEX_FILE, NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.recovery.lora import lora_settings, set_enabled
+from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
+from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
+from layershed.stand_ins.install import withheld
+
+_UNSTARTED_KEY = "layershed_unstarted"
+
+
+class ShardedCheckpoints:
+    """Four methods of the strategy's.
+
+    Args:
+        trainer: The Trainer, whose strategy is ModelParallelStrategy.
+        pl_module: The module that is to change.
+        transformer: Path of the transformer in it.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, transformer: str | None) -> None:
+        self.trainer, self.pl_module, self.transformer = trainer, pl_module, transformer
+        self.strategy: Any = trainer.strategy
+        self._unstarted: list[list[str]] = []
+
+    def install(self) -> None:
+        """For good: a checkpoint may be saved once the run is over."""
+        self.strategy.__dict__.update(
+            load_checkpoint=self.load,
+            lightning_module_state_dict=self.state_dict,
+            optimizer_state=self.optimizer_state,
+            save_checkpoint=self.save,
+        )
+
+    def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Look at what is dropped before a weight is read."""
+        trainer, strategy = self.trainer, self.strategy
+        path = Path(strategy.broadcast(checkpoint_path))
+        if trainer.is_global_zero:
+            mend(path)
+        strategy.barrier()
+        reshard(self.pl_module)
+        noted = _read_notes(path, weights_only)
+        transformer = find_transformer(self.pl_module, name=self.transformer)
+        _check_loadable(noted, transformer)
+        if trainer.optimizers and not all(own["state"] for own in noted.get("optimizer_states", ())):
+            raise CheckpointError(
+                f"ckpt_path={str(path)!r}: an optimizer without a state, such as SGD without momentum, cannot be "
+                "resumed from a single file under ModelParallelStrategy; give it momentum, or write folders "
+                "(save_distributed_checkpoint=True)."
+            )
+        apply_structure(noted, self.pl_module, name=self.transformer)
+        forget_parameters(trainer.optimizers, transformer)
+        # off again where LoRARecovery says that it had not begun; of the weights alone nobody says so
+        set_enabled(transformer, True)
+        states = noted.get("callbacks", {})
+        for callback in getattr(trainer, "callbacks", []):
+            if hasattr(callback, "before_sharded_load") and callback.state_key in states:
+                callback.before_sharded_load(trainer, self.pl_module, states[callback.state_key])
+        with without_empty_groups(trainer.optimizers), withheld(self.pl_module):
+            if path.is_dir():
+                self._load_shards(path)
+                content = dict(noted)
+            else:
+                content = type(strategy).load_checkpoint(strategy, path, weights_only)
+        parameters = dict(self.pl_module.named_parameters())
+        for optimizer, names in zip(trainer.optimizers, noted.get(_UNSTARTED_KEY, ()), strict=False):
+            for name in names:
+                optimizer.state.pop(parameters[name], None)
+        return content
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights; those of dropped sublayers by names that a dense model does not have."""
+        with withheld(self.pl_module):
+            weights: dict[str, Any] = type(self.strategy).lightning_module_state_dict(self.strategy)
+        return weights
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """A state of which everything can be read back."""
+        raw: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+        reshard(self.pl_module)
+        # shards are found by the number of their group; a whole state is found by names, and others read it, too
+        groups = [raw] if self.strategy._save_distributed_checkpoint else []
+        completed = complete_state(raw)
+        try:
+            with without_empty_groups(groups), withheld(self.pl_module):
+                state: dict[str, Any] = type(self.strategy).optimizer_state(self.strategy, raw)
+        finally:
+            for parameter in completed:
+                raw.state.pop(parameter, None)
+        names = {id(parameter): name for name, parameter in self.pl_module.named_parameters()}
+        self._unstarted.append([names[id(parameter)] for parameter in completed])
+        return state
+
+    def save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Note which parameters had no state, and write a folder of shards whole or not at all."""
+        if "optimizer_states" in checkpoint:
+            checkpoint[_UNSTARTED_KEY], self._unstarted = self._unstarted, []
+        strategy = self.strategy
+        write = type(strategy).save_checkpoint
+        if not strategy._save_distributed_checkpoint:
+            write(strategy, checkpoint, filepath, storage_options)
+            return
+        path = Path(strategy.broadcast(filepath))
+        with replacing_shards(path, leads=self.trainer.is_global_zero, wait=strategy.barrier) as beside:
+            write(strategy, checkpoint, beside, storage_options)
+
+    def _load_shards(self, path: Path) -> None:
+        """As Lightning does it, but that nothing in the folder is executed."""
+        model = self.strategy.model
+        weights, strict = get_model_state_dict(model), self.pl_module.strict_loading
+        read_sharded_weights(path, weights, strict=strict)
+        model.load_state_dict(weights, strict=strict)
+        for number, optimizer in enumerate(self.trainer.optimizers):
+            key = f"optimizer_{number}"
+            state: dict[str, Any] = {key: get_optimizer_state_dict(model, optimizer)}
+            read_shards(path, state)
+            set_optimizer_state_dict(model, optimizer, state[key], options=StateDictOptions(cpu_offload=True))
+
+
+def reshard(pl_module: LightningModule) -> None:
+    """Have the module's parameters be those that the optimizers hold.
+
+    After a forward pass without a backward one, FSDP2 leaves other objects in their places: the gathered weights.
+    """
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _read_notes(path: Path, weights_only: bool | None) -> Mapping[str, Any]:
+    """A checkpoint without its weights; of a single file they are mapped, not read."""
+    content: Any = None
+    if (path / NOTES_FILE).is_file() or (path / INDEX_FILE).is_file():
+        content = read_notes(path, weights_only=weights_only)
+    elif path.is_file():
+        content = read_checkpoint(path, mmap=zipfile.is_zipfile(path), weights_only=weights_only is not False)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"ckpt_path={str(path)!r}: it is neither a checkpoint file nor a folder of shards with a {NOTES_FILE}."
+        )
+    return content
+
+
+def _check_loadable(noted: Mapping[str, Any], transformer: Any) -> None:
+    """Refuse what would have to be put in, or taken out, now that the weights are sharded."""
+    structure = noted.get(CHECKPOINT_KEY) or {}
+    if structure.get("quantized"):
+        raise CheckpointError(
+            "The checkpoint's weights are quantized, and ModelParallelStrategy cannot shard such; load it in one "
+            "process."
+        )
+    found, present = structure.get("adapters"), lora_settings(transformer)
+    if found == present:
+        return
+    raise CheckpointError(
+        f"The checkpoint {'has no' if found is None else 'has recovery'} adapters and this run "
+        f"{'has none' if present is None else 'has some'} of their settings; under ModelParallelStrategy they cannot "
+        "change once the weights are sharded: list the LoRARecovery that the interrupted run had, or none."
+    )

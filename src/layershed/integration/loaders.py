@@ -1,0 +1,106 @@
+"""Batches for calibration and quality, without touching the loaders that training draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from layershed.batches import as_inputs, describe
+from layershed.errors import CalibrationError
+from layershed.integration.rng import own_generators
+
+
+def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
+    """Batches of the train or val split, from its start, in order; each rank its own share.
+
+    Raises:
+        CalibrationError: If there is no such loader, or the train loader's data cannot be read a second time.
+    """
+    if split == "val":
+        batches = validation_batches(trainer)
+        if batches is None:
+            raise CalibrationError("calibrate_on='val': the run has no validation data; use 'running' or 'train'.")
+        return batches
+    trainer.fit_loop.setup_data()
+    return _read_again(trainer, trainer.train_dataloader)
+
+
+def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
+    """Batches of the first validation loader, from its start, or None if the run has none."""
+    if not trainer.enable_validation:
+        return None
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    # one loader, or a list or a dict of them
+    loaders = CombinedLoader(trainer.val_dataloaders).flattened
+    return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None
+
+
+def check_text(batches: Iterator[Any] | None, instead: str) -> None:
+    """Refuse, before training starts, batches that a language model cannot be run on from outside the module.
+
+    Args:
+        batches: What would be read later, or None.
+        instead: What to set where they are of another kind.
+
+    Raises:
+        CalibrationError: If the first batch is no text.
+    """
+    first = None if batches is None else next(batches, None)
+    if first is not None and as_inputs(first) is None:
+        raise CalibrationError(
+            f"A batch is {describe(first)}, and neither a mapping with input_ids nor token ids of shape "
+            f"(batch, tokens); set {instead}."
+        )
+
+
+def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
+    """A second, sequential reader of a train loader's data: iterating the loader itself would move its position."""
+    # with a batch sampler of its own (Lightning gives torchdata's loader one) a loader leaves its batch size to it
+    batching = loader if getattr(loader, "batch_sampler", None) is None else loader.batch_sampler
+    size = getattr(batching, "batch_size", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
+        raise CalibrationError(
+            "calibrate_on='train' needs a DataLoader over a map-style dataset; use 'running' or 'val'."
+        )
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        loader.dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
+    )
+    again = DataLoader(
+        loader.dataset,
+        batch_size=size,
+        sampler=sampler,
+        collate_fn=loader.collate_fn,
+        drop_last=getattr(batching, "drop_last", False),
+    )
+    return _isolated(again)
+
+
+def _isolated(loader: Any) -> Iterator[Any]:
+    """Iterate without moving any random state that training and validation draw from."""
+    iterator, end = None, object()
+    while True:
+        # around every batch: a shuffling sampler draws with the first one, a random transform with each
+        with isolate_rng(include_cuda=False), _kept(loader):
+            iterator = iter(loader) if iterator is None else iterator
+            batch = next(iterator, end)
+        if batch is end:
+            return
+        yield batch
+
+
+@contextmanager
+def _kept(loader: Any) -> Iterator[None]:
+    """Put the loader's own generators back to where they were."""
+    generators = own_generators(loader)
+    states = [generator.get_state() for generator in generators]
+    yield
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

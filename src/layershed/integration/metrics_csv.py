@@ -1,0 +1,148 @@
+"""``metrics.csv`` of a run that may be killed.
+
+CSVLogger empties it whenever a metric of a new name comes, and deletes it when a resumed run opens it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from layershed.files.checkpoint_file import local_path
+from layershed.integration.run import write_text
+
+ROWS_KEY = "layershed_rows"
+
+
+def keep_rows(logger: Logger) -> None:
+    """Have a CSVLogger put a new column in without ever having fewer rows on the disk; any other logger is left alone.
+
+    It reads all rows, empties the file, and writes them anew under the longer header. Our callbacks bring new names
+    all through a run, and a kill in between took every row with it.
+    """
+    writer = logger.experiment if isinstance(logger, CSVLogger) else None
+    if not isinstance(writer, ExperimentWriter):  # on the other ranks it is a dummy
+        return
+    file = local_path(writer.metrics_file_path)
+    if file is not None:
+        vars(writer)["_rewrite_with_new_header"] = partial(_with_header, file)
+
+
+def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Note how many rows there are, and give the file a second name: Lightning deletes the first as a logger opens."""
+    noted = []
+    for _, file in _files(trainer):
+        try:
+            lines = _lines(file) if file.is_file() else []
+            if len(lines) > 1:
+                noted.append({"file": str(file), "rows": len(lines) - 1, "last": _values(lines[0], lines[-1])})
+                _keep(file)
+        except OSError as error:  # another run in the same folder, for one: that is no reason to end this one
+            rank_zero_warn(
+                f"The rows of {str(file)!r} could not be kept for a resumed run ({error.strerror or error}); give "
+                "every run a folder of its own."
+            )
+    if noted:
+        checkpoint[ROWS_KEY] = noted
+
+
+def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Have the file hold the rows of before, and no others: what came behind the checkpoint is logged anew.
+
+    Where the logger of a resumed run took its file away, which Lightning has it do before any callback is asked, they
+    are brought back; it warns if they are lost. The run's folder may have been copied or moved since, so that what is
+    kept in it counts, and not its path; in a new folder there is nothing to bring back.
+    """
+    noted = checkpoint.get(ROWS_KEY, [])
+    for writer, file in _files(trainer):
+        kept = _kept(file)
+        present = _lines(file) if file.is_file() else []
+        if _fitting(present, noted):  # the same logger goes on
+            before, since = present, []
+        else:  # of this run there may be rows already, which a module logged as it was set up
+            before, since = _lines(kept) if kept.is_file() else [], present
+        count = _fitting(before, noted)
+        if count:
+            rows = [*csv.DictReader(before[: count + 1]), *csv.DictReader(since)]
+            writer.metrics_keys = list(dict.fromkeys(name for row in rows for name in row))
+            _write(file, writer.metrics_keys, rows)
+        elif noted and (kept.is_file() or any(each["file"] == str(file) for each in noted)):
+            rank_zero_warn(
+                f"CSVLogger deleted {str(file)!r} as it opened, and with it the rows before step "
+                f"{checkpoint['global_step']}; resume with a version of its own, such as CSVLogger(version=None)."
+            )
+
+
+def _fitting(lines: Sequence[str], noted: Sequence[dict[str, Any]]) -> int:
+    """How many rows of a file are those of before; 0 where it is another run's, which may begin in the same place."""
+    return max((each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])), default=0)
+
+
+def _files(trainer: Trainer) -> Iterator[tuple[ExperimentWriter, Path]]:
+    for logger in trainer.loggers if trainer.state.fn == TrainerFn.FITTING else ():
+        writer = logger.experiment if isinstance(logger, CSVLogger) else None
+        if isinstance(writer, ExperimentWriter):
+            file = local_path(writer.metrics_file_path)
+            if file is not None:
+                yield writer, file.parent.resolve() / file.name
+
+
+def _kept(file: Path) -> Path:
+    return file.with_name(f".{file.name}.kept")
+
+
+def _keep(file: Path) -> None:
+    """A link, which costs no room; what is appended later stands behind the rows that are noted."""
+    kept = _kept(file)
+    # nobody else's name: through a link that a killed run left, whoever opens it to write would empty the rows
+    beside = kept.with_name(f"{kept.name}.{uuid4().hex}")
+    try:
+        try:
+            os.link(file, beside)
+        except FileExistsError:  # of a network that asked twice
+            pass
+        except OSError:  # a file system without links
+            shutil.copyfile(file, beside)
+        os.replace(beside, kept)
+    finally:
+        beside.unlink(missing_ok=True)  # of two names of one file, replace leaves both
+
+
+def _is_row(lines: Sequence[str], number: int, values: dict[str, str]) -> bool:
+    return len(lines) > number and _values(lines[0], lines[number]) == values
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def _values(header: str, line: str) -> dict[str, str]:
+    """What a row holds, however many empty columns there are by now."""
+    return {name: value for name, value in next(csv.DictReader([header, line])).items() if value}
+
+
+def _with_header(file: Path, names: Sequence[str]) -> None:
+    with file.open(encoding="utf-8", newline="") as old:
+        rows = list(csv.DictReader(old))
+    _write(file, names, rows)
+
+
+def _write(file: Path, names: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, text.getvalue())

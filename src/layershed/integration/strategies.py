@@ -1,0 +1,87 @@
+"""What the Trainer's strategy means for a model that changes while it trains: which fit, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+)
+from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
+
+from layershed.errors import StrategyError
+from layershed.integration.fsdp_checkpoints import ShardedCheckpoints
+from layershed.recovery.lora import set_enabled
+from layershed.stand_ins.install import overridden
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the weights are sharded by FSDP2."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def fit_strategy(trainer: Trainer, callback: Callback, pl_module: LightningModule, transformer: str | None) -> None:
+    """Refuse a strategy under which the model cannot change, and have FSDP2 save and load a changed one.
+
+    Args:
+        trainer: The Trainer, in the setup hook.
+        callback: Who asks.
+        pl_module: The module that is to change.
+        transformer: Path of the transformer in it.
+
+    Raises:
+        StrategyError: If the strategy is FSDP1, DeepSpeed or another that keeps the weights elsewhere.
+    """
+    strategy: Any = trainer.strategy
+    name, asker = type(strategy).__name__, type(callback).__name__
+    known = isinstance(strategy, DDPStrategy | ModelParallelStrategy)
+    if isinstance(strategy, DeepSpeedStrategy | XLAStrategy) or (isinstance(strategy, ParallelStrategy) and not known):
+        raise StrategyError(
+            f"{asker}: the model cannot change while {name} holds its weights; use ModelParallelStrategy (FSDP2) with "
+            "fully_shard in configure_model, or DDPStrategy."
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy._tensor_parallel_size not in ("auto", 1):
+        raise StrategyError(
+            f"{asker}: ModelParallelStrategy(tensor_parallel_size={strategy._tensor_parallel_size}) splits single "
+            "sublayers, which is not supported; set tensor_parallel_size=1 and data_parallel_size to the number of "
+            "devices."
+        )
+    ShardedCheckpoints(trainer, pl_module, transformer).install()
+
+
+def refuse_sharded_speed(trainer: Trainer, what: str) -> None:
+    """Refuse to measure the speed of sharded weights, which would be that of gathering them.
+
+    Raises:
+        StrategyError: If FSDP2 shards the weights.
+    """
+    if is_sharded(trainer):
+        raise StrategyError(
+            f"{what}: under ModelParallelStrategy the time of gathering shards would be measured; leave it out, and "
+            "measure the exported model (train.py benchmark)."
+        )
+
+
+def train_adapters(transformer: nn.Module) -> None:
+    """Switch adapters on that have been there from the start, and train nothing else of the transformer."""
+    resting = {id(parameter) for module, _ in overridden(transformer) for parameter in module.parameters()}
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name and id(parameter) not in resting)
+        parameter.grad = None
+    set_enabled(transformer, True)
+
+
+def restore_empty_rates(trainer: Trainer) -> None:
+    """Give groups without parameters, of which FSDP2 loads nothing, the learning rate that their schedule was at."""
+    for config in trainer.lr_scheduler_configs:
+        groups = config.scheduler.optimizer.param_groups
+        for group, rate in zip(groups, config.scheduler.get_last_lr(), strict=True):
+            if not group["params"]:
+                group["lr"] = rate

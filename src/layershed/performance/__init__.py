@@ -1,0 +1,1 @@
+"""Speed and size: measured, predicted, and reached."""

@@ -1,0 +1,240 @@
+"""Dropped models against their dense base, quality beside measured speed: one that is there, or a sweep over drops."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+from torch import nn
+
+from layershed.discovery.find import find_sublayers, find_transformer
+from layershed.errors import MeasurementError, SelectionError
+from layershed.performance.latency import measure_latency
+from layershed.performance.roofline import Ceilings, measure_ceilings
+from layershed.performance.speed import SpeedReport, measure_speed
+from layershed.performance.stopwatch import SpeedSettings, describe_device
+from layershed.planning.plan import DropPlan, ImportanceScores, Scope
+from layershed.planning.selection import Objective, equal_scores, select_sublayers
+from layershed.quality import Quality
+from layershed.recovery.lora import adapted_modules, adapters_off
+from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, removed_sublayers, restore
+
+QualityName = Literal["accuracy", "loss", "perplexity"]
+# The dense model where there is no other: without adapters it may have been trained on since the drop.
+LIFTED = "the same weights with the bypass lifted"
+TEACHER = f"{LIFTED} and the adapters off"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One dropped model.
+
+    Args:
+        scope: What was ranked in a sweep; None for a model that came as it is.
+        count: How many were dropped in a sweep: blocks with scope ``"block"``, else sublayers.
+        plan: What is dropped.
+        speed: Measured against the dense model.
+        quality: On the held-out text.
+    """
+
+    scope: Scope | None
+    count: int | None
+    plan: DropPlan
+    speed: SpeedReport
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark found.
+
+    Args:
+        model: Name or path of the model.
+        base: Name or path of the dense one, or what else it is.
+        dense: Quality of the dense one.
+        measurements: One for each dropped model.
+        quality: Which measure of quality is shown, and enters the SDR.
+        ceilings: What this machine can do at most, as measured; what the predicted speedups come from.
+        settings: The options that it ran with.
+        machine: Where it ran.
+    """
+
+    model: str
+    base: str
+    dense: Quality
+    measurements: tuple[Measurement, ...]
+    quality: QualityName
+    ceilings: Ceilings
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+
+    def degradation(self, measurement: Measurement) -> float:
+        """SDR: points lost per percent of decode speed; NaN if none was measurably gained, or who knows what was lost.
+
+        A point is a percent point of accuracy, a hundredth of a nat or of perplexity.
+        """
+        if self.base == LIFTED:
+            return math.nan
+        lost = shown_quality(measurement.quality, self.quality) - shown_quality(self.dense, self.quality)
+        return measurement.speed.decode.degradation(-lost if self.quality == "accuracy" else 100 * lost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain primitives, for JSON."""
+        measurements = [
+            {
+                "scope": one.scope,
+                "count": one.count,
+                "plan": one.plan.to_dict(),
+                "quality": _quality_fields(one.quality),
+                "sdr": None if math.isnan(sdr := self.degradation(one)) else sdr,
+                "speed": _speed_fields(one.speed),
+            }
+            for one in self.measurements
+        ]
+        return {**asdict(self), "dense": _quality_fields(self.dense), "measurements": measurements}
+
+
+def shown_quality(quality: Quality, name: QualityName) -> float:
+    """The accuracy in percent, the loss in nats, or the perplexity."""
+    return {"accuracy": 100 * quality.accuracy, "loss": quality.loss, "perplexity": math.exp(quality.loss)}[name]
+
+
+def lifted_base(model: nn.Module) -> str:
+    """What the model is with its bypass lifted and its adapters off."""
+    return TEACHER if adapted_modules(find_transformer(model)) else LIFTED
+
+
+def check_comparison(model: nn.Module, base: str | None, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
+    """Refuse, before anything runs, what leaves nothing to compare.
+
+    Args:
+        model: The model.
+        base: The dense one to load, if any.
+        scopes: Of a sweep.
+        counts: Of a sweep; empty for a model that is compared as it is.
+
+    Raises:
+        MeasurementError: If nothing is dropped, or there is no dense model.
+        SelectionError: If a sweep asks for more than there is.
+    """
+    gone = dropped_sublayers(model)
+    names = ", ".join(sublayer.name for sublayer in gone)
+    if counts:
+        if gone or base is not None:
+            reason = f"it already lacks {names}" if gone else "is itself the base; leave out base"
+            raise MeasurementError(f"benchmark: a sweep over counts begins with the dense model, and {reason}.")
+        _check_sweep(model, scopes, counts)
+    elif base is None and removed_sublayers(model):
+        raise MeasurementError(
+            f"benchmark: the model lacks {names}, and their weights are not there to compare with; name the dense "
+            "model that it came from by --base."
+        )
+    elif base is None and not gone:
+        raise MeasurementError(
+            "benchmark: there is nothing to compare; give a dropped model with --base DENSE, a checkpoint with "
+            "--ckpt_path FILE, or a dense model with --counts '[2, 4, 8]'."
+        )
+
+
+def _check_sweep(model: nn.Module, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
+    if not scopes:
+        raise SelectionError("benchmark: scopes is empty; give at least one.")
+    equal = equal_scores(find_sublayers(model))
+    for scope in scopes:
+        for count in counts:
+            select_sublayers(equal, scope, count=count)
+
+
+class Bench:
+    """Measures dropped models under the same settings.
+
+    Args:
+        model: The model, or a module that holds it.
+        quality: Measures the quality of what it is given.
+        settings: Lengths and numbers of the speed measurement.
+        base: The dense model; None for ``model`` with its bypass lifted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quality: Callable[[nn.Module], Quality],
+        settings: SpeedSettings,
+        base: nn.Module | None = None,
+    ) -> None:
+        self.transformer = settings.check(find_transformer(model))
+        self.base = None if base is None else settings.check(find_transformer(base))
+        self.quality, self.settings = quality, settings
+        self.ceilings = measure_ceilings(self.transformer.device, self.transformer.dtype)
+
+    def dense_quality(self) -> Quality:
+        """Quality of the base."""
+        if self.base is not None:
+            return self.quality(self.base)
+        with ExitStack() as contexts:
+            if bypassed_sublayers(self.transformer):
+                contexts.enter_context(dense(self.transformer))
+                contexts.enter_context(adapters_off(self.transformer))  # they were trained for what is left
+            return self.quality(self.transformer)
+
+    def measure(self, plan: DropPlan, scope: Scope | None = None, count: int | None = None) -> Measurement:
+        """The model as it is now."""
+        speed = measure_speed(self.transformer, base=self.base, ceilings=self.ceilings, **asdict(self.settings))
+        return Measurement(scope, count, plan, speed, self.quality(self.transformer))
+
+    def sweep(
+        self,
+        scores: ImportanceScores,
+        scopes: Sequence[Scope],
+        counts: Sequence[int],
+        objective: Objective = "importance",
+    ) -> Iterator[Measurement]:
+        """Every scope with every count, one after the other; after each the model is what it was."""
+        latency = None
+        if objective == "speed":
+            latency = measure_latency(self.transformer, **asdict(self.settings)).sublayers
+        for scope in scopes:
+            for count in counts:
+                plan = select_sublayers(scores, scope, count=count, objective=objective, latency=latency)
+                bypass(self.transformer, plan)
+                try:
+                    measured = self.measure(plan, scope, count)
+                finally:
+                    restore(self.transformer, plan)
+                yield measured
+
+    def machine(self) -> dict[str, Any]:
+        """Where it runs, and with which versions."""
+        return {
+            "device": describe_device(self.transformer.device),
+            "dtype": str(self.transformer.dtype).removeprefix("torch."),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "layershed")},
+        }
+
+
+def _quality_fields(quality: Quality) -> dict[str, float]:
+    return {**asdict(quality), "perplexity": math.exp(quality.loss)}
+
+
+def _speed_fields(speed: SpeedReport) -> dict[str, Any]:
+    """All of a report, with what it only computes."""
+    fields = speed.to_dict()
+    for name in ("prefill", "decode"):
+        phase = getattr(speed, name)
+        milliseconds = dict(zip(("dense_ms", "dropped_ms"), getattr(speed, f"{name}_ms"), strict=True))
+        fields[name] |= {
+            **milliseconds,
+            "measurable": phase.measurable,
+            "measured_over_predicted": phase.measured_over_predicted,
+        }
+    return fields

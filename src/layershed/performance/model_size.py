@@ -1,0 +1,61 @@
+"""How many weights a model computes with, and how large they are: of quantized ones what they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from layershed.recovery.lora import adapted_modules
+from layershed.surgery import dropped_parameter_names
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Sizes of a model without what is dropped and without adapters.
+
+    Args:
+        parameters: Number of weights; of a packed 4-bit one those that it stands for.
+        bytes: Bytes of the weights and of what is saved beside them, which is a safetensors file but for its header.
+    """
+
+    parameters: int
+    bytes: int
+
+
+def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes:
+    """Sizes of what a model computes with; a weight that two modules share counts once.
+
+    Args:
+        transformer: The transformer itself.
+        lifted: Count what is bypassed, too.
+    """
+    gone = set() if lifted else dropped_parameter_names(transformer)
+    adapters = {id(parameter) for parameter in adapter_parameters(transformer)}
+    every = dict(transformer.named_parameters(remove_duplicate=False))
+    kept = {
+        name: parameter
+        for name, parameter in transformer.named_parameters()
+        if name not in gone and id(parameter) not in adapters
+    }
+    # buffers, and the scales of quantized weights
+    beside = (tensor for name, tensor in transformer.state_dict().items() if name not in every and name not in gone)
+    return WeightSizes(
+        sum(math.prod(weight_shape(parameter)) for parameter in kept.values()),
+        sum(tensor.numel() * tensor.element_size() for tensor in (*kept.values(), *beside)),
+    )
+
+
+def weight_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a weight; of a packed 4-bit one that of the weight that it stands for."""
+    return tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+
+
+def adapter_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of recovery adapters, which cost nothing once they are merged."""
+    for layer in adapted_modules(transformer).values():
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                yield parameter

@@ -1,0 +1,260 @@
+"""What theory predicts of a drop, from shapes alone: sizes, KV cache, and the least time on a machine.
+
+A skeleton on the meta device is enough, so that a model which fits nowhere here can be planned for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from layershed.discovery.find import find_transformer
+from layershed.errors import SelectionError, UnknownNameError
+from layershed.performance.costs import CostModel, PassCosts
+from layershed.performance.model_size import WeightSizes, weight_sizes
+from layershed.performance.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
+from layershed.performance.stopwatch import SpeedSettings
+from layershed.planning.plan import Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
+from layershed.planning.selection import select_sublayers
+from layershed.surgery import bypass, bypassed_sublayers, restore
+
+Part = Kind | Literal["rest"]
+
+
+@dataclass(frozen=True)
+class PredictedPhase:
+    """The least time of one phase.
+
+    Args:
+        seconds: Of the prefill, or of one decoding step.
+        tokens_per_s: Tokens of all sequences in that time.
+        bound: What takes most of it: computing, or moving weights and cache from and to memory.
+    """
+
+    seconds: float
+    tokens_per_s: float
+    bound: Literal["compute", "memory"]
+
+
+@dataclass(frozen=True)
+class PredictedSide:
+    """What theory says of one of the two, the dense model or the dropped one.
+
+    Args:
+        parameters: Weights that it computes with.
+        weight_bytes: Their bytes.
+        kv_bytes: Bytes of the KV cache once every sequence has its prompt and all new tokens.
+        prefill: The prefill.
+        decode: A cached decoding step in the middle of the new tokens.
+        work: FLOPs and bytes of that step by kind of sublayer, and of the ``"rest"``, for one token of one sequence.
+    """
+
+    parameters: int
+    weight_bytes: int
+    kv_bytes: int
+    prefill: PredictedPhase
+    decode: PredictedPhase
+    work: Mapping[Part, Cost]
+
+    def devices(self, memory: float) -> int:
+        """The least number of devices whose memory holds weights and cache; activations come on top."""
+        return math.ceil((self.weight_bytes + self.kv_bytes) / memory)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What :func:`predict` found.
+
+    Args:
+        dense: The dense model.
+        dropped: The model without what ``plan`` drops.
+        plan: What is dropped.
+        dtype: Of the weights and the cache, such as ``"bfloat16"``.
+        batch_size: Sequences at once.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Tokens decoded after it.
+        ceilings: What the machine can do at most. Times are of one device, also where it takes several to hold it.
+        uniform: Whether all sublayers of a kind cost the same, so that it does not matter which ones go.
+    """
+
+    dense: PredictedSide
+    dropped: PredictedSide
+    plan: DropPlan
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    ceilings: Ceilings
+    uniform: bool
+
+    @property
+    def prefill_speedup(self) -> float:
+        """Dropped over dense."""
+        return self.dense.prefill.seconds / self.dropped.prefill.seconds
+
+    @property
+    def decode_speedup(self) -> float:
+        """Dropped over dense."""
+        return self.dense.decode.seconds / self.dropped.decode.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain primitives, for JSON."""
+        sides = {}
+        for name in ("dense", "dropped"):
+            side: PredictedSide = getattr(self, name)
+            devices = None if self.ceilings.memory is None else side.devices(self.ceilings.memory)
+            sides[name] = {**asdict(side), "devices": devices}
+        speedups = {"prefill_speedup": self.prefill_speedup, "decode_speedup": self.decode_speedup}
+        return {**asdict(self), **sides, **speedups, "plan": self.plan.to_dict()}
+
+
+def predict(
+    model: nn.Module,
+    plan: DropPlan | None,
+    ceilings: Ceilings,
+    settings: SpeedSettings,
+    *,
+    name: str | None = None,
+) -> Prediction:
+    """What a drop changes in theory, by the roofline model.
+
+    Args:
+        model: A causal language model, or a module that holds one; on the meta device no weight is needed. It is
+            left as it was.
+        plan: What would be dropped; None for what is bypassed. What is bypassed counts as dropped in either case.
+        ceilings: What the machine can do at most.
+        settings: Lengths; the numbers of runs mean nothing here.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Raises:
+        CostError: If the model's shapes do not tell what it computes.
+        LayershedError: If the plan does not fit the model, or the tokens do not fit its positions.
+    """
+    transformer = settings.check(find_transformer(model, name=name))
+    before = bypassed_sublayers(transformer)
+    dense = weight_sizes(transformer, lifted=True)
+    if plan is None:
+        plan = plan_of(before)
+    elif plan:
+        bypass(transformer, plan)
+    gone = bypassed_sublayers(transformer)
+    left = weight_sizes(transformer)
+    if added := set(gone) - set(before):
+        restore(transformer, added)
+    costs = CostModel(transformer)
+    return Prediction(
+        _side(costs, dense, (), ceilings, settings),
+        _side(costs, left, gone, ceilings, settings),
+        plan,
+        _dtype(transformer),
+        settings.batch_size,
+        settings.prompt_tokens,
+        settings.new_tokens,
+        ceilings,
+        all(_is_uniform(phase) for phase in costs.passes(settings)),
+    )
+
+
+def deepest_sublayers(
+    sublayers: Iterable[Sublayer], scope: Scope, *, count: int | None = None, ratio: float | None = None
+) -> DropPlan:
+    """A plan without importances, for a skeleton, which has none: the deepest sublayers go first.
+
+    In most models costs do not depend on which ones of a kind go, only on how many (:attr:`Prediction.uniform`).
+
+    Args:
+        sublayers: Of the model.
+        scope: What goes: one kind, or whole blocks. With ``"joint"`` the importances decide how many of which kind go.
+        count: How many to drop; or
+        ratio: which share of the candidates.
+
+    Raises:
+        SelectionError: With scope ``"joint"``, and as :func:`~layershed.planning.selection.select_sublayers`.
+    """
+    if scope == "joint":
+        raise SelectionError(
+            "scope='joint': how many of each kind go is decided by importances, and a skeleton has none; give a "
+            "drop_plan.json that a run wrote by --plan, or a scope of one kind."
+        )
+    by_depth = {sublayer: -float(sublayer.block) for sublayer in sublayers}
+    blocks = {sublayer.block: -float(sublayer.block) for sublayer in by_depth}
+    chosen = select_sublayers(ImportanceScores(by_depth, blocks=blocks), scope, count=count, ratio=ratio)
+    return plan_of(chosen, scope)
+
+
+def plan_of(sublayers: Iterable[Sublayer], scope: Scope = "joint") -> DropPlan:
+    """A plan without scores."""
+    return DropPlan(tuple(Drop(sublayer) for sublayer in sublayers), scope)
+
+
+def ceilings_of(name: str, device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The ceilings of an accelerator by its name, or of this machine.
+
+    Args:
+        name: A key of ``ACCELERATORS``, in any case, or ``"this"``, whose ceilings are measured.
+        device: What is measured.
+        dtype: Of the matrices that are multiplied.
+
+    Raises:
+        UnknownNameError: If it is neither.
+    """
+    known = name.lower()  # vendors write A100
+    if known != "this":
+        if known not in ACCELERATORS:
+            raise UnknownNameError("device", known, ("this", *ACCELERATORS))
+        return accelerator(known)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return replace(measure_ceilings(device, dtype), memory=memory)
+
+
+def _side(
+    costs: CostModel, sizes: WeightSizes, gone: Collection[Sublayer], ceilings: Ceilings, settings: SpeedSettings
+) -> PredictedSide:
+    prompt, step = costs.passes(settings)
+    tokens = settings.prompt_tokens + settings.new_tokens
+    return PredictedSide(
+        sizes.parameters,
+        sizes.bytes,
+        costs.kv_bytes(batch_size=settings.batch_size, tokens=tokens, dropped=gone),
+        _phase(prompt.without(gone), settings.batch_size * settings.prompt_tokens, ceilings),
+        _phase(step.without(gone), settings.batch_size, ceilings),
+        _work(step, gone, settings.batch_size),
+    )
+
+
+def _is_uniform(phase: PassCosts) -> bool:
+    costs: dict[Kind, set[Cost]] = {}
+    for sublayer, cost in phase.sublayers.items():
+        costs.setdefault(sublayer.kind, set()).add(cost)
+    return all(len(different) == 1 for different in costs.values())
+
+
+def _phase(pieces: list[Cost], tokens: int, ceilings: Ceilings) -> PredictedPhase:
+    seconds = ceilings.seconds(pieces)
+    computing = ceilings.seconds(
+        piece for piece in pieces if piece.flops / ceilings.flops >= piece.bytes / ceilings.bandwidth
+    )
+    return PredictedPhase(seconds, tokens / seconds, "compute" if 2 * computing >= seconds else "memory")
+
+
+def _work(step: PassCosts, gone: Collection[Sublayer], batch_size: int) -> dict[Part, Cost]:
+    work: dict[Part, Cost] = dict.fromkeys((sublayer.kind for sublayer in step.sublayers), Cost())
+    for sublayer, cost in step.sublayers.items():
+        if sublayer not in gone:
+            work[sublayer.kind] += cost
+    work["rest"] = step.rest
+    return {part: Cost(cost.flops / batch_size, cost.bytes / batch_size) for part, cost in work.items()}
+
+
+def _dtype(transformer: PreTrainedModel) -> str:
+    return str(transformer.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Which sublayers go, and when. Needs no torch."""

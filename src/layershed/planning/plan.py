@@ -1,0 +1,265 @@
+"""What to drop: sublayers, their importances and the drop plan. No torch, no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from layershed.errors import PlanError
+from layershed.files.atomic import write_text
+
+Kind = Literal["attention", "cross_attention", "mlp"]
+Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+_FORMAT = "layershed.drop_plan.v1"
+
+
+@dataclass(frozen=True, order=True)
+class Sublayer:
+    """One residual branch of a block, ``Y = X + f(norm(X))``.
+
+    Args:
+        block: Index of the block it belongs to, from 0.
+        kind: ``"attention"``, ``"cross_attention"`` (of a decoder, to what an encoder wrote) or ``"mlp"``.
+        path: Dotted path of the module of f, from the transformer's root.
+
+    Example:
+        >>> Sublayer(3, "attention", "model.layers.3.self_attn").name
+        'attention.3'
+    """
+
+    block: int
+    kind: Kind
+    path: str
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and tables, such as ``attention.3``."""
+        return f"{self.kind}.{self.block}"
+
+
+class ImportanceScores(dict[Sublayer, float]):
+    """Importance of every sublayer, and of every block, from one pass over the data.
+
+    A ``dict[Sublayer, float]``; low means redundant, droppable. Sublayers that are already dropped are absent.
+
+    Args:
+        scores: Importance by sublayer.
+        blocks: Importance by block index, measured from a block's input to its output.
+        metric: Name of the metric that measured them.
+        tokens: Number of tokens they average over.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[Sublayer, float],
+        *,
+        blocks: Mapping[int, float] | None = None,
+        metric: str = "cosine",
+        tokens: int = 0,
+    ) -> None:
+        super().__init__(scores)
+        self.blocks = dict(blocks or {})
+        self.metric = metric
+        self.tokens = tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"ImportanceScores({super().__repr__()}, blocks={self.blocks!r}, metric={self.metric!r}, "
+            f"tokens={self.tokens!r})"
+        )
+
+    def rows(self) -> Iterator[tuple[int, str, float]]:
+        """Rows (block, kind, importance) of all sublayers and then all blocks, for tables and CSV files."""
+        for sublayer in sorted(self):
+            yield sublayer.block, sublayer.kind, self[sublayer]
+        for block in sorted(self.blocks):
+            yield block, "block", self.blocks[block]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One entry of a drop plan.
+
+    Args:
+        sublayer: What is dropped.
+        score: The importance it was chosen by (the block's, with scope ``"block"``).
+        step: The optimizer step at which it was dropped, or None outside training.
+    """
+
+    sublayer: Sublayer
+    score: float | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """The ordered sublayers to drop, with scores and provenance. Iterating yields the sublayers.
+
+    Args:
+        drops: The entries, in the order in which they were chosen.
+        scope: What was ranked: one of ``SCOPES``.
+        metric: Name of the importance metric, or None for a plan written by hand.
+
+    Raises:
+        PlanError: If a sublayer appears twice or a field has no meaning.
+
+    Example:
+        >>> plan = DropPlan((Drop(Sublayer(1, "mlp", "model.layers.1.mlp"), 0.02),), scope="mlp", metric="cosine")
+        >>> DropPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    drops: tuple[Drop, ...] = field(default=())
+    scope: Scope = "joint"
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise PlanError(f"DropPlan(scope={self.scope!r}): scope must be one of {', '.join(SCOPES)}.")
+        seen: set[tuple[int, Kind]] = set()
+        for sublayer in self:
+            if sublayer.kind not in KINDS:
+                kinds = ", ".join(KINDS)
+                raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
+            if (sublayer.block, sublayer.kind) in seen:
+                raise PlanError(f"DropPlan: {sublayer.name} appears twice.")
+            seen.add((sublayer.block, sublayer.kind))
+
+    def __iter__(self) -> Iterator[Sublayer]:
+        return (drop.sublayer for drop in self.drops)
+
+    def __len__(self) -> int:
+        return len(self.drops)
+
+    def __contains__(self, sublayer: object) -> bool:
+        return any(sublayer == own for own in self)
+
+    def __add__(self, later: DropPlan) -> DropPlan:
+        """This plan followed by a later round of the same schedule."""
+        return DropPlan(self.drops + later.drops, scope=later.scope, metric=later.metric)
+
+    def at_step(self, step: int) -> DropPlan:
+        """The same plan with every entry stamped with the optimizer step at which it is carried out."""
+        stamped = tuple(Drop(drop.sublayer, drop.score, step) for drop in self.drops)
+        return DropPlan(stamped, scope=self.scope, metric=self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain primitives, for JSON and for checkpoints."""
+        return {
+            "format": _FORMAT,
+            "scope": self.scope,
+            "metric": self.metric,
+            "drops": [{**asdict(drop.sublayer), "score": drop.score, "step": drop.step} for drop in self.drops],
+        }
+
+    @classmethod
+    def from_dict(cls, content: object) -> DropPlan:
+        """The inverse of :meth:`to_dict`; checks every field, so that a file from a stranger is safe to read.
+
+        Raises:
+            PlanError: If anything is missing or of the wrong type; names the field.
+        """
+        fields = _typed(content, dict, "the plan")
+        if fields.get("format") != _FORMAT:
+            raise PlanError(f"Drop plan: format is {fields.get('format')!r}, expected {_FORMAT!r}.")
+        drops = tuple(_drop_from(entry) for entry in _typed(fields.get("drops"), list, "drops"))
+        metric = None if fields.get("metric") is None else _typed(fields["metric"], str, "metric")
+        return cls(drops, scope=cast(Scope, _typed(fields.get("scope"), str, "scope")), metric=metric)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> DropPlan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            PlanError: If the text is not JSON, or not a drop plan.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"Drop plan: not JSON ({error}).") from None
+        return cls.from_dict(content)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a JSON file, whole or not at all.
+
+        Raises:
+            ExportError: If the disk is full, or nothing can be written there.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> DropPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            PlanError: If there is no such file, or it holds no drop plan; names the file.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"Drop plan: there is no file {str(path)!r}.")
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (PlanError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: {error}") from None
+
+
+def count_by_kind(sublayers: Iterable[Sublayer]) -> dict[Kind, int]:
+    """Number of sublayers of each kind; zeros included, but for the cross-attention that few models have."""
+    kinds = [sublayer.kind for sublayer in sublayers]
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds or kind != "cross_attention"}
+
+
+def _typed(value: object, kind: type, where: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise PlanError(f"Drop plan: {where} must be of type {kind.__name__}, got {value!r}.")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise PlanError(f"Drop plan: {where} must be a number, got {value!r}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise PlanError(f"Drop plan: {where} is too large to be a number.") from None
+    if math.isnan(number):
+        raise PlanError(f"Drop plan: {where} must be a number, got {number}.")
+    return number
+
+
+def sublayer_from(entry: object) -> Sublayer:
+    """The sublayer that a mapping from a file describes; checks every field.
+
+    Raises:
+        PlanError: If anything is missing or of the wrong type; names the field.
+    """
+    fields = _typed(entry, dict, "a sublayer")
+    block = _typed(fields.get("block"), int, "block")
+    if block < 0:
+        raise PlanError(f"Drop plan: block must not be negative, got {block}.")
+    kind, path = _typed(fields.get("kind"), str, "kind"), _typed(fields.get("path"), str, "path")
+    if kind not in KINDS:
+        raise PlanError(f"Drop plan: the kind {kind!r} is none; it must be one of {', '.join(KINDS)}.")
+    return Sublayer(block, cast(Kind, kind), path)
+
+
+def _drop_from(entry: object) -> Drop:
+    fields = _typed(entry, dict, "an entry of drops")
+    score, step = fields.get("score"), fields.get("step")
+    if step is not None and _typed(step, int, "step") < 0:
+        raise PlanError(f"Drop plan: step must not be negative, got {step}.")
+    return Drop(
+        sublayer_from(fields),
+        None if score is None else _number(score, "score"),
+        step,
+    )

@@ -1,0 +1,190 @@
+"""From importances to a drop plan. Pure: no model, no torch, the same answer on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Literal, get_args
+
+from layershed.errors import SelectionError
+from layershed.planning.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
+
+Objective = Literal["importance", "speed"]
+
+
+def select_sublayers(
+    scores: Mapping[Sublayer, float],
+    scope: Scope = "joint",
+    *,
+    count: int | None = None,
+    ratio: float | None = None,
+    protect: Iterable[Sublayer | int] = (),
+    objective: Objective = "importance",
+    latency: Mapping[Sublayer, float] | None = None,
+) -> DropPlan:
+    """The least important sublayers, in the order of their importance, or of their importance per millisecond saved.
+
+    The four scopes are those of arXiv 2406.15786: Attention Drop and MLP Drop rank one kind; Joint Layer Drop ranks
+    both in one array; Block Drop ranks whole blocks and drops both sublayers of each.
+
+    Args:
+        scores: Importance by sublayer; low is dropped first. Scope ``"block"`` needs the block importances that
+            :func:`estimate_importance` adds.
+        scope: ``"attention"``, ``"cross_attention"``, ``"mlp"``, ``"block"`` or ``"joint"`` (every kind in one array).
+        count: How many to drop (blocks with scope ``"block"``, else sublayers); or
+        ratio: which share of the candidates to drop, in (0, 1), rounded down; protected ones count as candidates.
+        protect: Sublayers, or indices of blocks (negative ones from the end), that stay.
+        objective: ``"importance"``: the least important goes first; ``"speed"``: the one that costs least importance
+            per millisecond saved.
+        latency: Seconds that each sublayer takes, as ``measure_latency(...).sublayers``; for objective ``"speed"``.
+
+    Returns:
+        The plan; equal ones are taken in forward order. The scores in it are importances with either objective.
+
+    Raises:
+        SelectionError: If count and ratio are not exactly one, are out of range, or cannot be met; if objective
+            ``"speed"`` lacks a latency.
+
+    Example:
+        >>> scores = {Sublayer(0, "mlp", "m.0"): 0.3, Sublayer(1, "mlp", "m.1"): 0.1}
+        >>> [sublayer.name for sublayer in select_sublayers(scores, "mlp", count=1)]
+        ['mlp.1']
+    """
+    check_selection(scope, count=count, ratio=ratio)
+    groups = _candidates(scores, scope)
+    if not groups:
+        raise SelectionError(f"select_sublayers(scope={scope!r}): none of the {len(scores)} scores are of that scope.")
+    number = count if count is not None else math.floor((ratio or 0) * len(groups) + 1e-9)
+    if number < 1:
+        least = f"the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}"
+        raise SelectionError(
+            f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
+            f"dropped; {least if len(groups) > 1 else 'give count=1'}."
+        )
+    free = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency)
+    if number > len(free):
+        raise SelectionError(
+            f"select_sublayers(scope={scope!r}): asked to drop {number}, but there are only {len(free)} candidates"
+            + (f" ({len(groups) - len(free)} more are protected)." if len(free) < len(groups) else ".")
+        )
+    return plan_of_groups(scores, scope, free[:number])
+
+
+def rank_sublayers(
+    scores: Mapping[Sublayer, float],
+    scope: Scope,
+    *,
+    protect: Iterable[Sublayer | int] = (),
+    objective: Objective = "importance",
+    latency: Mapping[Sublayer, float] | None = None,
+) -> list[tuple[Drop, ...]]:
+    """Everything that may be dropped, what goes first in front; with scope ``"block"`` both sublayers of one together.
+
+    Arguments and errors are those of :func:`select_sublayers`; where nothing may be dropped there is nothing to rank.
+    """
+    kept = protected_sublayers(scores, protect)
+    free = [group for group in _candidates(scores, scope) if kept.isdisjoint(group[1])]
+    price = _price(objective, latency)
+    free.sort(key=lambda group: (price(*group), group[1]))
+    return [tuple(Drop(sublayer, score) for sublayer in group) for score, group in free]
+
+
+def plan_of_groups(scores: Mapping[Sublayer, float], scope: Scope, groups: Iterable[tuple[Drop, ...]]) -> DropPlan:
+    """The plan that drops some of what :func:`rank_sublayers` ranked."""
+    metric = scores.metric if isinstance(scores, ImportanceScores) else None
+    return DropPlan(tuple(drop for group in groups for drop in group), scope, metric)
+
+
+def _price(
+    objective: Objective, latency: Mapping[Sublayer, float] | None
+) -> Callable[[float, tuple[Sublayer, ...]], float]:
+    """What orders the candidates: importance, or importance per millisecond."""
+    if objective not in get_args(Objective):
+        raise SelectionError(f"objective={objective!r}: objective must be one of {', '.join(get_args(Objective))}.")
+    if objective == "importance":
+        return lambda importance, _: importance
+    times = latency or {}
+
+    def per_millisecond(importance: float, group: tuple[Sublayer, ...]) -> float:
+        seconds = sum(times.get(sublayer, math.nan) for sublayer in group)
+        if not seconds > 0:
+            raise SelectionError(
+                f"objective='speed': there is no latency of {group[0].name}; pass latency=measure_latency(model, "
+                "...).sublayers."
+            )
+        # rounding can leave an importance a little below 0, where a longer time would make it look less of a bargain
+        return max(importance, 0.0) / (1000 * seconds)
+
+    return per_millisecond
+
+
+def equal_scores(sublayers: Collection[Sublayer]) -> ImportanceScores:
+    """Importances that are all the same, which do to see beforehand whether there is enough to drop."""
+    blocks = dict.fromkeys((sublayer.block for sublayer in sublayers), 0.0)
+    return ImportanceScores(dict.fromkeys(sublayers, 0.0), blocks=blocks)
+
+
+def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> None:
+    """Refuse what can be refused without scores, so that a run fails before it starts.
+
+    Raises:
+        SelectionError: As :func:`select_sublayers`.
+    """
+    check_scope(scope)
+    if (count is None) == (ratio is None):
+        raise SelectionError(f"count={count}, ratio={ratio}: give exactly one of count and ratio.")
+    if count is not None and count < 1:
+        raise SelectionError(f"count={count}: count must be at least 1.")
+    if ratio is not None and not 0 < ratio < 1:
+        raise SelectionError(f"ratio={ratio}: ratio must be in (0, 1), both ends excluded.")
+
+
+def check_scope(scope: Scope) -> None:
+    """Refuse what is no scope.
+
+    Raises:
+        SelectionError: If there is none of that name.
+    """
+    if scope not in SCOPES:
+        raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
+
+
+def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:
+    """What is ranked: an importance, and the sublayers that go with it."""
+    if scope == "block":
+        groups = _block_groups(scores)
+    else:
+        kinds: tuple[Kind, ...] = KINDS if scope == "joint" else (scope,)
+        groups = [(score, (sublayer,)) for sublayer, score in scores.items() if sublayer.kind in kinds]
+    for score, group in groups:
+        if not math.isfinite(score):
+            raise SelectionError(f"The importance of {group[0].name} is {score}; check the calibration data for NaN.")
+    return groups
+
+
+def _block_groups(scores: Mapping[Sublayer, float]) -> list[tuple[float, tuple[Sublayer, ...]]]:
+    blocks = scores.blocks if isinstance(scores, ImportanceScores) else {}
+    if not blocks:
+        raise SelectionError("scope='block' needs block importances; pass what estimate_importance returned.")
+    members = {block: tuple(sorted(s for s in scores if s.block == block)) for block in blocks}
+    return [(score, members[block]) for block, score in blocks.items() if members[block]]
+
+
+def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublayer | int]) -> set[Sublayer]:
+    """What ``protect`` means among ``sublayers``.
+
+    Raises:
+        SelectionError: If a block index is out of range.
+    """
+    present = set(sublayers)
+    last = max(sublayer.block for sublayer in present)
+    kept: set[Sublayer] = set()
+    for item in protect:
+        if isinstance(item, Sublayer):
+            kept.add(item)
+            continue
+        block = item if item >= 0 else last + 1 + item
+        if not 0 <= block <= last:
+            raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
+        kept.update(sublayer for sublayer in present if sublayer.block == block)
+    return kept

@@ -1,0 +1,1 @@
+"""Training after the drop: LoRA, distillation, and the optimizers that follow."""

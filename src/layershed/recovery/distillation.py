@@ -1,0 +1,197 @@
+"""Self-distillation: a dropped model learns from itself as it was, with the bypass lifted and the adapters off.
+
+No second model is held. As long as only adapters are trained, the teacher is exactly the model before the drop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from layershed.batches import as_inputs, describe, select
+from layershed.discovery.find import find_transformer, predicts_next_token
+from layershed.discovery.probe import evaluating
+from layershed.errors import RecoveryError, UnknownNameError
+from layershed.recovery.lora import adapted_modules, adapters_off
+from layershed.surgery import dense, dropped_sublayers
+
+Divergence = Literal["kl", "hidden", "both"]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much of the loss comes from the teacher, and how the two are compared.
+
+    Args:
+        weight: Weight w of the teacher's part in (1 - w) LM + w KL, in (0, 1].
+        temperature: Temperature of both distributions, above 0.
+        kind: ``kl``, Kullback-Leibler divergence of the predictions; ``hidden``, relative squared error of the hidden
+            states after every block (the last after the final norm); ``both``, their sum.
+
+    Raises:
+        RecoveryError: If a number is out of range.
+        UnknownNameError: If there is no such kind.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+    kind: Divergence = "kl"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise RecoveryError(f"distillation: weight={self.weight} must be in (0, 1]; leave it out for none.")
+        if not 0 < self.temperature < math.inf:
+            raise RecoveryError(f"distillation: temperature={self.temperature} must be above 0, and finite.")
+        if self.kind not in get_args(Divergence):
+            raise UnknownNameError("kind of distillation", self.kind, get_args(Divergence))
+
+
+class SelfDistillation(NamedTuple):
+    """A loss and its parts.
+
+    Args:
+        loss: (1 - w) LM + w divergence, with gradients.
+        lm: The language-model part, next-token cross-entropy in nats; without gradients.
+        divergence: The teacher's part; without gradients.
+        teacher_seconds: Wall time of the teacher's forward pass.
+    """
+
+    loss: Tensor
+    lm: Tensor
+    divergence: Tensor
+    teacher_seconds: float
+
+
+def self_distillation_loss(
+    model: nn.Module,
+    batch: Any,
+    *,
+    weight: float = 0.5,
+    temperature: float = 1.0,
+    kind: Divergence = "kl",
+    name: str | None = None,
+) -> Tensor:
+    """Loss of a dropped model against itself before the drop: (1 - w) LM + w KL. For any ``training_step``.
+
+    KL = T^2 sum_v p_v (log p_v - log q_v), the teacher's p = softmax(z_p / T) and the student's q, in the mean over
+    the predicted tokens (Hinton et al. 2015, arXiv 1503.02531). The hidden part is the mean over blocks of
+    sum (h_q - h_p)^2 / sum h_p^2 over the same tokens, of the last block's output after the final norm.
+
+    Args:
+        model: A causal language model, or a module that holds one.
+        batch: A mapping with ``input_ids`` of shape (batch, tokens); ``labels`` (-100 ignored) and ``attention_mask``
+            (0 ignored) of the same shape are heeded. Or the token ids alone.
+        weight: w, in (0, 1].
+        temperature: T, above 0.
+        kind: ``"kl"``, ``"hidden"`` or ``"both"``.
+        name: Path of the transformer inside ``model``, needed where it holds more than one.
+
+    Returns:
+        A scalar with gradients. Without anything dropped or adapted the plain LM loss, as there is nothing to learn.
+
+    Raises:
+        RecoveryError: If an argument has no meaning, or the model does not predict the next token.
+        PlanError: If a sublayer was removed, so that the teacher cannot come back.
+    """
+    return self_distillation(model, batch, Distillation(weight, temperature, kind), name=name).loss
+
+
+def self_distillation(
+    model: nn.Module, batch: Any, settings: Distillation, *, name: str | None = None
+) -> SelfDistillation:
+    """As :func:`self_distillation_loss`, with the parts of the loss and the teacher's cost."""
+    transformer = _language_model(model, name)
+    inputs, labels = _inputs(batch, transformer)
+    wants_hidden = settings.kind != "kl"
+    same = not dropped_sublayers(transformer) and not adapted_modules(transformer)
+    start = _now(labels.device)
+    teacher = None if same else _teacher(transformer, inputs, wants_hidden)
+    seconds = _now(labels.device) - start
+    student = transformer(**inputs, labels=labels, use_cache=False, output_hidden_states=wants_hidden)
+    if teacher is None:
+        return SelfDistillation(student.loss, student.loss.detach(), torch.zeros_like(student.loss.detach()), 0.0)
+    counted = _counted(labels)
+    divergence = student.logits.new_zeros((), dtype=torch.float32)
+    if settings.kind != "hidden":
+        divergence = divergence + _kl(student.logits, teacher.logits, counted, settings.temperature)
+    if wants_hidden:
+        divergence = divergence + _hidden_error(student.hidden_states, teacher.hidden_states, counted)
+    loss = (1 - settings.weight) * student.loss + settings.weight * divergence
+    return SelfDistillation(loss, student.loss.detach(), divergence.detach(), seconds)
+
+
+def check_teacher(model: nn.Module, *, name: str | None = None) -> None:
+    """Refuse, before training, a model that has no teacher in it.
+
+    Raises:
+        PlanError: If a sublayer was removed.
+        RecoveryError: If it does not predict the next token.
+    """
+    with dense(_language_model(model, name)):
+        pass
+
+
+def _language_model(model: nn.Module, name: str | None) -> nn.Module:
+    transformer = find_transformer(model, name=name)
+    if not predicts_next_token(transformer):
+        raise RecoveryError(f"distillation: {type(transformer).__name__} does not predict the next token.")
+    return transformer
+
+
+def _teacher(transformer: nn.Module, inputs: Mapping[str, Tensor], wants_hidden: bool) -> Any:
+    """What the model gave before the drop; no dropout, no gradients."""
+    with torch.no_grad(), evaluating(transformer), dense(transformer), adapters_off(transformer):
+        return transformer(**inputs, use_cache=False, output_hidden_states=wants_hidden)
+
+
+def _inputs(batch: Any, transformer: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    given = as_inputs(batch)
+    if given is None:
+        raise RecoveryError(
+            f"distillation: a batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got "
+            f"{describe(batch)}."
+        )
+    device = next(transformer.parameters()).device
+    known = set(signature(transformer.forward).parameters) - {"labels", "use_cache", "output_hidden_states"}
+    inputs = select(given, known, device)
+    labels = select(given, ["labels"], device).get("labels", inputs["input_ids"])
+    if "attention_mask" in inputs:
+        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs, labels
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """Places whose next token is predicted, shape (batch, tokens); the last one predicts nothing."""
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    counted[:, :-1] = labels[:, 1:] != -100
+    return counted
+
+
+def _kl(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    # summed first and masked then: picking the counted logits would copy them, and scatter their gradients
+    scale = 1 / temperature
+    log_q, log_p = (log_softmax(z.float() if scale == 1 else z.float() * scale, -1) for z in (student, teacher))
+    by_token = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * by_token[counted].mean()
+
+
+def _hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor) -> Tensor:
+    errors = []
+    for own, other in zip(student[1:], teacher[1:], strict=True):
+        own, other = own[counted].float(), other[counted].float()
+        errors.append((own - other).square().sum() / other.square().sum())
+    return torch.stack(errors).mean()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,98 @@
+"""Where adapters go: the linear maps of a dropped model that still run, all or those beside what was dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from layershed.discovery.find import dissect
+from layershed.errors import RecoveryError
+from layershed.planning.plan import Sublayer
+from layershed.stand_ins.install import overridden
+from layershed.surgery import dropped_sublayers
+
+Placement = Literal["all", "neighbours"]
+
+
+def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], placement: Placement) -> set[str]:
+    """Paths of the modules to adapt: those chosen, which still run; arguments as of :func:`~layershed.inject_lora`.
+
+    Raises:
+        RecoveryError: If a name is not there, or the weight is tied to another module's.
+    """
+    linear = set(_linear_modules(transformer))
+    if isinstance(target_modules, str):
+        head = getattr(transformer, "get_output_embeddings", lambda: None)()
+        chosen = {path for path in linear if transformer.get_submodule(path) is not head}
+    else:
+        ends = tuple(f".{end}" for end in target_modules)
+        chosen = {path for path in linear if f".{path}".endswith(ends)}
+        unknown = [end for end in target_modules if not any(f".{path}".endswith(f".{end}") for path in linear)]
+        if unknown:
+            raise RecoveryError(
+                f"target_modules: no linear module that runs is named {unknown[0]!r}; there are "
+                f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}."
+            )
+    _refuse_tied(transformer, chosen)
+    if placement == "all":
+        return chosen
+    near = tuple(f"{path}." for path in _neighbours(transformer))
+    return {path for path in chosen if f"{path}.".startswith(near)}
+
+
+def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
+    """Merged into a weight that two modules share, an adapter would change the other one, too."""
+    holders: dict[int, int] = {}
+    for module in transformer.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for path in sorted(paths):
+        shared = [p for p in transformer.get_submodule(path).parameters() if holders[id(p)] > 1]
+        if shared:
+            raise RecoveryError(
+                f"target_modules: the weight of {path} is tied to another module's, such as the input embedding, which "
+                "merging would change, too; leave it out."
+            )
+
+
+def _linear_modules(transformer: nn.Module) -> Iterator[str]:
+    """Paths of the linear modules that run, adapted ones included."""
+    closed: list[str] = []
+    carriers = {id(module) for module, _ in overridden(transformer)}
+    for path, module in transformer.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in closed):
+            continue
+        # torch's own attention reads the weights inside it without calling their modules
+        if id(module) in carriers or isinstance(module, nn.MultiheadAttention):
+            closed.append(path)
+        elif hasattr(module, "lora_A") or isinstance(module, nn.Linear | Conv1D):
+            closed.append(path)
+            yield path
+
+
+def _neighbours(transformer: nn.Module) -> set[str]:
+    """Paths of the modules that compute the nearest kept sublayers before and after each dropped one."""
+    branches = {branch.sublayer: branch for branch in dissect(transformer).branches}
+    dropped = set(dropped_sublayers(transformer))
+    order: list[Sublayer] = sorted({*branches, *dropped})
+    near: set[Sublayer] = set()
+    for step in (1, -1):
+        beside_dropped = False
+        for sublayer in order[::step]:
+            if sublayer not in dropped and beside_dropped:
+                near.add(sublayer)
+            beside_dropped = sublayer in dropped
+    return {path for sublayer in near for path, _ in (*branches[sublayer].stand_ins, *branches[sublayer].support)}
+
+
+def no_target(transformer: nn.Module, target_modules: str | Sequence[str], placement: str) -> str:
+    """Why there is nothing to adapt, as a sentence."""
+    if placement == "neighbours" and not dropped_sublayers(transformer):
+        return "placement='neighbours': nothing is dropped, so that nothing stands beside a dropped sublayer."
+    return (
+        f"There is nothing to adapt in {type(transformer).__name__} (target_modules={target_modules!r}, "
+        f"placement={placement!r}): no such linear module runs."
+    )

@@ -1,0 +1,214 @@
+"""What an optimizer is told when the model changes under it: what to forget, what to take over, and how fast to go.
+
+All of it in place, because learning-rate schedulers hold on to the very group objects: the schedule goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from layershed.errors import CheckpointError
+from layershed.recovery.lora import adapted_modules
+from layershed.stand_ins.install import overridden
+
+Layout = list[list[list[str]]]
+"""Names of the parameters in every group of every optimizer."""
+
+
+def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -> None:
+    """Take the parameters of bypassed sublayers out of the optimizers, with their state, in place.
+
+    Doing it twice changes nothing.
+
+    Args:
+        optimizers: The run's optimizers.
+        transformer: The model with bypassed sublayers.
+    """
+    gone = {id(parameter) for module, _ in overridden(transformer) for parameter in module.parameters()}
+    _forget(optimizers, lambda parameter: id(parameter) in gone)
+
+
+def forget_quantized(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Take quantized weights out, and what they were before, which is no parameter of the module any more."""
+    trainable = {id(parameter) for parameter in module.parameters() if parameter.is_floating_point()}
+    _forget(optimizers, lambda parameter: id(parameter) not in trainable)
+
+
+def hand_over(
+    optimizers: Sequence[Optimizer], module: nn.Module, transformer: nn.Module, origin: Layout | None = None
+) -> None:
+    """Make optimizers train the adapters of a transformer instead of its frozen weights.
+
+    What stands outside the transformer goes on with its state. An adapter joins the group that held the weight it
+    belongs to, or, where that was in none, the first group with anything of the transformer.
+
+    Args:
+        optimizers: The run's optimizers.
+        module: The LightningModule.
+        transformer: The transformer in it, with adapters injected and everything else frozen.
+        origin: Where the weights stood before any of them left; None for where they stand.
+    """
+    if not optimizers:
+        return
+    names = {id(parameter): name.replace(".base_layer.", ".") for name, parameter in module.named_parameters()}
+    origin = [] if origin is None else origin
+    first = {
+        name: group
+        for optimizer, layout in zip(optimizers, origin, strict=False)
+        for group, held in zip(optimizer.param_groups, layout, strict=False)
+        for name in held
+    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    home = {id(parameter): group for group in groups for parameter in group["params"]}
+    own = {id(parameter) for parameter in transformer.parameters()}
+    default = next((group for group in groups if any(id(p) in own for p in group["params"])), groups[0])
+    for layer in adapted_modules(transformer).values():
+        weights = [id(weight) for weight in layer.base_layer.parameters()]
+        known = (home.get(weight, first.get(names[weight])) for weight in weights)
+        group = next((group for group in known if group is not None), default)
+        for parameter in layer.parameters():
+            if parameter.requires_grad and id(parameter) not in home:
+                group["params"].append(parameter)
+                home[id(parameter)] = group
+    _forget(optimizers, lambda parameter: id(parameter) in own and not parameter.requires_grad)
+    place = {id(parameter): index for index, parameter in enumerate(module.parameters())}
+    for group in groups:
+        group["params"].sort(key=lambda parameter: place.get(id(parameter), -1))
+
+
+def layout_of(optimizers: Iterable[Optimizer], module: nn.Module) -> Layout:
+    """Which parameters stand in which group, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [[[names.get(id(p), "") for p in group["params"]] for group in o.param_groups] for o in optimizers]
+
+
+def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: Layout) -> None:
+    """Bring the groups of fresh optimizers into the layout of those of an interrupted run, before their state comes.
+
+    Raises:
+        CheckpointError: If there are other optimizers or groups, or a parameter is not there.
+    """
+    parameters = dict(module.named_parameters())
+    if [len(groups) for groups in layout] != [len(optimizer.param_groups) for optimizer in optimizers]:
+        raise CheckpointError(
+            f"The checkpoint's optimizers have {[len(groups) for groups in layout]} parameter groups, and "
+            f"configure_optimizers made {[len(optimizer.param_groups) for optimizer in optimizers]}; they must agree."
+        )
+    for optimizer, groups in zip(optimizers, layout, strict=True):
+        for group, names in zip(optimizer.param_groups, groups, strict=True):
+            missing = [name for name in names if name not in parameters]
+            if missing:
+                raise CheckpointError(f"The checkpoint's optimizer held {missing[0]!r}, which the model lacks.")
+            group["params"][:] = [parameters[name] for name in names]
+
+
+def complete_state(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Give every trainable parameter some state, as torch's distributed checkpoints expect it of all or of none.
+
+    What the new states hold means nothing; let go of them once the checkpoint is written.
+
+    Returns:
+        The parameters that had none.
+    """
+    started = {id(parameter) for parameter in optimizer.state}
+    lacking = [
+        [p for p in group["params"] if p.requires_grad and id(p) not in started] for group in optimizer.param_groups
+    ]
+    if any(lacking):
+        with _step_of_no_length(optimizer, lacking):
+            type(optimizer).step(optimizer)  # not the instance's, in which a schedule counts
+    return [parameter for held in lacking for parameter in held]
+
+
+@contextmanager
+def _step_of_no_length(optimizer: Optimizer, held: Sequence[Sequence[nn.Parameter]]) -> Iterator[None]:
+    """Within the context the groups hold these parameters alone, all gradients are zero and so is the learning rate."""
+    groups = optimizer.param_groups
+    before = [{**group, "params": list(group["params"])} for group in groups]
+    gradients = [(parameter, parameter.grad) for own in held for parameter in own]
+    for group, own in zip(groups, held, strict=True):
+        group["params"][:] = own
+        group["lr"] = 0.0
+    for parameter, _ in gradients:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, before, strict=True):
+            group["params"][:] = old["params"]
+            group["lr"] = old["lr"]
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def without_empty_groups(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Within the context no optimizer has a group without parameters, which torch's distributed checkpoints mix up."""
+    kept = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
+    for optimizer, groups in kept:
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        for optimizer, groups in kept:
+            # what was loaded stands in new groups
+            full = iter(optimizer.param_groups[:])
+            optimizer.param_groups[:] = [next(full) if group["params"] else group for group in groups]
+
+
+class LearningRateFactor:
+    """Scales the learning rates of optimizers during their steps only: whatever schedule runs goes on beside it.
+
+    Args:
+        factor: Gives the factor of the step at hand.
+    """
+
+    def __init__(self, factor: Callable[[], float]) -> None:
+        self._factor = factor
+        self._handles: list[RemovableHandle] = []
+        self._kept: list[tuple[dict[str, Any], Any]] = []
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Scale the steps of these optimizers from now on."""
+        self.detach()
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def detach(self) -> None:
+        """Leave the optimizers alone, also after a step that an error cut short."""
+        self._put_back()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, optimizer: Optimizer, *_: object) -> None:
+        self._put_back()
+        factor = self._factor()
+        for group in optimizer.param_groups if factor != 1 else ():
+            self._kept.append((group, group["lr"]))
+            group["lr"] = group["lr"] * factor
+
+    def _after(self, *_: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for group, rate in self._kept:
+            group["lr"] = rate
+        self._kept = []
+
+
+def _forget(optimizers: Iterable[Optimizer], gone: Callable[[nn.Parameter], bool]) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if gone(parameter):
+                    optimizer.state.pop(parameter, None)
+            group["params"][:] = [parameter for parameter in group["params"] if not gone(parameter)]

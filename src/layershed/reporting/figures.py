@@ -1,0 +1,290 @@
+"""What a run recorded, and the pictures drawn from it. No model, no torch and no pyplot, so no global state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from layershed.errors import DataError
+from layershed.performance.speed import SpeedReport
+from layershed.planning.plan import DropPlan
+from layershed.quality import Quality
+from layershed.reporting.downsampling import shown_steps
+from layershed.reporting.plot_style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
+
+PANELS = {"attention": "Attention", "cross_attention": "Cross-attention", "mlp": "MLP", "block": "Whole block"}
+_DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
+# More columns than this are no wider than a dot of the picture.
+MOST_COLUMNS = 400
+# More labels than this do not fit beside one another, even when they are turned on end.
+_MOST_LABELS = 16
+
+
+@dataclass(frozen=True)
+class ImportancePoint:
+    """One measured importance.
+
+    Args:
+        step: The optimizer step at which it was measured.
+        block: Index of the block, from 0.
+        kind: A key of ``PANELS``: a kind of sublayer, or ``"block"``.
+        metric: Name of the importance metric.
+        value: The importance; low means redundant.
+    """
+
+    step: int
+    block: int
+    kind: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """One logged loss.
+
+    Args:
+        step: The optimizer step at which it was logged.
+        split: ``"train"`` or ``"val"``.
+        loss: Mean cross-entropy per predicted token, in nats.
+    """
+
+    step: int
+    split: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything a report tells about a run; each part may be missing.
+
+    Args:
+        model: Name or path of the model. Never trusted: it is escaped wherever it is shown.
+        importance: The importances measured over training.
+        losses: The losses logged over training.
+        plan: What was dropped, with the steps at which it happened.
+        quality: Validation quality by moment: ``"before"`` and ``"after"`` the drop, and at the ``"end"`` of the run.
+        speed: Measured speed, dense against dropped.
+        measured: How often importance was measured, by metric, where ``importance`` does not hold all of it.
+    """
+
+    model: str
+    importance: tuple[ImportancePoint, ...] = ()
+    losses: tuple[LossPoint, ...] = ()
+    plan: DropPlan | None = None
+    quality: Mapping[str, Quality] = field(default_factory=dict)
+    speed: SpeedReport | None = None
+    measured: Mapping[str, int] = field(default_factory=dict)
+
+
+def importance_heatmap(
+    points: Sequence[ImportancePoint], plan: DropPlan | None = None, *, stacked: bool = False
+) -> Figure:
+    """Draw importance over training: blocks by steps, one panel per kind, on one colour scale.
+
+    A sublayer has no importance once it is dropped; its cells are hatched. Cells without a value for any other reason
+    stay white. The colour scale is logarithmic where the values span more than two decades. A single measurement has
+    no axis of steps. Of more than ``MOST_COLUMNS`` measurements some are left out at equal distances, none of them next
+    to a drop.
+
+    Args:
+        points: The importances, all of one metric; of two for the same cell the later one counts.
+        plan: What was dropped and when.
+        stacked: Put the panels above one another, for a phone.
+
+    Returns:
+        A figure whose panels hold one mesh each, of shape (blocks, steps), NaN where there is no value.
+
+    Raises:
+        DataError: If there are no points, or points of several metrics.
+    """
+    metrics = sorted({point.metric for point in points})
+    if len(metrics) != 1:
+        raise DataError(f"A heat map shows the importances of one metric, got {len(metrics)}: {metrics}.")
+    steps = shown_steps(sorted({point.step for point in points}), drop_steps(plan), MOST_COLUMNS)
+    shown = set(steps)
+    cells = {(point.kind, point.block, point.step): point.value for point in points if point.step in shown}
+    dropped = _dropped_at(plan)
+    kinds = [kind for kind in PANELS if any(point.kind == kind for point in points)]
+    blocks = sorted({point.block for point in points} | {block for _, block in dropped})
+    edges = _column_edges(steps, cells, dropped)
+    norm = _colour_scale([value for value in cells.values() if math.isfinite(value)])
+
+    height = min(max(0.24 * len(blocks), 2.0), 9.0)
+    size = (3.8, (height + 0.9) * len(kinds) + 0.7) if stacked else (10.0, height + 1.4)
+    figure = new_figure(size)
+    shape = (len(kinds), 1) if stacked else (1, len(kinds))
+    panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
+    for axes, kind in zip(panels, kinds, strict=True):
+        grid = np.array([[cells.get((kind, block, step), math.nan) for step in steps] for block in blocks])
+        mesh = axes.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, grid, norm=norm, cmap="viridis")
+        for row, block in enumerate(blocks):
+            since = dropped.get((kind, block), math.inf)
+            for start, stop in _runs(
+                math.isnan(value) and step >= since for step, value in zip(steps, grid[row], strict=True)
+            ):
+                axes.add_patch(Rectangle((edges[start], row - 0.5), edges[stop] - edges[start], 1, **_DROPPED))
+        _style_panel(axes, PANELS[kind], blocks, steps)
+        lines = _mark_drops(axes, {step: f"drop at {step}" for step in drop_steps(plan)}, underlay="white")
+    for axes in panels if stacked else panels[:1]:
+        axes.set_ylabel("block", **TEXT)
+    for axes in panels if len(steps) == 1 else ():
+        axes.set_xticks([])
+    for axes in panels[-1:] if stacked else panels:
+        axes.set_xlabel("" if len(steps) == 1 else "optimizer step", **TEXT)
+    _add_scale(figure, mesh, list(panels), stacked)
+    if any(axes.patches for axes in panels):
+        patch = Patch(**_DROPPED, label="dropped: no importance left to measure")
+        figure.legend(handles=[patch, *lines], loc="outside lower center", ncols=1 + (not stacked), **LEGEND)
+    return figure
+
+
+def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
+    """Draw the training loss (thin) and the validation loss (with markers), each drop marked by a dashed line.
+
+    Args:
+        record: The run; its losses and its plan are read.
+        narrow: Draw for a phone.
+
+    Returns:
+        The figure; it has one line for each split that was logged.
+    """
+    figure = new_figure((3.8, 3.4) if narrow else (10.0, 3.9))
+    axes = figure.subplots()
+    plain_axes(axes)
+    styles: dict[str, dict[str, Any]] = {
+        "train": {"label": "training", "color": "#8c98a6", "linewidth": 0.9},
+        "val": {"label": "validation", "color": "#0072b2", "linewidth": 1.6, "marker": "o", "markersize": 4.5},
+    }
+    curves: list[Artist] = []
+    for split, style in styles.items():
+        points = [point for point in record.losses if point.split == split]
+        if points:
+            points.sort(key=lambda point: point.step)  # stable: two at the step of a drop stay before and after it
+            curves += axes.plot([point.step for point in points], [point.loss for point in points], **style)
+    axes.set_xlabel("optimizer step", **TEXT)
+    axes.set_ylabel("loss (nats per token)", **TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 9, integer=True))
+    counts = Counter(drop.step for drop in record.plan.drops) if record.plan else Counter()
+    lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in drop_steps(record.plan)})
+    if curves or lines:
+        ncols = 2 if narrow else 3
+        figure.legend(handles=[*curves, *lines], loc="outside lower center", ncols=ncols, **LEGEND)
+    return figure
+
+
+def drop_steps(plan: DropPlan | None) -> list[int]:
+    """The steps at which something was dropped."""
+    return sorted({drop.step for drop in plan.drops if drop.step is not None}) if plan else []
+
+
+def _dropped_at(plan: DropPlan | None) -> dict[tuple[str, int], float]:
+    """Step from which each (kind, block) is gone; minus infinity for a drop outside training."""
+    gone: dict[tuple[str, int], float] = {}
+    for drop in plan.drops if plan else ():
+        gone[drop.sublayer.kind, drop.sublayer.block] = -math.inf if drop.step is None else drop.step
+    for kind, block in [key for key in gone if key[0] == "attention"]:
+        if ("mlp", block) in gone:  # only then does the block do nothing
+            gone["block", block] = max(gone[kind, block], gone["mlp", block])
+    return gone
+
+
+def _column_edges(
+    steps: list[int], cells: Mapping[tuple[str, int, int], float], dropped: Mapping[tuple[str, int], float]
+) -> list[float]:
+    """Edges of the columns: halfway between two measurements, or at the drop that lies between them.
+
+    A measurement at the very step of a drop came first if what was dropped still has a value there.
+    """
+    drops = sorted({step for step in dropped.values() if math.isfinite(step)})
+    before = {step: any((*key, step) in cells for key, at in dropped.items() if at == step) for step in drops}
+    gaps = [right - left for left, right in pairwise(steps)] or [1]
+    edges: list[float] = []
+    for left, right in pairwise([steps[0] - gaps[0], *steps, steps[-1] + gaps[-1]]):
+        cuts = [
+            at for at in drops if left < at < right or (at == left and before[at]) or (at == right and not before[at])
+        ]
+        edges.append(cuts[0] if cuts else (left + right) / 2)
+    return edges
+
+
+def _colour_scale(values: list[float]) -> Normalize:
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > 100 * min(positive):
+        # Rounding can leave an importance at or a little below 0; clipping draws it as the most redundant.
+        return LogNorm(min(positive), max(positive), clip=True)
+    return Normalize(min(values, default=0.0), max(values, default=1.0))
+
+
+def _runs(flags: Iterable[bool]) -> Iterator[tuple[int, int]]:
+    """Half-open index ranges of the consecutive true flags."""
+    for flag, group in groupby(enumerate(flags), key=lambda pair: pair[1]):
+        places = [place for place, _ in group]
+        if flag:
+            yield places[0], places[-1] + 1
+
+
+def _style_panel(axes: Axes, title: str, blocks: list[int], steps: list[int]) -> None:
+    axes.set_title(title, loc="left", pad=20, fontsize=10.5, fontweight="bold", color=INK)
+    axes.set_facecolor("white")
+    stride = math.ceil(len(blocks) / 16)
+    axes.set_yticks(range(0, len(blocks), stride), [str(block) for block in blocks[::stride]])
+    ticks = MaxNLocator(5, integer=True).tick_values(steps[0], steps[-1])
+    axes.set_xticks([tick for tick in ticks if steps[0] <= tick <= steps[-1]])
+    axes.tick_params(labelsize=9, colors=MUTED, labelcolor=INK, labelleft=True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _mark_drops(axes: Axes, labels: Mapping[int, str], underlay: str | None = None) -> list[Artist]:
+    """A dashed line at each drop, named above the axes.
+
+    Where the names would run into each other only the steps are written, on end; what is returned, for a legend, then
+    holds one line that says what they are.
+    """
+    if not labels:
+        return []
+    low, high = axes.get_xlim()
+    low, high = min(low, *labels), max(high, *labels)
+    axes.set_xlim(low, high)
+    width = axes.get_window_extent().width / axes.figure.dpi  # inches
+    crowded = any((right - left) / (high - low) * width < 1.4 for left, right in pairwise(labels))
+    stride = math.ceil(len(labels) / _MOST_LABELS)
+    lines: list[Artist] = []
+    for place, (step, label) in enumerate(labels.items()):
+        if underlay:
+            axes.axvline(step, color=underlay, linewidth=2.4)
+        lines.append(axes.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label="drop, step above"))
+        if place % stride == 0:
+            where = (step - low) / (high - low)
+            align = "left" if where < 0.2 else "right" if where > 0.8 else "center"
+            place_text = {"ha": "center", "rotation": 90} if crowded else {"ha": align}
+            text, at, frame = str(step) if crowded else label, (step, 1), ("data", "axes fraction")
+            axes.annotate(text, at, (0, 4), frame, "offset points", va="bottom", fontsize=8, color=INK, **place_text)
+    return lines[:1] if crowded else []
+
+
+def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool) -> None:
+    # The bar is 0.13 inch thick however long it gets.
+    length = 3.0 if stacked else figure.get_figheight() - 1.4
+    where: dict[str, Any] = {"location": "bottom" if stacked else "right", "aspect": length / 0.13}
+    bar = figure.colorbar(mesh, ax=panels, fraction=0.05, pad=0.02, **where)
+    scale = ", log scale" if isinstance(bar.norm, LogNorm) else ""
+    bar.set_label(f"importance{scale} (low = redundant)", **TEXT)
+    bar.ax.tick_params(labelsize=9, colors=MUTED, labelcolor=INK)
+    if scale:
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.outline.set_visible(False)

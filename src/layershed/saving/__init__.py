@@ -1,0 +1,1 @@
+"""Dropped models and adapters on disk, and loading them again."""

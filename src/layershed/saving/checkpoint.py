@@ -1,0 +1,225 @@
+"""What a Lightning checkpoint says about a model's structure: what is dropped, quantized and adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layershed.discovery.find import find_transformer
+from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
+from layershed.files.checkpoint_file import read_checkpoint
+from layershed.files.checkpoint_shards import keys_of, mend, read_notes, read_shards
+from layershed.planning.plan import Drop, DropPlan
+from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
+from layershed.recovery.lora import checked_settings, inject_at, lora_settings, remove_lora
+from layershed.stand_ins.install import WITHHELD, withheld
+from layershed.surgery import bypass, bypassed_sublayers, restore
+
+CHECKPOINT_KEY = "layershed"
+_PARTS = {"dropped", "quantized", "adapters"}
+_MARK = "layershed: "
+
+
+def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = None) -> None:
+    """Turn a module into what a Lightning checkpoint holds: its drops, quantization and adapters, and all its weights.
+
+    For a LightningModule that knows nothing of layershed, or any other module with the same names inside; a Trainer
+    with SublayerDrop among its callbacks, and CausalLM, do it by themselves.
+
+    Args:
+        module: What was trained, built anew; where loading fails, it may be half loaded.
+        path: A checkpoint, whole or of the weights alone, or a folder of shards that FSDP2 wrote; nothing in it is
+            executed.
+        name: Path of the transformer inside ``module``, needed where it holds more than one.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it does not fit the module.
+        AmbiguousModelError: If the module holds more than one transformer and none is named.
+    """
+    path = Path(path)
+    mend(path)
+    checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)
+    try:
+        apply_structure(checkpoint, module, name=name)
+    except AmbiguousModelError:
+        raise
+    except LayershedError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
+    # as Lightning does; a plain module has no such hook
+    getattr(module, "on_load_checkpoint", _nothing)(checkpoint)
+    if path.is_dir():
+        with withheld(module):
+            weights = module.state_dict()
+            read_sharded_weights(path, weights, alone=True)
+            module.load_state_dict(weights)
+        return
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{str(path)!r}: its weights do not fit this {type(module).__name__}; build it from the config that "
+            "it was trained with."
+        ) from error
+
+
+def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = True, alone: bool = False) -> None:
+    """Fill a module's state dict, within :func:`withheld`, from a folder of shards.
+
+    Args:
+        path: The folder.
+        weights: What is filled.
+        strict: Whether the folder must hold nothing else, as torch by itself would not notice.
+        alone: As of :func:`read_shards`.
+
+    Raises:
+        CheckpointError: If the weights do not fit.
+    """
+    unknown = {key for key in keys_of(path, "state_dict") - weights.keys() if not key.startswith(_MARK)}
+    if strict and unknown:
+        raise CheckpointError(
+            f"{str(path)!r}: it holds {len(unknown)} weights that this module has no place for, such as "
+            f"{min(unknown)!r}; build it from the config that it was trained with."
+        )
+    read_shards(path, {"state_dict": weights}, alone=alone)
+
+
+def write_structure(
+    checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None, callback: str | None = None
+) -> None:
+    """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
+
+    Among the weights it leaves a mark, too, whose name says what to do: whoever loads them strictly and knows nothing
+    of the note is stopped by it, and does not get the dense model in silence.
+
+    Args:
+        checkpoint: The checkpoint that is being written.
+        model: The module that holds the transformer.
+        name: Path of the transformer inside it, needed where it holds more than one.
+        callback: Which callback the mark advises; None for that which does such things to a model.
+    """
+    drops = tuple(Drop(sublayer) for sublayer in bypassed_sublayers(model))
+    transformer = _transformer(model, name)
+    quantized = None if transformer is None else quantization_of(transformer)
+    noted = {
+        "dropped": DropPlan(drops).to_dict() if drops else None,
+        "quantized": None if quantized is None else quantized.to_dict(),
+        "adapters": None if transformer is None else lora_settings(transformer),
+    }
+    if any(noted.values()):
+        checkpoint[CHECKPOINT_KEY] = noted
+        if "state_dict" in checkpoint:
+            weights = checkpoint["state_dict"]
+            _take_marks(weights)  # a module of ours has written its own before its callbacks do
+            weights[_mark(drops, quantized, noted["adapters"], callback)] = torch.zeros(0)
+
+
+def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: str | None = None) -> None:
+    """Bring the model into the state that a checkpoint notes, so that its weights fit strictly.
+
+    Args:
+        checkpoint: A checkpoint that :func:`write_structure` has seen, or any other; the mark among its weights is
+            taken out, and what FSDP2 withheld has its own name again.
+        model: The module that holds the transformer.
+        name: Path of the transformer inside it, needed where it holds more than one.
+
+    Raises:
+        CheckpointError: If the checkpoint says what this model cannot become.
+    """
+    noted = checkpoint.get(CHECKPOINT_KEY) or dict.fromkeys(_PARTS)
+    if not isinstance(noted, Mapping) or noted.keys() != _PARTS:
+        raise CheckpointError("What the checkpoint says under 'layershed' is of another version; train anew.")
+    if not any(noted.values()) and not has_structure(model, name=name):
+        return
+    transformer: Any = find_transformer(model, name=name)
+    adapters = noted["adapters"]
+    try:
+        wanted = set(DropPlan.from_dict(noted["dropped"])) if noted["dropped"] else set()
+        quantized = None if noted["quantized"] is None else Quantized.from_dict(noted["quantized"])
+        wanted_adapters = None if adapters is None else checked_settings(adapters)
+        present = lora_settings(transformer)
+        if present is not None and (present != adapters or quantized != quantization_of(transformer)):
+            remove_lora(transformer)
+        _quantize_as(transformer, quantized)
+        _drop(transformer, wanted)
+        if wanted_adapters is not None:
+            inject_at(transformer, *wanted_adapters)
+    except PlanError as error:
+        raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
+    except (LayershedError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The checkpoint's structure does not fit this model: {error}") from error
+    if any(noted.values()):  # of a checkpoint that has lost its note the mark stays, and stops whoever loads it
+        weights = checkpoint.get("state_dict", {})
+        _take_marks(weights)
+        for key in [key for key in weights if WITHHELD in key]:
+            weights[key.replace(WITHHELD, "")] = weights.pop(key)
+
+
+def has_structure(model: nn.Module, *, name: str | None = None) -> bool:
+    """Whether anything of a model is bypassed, quantized or adapted."""
+    noted: dict[str, Any] = {}
+    write_structure(noted, model, name=name)
+    return bool(noted)
+
+
+def _take_marks(weights: dict[str, Any]) -> None:
+    for mark in [key for key in weights if key.startswith(_MARK)]:
+        del weights[mark]
+
+
+def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object, advised: str | None) -> str:
+    """What stands among the unexpected keys when somebody loads the weights without their structure."""
+    parts, callback = [], "LoRARecovery"
+    if adapters is not None:
+        parts.append("adapters are added")
+    if quantized is not None:
+        parts, callback = [f"weights are quantized ({quantized.mode})", *parts], "Quantization"
+    if drops:
+        names = ", ".join(drop.sublayer.name for drop in drops)
+        parts, callback = [f"{names} {'is' if len(drops) == 1 else 'are'} dropped", *parts], "SublayerDrop"
+    return (
+        f"{_MARK}{', '.join(parts)}; load with layershed.load_checkpoint(module, path), or put {advised or callback} "
+        "among the callbacks"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r}: there is no such file.")
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{str(path)!r}: it is not a checkpoint that Lightning wrote.")
+    return checkpoint
+
+
+def _nothing(_checkpoint: object) -> None:
+    """The hook of a module that has none."""
+
+
+def _transformer(model: nn.Module, name: str | None) -> Any:
+    """The transformer, or None where there is none, or several and no name: nothing can have been done to it then."""
+    try:
+        return find_transformer(model, name=name)
+    except LayershedError:
+        return None
+
+
+def _quantize_as(transformer: Any, wanted: Quantized | None) -> None:
+    current = quantization_of(transformer)
+    if current == wanted:
+        return
+    if current is not None:
+        dequantize(transformer)
+    if wanted is not None:
+        quantize_as(transformer, wanted)
+
+
+def _drop(transformer: nn.Module, wanted: set[Any]) -> None:
+    present = set(bypassed_sublayers(transformer))
+    if wanted - present:
+        bypass(transformer, wanted)
+    if present - wanted:
+        restore(transformer, present - wanted)

@@ -1,0 +1,68 @@
+"""A modelling file for those who do not have layershed: the stand-ins, and which modules they stand in for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from layershed.errors import ExportError
+from layershed.stand_ins import stand_in as standins
+
+MODULE = "modeling_dropped"
+
+
+def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
+    """Add a modelling file to a saved folder, and name it in the config's ``auto_map``.
+
+    Args:
+        folder: What ``save_pretrained`` of transformers wrote.
+        transformer: The model that was saved.
+
+    Raises:
+        ExportError: If its class is not one that transformers hands out by its name.
+    """
+    base, body = type(transformer).__name__, type(transformer.base_model).__name__
+    if not _is_upstream(transformer):
+        raise ExportError(f"save_pretrained(standalone=True): {base} is not a class of transformers itself.")
+    environment = Environment(loader=PackageLoader("layershed.saving"), undefined=StrictUndefined, trim_blocks=True)
+    template = environment.get_template("modeling_dropped.py.jinja")
+    classes = {base: ""}
+    if _is_upstream(transformer.base_model):
+        classes[body] = "" if body == base else f"{transformer.base_model_prefix}."
+    source = template.render(base=base, classes=classes, standins=inspect.getsource(standins))
+    (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # any other auto class would make up at random what was dropped, and mention it in a report at most
+    config["auto_map"] = {}
+    for auto, mapping in _mappings():
+        given = next((name for name in classes if _hands_out(mapping, name)), None)
+        if given is not None or type(transformer).config_class in mapping:
+            config["auto_map"][auto] = f"{MODULE}.{f'Dropped{given}' if given else 'Refused'}"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_upstream(model: PreTrainedModel) -> bool:
+    return getattr(transformers, type(model).__name__, None) is type(model)
+
+
+def _mappings() -> Iterator[tuple[str, Any]]:
+    """The auto classes of transformers, with what they map configs to."""
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None:
+            yield name, mapping
+
+
+def _hands_out(mapping: Any, base: str) -> bool:
+    """Whether an auto class hands out a model class."""
+    entries = mapping._model_mapping.values()
+    return any(base == entry or (isinstance(entry, tuple | list) and base in entry) for entry in entries)

@@ -1,0 +1,1 @@
+"""A causal language model and its text, for the command line."""

@@ -1,0 +1,177 @@
+"""A causal language model as a LightningModule: from a config, a folder, a hub id or a GGUF file."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics.text import Perplexity
+
+from layershed.errors import CheckpointError, OptimizerError, RecoveryError, ScheduleError
+from layershed.integration.module_hooks import waits_for_nothing
+from layershed.recovery.distillation import Distillation, check_teacher, self_distillation
+from layershed.saving.checkpoint import apply_structure, write_structure
+from layershed.saving.load_model import build_model
+
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+class CausalLM(pl.LightningModule):
+    """Trains, validates and tests a Hugging Face causal language model.
+
+    Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation; with
+    distillation also its parts, ``train_lm_loss`` and ``train_divergence``, and its cost, ``teacher_seconds`` a step.
+
+    Args:
+        pretrained: What to start from: a local folder (also one that layershed saved), a hub id, or the path of a
+            GGUF file. None trains from scratch.
+        config: Fields of the model's config, ``model_type`` among them, for training from scratch; with
+            ``pretrained``, fields to override. None without ``pretrained`` is a 12-block Llama over bytes.
+        optimizer: Optimizer class and its arguments.
+        schedule: Learning-rate schedule over the whole run, by its name in ``transformers.get_scheduler``.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        dtype: Weights as ``float32``, ``bfloat16`` or ``float16``.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
+        distillation: How to learn from the model as it was before the drop: weight, temperature and kind, as of
+            layershed.Distillation; None learns from the text alone. With adapters (LoRARecovery) the teacher stays what
+            it was; trained in full, it changes along.
+
+    Raises:
+        ModelError: If the model cannot be built; says why in one sentence.
+        LayershedError: Before training, if distillation has no teacher, as sublayers were removed.
+        ScheduleError: If the warm-up is negative; before training, if the schedule needs to know the run's length and
+            the run has no end.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+        distillation: Distillation | None = None,
+    ) -> None:
+        super().__init__()
+        # only primitives: a class or a function would make the checkpoint unreadable under weights_only=True
+        self.save_hyperparameters(ignore=["optimizer", "distillation"])
+        given: Any = distillation  # a checkpoint has it as a dict
+        self.distillation: Distillation | None = Distillation(**given) if isinstance(given, dict) else given
+        self.save_hyperparameters({"distillation": None if self.distillation is None else asdict(self.distillation)})
+        if warmup_steps < 0:
+            raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): it must not be negative.")
+        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
+        self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
+        if gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        self.val_perplexity = Perplexity(ignore_index=-100)
+        self.test_perplexity = Perplexity(ignore_index=-100)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The transformer's own forward."""
+        return self.model(**inputs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean next-token cross-entropy of a batch, in nats, mixed with the divergence from the teacher."""
+        if self.distillation is None:
+            loss: Tensor = self.model(**batch, use_cache=False).loss
+        else:
+            parts = self_distillation(self.model, batch, self.distillation)
+            loss = parts.loss
+            self.log_dict({"train_lm_loss": parts.lm, "train_divergence": parts.divergence})
+            self.log("teacher_seconds", parts.teacher_seconds)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Refuse a distillation without a teacher, or without anything to learn from it."""
+        if self.distillation is not None:
+            check_teacher(self.model)
+            if waits_for_nothing(self.trainer, self):
+                raise RecoveryError(
+                    "CausalLM(distillation=...): it begins with a drop, and nothing is dropped, and no SublayerDrop is "
+                    "among the callbacks; add one, or leave it out."
+                )
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss and perplexity of a validation batch."""
+        self._evaluate(batch, "val", self.val_perplexity)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss and perplexity of a test batch."""
+        self._evaluate(batch, "test", self.test_perplexity)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The most likely next token at every position, shape (batch, tokens)."""
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer over what is trainable, and its schedule by step."""
+        # imported here: it imports peft and bitsandbytes, whose AdamW would make torch's ambiguous on a command line
+        from transformers import get_scheduler
+
+        steps = _total_steps(self.trainer)
+        endless = not 0 <= steps < math.inf
+        if endless and not self.schedule.startswith("constant"):
+            raise ScheduleError(
+                f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
+                "max_epochs, or take a constant schedule."
+            )
+        try:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        except ValueError as error:  # torch's optimizers say so of every number out of range
+            raise OptimizerError(f"CausalLM(optimizer=...): its arguments are refused ({error}).") from error
+        scheduler = get_scheduler(
+            self.schedule,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=None if endless else int(steps),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of torch; what does not fit is told in one sentence."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            where = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 200)
+            raise CheckpointError(
+                f"The checkpoint's weights do not fit this model ({where}); give the config of its run by --config."
+            ) from error
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what is dropped, quantized and adapted, also in a checkpoint of the weights alone."""
+        write_structure(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was saved; never the dense one in silence."""
+        apply_structure(checkpoint, self)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity) -> None:
+        output = self.model(**batch, use_cache=False)
+        perplexity.update(output.logits[:, :-1].float(), batch["labels"][:, 1:])
+        self.log(f"{stage}_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log(f"{stage}_perplexity", perplexity)
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run, possibly infinite.
+
+    To count them Lightning sets up the train loader, and it does so only once: a resumed run would go on without its
+    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
+    """
+    loop = trainer.fit_loop
+    known = loop._combined_loader
+    steps = trainer.estimated_stepping_batches
+    loop._combined_loader = known
+    return steps

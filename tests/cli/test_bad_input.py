@@ -1,0 +1,108 @@
+"""The table of benchmarks/bad_input.py: every bad input is answered in one sentence, and nothing is written over."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.cli.test_commands import one_parser  # noqa: F401  six parsers take half a second to build: build them once
+from tests.support.bad_input import trial as bad_input
+from tests.support.bad_input.damage import SCORE, Case, written
+from tests.support.bad_input.trial import CASES, make_world, problems, try_case
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad") / "world"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        with torch.random.fork_rng(devices=[]):
+            make_world(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_seed(monkeypatch):
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def test_there_are_enough():
+    assert len(CASES) >= 90
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_input_is_answered_in_one_sentence(name, world):
+    answer = try_case(CASES[name], world)
+    assert not list(problems(CASES[name], answer)), answer
+
+
+# ---- the harness itself would see what is wrong ----
+
+
+def found(case, world):
+    return list(problems(case, try_case(case, world)))
+
+
+def test_a_good_input_is_no_answer(world):
+    assert found(Case(SCORE, ()), world)[0] == "it went through"
+
+
+def test_another_sentence_is_no_answer(world):
+    assert found(Case([*SCORE, "--metric=x"], ("the moon",)), world) == ["it does not say the moon"]
+
+
+def test_a_traceback_is_no_answer(world, monkeypatch):
+    def fail(_words):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(bad_input, "command_line", fail)
+    assert found(Case(SCORE, ()), world)[0] == "an exception left it"
+
+
+@pytest.mark.parametrize(
+    "write", [lambda: print("a second line", file=bad_input.sys.stderr), lambda: bad_input.os.write(2, b"x\n")]
+)
+def test_a_second_line_is_seen_however_it_is_written(write, world, monkeypatch):
+    run = bad_input.command_line
+
+    def chatty(words):
+        write()
+        return run(words)
+
+    monkeypatch.setattr(bad_input, "command_line", chatty)
+    assert "it says 2 lines" in found(Case([*SCORE, "--metric=x"], ("cosine",)), world)
+
+
+@pytest.mark.parametrize("what", ["changed", "gone", "marker"])
+def test_what_is_written_over_is_seen(what, world, monkeypatch):
+    run = bad_input.command_line
+
+    def clumsy(words):
+        if what == "changed":
+            written("text.txt", "other words")(bad_input.Path())
+        elif what == "gone":
+            shutil.rmtree("model")
+        else:
+            written("marker", "")(bad_input.Path())
+        return run(words)
+
+    monkeypatch.setattr(bad_input, "command_line", clumsy)
+    name = {"changed": "text.txt", "gone": "model", "marker": "marker"}[what]
+    seen = found(Case(["score", "--metric=x"], ("cosine",)), world)
+    assert any(problem.startswith("it changed") and name in problem for problem in seen)
+
+
+def test_the_last_line_counts(world, monkeypatch, capsys):
+    cases = {"good": Case(SCORE, ()), "bad": Case([*SCORE, "--metric=x"], ("cosine",))}
+    monkeypatch.setattr(bad_input, "CASES", cases)
+    monkeypatch.setattr(bad_input, "make_world", lambda folder: shutil.copytree(world, folder, dirs_exist_ok=True))
+    assert bad_input.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 bad inputs tried, 1 answered in one sentence"
+    monkeypatch.setattr(bad_input, "CASES", {"bad": cases["bad"]})
+    assert bad_input.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 bad inputs tried, 1 answered in one sentence"

@@ -1,0 +1,294 @@
+"""Folders of shards: whole or not at all, refused when torn, and nothing in them runs."""
+
+import errno
+import io
+import os
+import pickle
+import shutil
+from functools import partial
+from pathlib import Path, PosixPath
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.serialization import _get_layout
+
+from layershed.errors import CheckpointError
+from layershed.files import checkpoint_shards as shards
+from layershed.files.checkpoint_shards import mend, read_notes, read_shards, replacing_shards
+
+pytestmark = [
+    # torch speaks of what it assumes without a process group
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+]
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("marker"),)
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing that comes behind it is done."""
+
+
+def weights(value):
+    return {"weight": torch.full((3, 5), float(value)), "rates": [value, 0.5]}
+
+
+def fill(folder, value):
+    """As Lightning does it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dcp.save({"state_dict": weights(value)}, checkpoint_id=folder)
+    torch.save({"global_step": value}, folder / "meta.pt")
+
+
+def write(path, value):
+    with replacing_shards(path, leads=True, wait=lambda: None) as beside:
+        fill(beside, value)
+
+
+def holds(path):
+    """The step that is noted, if everything else agrees with it."""
+    step = read_notes(path)["global_step"]
+    found = {"state_dict": {"weight": torch.zeros(3, 5), "rates": [0, 0.0]}}
+    read_shards(path, found)
+    assert torch.equal(found["state_dict"]["weight"], weights(step)["weight"])
+    assert found["state_dict"]["rates"] == weights(step)["rates"]
+    return step
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "runs" / "last.ckpt"
+    assert not list(tmp_path.rglob("marker")), "something was run"
+
+
+def test_what_was_written_is_read_and_nothing_else_is_left(path):
+    write(path, 1)
+    assert holds(path) == 1
+    write(path, 2)
+    assert holds(path) == 2
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_a_file_makes_room_for_a_folder(path):
+    path.parent.mkdir()
+    path.write_text("a checkpoint of one file")
+    write(path, 1)
+    assert holds(path) == 1
+
+
+def test_other_ranks_fill_and_never_rename(path):
+    said = []
+    with replacing_shards(path, leads=False, wait=lambda: said.append("waits")) as beside:
+        assert said == ["waits"], "the folder of a former try is away by then"
+        fill(beside, 1)
+    assert len(said) == 3
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("place", ["in a shard", "before meta.pt"])
+def test_a_checkpoint_that_is_killed_while_it_is_written_leaves_the_former_one(path, place):
+    write(path, 1)
+    beside = path.with_name(".last.ckpt.partial")
+    if place == "in a shard":
+        beside.mkdir()
+        (beside / "__0_0.distcp").write_bytes(b"half")
+    else:
+        fill(beside, 2)
+        (beside / "meta.pt").unlink()
+    mend(path)
+    assert holds(path) == 1
+    write(path, 3)
+    assert holds(path) == 3
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(("done", "left"), [(0, 1), (1, 2), (2, 2)])
+def test_a_checkpoint_that_is_killed_at_a_rename_leaves_the_former_or_the_new_one(path, done, left, monkeypatch):
+    """Those that are done of: the former one aside, the new one in its place, the former one deleted."""
+    write(path, 1)
+    steps = iter([True] * done)
+
+    def killed(do, found, *args):
+        if not next(steps, False):
+            raise Killed
+        return do(found, *args)
+
+    def replaced():
+        with replacing_shards(path, leads=True, wait=lambda: None) as beside:
+            fill(beside, 2)
+            monkeypatch.setattr(Path, "rename", lambda *paths: killed(os.rename, *paths))
+            monkeypatch.setattr(shards, "_delete", partial(killed, shards._delete))
+
+    with pytest.raises(Killed):
+        replaced()
+    monkeypatch.undo()
+    monkeypatch.chdir(path.parent)
+    mend(path)
+    assert holds(path) == left
+    write(path, 3)
+    assert holds(path) == 3
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_when_it_fails_the_former_one_stays_and_nothing_else(path):
+    write(path, 1)
+
+    def fail():
+        with replacing_shards(path, leads=True, wait=lambda: None) as beside:
+            fill(beside, 2)
+            raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="defect"):
+        fail()
+    assert holds(path) == 1
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("place", [FileSystemWriter, FileSystem])
+def test_a_full_disk_is_told_in_one_sentence(path, place, monkeypatch):
+    """While the shards are written, or their index."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(place, "write_data" if place is FileSystemWriter else "rename", full)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\), and nothing is left of it; make room"):
+        write(path, 1)
+    monkeypatch.undo()
+    write(path, 1)
+    monkeypatch.setattr(place, "write_data" if place is FileSystemWriter else "rename", full)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\), and the former one stays as it was"):
+        write(path, 2)
+    monkeypatch.undo()
+    assert holds(path) == 1
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_a_link_gives_way_and_what_it_names_stays(path):
+    """As ModelCheckpoint(save_last="link") makes it."""
+    write(path.with_name("1.ckpt"), 1)
+    path.symlink_to("1.ckpt")
+    assert holds(path) == 1
+    write(path, 2)
+    assert (holds(path), holds(path.with_name("1.ckpt"))) == (2, 1)
+    assert not path.is_symlink()
+
+
+TEARS = {
+    "has no meta.pt": lambda folder: (folder / "meta.pt").unlink(),
+    "has no .metadata": lambda folder: (folder / ".metadata").unlink(),
+    r"__0_0\.distcp has 100 of \d+ bytes": lambda folder: os.truncate(folder / "__0_0.distcp", 100),
+    r"__0_0\.distcp has 0 of \d+ bytes": lambda folder: (folder / "__0_0.distcp").unlink(),
+    r"\.metadata cannot be read": lambda folder: os.truncate(folder / ".metadata", 50),
+}
+
+
+@pytest.mark.parametrize("said", TEARS)
+def test_a_torn_one_is_refused_and_the_newest_intact_one_named(path, said):
+    write(path, 3)
+    for step in (1, 2):
+        write(path.with_name(f"{step}.ckpt"), step)
+        os.utime(path.with_name(f"{step}.ckpt"), (step, step))
+    TEARS[said](path)
+    with pytest.raises(CheckpointError, match=rf"damaged: .*{said}.*newest intact one beside it is '.*/2\.ckpt'"):
+        read_notes(path)
+    shutil.rmtree(path.with_name("1.ckpt"))
+    TEARS[said](path.with_name("2.ckpt"))
+    with pytest.raises(CheckpointError, match="there is no intact one beside it"):
+        read_notes(path)
+
+
+def test_an_index_runs_nothing(path):
+    write(path, 1)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"asks for pathlib.*touch.*nothing of it was run"):
+        read_notes(path)
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
+        read_shards(path, {"state_dict": {"weight": torch.zeros(3, 5)}})
+
+
+def test_what_lightning_adds_runs_nothing_unless_it_is_asked_to(path):
+    write(path, 1)
+    torch.save({"state": Evil()}, path / "meta.pt")
+    for asked in (None, True):
+        with pytest.raises(CheckpointError, match="nothing of it was run"):
+            read_notes(path, weights_only=asked)
+    assert not Path("marker").exists()
+    read_notes(path, weights_only=False)
+    Path("marker").unlink()
+
+
+def test_what_lightning_did_not_add_is_refused(path):
+    write(path, 1)
+    torch.save([1], path / "meta.pt")
+    with pytest.raises(CheckpointError, match=r"meta\.pt that Lightning did not write"):
+        read_notes(path)
+
+
+@pytest.mark.parametrize("kind", [PosixPath, Metadata, _get_layout])
+def test_an_index_changes_no_class(path, kind):
+    write(path, 1)
+    named = pickle.dumps(kind, protocol=0).split(b"p0")[0]
+    state = (
+        b"(N(Vname\nV../secret.distcp\ndt"  # (None, {"name": "../secret.distcp"}): of the class, not of its __dict__
+    )
+    (path / ".metadata").write_bytes(named + state + b"b.")
+    before = vars(kind).get("name")
+    with pytest.raises(CheckpointError, match=r"it would change .*nothing of it was run"):
+        read_notes(path)
+    assert vars(kind).get("name") is before
+
+
+def test_a_shard_runs_nothing(path):
+    """Whatever is no tensor stands in it as a pickle, which torch would run."""
+    path.mkdir(parents=True)
+    evil = io.BytesIO()
+    torch.save(Evil(), evil)
+    (path / "__0_0.distcp").write_bytes(evil.getvalue())
+    place = _StorageInfo("__0_0.distcp", 0, len(evil.getvalue()))
+    index = Metadata({"rates": BytesStorageMetadata()}, {"rates": ("rates",)}, {MetadataIndex("rates"): place})
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="rates holds more than tensors and plain values, and nothing of it was"):
+        read_shards(path, {"rates": 1.0})
+    dcp.load({"rates": 1.0}, checkpoint_id=path)  # torch by itself does run it
+    Path("marker").unlink()
+
+
+def test_an_index_leads_to_no_file_outside(path):
+    write(path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = "../secret.distcp"
+    shutil.copy(path / "__0_0.distcp", path.with_name("secret.distcp"))
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    for read in (read_notes, lambda folder: read_shards(folder, {"state_dict": {"weight": torch.zeros(3, 5)}})):
+        with pytest.raises(CheckpointError, match=r"leads to '\.\./secret\.distcp', out of the folder"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", [7, "", ".."])
+def test_nor_to_what_is_no_name(path, name):
+    write(path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = name
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_notes(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"head": torch.zeros(2)}, "head"), ({"weight": torch.zeros(2, 5)}, "do not fit")]
+)
+def test_what_is_not_there_is_not_made_up(path, asked, said):
+    write(path, 1)
+    with pytest.raises(CheckpointError, match=f"do not fit.*{said}|{said}.*"):
+        read_shards(path, {"state_dict": asked})

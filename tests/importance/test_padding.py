@@ -1,0 +1,69 @@
+"""Padded tokens do not count, in whatever shape a model passes its tokens on: 1 - cos over the others, by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+import layershed as ls
+from tests.support.architectures import tiny_model
+from tests.support.conformance import Case
+
+# how X comes by: (batch, tokens, hidden), flattened in the MLP, tokens first, several streams, experts flattened
+MODEL_TYPES = ("llama", "bert", "opt", "xlnet", "hy_v4", "mixtral", "granitemoeshared", "minimax")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_importances_of_padded_sequences(model_type, side):
+    case = Case(tiny_model(model_type))
+    if model_type == "xlnet":
+        case.model.transformer.attn_type = "bi"  # transformers 5.23 cannot mask the padding of the other one
+    mask = torch.ones_like(case.tokens)
+    mask[0, slice(0, 4) if side == "left" else slice(6, None)] = 0
+    inputs = {"input_ids": case.tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
+    seen = {}
+    for index, tap in enumerate(case.anatomy.blocks):
+
+        def note(_module, args, kwargs, output, index=index, key=tap.key):
+            x = args[key] if isinstance(key, int) else kwargs[key]
+            seen[index] = x, output[0] if isinstance(output, tuple | list) else output
+
+        case.model.get_submodule(tap.path).register_forward_hook(note, with_kwargs=True)
+    scores = ls.estimate_importance(case.model, [inputs])
+    for index, (x, y) in seen.items():
+        counts = mask.bool().T if model_type == "xlnet" else mask.bool()
+        plain = 1 - nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)[counts].mean().item()
+        assert scores.blocks[index] == pytest.approx(plain, abs=2e-6), index
+    assert scores.tokens == mask.sum().item() * (4 if model_type == "hy_v4" else 1)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_sublayers_importance_is_of_what_goes_in_and_what_comes_out(model_type):
+    """From the two places where a branch says that X and Y, or b, can be read."""
+    case = Case(tiny_model(model_type))
+    seen = {}
+
+    def take(name, tap):
+        module = case.model.get_submodule(tap.path)
+        if tap.key is None:
+            module.register_forward_hook(
+                lambda _m, _a, out: seen.update({name: (out[0] if isinstance(out, tuple) else out).clone()})
+            )
+        else:
+            module.register_forward_pre_hook(
+                lambda _m, args, kwargs: seen.update(
+                    {name: (args[tap.key] if isinstance(tap.key, int) else kwargs[tap.key]).clone()}
+                ),
+                with_kwargs=True,
+            )
+
+    for branch in case.anatomy.branches:
+        take((branch.sublayer, "x"), branch.entry)
+        take((branch.sublayer, "out"), branch.exit)
+    scores = ls.estimate_importance(case.model, [{"input_ids": case.tokens}])
+    for branch in case.anatomy.branches:
+        x = seen[branch.sublayer, "x"].double()
+        out = seen[branch.sublayer, "out"].double().view_as(x)
+        y = out if branch.scale is None else x + branch.scale * out
+        plain = 1 - nn.functional.cosine_similarity(x, y, dim=-1).mean().item()
+        assert scores[branch.sublayer] == pytest.approx(plain, abs=2e-6), branch.sublayer

@@ -1,0 +1,529 @@
+"""LoRA after a drop, against weights that are altered by hand and against the model without any adapter."""
+
+import copy
+import re
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import layershed as ls
+from layershed.discovery import registry as adapter
+from layershed.errors import RecoveryError, UnknownNameError
+from layershed.recovery.lora import adapted_modules, adapters_off, inject_lora, lora_settings, merge_lora, remove_lora
+from tests.discovery.test_registry import GPT
+from tests.support.models import build_model
+
+ARCHITECTURES = ["llama", "opt", "gpt2", "mixtral"]
+# linear maps of a block: attention, then MLP; Mixtral's experts and router are none
+MAPS = {
+    "llama": (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]),
+    "opt": (["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]),
+    "gpt2": (["c_attn", "c_proj"], ["c_fc", "c_proj"]),
+    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj"], []),
+}
+WHERE = {
+    "llama": ("model.layers.{}.self_attn.", "model.layers.{}.mlp."),
+    "opt": ("model.decoder.layers.{}.self_attn.", "model.decoder.layers.{}."),
+    "gpt2": ("transformer.h.{}.attn.", "transformer.h.{}.mlp."),
+    "mixtral": ("model.layers.{}.self_attn.", "model.layers.{}.mlp."),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+def maps(architecture, attention, mlp):
+    """Paths of the linear maps in the attention and the MLP of the given blocks, written down by hand."""
+    return {
+        prefix.format(block) + name
+        for prefix, names, blocks in zip(WHERE[architecture], MAPS[architecture], (attention, mlp), strict=True)
+        for block in blocks
+        for name in names
+    }
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def pick(model, *wanted):
+    return [s for s in ls.find_sublayers(model) if (s.block, s.kind) in wanted]
+
+
+def dropped(architecture, *wanted, **overrides):
+    model = build_model(architecture, **overrides)
+    ls.bypass(model, pick(model, *wanted))
+    return model
+
+
+def learn(model, seed=0):
+    """Adapters as if they had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in lora(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def lora(model):
+    return [(name, p) for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in lora(model)}
+
+
+def test_injection_leaves_the_logits_as_they_were_and_adapts_all_that_runs(architecture, tokens):
+    model = dropped(architecture, (1, "attention"), (2, "mlp"))
+    before, found = logits(model, tokens), ls.find_sublayers(model)
+    config = inject_lora(model)
+    assert torch.equal(logits(model, tokens), before)
+    expected = maps(architecture, attention=(0, 2, 3), mlp=(0, 1, 3))
+    assert set(adapted_modules(model)) == config.target_modules == expected
+    assert ls.find_sublayers(model) == found
+
+
+def test_the_targets_are_all_linear_maps_outside_of_what_is_dropped_but_the_head(architecture):
+    plain = build_model(architecture)
+    paths = {path for path, module in plain.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
+    inject_lora(plain)
+    assert set(adapted_modules(plain)) == paths == maps(architecture, attention=range(4), mlp=range(4))
+
+
+def test_only_adapters_outside_of_what_is_dropped_are_trainable(architecture):
+    model = dropped(architecture, (1, "attention"), (2, "mlp"))
+    inject_lora(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {
+        f"{path}.{part}.recovery.weight"
+        for path in maps(architecture, attention=(0, 2, 3), mlp=(0, 1, 3))
+        for part in ("lora_A", "lora_B")
+    }
+    ls.restore(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_the_head_is_adapted_where_it_is_asked_for(llama, tokens):
+    before = logits(llama, tokens)
+    inject_lora(llama, target_modules=["lm_head"])
+    assert set(adapted_modules(llama)) == {"lm_head"}
+    assert torch.equal(logits(llama, tokens), before)
+    learn(llama)
+    expected = logits(llama, tokens)
+    merge_lora(llama)
+    torch.testing.assert_close(logits(llama, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_and_transposed_maps_can_be_adapted_together(tokens):
+    model = build_model("gpt2", tie_word_embeddings=False)
+    inject_lora(model, target_modules=["c_attn", "lm_head"])
+    expected = logits(learn(model), tokens)
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_refused():
+    """Merging would change the embedding as well, and with it the model."""
+    model = build_model("gpt2")
+    with pytest.raises(RecoveryError, match="tied"):
+        inject_lora(model, target_modules=["lm_head"])
+    assert adapted_modules(model) == {}
+
+
+@pytest.mark.parametrize("ends", [["q_proj"], ["self_attn.q_proj", "down_proj"]])
+def test_targets_are_chosen_by_the_ends_of_their_paths(ends):
+    model = dropped("llama", (1, "attention"))
+    inject_lora(model, target_modules=ends)
+    running = maps("llama", attention=(0, 2, 3), mlp=range(4))
+    assert set(adapted_modules(model)) == {path for path in running if path.split(".")[-1] in ("q_proj", *ends)}
+
+
+@pytest.mark.parametrize(
+    ("gone", "attention", "mlp"),
+    [
+        ([(1, "attention"), (2, "attention")], (), (0, 1, 2)),
+        ([(0, "attention")], (), (0,)),
+        ([(3, "mlp")], (3,), ()),
+        ([(1, "attention"), (1, "mlp"), (2, "attention")], (), (0, 2)),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_neighbours_are_the_nearest_sublayers_that_run(architecture, gone, attention, mlp):
+    model = dropped(architecture, *gone)
+    inject_lora(model, placement="neighbours")
+    assert set(adapted_modules(model)) == maps(architecture, attention, mlp)
+
+
+def test_neighbours_of_what_was_removed_are_the_same():
+    model = build_model("llama")
+    ls.remove(model, pick(model, (1, "attention"), (2, "attention")))
+    inject_lora(model, placement="neighbours")
+    assert set(adapted_modules(model)) == maps("llama", (), (0, 1, 2))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_a_second_injection_adds_what_is_missing_and_leaves_the_rest_alone(architecture, tokens):
+    model = dropped(architecture, (1, "attention"))
+    inject_lora(model, placement="neighbours")
+    first = values(learn(model))
+    ls.bypass(model, pick(model, (3, "attention")))
+    before = logits(model, tokens)
+    config = inject_lora(model, placement="neighbours")
+    expected = maps(architecture, (), (0, 1, 2, 3))
+    assert set(adapted_modules(model)) == config.target_modules == expected
+    second = values(model)
+    assert len(second) == 2 * len(expected) > len(first)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert torch.equal(logits(model, tokens), before)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(second)
+
+
+def test_a_second_injection_keeps_the_adapters_of_what_is_dropped_meanwhile():
+    model = build_model("llama")
+    inject_lora(model)
+    first = values(learn(model))
+    ls.bypass(model, pick(model, (1, "attention")))
+    inject_lora(model)
+    second = values(model)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_adapters_of_what_is_dropped_meanwhile_do_not_train_until_it_is_restored(architecture):
+    model = build_model(architecture)
+    first = MAPS[architecture][0][0]
+    inject_lora(model, target_modules=[first])
+    ls.bypass(model, pick(model, (1, "attention")))
+    inject_lora(model)
+    trainable = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == maps(architecture, (0, 2, 3), range(4))
+    ls.restore(model)
+    trainable = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    own = WHERE[architecture][0].format(1) + first
+    assert trainable == {*maps(architecture, (0, 2, 3), range(4)), own}
+
+
+def test_the_seed_decides_and_the_global_random_state_is_not_moved(architecture):
+    drawn = []
+    for seed, noise in ((3, 0), (3, 99), (4, 0)):
+        model = build_model(architecture)
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        inject_lora(model, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append(values(model))
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert not any(torch.equal(drawn[0][name], drawn[2][name]) for name in drawn[0] if "lora_A" in name)
+    assert not any(value.any() for name, value in drawn[0].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 4**0.5)])
+def test_adapters_are_low_rank_changes_of_the_weights(architecture, tokens, rslora, scale):
+    model, by_hand = (dropped(architecture, (1, "attention")) for _ in range(2))
+    inject_lora(model, rank=4, alpha=6, rslora=rslora)
+    learned = values(learn(model))
+    with torch.no_grad():
+        for path in maps(architecture, attention=(0, 2, 3), mlp=range(4)):
+            weight = by_hand.get_submodule(path).weight
+            a, b = (learned[f"{path}.{part}.recovery.weight"] for part in ("lora_A", "lora_B"))
+            assert a.shape[0] == b.shape[1] == 4
+            change = scale * b @ a
+            weight.add_(change.T if architecture == "gpt2" else change)
+    before = logits(dropped(architecture, (1, "attention")), tokens)
+    expected = logits(by_hand, tokens)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_dora_starts_as_the_model_and_merges(architecture, tokens):
+    model = dropped(architecture, (1, "attention"))
+    before = logits(model, tokens)
+    inject_lora(model, dora=True)
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-4, atol=1e-4)
+    learn(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                assert parameter.requires_grad
+                parameter.mul_(1.1)
+    expected = logits(model, tokens)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", [merge_lora, remove_lora])
+def test_afterwards_the_model_is_a_plain_one_again(architecture, end, tokens):
+    model = dropped(architecture, (1, "attention"), (2, "mlp"))
+    plain, bypassed = logits(model, tokens), ls.bypassed_sublayers(model)
+    classes, keys = [(path, type(m)) for path, m in model.named_modules()], list(model.state_dict())
+    inject_lora(model)
+    adapted = logits(learn(model), tokens)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    end(model)
+    if end is merge_lora:
+        torch.testing.assert_close(logits(model, tokens), adapted, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(logits(model, tokens), plain)
+    assert [(path, type(m)) for path, m in model.named_modules()] == classes
+    assert list(model.state_dict()) == keys
+    assert ls.bypassed_sublayers(model) == bypassed
+    assert not hasattr(model, "peft_config")
+    assert lora_settings(model) is None
+    inject_lora(model)
+    assert set(adapted_modules(model)) == maps(architecture, attention=(0, 2, 3), mlp=(0, 1, 3))
+
+
+def test_switched_off_adapters_do_nothing_and_come_back_even_after_an_error(architecture, tokens):
+    model = dropped(architecture, (1, "attention"))
+    plain = logits(model, tokens)
+    inject_lora(model)
+    adapted = logits(learn(model), tokens)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with adapters_off(model):
+        assert torch.equal(logits(model, tokens), plain)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+        with adapters_off(model):
+            pass
+        assert torch.equal(logits(model, tokens), plain)
+    assert torch.equal(logits(model, tokens), adapted)
+    with pytest.raises(KeyError), adapters_off(model):
+        raise KeyError
+    assert torch.equal(logits(model, tokens), adapted)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+
+
+def test_the_dense_model_without_adapters_is_the_original(architecture, tokens):
+    model = build_model(architecture)
+    original = logits(model, tokens)
+    ls.bypass(model, pick(model, (1, "attention"), (2, "mlp")))
+    inject_lora(model)
+    learn(model)
+    with ls.dense(model), adapters_off(model):
+        assert torch.equal(logits(model, tokens), original)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path"), [("opt", "model.decoder.layers.1.fc2"), ("gpt2", "transformer.h.1.mlp.c_proj")]
+)
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_hooks_on_a_linear_map_go_on_seeing_what_the_block_gets(architecture, path, with_kwargs, tokens):
+    model, seen = build_model(architecture), []
+    module = model.get_submodule(path)
+
+    def hook(_module, args, *rest):
+        seen.append((args[0], rest[-1]))
+
+    handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    counted = []
+    other = module.register_forward_pre_hook(lambda *_: counted.append(1))
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    weight = weight.T if architecture == "gpt2" else weight
+    inject_lora(model, rank=4, alpha=8)
+    learned = values(learn(model))
+    a, b = (learned[f"{path}.{part}.recovery.weight"] for part in ("lora_A", "lora_B"))
+    for end in (lambda _: None, merge_lora):
+        end(model)
+        seen.clear()
+        logits(model, tokens)
+        [(given, output)] = seen
+        expected = given @ (weight + 2 * b @ a).T + bias
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert len(counted) == 2
+    handle.remove()
+    other.remove()
+    logits(model, tokens)
+    assert len(seen) == 1
+    assert len(counted) == 2
+
+
+def test_a_hook_can_be_taken_off_while_the_adapters_are_in(tokens):
+    model, seen = build_model("opt"), []
+    handle = model.model.decoder.layers[0].fc2.register_forward_hook(lambda *_: seen.append(1))
+    inject_lora(model)
+    logits(model, tokens)
+    handle.remove()
+    logits(model, tokens)
+    assert seen == [1]
+
+
+def test_a_hook_hung_on_an_adapted_module_outlives_merging(tokens):
+    model, seen = build_model("opt"), []
+    inject_lora(model)
+    handle = model.model.decoder.layers[0].fc2.register_forward_hook(lambda *_: seen.append(1))
+    merge_lora(model)
+    logits(model, tokens)
+    handle.remove()
+    logits(model, tokens)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("end", [merge_lora, remove_lora])
+def test_what_is_dropped_after_injection_stays_so_when_the_adapters_go(architecture, end, tokens):
+    model = build_model(architecture)
+    inject_lora(model)
+    learn(model)
+    gone = pick(model, (1, "mlp"), (2, "attention"))
+    ls.bypass(model, gone)
+    expected = logits(model, tokens)
+    if end is remove_lora:
+        expected = logits(dropped(architecture, (1, "mlp"), (2, "attention")), tokens)
+    end(model)
+    assert ls.bypassed_sublayers(model) == tuple(gone)
+    tolerance = 1e-4 if end is merge_lora else 0
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_sublayer_dropped_with_its_adapters_comes_back_with_them(architecture, tokens):
+    model = build_model(architecture)
+    inject_lora(model)
+    adapted = logits(learn(model), tokens)
+    trainable = [p.requires_grad for p in model.parameters()]
+    ls.bypass(model, pick(model, (1, "mlp"), (2, "attention")))
+    assert not torch.allclose(logits(model, tokens), adapted, atol=1e-2)
+    ls.restore(model)
+    assert torch.equal(logits(model, tokens), adapted)
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_what_is_restored_after_merging_has_merged_weights(architecture, tokens):
+    model = build_model(architecture)
+    inject_lora(model)
+    adapted = logits(learn(model), tokens)
+    ls.bypass(model, pick(model, (1, "mlp"), (2, "attention")))
+    merge_lora(model)
+    ls.restore(model)
+    torch.testing.assert_close(logits(model, tokens), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_adapters_follows_the_mode_of_the_model(tokens):
+    model, without = build_model("llama"), build_model("llama")
+    inject_lora(model, dropout=0.5)
+    inject_lora(without)
+    learn(model)
+    learn(without)
+    assert torch.equal(logits(model, tokens), logits(without, tokens))
+    model.train()
+    assert not torch.equal(logits(model, tokens), logits(model, tokens))
+    late = build_model("llama").train()
+    inject_lora(late, dropout=0.5)
+    learn(late)
+    assert not torch.equal(logits(late, tokens), logits(late, tokens))
+
+
+def test_a_copy_carries_its_own_adapters(architecture, tokens):
+    model = dropped(architecture, (1, "attention"))
+    inject_lora(model)
+    adapted = logits(learn(model), tokens)
+    twin = copy.deepcopy(model)
+    remove_lora(model)
+    assert torch.equal(logits(twin, tokens), adapted)
+    merge_lora(twin)
+    torch.testing.assert_close(logits(twin, tokens), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_nothing_else_learn(architecture, tokens):
+    model = dropped(architecture, (1, "attention"))
+    inject_lora(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    # A's gradient is B^T times something, and B is zero yet
+    assert moved == {f"{path}.lora_B.recovery.weight" for path in maps(architecture, (0, 2, 3), range(4))}
+
+
+def test_inside_of_a_lightning_module_the_transformer_alone_is_frozen(llama):
+    outer = nn.ModuleDict({"net": llama, "probe": nn.Linear(2, 2)})
+    inject_lora(outer)
+    assert len(adapted_modules(llama)) == 28
+    assert all(p.requires_grad for p in outer["probe"].parameters())
+    assert type(outer["probe"]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rank": 0}, RecoveryError, "rank=0.*at least 1"),
+        ({"alpha": 0}, RecoveryError, "alpha=0.*at least 1"),
+        ({"dropout": 1}, RecoveryError, r"dropout=1: it must be in \[0, 1\)"),
+        ({"dropout": -0.1}, RecoveryError, "dropout=-0.1"),
+        ({"placement": "neighbors"}, UnknownNameError, "placement.*Did you mean 'neighbours'"),
+        ({"target_modules": "q_proj"}, RecoveryError, "give 'all-linear', or a list"),
+        ({"target_modules": []}, RecoveryError, "give 'all-linear', or a list"),
+        (
+            {"target_modules": ["q_proj", "c_attn"]},
+            RecoveryError,
+            "named 'c_attn'; there are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj",
+        ),
+        ({"target_modules": ["proj"]}, RecoveryError, "named 'proj'"),
+        ({"placement": "neighbours"}, RecoveryError, "nothing is dropped"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_and_nothing_is_changed(llama, options, error, message):
+    names = [name for name, p in llama.named_parameters() if p.requires_grad]
+    with pytest.raises(error, match=message):
+        inject_lora(llama, **options)
+    assert [name for name, p in llama.named_parameters() if p.requires_grad] == names
+
+
+def test_a_target_that_is_dropped_everywhere_is_unknown():
+    model = build_model("llama")
+    ls.bypass(model, [s for s in ls.find_sublayers(model) if s.kind == "attention"])
+    with pytest.raises(RecoveryError, match="named 'q_proj'; there are down_proj, gate_proj, lm_head, up_proj"):
+        inject_lora(model, target_modules=["q_proj"])
+
+
+def test_nothing_to_adapt_is_an_error():
+    model = dropped("mixtral", *((i, "attention") for i in range(4)))
+    with pytest.raises(RecoveryError, match="nothing to adapt in MixtralForCausalLM"):
+        inject_lora(model)
+
+
+def test_adapters_of_somebody_else_are_refused(llama):
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama)
+    with pytest.raises(RecoveryError, match=r"carries adapters of peft already \(default\)"):
+        inject_lora(llama)
+    assert adapted_modules(llama) == {}
+
+
+def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
+    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
+    with pytest.raises(RecoveryError, match="GPT is none; recover it by full training"):
+        inject_lora(GPT())
+
+
+@pytest.mark.parametrize("end", [merge_lora, remove_lora])
+def test_without_adapters_there_is_nothing_to_end(llama, end):
+    with pytest.raises(RecoveryError, match=f"{end.__name__}: LlamaForCausalLM carries no recovery adapters"):
+        end(llama)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(architecture, tokens):
+    model = build_model(architecture)
+    plain = logits(model, tokens)
+    inject_lora(model)
+    learn(model)
+    path, last = list(adapted_modules(model).items())[-1]
+    with torch.no_grad():
+        last.lora_B["recovery"].weight[0, 0] = float("nan")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RecoveryError, match=f"adapter of {re.escape(path)} holds NaN"):
+        merge_lora(model)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+    remove_lora(model)
+    assert torch.equal(logits(model, tokens), plain)

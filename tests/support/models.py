@@ -1,0 +1,33 @@
+"""Tiny models built from configs."""
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.models.auto.configuration_auto import AutoConfig
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+MODEL_TYPES = ("llama", "mistral", "qwen3", "gpt2")
+
+
+def build_model(model_type: str = "llama", **overrides: object) -> PreTrainedModel:
+    """A random model whose branches are large enough to matter, in eval mode."""
+    set_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
