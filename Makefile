@@ -5,13 +5,17 @@ VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: fit test check clean
+.PHONY: fit test test-all check clean
 
 fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# also what the markers slow, conformance and chaos keep out of the default run
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pretrained"
 
 # mypy knows no package-dir: it gets the package as it is installed, made of links
 check: $(VENV)/installed-dev
