@@ -16,7 +16,8 @@ from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt, dequantized
 from layershed.errors import LayershedError, QuantizationError, ScheduleError, UnknownNameError
 from layershed.quantization import quantization_of
 from layershed.surgery import dropped_sublayers
-from tests.recovery.test_lora import maps
+from tests.support.lora import maps
+from tests.support.rounding import EVEN, rounded
 from tests.support.runs import (
     BATCH,
     Foreign,
@@ -29,7 +30,6 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-from tests.test_quantization import EVEN, rounded
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))

@@ -12,7 +12,7 @@ import layershed as ls
 from layershed.errors import PlanError, RecoveryError, UnknownNameError
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation, self_distillation_loss
 from layershed.recovery.lora import adapted_modules, inject_lora
-from tests.recovery.test_lora import ARCHITECTURES, learn, pick
+from tests.support.lora import ARCHITECTURES, learn, pick
 from tests.support.models import build_model
 
 GONE = ((1, "attention"), (2, "mlp"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import layershed as ls
 from layershed.errors import ExportError, PlanError, RecoveryError
-from tests.recovery.test_lora import learn, logits
+from tests.support.lora import learn, logits
 from tests.support.models import build_model
 
 ARCHITECTURES = ("llama", "opt", "gpt2", "mixtral")
