@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import read_checkpoint
-from layershed.files.checkpoint_shards import INDEX_FILE, NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.files.checkpoint_shards import NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.files.shard_index import INDEX_FILE
 from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
