@@ -113,19 +113,23 @@ class RedundancyMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
         self._measured = any(self.should_measure(step) for step in self._steps.coming(trainer))
-        self._require_tracker().active = self._measured
+        tracker = self._require_tracker()
+        if self._measured:
+            tracker.start()
+        else:
+            tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Switch them off: the passes that other callbacks make at the end of a batch are not the training step's."""
         if pl_module.automatic_optimization:
-            self._require_tracker().active = False
+            self._require_tracker().stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once the measured optimizer step is done, write and log the importances."""
         tracker = self._require_tracker()
-        tracker.active = False
+        tracker.stop()
         if self._steps.taken(trainer) and self._measured:
             try:
                 rows = list(tracker.compute().rows())

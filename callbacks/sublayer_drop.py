@@ -212,19 +212,22 @@ class SublayerDrop(Callback):
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
-            self._tracker.active = any(self.should_drop(step) for step in ahead)
+            if any(self.should_drop(step) for step in ahead):
+                self._tracker.start()
+            else:
+                self._tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop watching: the passes that other callbacks make at the end of a batch are not the training step's."""
         if self._tracker is not None and pl_module.automatic_optimization:
-            self._tracker.active = False
+            self._tracker.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Drop, if the optimizer step that just ended is a drop step."""
         if self._tracker is not None:
-            self._tracker.active = False
+            self._tracker.stop()
         if any(self.should_drop(step) for step in self._steps.taken(trainer)):
             self._drop(trainer, pl_module)
 
