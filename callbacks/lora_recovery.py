@@ -13,15 +13,8 @@ from torch import nn
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
 from layershed.integration.fsdp_checkpoints import reshard
-from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_structure,
-    check_order,
-    check_start,
-    leave_structure,
-    refuse_averaging,
-    waits_for_nothing,
-)
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer

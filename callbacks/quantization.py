@@ -10,15 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
-from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_structure,
-    check_order,
-    check_start,
-    leave_structure,
-    refuse_averaging,
-    waits_for_nothing,
-)
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
 from layershed.integration.run import StepCounter, current_drop, publish, rewrap
 from layershed.integration.strategies import fit_strategy, is_sharded
 from layershed.quantization import (

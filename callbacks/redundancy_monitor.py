@@ -14,11 +14,12 @@ from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
 from layershed.integration.importance_csv import append, begin, note, take_up
 from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_progress,
     leave_structure,
     refuse_shards_changed_by_hand,
+    watch_for_bypass,
+    watch_for_changes,
 )
+from layershed.integration.preflight import callbacks_of
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
     IMPORTANCE_FILE,
@@ -79,8 +80,8 @@ class RedundancyMonitor(Callback):
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how far the run has come, and begin anew unless this Trainer goes on with its run."""
-        carry_progress(pl_module, self.transformer)
+        """Begin anew unless this Trainer goes on with its run."""
+        watch_for_changes(pl_module, self.transformer)
         if stage == "fit":  # of a resumed run the checkpoint's state comes later
             self._restored = {}
             if trainer.global_step == 0:
@@ -92,6 +93,7 @@ class RedundancyMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the sublayers and register the hooks, before anything is compiled."""
+        watch_for_changes(pl_module, self.transformer)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._trainer = trainer
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
@@ -128,6 +130,7 @@ class RedundancyMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once the measured optimizer step is done, write and log the importances."""
+        watch_for_bypass(pl_module, self.transformer)
         tracker = self._require_tracker()
         tracker.stop()
         if self._steps.taken(trainer) and self._measured:
@@ -146,6 +149,7 @@ class RedundancyMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the model after an error, too."""
+        leave_structure(pl_module)
         if self._tracker is not None:
             self._tracker.detach()
 

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
-from layershed.integration.module_hooks import callbacks_of, carry_progress, leave_structure
+from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
+from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.integration.strategies import refuse_sharded_speed
 from layershed.performance.speed import SpeedReport, measure_speed
@@ -82,8 +83,8 @@ class SpeedMonitor(Callback):
         self._dense_quality: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how far the run has come, and begin anew unless the model is still what was measured."""
-        carry_progress(pl_module, self.transformer)
+        """Begin anew unless the model is still what was measured."""
+        watch_for_changes(pl_module, self.transformer)
         if stage != "fit":
             return
         dropped = current_drop(pl_module)
@@ -97,6 +98,7 @@ class SpeedMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
+        watch_for_changes(pl_module, self.transformer)
         refuse_sharded_speed(trainer, "SpeedMonitor")
         settings = SpeedSettings(self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
         settings.check(find_transformer(pl_module, name=self.transformer))
@@ -117,6 +119,7 @@ class SpeedMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if something was dropped or restored."""
+        watch_for_bypass(pl_module, self.transformer)
         self._measure_if_changed(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,6 +142,10 @@ class SpeedMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was dropped at the very end."""
         self._measure_if_changed(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give a module in its original state its hooks back after an error, too."""
+        leave_structure(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The last measurement, as primitives."""

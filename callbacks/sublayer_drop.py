@@ -18,8 +18,8 @@ from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import reshard
 from layershed.integration.loaders import calibration_batches as batches_of
 from layershed.integration.loaders import check_text, validation_batches
-from layershed.integration.module_hooks import carry_structure, check_averaging, check_order, leave_structure
-from layershed.integration.preflight import check_monitors
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import check_averaging, check_monitors, check_order
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
     StepCounter,

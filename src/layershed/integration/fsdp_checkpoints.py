@@ -26,6 +26,7 @@ from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import INDEX_FILE, NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.integration.lightning_private import raw_optimizer, saves_shards
 from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
@@ -102,10 +103,10 @@ class ShardedCheckpoints:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """A state of which everything can be read back."""
-        raw: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+        raw: Optimizer = raw_optimizer(optimizer)
         reshard(self.pl_module)
         # shards are found by the number of their group; a whole state is found by names, and others read it, too
-        groups = [raw] if self.strategy._save_distributed_checkpoint else []
+        groups = [raw] if saves_shards(self.strategy) else []
         completed = complete_state(raw)
         try:
             with without_empty_groups(groups), withheld(self.pl_module):
@@ -123,7 +124,7 @@ class ShardedCheckpoints:
             checkpoint[_UNSTARTED_KEY], self._unstarted = self._unstarted, []
         strategy = self.strategy
         write = type(strategy).save_checkpoint
-        if not strategy._save_distributed_checkpoint:
+        if not saves_shards(strategy):
             write(strategy, checkpoint, filepath, storage_options)
             return
         path = Path(strategy.broadcast(filepath))
