@@ -12,9 +12,11 @@ from torch import nn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
-from layershed.integration.fsdp_checkpoints import reshard
+from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
+from layershed.integration.metric_names import LR_FACTOR, REGAINED, TRAINABLE_PARAMETERS, quality_name
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
+from layershed.integration.protocols import Quantizes
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
@@ -41,7 +43,7 @@ from layershed.recovery.optimizer_groups import (
 from layershed.saving.lora_folder import check_adapter_folder, save_adapter
 from layershed.surgery import dropped_sublayers
 
-Mode = Literal["lora", "full", "none"]
+RecoveryMode = Literal["lora", "full", "none"]
 Finish = Literal["merge", "adapter", "dequantize"]
 
 
@@ -90,7 +92,7 @@ class LoRARecovery(Callback):
     def __init__(
         self,
         start: int | None = None,
-        mode: Mode = "lora",
+        mode: RecoveryMode = "lora",
         rank: int = 8,
         alpha: int = 16,
         dropout: float = 0.0,
@@ -105,7 +107,7 @@ class LoRARecovery(Callback):
         folder: str = "adapter",
         transformer: str | None = None,
     ) -> None:
-        for what, value, known in (("mode", mode, get_args(Mode)), ("finish", finish, get_args(Finish))):
+        for what, value, known in (("mode", mode, get_args(RecoveryMode)), ("finish", finish, get_args(Finish))):
             if value not in known:
                 raise UnknownNameError(f"{what} of recovery", value, known)
         check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
@@ -143,6 +145,16 @@ class LoRARecovery(Callback):
         """The step of the beginning; None for that of the drop."""
         return self.start
 
+    @property
+    def trains_lora(self) -> bool:
+        """Whether LoRA is trained, and not everything that is left."""
+        return self.mode == "lora"
+
+    @property
+    def keeps_lora(self) -> bool:
+        """Whether LoRA stays in the model at the end."""
+        return self.finish == "adapter"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
         fit_strategy(trainer, self, pl_module, self.transformer)
@@ -163,7 +175,8 @@ class LoRARecovery(Callback):
             set_enabled(pl_module, False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a module in its original state its hooks back."""
+        """Give the strategy its methods back, and a module in its original state its hooks."""
+        give_back_strategy(trainer)
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,7 +216,7 @@ class LoRARecovery(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what the scheduled learning rate is multiplied by, which no monitor of learning rates sees."""
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
-            pl_module.log("recovery/lr_factor", self._factor())
+            pl_module.log(LR_FACTOR, self._factor())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -223,11 +236,11 @@ class LoRARecovery(Callback):
         """Tell how much of the lost loss came back."""
         if self.began is None:
             rank_zero_warn("LoRARecovery never began: the run ended before its step, or before any drop.")
-        losses = [trainer.callback_metrics.get(f"drop/loss_{when}") for when in ("before", "after", "end")]
+        losses = [trainer.callback_metrics.get(quality_name("loss", when)) for when in ("before", "after", "end")]
         if all(loss is not None for loss in losses):
             before, after, end = (float(loss) for loss in losses if loss is not None)
             if after > before:
-                publish(trainer, {"recovery/regained": (after - end) / (after - before)})
+                publish(trainer, {REGAINED: (after - end) / (after - before)})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge or save the adapters; after the last checkpoint, which can so be resumed."""
@@ -245,8 +258,9 @@ class LoRARecovery(Callback):
         merge_lora(transformer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the learning rates as they were."""
+        """Leave the learning rates and the strategy as they were."""
         self._rates.detach()
+        give_back_strategy(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it began and what the optimizer holds, as primitives."""
@@ -281,7 +295,8 @@ class LoRARecovery(Callback):
         if self.mode == "lora":
             refuse_averaging(trainer, self)
             check_targets(pl_module, self.options["target_modules"], name=self.transformer)
-        before = any(getattr(callback, "quantizes_before_recovery", False) for callback in callbacks_of(trainer))
+        quantizing = (other for other in callbacks_of(trainer) if isinstance(other, Quantizes))
+        before = any(other.quantizes_before_recovery for other in quantizing)
         if not before and quantization_of(pl_module, name=self.transformer) is None:
             return
         if self.mode == "full":
@@ -339,7 +354,7 @@ class LoRARecovery(Callback):
 
     def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        return {"recovery/trainable_parameters": float(trained)}
+        return {TRAINABLE_PARAMETERS: float(trained)}
 
     def _sharded(self, trainer: Trainer) -> bool:
         return self.mode == "lora" and is_sharded(trainer)
