@@ -8,15 +8,14 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from layershed.discovery.find import find_transformer
-from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
+from layershed.errors import RecoveryError, ScheduleError, UnknownNameError
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.metric_names import LR_FACTOR, REGAINED, TRAINABLE_PARAMETERS, quality_name
 from layershed.integration.module_hooks import carry_structure, leave_structure
-from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
-from layershed.integration.protocols import Quantizes
+from layershed.integration.preflight import check_order, check_start, refuse_averaging
+from layershed.integration.recovery_checks import check_recovery, check_resumed_lora, inject_before_sharding
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
@@ -26,8 +25,6 @@ from layershed.recovery.lora import (
     check_lora,
     check_targets,
     inject_lora,
-    lora_arguments,
-    lora_settings,
     merge_lora,
     set_enabled,
 )
@@ -163,16 +160,7 @@ class LoRARecovery(Callback):
             # anew for every fit; what a checkpoint says comes later
             self.began, self._layout, self._origin, self._dropped = None, None, None, ()
         if self._sharded(trainer) and (stage == "fit" or not adapted_modules(pl_module)):
-            if self.options["placement"] != "all":
-                raise RecoveryError(
-                    "LoRARecovery: under ModelParallelStrategy adapters are put in before the drop, and "
-                    "placement='neighbours' cannot be known then; use placement='all'."
-                )
-            frozen = {p for p in pl_module.parameters() if not p.requires_grad}
-            inject_lora(pl_module, name=self.transformer, **self.options)
-            for parameter in pl_module.parameters():
-                parameter.requires_grad_(parameter not in frozen)  # until recovery begins, everything trains
-            set_enabled(pl_module, False)
+            inject_before_sharding(pl_module, self.options, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the strategy its methods back, and a module in its original state its hooks."""
@@ -184,14 +172,20 @@ class LoRARecovery(Callback):
         check_order(trainer)
         self._trainer = trainer
         transformer = find_transformer(pl_module, name=self.transformer)
-        self._check(trainer, pl_module)
+        check_recovery(
+            trainer, pl_module, start=self.start, mode=self.mode, finish=self.finish, transformer=self.transformer
+        )
+        if self.mode == "lora":
+            refuse_averaging(trainer, self)
+            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)
         if self._origin is None:
             self._origin = layout_of(trainer.optimizers, pl_module)
         if self.began is not None and self.mode != "none":
-            self._check_resumed(transformer)
+            if self.mode == "lora":
+                check_resumed_lora(transformer, self.options)
             if self._layout is not None:
                 restore_layout(trainer.optimizers, pl_module, self._layout)
                 forget_parameters(trainer.optimizers, transformer)
@@ -202,7 +196,7 @@ class LoRARecovery(Callback):
         self._steps.start(trainer)
         if self.began is not None:
             if self._sharded(trainer):  # its state came after on_fit_start
-                self._check_resumed(find_transformer(pl_module, name=self.transformer))
+                check_resumed_lora(find_transformer(pl_module, name=self.transformer), self.options)
                 self._rates.attach(trainer.optimizers)
                 restore_empty_rates(trainer)
             trainer.should_stop = self.mode == "none"
@@ -280,45 +274,6 @@ class LoRARecovery(Callback):
         if trainer.optimizers and state["layout"] is not None:
             restore_layout(trainer.optimizers, pl_module, state["layout"])
             forget_parameters(trainer.optimizers, transformer)
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._sharded(trainer) and self.finish != "adapter":
-            raise RecoveryError(
-                f"LoRARecovery(finish={self.finish!r}): weights that ModelParallelStrategy shards cannot be merged "
-                "into; use finish='adapter', and layershed.merge_lora on the base and the adapter afterwards."
-            )
-        if self.start is None and waits_for_nothing(trainer, pl_module):
-            raise ScheduleError(
-                "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
-                "the callbacks; set start to an optimizer step."
-            )
-        if self.mode == "lora":
-            refuse_averaging(trainer, self)
-            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
-        quantizing = (other for other in callbacks_of(trainer) if isinstance(other, Quantizes))
-        before = any(other.quantizes_before_recovery for other in quantizing)
-        if not before and quantization_of(pl_module, name=self.transformer) is None:
-            return
-        if self.mode == "full":
-            raise RecoveryError(
-                "LoRARecovery(mode='full'): quantized weights cannot be trained; use mode='lora', or quantize at the "
-                "end (Quantization(start='end'))."
-            )
-        if self.mode == "lora" and self.finish == "merge":
-            raise QuantizationError(
-                "LoRARecovery(finish='merge'): merging into quantized weights would round the recovery away; use "
-                "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
-            )
-
-    def _check_resumed(self, transformer: nn.Module) -> None:
-        """Refuse other adapters than those of the interrupted run."""
-        found = lora_settings(transformer)
-        wanted = lora_arguments(**self.options)
-        if self.mode == "lora" and found is not None and found["settings"] != wanted:
-            raise CheckpointError(
-                f"LoRARecovery: the checkpoint's adapters have the settings {found['settings']}, and this run asks for "
-                f"{wanted}; resume with the same."
-            )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step

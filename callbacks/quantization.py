@@ -123,8 +123,8 @@ class Quantization(Callback):
         check_quantizable(pl_module, self.options["skip_modules"], name=self.transformer)
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "Quantization(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
-                "the callbacks; set start to an optimizer step, or to 'end'."
+                "Quantization(start=None): it starts at the drop, but nothing is dropped and no SublayerDrop is "
+                "listed. Add one, or set start to an optimizer step or to 'end'."
             )
         lora = [other for other in callbacks_of(trainer) if isinstance(other, TrainsLoRA) and other.trains_lora]
         if self.start == "end" and any(other.keeps_lora for other in lora):
