@@ -1,8 +1,9 @@
-"""One contract test for each private part of Lightning that layershed uses: it fails by name when Lightning changes it."""
+"""A contract test for each private part of Lightning that layershed uses: it fails by name when Lightning changes."""
 
 import ast
 import importlib
 import inspect
+import itertools
 import pkgutil
 from pathlib import Path
 
@@ -32,17 +33,18 @@ class At(pl.Callback):
         self.ask, self.found = ask, []
         setattr(self, hook, self.called)
 
-    def called(self, trainer, *_):
+    def called(self, trainer, *_, **__):
         self.found.append(self.ask(trainer))
 
 
 @pytest.fixture
 def asked(make_trainer):
     """What a function says at every call of a hook of a fit over two epochs."""
+    numbers = itertools.count()
 
     def go(hook, ask, train=stateful, **settings):
         at = At(hook, ask)
-        trainer = make_trainer(at, csv=True, **{"max_steps": 2 * EPOCH, **settings})
+        trainer = make_trainer(at, csv=True, name=f"fit-{next(numbers)}", **{"max_steps": 2 * EPOCH, **settings})
         fit_foreign(trainer, train=train())
         return at.found
 
@@ -256,19 +258,20 @@ def test_replace_loop_method_stands_in_the_place_that_lightning_calls(make_train
 
 
 def test_steering_functions_reach_only_what_the_loops_have(make_trainer):
-    """What ends a resumed fit is tried as a whole in tests/callbacks/test_exact_resume.py; here every name is looked up."""
+    """Here every name is looked up; test_exact_resume.py tries what ends a resumed fit as a whole."""
     trainer = make_trainer(max_steps=1)
     fit_foreign(trainer, train=stateful())
     loop, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
     for owner, names in (
         (
             loop,
-            ["restarting", "_restarting", "_resuming_from_checkpoint", "is_resuming", "restarted_mid_epoch", "done"],
+            ["restarting", "_restarting", "_resuming_from_checkpoint", "is_resuming", "restarted_mid_epoch"],
         ),
-        (loop, ["skip", "max_batches", "on_iteration_done", "on_run_end", "on_advance_end", "_combined_loader"]),
+        (type(loop), ["done", "skip"]),
+        (loop, ["max_batches", "on_iteration_done", "on_run_end", "on_advance_end", "_combined_loader"]),
         (batches, ["restarting", "_batches_that_stepped", "_should_accumulate", "on_iteration_done", "reset"]),
         (batches.batch_progress, ["increment_completed", "is_last_batch", "current", "total"]),
-        (trainer._logger_connector, ["epoch_end_reached", "should_update_logs", "metrics"]),
+        (type(trainer._logger_connector), ["epoch_end_reached", "should_update_logs", "metrics"]),
     ):
         for name in names:
             assert hasattr(owner, name), f"{type(owner).__name__}.{name}"
@@ -290,11 +293,12 @@ def test_trainer_of(make_trainer):
 
 
 def private_names():
-    """Every private name that a class of Lightning's Trainer has, in its body or set on itself."""
+    """Every private name of Lightning's classes around the Trainer: their methods, and what they set on themselves."""
     found = set()
     packages = ["callbacks", "loggers", "loops", "overrides", "plugins", "strategies", "trainer", "core"]
-    for package in packages:
-        root = importlib.import_module(f"lightning.pytorch.{package}")
+    places = [f"lightning.pytorch.{package}" for package in packages]
+    for place in (*places, "lightning.fabric.loggers", "lightning.fabric.plugins", "lightning.fabric.strategies"):
+        root = importlib.import_module(place)
         for info in pkgutil.walk_packages(root.__path__, f"{root.__name__}."):
             if any(part in info.name for part in ("xla", "wandb", "mlflow", "comet", "neptune", "litlogger")):
                 continue
@@ -332,7 +336,9 @@ def overridden_names(tree):
 
 
 def sources():
-    for path in (*(ROOT / "src" / "layershed").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")):
+    """The files of the rooms that know Lightning; test_layout.py keeps it out of the others."""
+    rooms = [ROOT / "callbacks", *(ROOT / "src" / "layershed" / room for room in ("integration", "training", "cli"))]
+    for path in sorted(path for room in rooms for path in room.rglob("*.py")):
         if path.name != "lightning_private.py":
             yield path, ast.parse(path.read_text(encoding="utf-8"))
 
