@@ -11,6 +11,7 @@ from rich.console import Console
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
+from layershed.integration.metric_names import quality_name
 from layershed.integration.module_hooks import (
     leave_structure,
     refuse_shards_changed_by_hand,
@@ -141,7 +142,7 @@ class Report(Callback):
     def _note_quality(self, trainer: Trainer) -> None:
         """Take up what SublayerDrop logged, and put it into the loss curve, too."""
         for when in ("before", "after", "end"):
-            loss, accuracy = (trainer.callback_metrics.get(f"drop/{name}_{when}") for name in ("loss", "accuracy"))
+            loss, accuracy = (trainer.callback_metrics.get(quality_name(name, when)) for name in ("loss", "accuracy"))
             if loss is None or accuracy is None:
                 continue
             quality = Quality(loss.item(), accuracy.item(), 0)

@@ -19,6 +19,7 @@ from torch import nn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import LayershedError, StrategyError
+from layershed.integration.fsdp_checkpoints import withhold_weights
 from layershed.integration.strategies import is_sharded
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, has_structure, write_structure
 from layershed.stand_ins.install import overridden
@@ -62,6 +63,7 @@ class StructureHooks:
             write_structure(checkpoint, self.pl_module, name=self.transformer)
         elif (transformer := self.watched()) is not None:
             write_structure_made_by_hand(checkpoint, transformer)
+        withhold_weights(checkpoint, self.pl_module)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """``on_load_checkpoint``."""

@@ -15,13 +15,14 @@ from layershed.integration.lightning_private import (
     checks_after_train_epoch,
     saves_after_train_epoch,
 )
-from layershed.planning.schedule import DropSchedule
+from layershed.integration.metric_names import DROP, SPEED
+from layershed.integration.protocols import ActsAtStep, Drops, Placed
 from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, recover, export"
 _DROP, _LORA = 1, 3
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
-_WITH_THE_DROP = ("drop/", "speed/")
+_WITH_THE_DROP = (DROP, SPEED)
 
 
 def check_order(trainer: Trainer) -> None:
@@ -33,17 +34,18 @@ def check_order(trainer: Trainer) -> None:
     Raises:
         ScheduleError: If one is listed before, or acts before, one that must come first.
     """
-    ours = [(callback, callback.place) for callback in callbacks_of(trainer) if hasattr(callback, "place")]
+    ours = [(callback, callback.place) for callback in callbacks_of(trainer) if isinstance(callback, Placed)]
     for (first, place), (second, later) in pairwise(ours):
         if place > later:
             raise ScheduleError(
                 f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
             )
-    steps = [(callback, getattr(callback, "first_step", None)) for callback, place in ours if place <= _LORA]
+    acting = [callback for callback, place in ours if place <= _LORA]
+    steps = [(callback, callback.first_step if isinstance(callback, ActsAtStep) else None) for callback in acting]
     # none of their own: at the drop, or at once if that has happened before
     drop = next((step for _, step in steps[:1] if step is not None and ours[0][1] == _DROP), 0)
-    acting = [(callback, drop if step is None else step) for callback, step in steps]
-    for (first, step), (second, then) in pairwise(acting):
+    due = [(callback, drop if step is None else step) for callback, step in steps]
+    for (first, step), (second, then) in pairwise(due):
         if step > then:
             raise ScheduleError(
                 f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
@@ -179,9 +181,9 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def waits_for_nothing(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether nothing is dropped, and no SublayerDrop is there to drop anything."""
-    schedules = (getattr(callback, "schedule", None) for callback in callbacks_of(trainer))
-    return not any(isinstance(schedule, DropSchedule) for schedule in schedules) and not dropped_sublayers(pl_module)
+    drops = any(isinstance(callback, Drops) for callback in callbacks_of(trainer))
+    return not drops and not dropped_sublayers(pl_module)
 
 
-def _name(callback: Callback) -> str:
+def _name(callback: object) -> str:
     return type(callback).__name__
