@@ -20,7 +20,7 @@ from torch.utils.data import RandomSampler
 import layershed.callbacks
 from layershed.integration import lightning_private as private
 from tests.support.killed import EPOCH, plain, stateful
-from tests.support.runs import Foreign, fit_foreign, val_loader
+from tests.support.runs import Foreign, Save, fit_foreign, val_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 ROOT = Path(__file__).parents[2]
@@ -154,9 +154,7 @@ def test_train_loaders_and_is_stateful(asked):
 def test_load_loader_states_moves_the_train_loader(make_trainer, tmp_path):
     """Set up early, which Lightning then leaves at its start."""
     path = tmp_path / "4.ckpt"
-    trainer = make_trainer(max_steps=4)
-    fit_foreign(trainer, train=stateful())
-    trainer.save_checkpoint(path)
+    fit_foreign(make_trainer(Save(path, 4), max_steps=4), train=stateful())
     early = At("setup", lambda trainer: private.set_up_train_loader(trainer))
     load = At("on_train_start", lambda trainer: private.load_loader_states(trainer))
     position = At("on_train_start", lambda trainer: private.train_loaders(trainer)[0].state_dict()["_num_yielded"])
@@ -222,7 +220,7 @@ def test_announce_validation_has_lightning_resume_with_it(make_trainer, tmp_path
     for announced in (False, True):
         checkpoint = torch.load(path, weights_only=True)
         if announced:
-            private.announce_validation(checkpoint["loops"]["fit_loop"])
+            private.announce_validation(checkpoint)
         torch.save(checkpoint, path)
         validated = At("on_validation_end", lambda trainer: trainer.global_step)
         trainer = make_trainer(validated, max_steps=2 * EPOCH)
@@ -239,6 +237,14 @@ def test_forget_validation(asked):
         return before, loop.val_loop._has_run
 
     assert asked("on_train_end", ask, max_steps=EPOCH) == [(True, False)]
+
+
+def test_fit_loops(make_trainer):
+    trainer = make_trainer()
+    names = ["run", "reset", "done", "on_run_start", "on_iteration_done", "advance"]
+    for loop in private.fit_loops(trainer):
+        assert [name for name in names if not hasattr(type(loop), name)] == []
+    assert private.fit_loops(trainer)[1] is not trainer.fit_loop
 
 
 @pytest.mark.parametrize("name", ["run", "on_advance_start", "advance", "on_advance_end", "on_run_start", "reset"])
