@@ -11,8 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from layershed.callbacks import RedundancyMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, RedundancyMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
+from tests.support.killed import stateful
 from tests.support.models import build_model
 from tests.support.runs import (
     Broken,
@@ -233,7 +234,8 @@ def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_
         return [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular")]
 
     def run(name, *callbacks, ckpt_path=None):
-        trainer = make_trainer(*monitors(), *callbacks, name=name, max_steps=8, accumulate_grad_batches=2)
+        own = [ExactResume(), *monitors(), *callbacks]
+        trainer = make_trainer(*own, name=name, max_steps=8, accumulate_grad_batches=2)
         trainer.fit(causal_lm(**still), datamodule=text_data(), ckpt_path=ckpt_path)
 
     cut, stop = tmp_path / "cut.ckpt", 7
@@ -322,14 +324,14 @@ def test_a_step_of_which_nothing_finite_is_left_has_no_rows(make_trainer, tmp_pa
     assert trainer.callback_metrics["importance/skipped"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint was written between two optimizer steps")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_what_was_left_out_before_an_interruption_is_counted_after_it(make_trainer, tmp_path):
     """The first of two micro-batches of step 2 came with a pass of NaN, before the checkpoint."""
     for name, ckpt_path in (("whole", None), ("resumed", tmp_path / "cut.ckpt")):
         save = SaveMiddle(tmp_path / "cut.ckpt", 2)
         trainer = make_trainer(RedundancyMonitor(2), save, name=name, max_steps=2, accumulate_grad_batches=2)
         with pytest.warns(UserWarning, match="step 2: 1 of 3 forward passes left out"):
-            trainer.fit(Broken(beside=(2,)), loader(8), val_loader(), ckpt_path=ckpt_path)
+            trainer.fit(Broken(beside=(2,)), stateful(8), val_loader(), ckpt_path=ckpt_path)
 
 
 @pytest.fixture
