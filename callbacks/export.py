@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layershed.discovery.find import find_transformer
 from layershed.files.atomic import refuse_source
-from layershed.integration.module_hooks import check_order
+from layershed.integration.preflight import check_order
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded
 from layershed.saving.pretrained import check_folder, save_pretrained

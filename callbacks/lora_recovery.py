@@ -8,20 +8,14 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from layershed.discovery.find import find_transformer
-from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError, UnknownNameError
-from layershed.integration.fsdp_checkpoints import reshard
-from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_structure,
-    check_order,
-    check_start,
-    leave_structure,
-    refuse_averaging,
-    waits_for_nothing,
-)
+from layershed.errors import RecoveryError, ScheduleError, UnknownNameError
+from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
+from layershed.integration.metric_names import LR_FACTOR, REGAINED, TRAINABLE_PARAMETERS, quality_name
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import check_order, check_start, refuse_averaging
+from layershed.integration.recovery_checks import check_recovery, check_resumed_lora, inject_before_sharding
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
@@ -31,8 +25,6 @@ from layershed.recovery.lora import (
     check_lora,
     check_targets,
     inject_lora,
-    lora_arguments,
-    lora_settings,
     merge_lora,
     set_enabled,
 )
@@ -48,7 +40,7 @@ from layershed.recovery.optimizer_groups import (
 from layershed.saving.lora_folder import check_adapter_folder, save_adapter
 from layershed.surgery import dropped_sublayers
 
-Mode = Literal["lora", "full", "none"]
+RecoveryMode = Literal["lora", "full", "none"]
 Finish = Literal["merge", "adapter", "dequantize"]
 
 
@@ -97,7 +89,7 @@ class LoRARecovery(Callback):
     def __init__(
         self,
         start: int | None = None,
-        mode: Mode = "lora",
+        mode: RecoveryMode = "lora",
         rank: int = 8,
         alpha: int = 16,
         dropout: float = 0.0,
@@ -112,7 +104,7 @@ class LoRARecovery(Callback):
         folder: str = "adapter",
         transformer: str | None = None,
     ) -> None:
-        for what, value, known in (("mode", mode, get_args(Mode)), ("finish", finish, get_args(Finish))):
+        for what, value, known in (("mode", mode, get_args(RecoveryMode)), ("finish", finish, get_args(Finish))):
             if value not in known:
                 raise UnknownNameError(f"{what} of recovery", value, known)
         check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
@@ -150,6 +142,16 @@ class LoRARecovery(Callback):
         """The step of the beginning; None for that of the drop."""
         return self.start
 
+    @property
+    def trains_lora(self) -> bool:
+        """Whether LoRA is trained, and not everything that is left."""
+        return self.mode == "lora"
+
+    @property
+    def keeps_lora(self) -> bool:
+        """Whether LoRA stays in the model at the end."""
+        return self.finish == "adapter"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
         fit_strategy(trainer, self, pl_module, self.transformer)
@@ -158,19 +160,11 @@ class LoRARecovery(Callback):
             # anew for every fit; what a checkpoint says comes later
             self.began, self._layout, self._origin, self._dropped = None, None, None, ()
         if self._sharded(trainer) and (stage == "fit" or not adapted_modules(pl_module)):
-            if self.options["placement"] != "all":
-                raise RecoveryError(
-                    "LoRARecovery: under ModelParallelStrategy adapters are put in before the drop, and "
-                    "placement='neighbours' cannot be known then; use placement='all'."
-                )
-            frozen = {p for p in pl_module.parameters() if not p.requires_grad}
-            inject_lora(pl_module, name=self.transformer, **self.options)
-            for parameter in pl_module.parameters():
-                parameter.requires_grad_(parameter not in frozen)  # until recovery begins, everything trains
-            set_enabled(pl_module, False)
+            inject_before_sharding(pl_module, self.options, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a module in its original state its hooks back."""
+        """Give the strategy its methods back, and a module in its original state its hooks."""
+        give_back_strategy(trainer)
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,14 +172,20 @@ class LoRARecovery(Callback):
         check_order(trainer)
         self._trainer = trainer
         transformer = find_transformer(pl_module, name=self.transformer)
-        self._check(trainer, pl_module)
+        check_recovery(
+            trainer, pl_module, start=self.start, mode=self.mode, finish=self.finish, transformer=self.transformer
+        )
+        if self.mode == "lora":
+            refuse_averaging(trainer, self)
+            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)
         if self._origin is None:
             self._origin = layout_of(trainer.optimizers, pl_module)
         if self.began is not None and self.mode != "none":
-            self._check_resumed(transformer)
+            if self.mode == "lora":
+                check_resumed_lora(transformer, self.options)
             if self._layout is not None:
                 restore_layout(trainer.optimizers, pl_module, self._layout)
                 forget_parameters(trainer.optimizers, transformer)
@@ -196,7 +196,7 @@ class LoRARecovery(Callback):
         self._steps.start(trainer)
         if self.began is not None:
             if self._sharded(trainer):  # its state came after on_fit_start
-                self._check_resumed(find_transformer(pl_module, name=self.transformer))
+                check_resumed_lora(find_transformer(pl_module, name=self.transformer), self.options)
                 self._rates.attach(trainer.optimizers)
                 restore_empty_rates(trainer)
             trainer.should_stop = self.mode == "none"
@@ -210,7 +210,7 @@ class LoRARecovery(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what the scheduled learning rate is multiplied by, which no monitor of learning rates sees."""
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
-            pl_module.log("recovery/lr_factor", self._factor())
+            pl_module.log(LR_FACTOR, self._factor())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -230,11 +230,11 @@ class LoRARecovery(Callback):
         """Tell how much of the lost loss came back."""
         if self.began is None:
             rank_zero_warn("LoRARecovery never began: the run ended before its step, or before any drop.")
-        losses = [trainer.callback_metrics.get(f"drop/loss_{when}") for when in ("before", "after", "end")]
+        losses = [trainer.callback_metrics.get(quality_name("loss", when)) for when in ("before", "after", "end")]
         if all(loss is not None for loss in losses):
             before, after, end = (float(loss) for loss in losses if loss is not None)
             if after > before:
-                publish(trainer, {"recovery/regained": (after - end) / (after - before)})
+                publish(trainer, {REGAINED: (after - end) / (after - before)})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge or save the adapters; after the last checkpoint, which can so be resumed."""
@@ -252,8 +252,9 @@ class LoRARecovery(Callback):
         merge_lora(transformer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the learning rates as they were."""
+        """Leave the learning rates and the strategy as they were."""
         self._rates.detach()
+        give_back_strategy(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it began and what the optimizer holds, as primitives."""
@@ -273,44 +274,6 @@ class LoRARecovery(Callback):
         if trainer.optimizers and state["layout"] is not None:
             restore_layout(trainer.optimizers, pl_module, state["layout"])
             forget_parameters(trainer.optimizers, transformer)
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._sharded(trainer) and self.finish != "adapter":
-            raise RecoveryError(
-                f"LoRARecovery(finish={self.finish!r}): weights that ModelParallelStrategy shards cannot be merged "
-                "into; use finish='adapter', and layershed.merge_lora on the base and the adapter afterwards."
-            )
-        if self.start is None and waits_for_nothing(trainer, pl_module):
-            raise ScheduleError(
-                "LoRARecovery(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
-                "the callbacks; set start to an optimizer step."
-            )
-        if self.mode == "lora":
-            refuse_averaging(trainer, self)
-            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
-        before = any(getattr(callback, "quantizes_before_recovery", False) for callback in callbacks_of(trainer))
-        if not before and quantization_of(pl_module, name=self.transformer) is None:
-            return
-        if self.mode == "full":
-            raise RecoveryError(
-                "LoRARecovery(mode='full'): quantized weights cannot be trained; use mode='lora', or quantize at the "
-                "end (Quantization(start='end'))."
-            )
-        if self.mode == "lora" and self.finish == "merge":
-            raise QuantizationError(
-                "LoRARecovery(finish='merge'): merging into quantized weights would round the recovery away; use "
-                "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
-            )
-
-    def _check_resumed(self, transformer: nn.Module) -> None:
-        """Refuse other adapters than those of the interrupted run."""
-        found = lora_settings(transformer)
-        wanted = lora_arguments(**self.options)
-        if self.mode == "lora" and found is not None and found["settings"] != wanted:
-            raise CheckpointError(
-                f"LoRARecovery: the checkpoint's adapters have the settings {found['settings']}, and this run asks for "
-                f"{wanted}; resume with the same."
-            )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
@@ -346,7 +309,7 @@ class LoRARecovery(Callback):
 
     def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        return {"recovery/trainable_parameters": float(trained)}
+        return {TRAINABLE_PARAMETERS: float(trained)}
 
     def _sharded(self, trainer: Trainer) -> bool:
         return self.mode == "lora" and is_sharded(trainer)

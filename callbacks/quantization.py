@@ -10,15 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
-from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_structure,
-    check_order,
-    check_start,
-    leave_structure,
-    refuse_averaging,
-    waits_for_nothing,
-)
+from layershed.integration.fsdp_checkpoints import give_back_strategy
+from layershed.integration.metric_names import BYTES, BYTES_BEFORE
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
+from layershed.integration.protocols import TrainsLoRA
 from layershed.integration.run import StepCounter, current_drop, publish, rewrap
 from layershed.integration.strategies import fit_strategy, is_sharded
 from layershed.quantization import (
@@ -106,7 +102,8 @@ class Quantization(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a module in its original state its hooks back."""
+        """Give the strategy its methods back, and a module in its original state its hooks."""
+        give_back_strategy(trainer)
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,11 +123,11 @@ class Quantization(Callback):
         check_quantizable(pl_module, self.options["skip_modules"], name=self.transformer)
         if self.start is None and waits_for_nothing(trainer, pl_module):
             raise ScheduleError(
-                "Quantization(start=None): it waits for a drop, and nothing is dropped, and no SublayerDrop is among "
-                "the callbacks; set start to an optimizer step, or to 'end'."
+                "Quantization(start=None): it starts at the drop, but nothing is dropped and no SublayerDrop is "
+                "listed. Add one, or set start to an optimizer step or to 'end'."
             )
-        lora = [callback for callback in callbacks_of(trainer) if getattr(callback, "mode", "") == "lora"]
-        if self.start == "end" and any(getattr(callback, "finish", "") == "adapter" for callback in lora):
+        lora = [other for other in callbacks_of(trainer) if isinstance(other, TrainsLoRA) and other.trains_lora]
+        if self.start == "end" and any(other.keeps_lora for other in lora):
             raise QuantizationError(
                 "Quantization(start='end'): LoRARecovery(finish='adapter') leaves its adapters in the model, and "
                 "quantization comes before LoRA; use finish='merge', or quantize at the drop."
@@ -181,5 +178,5 @@ class Quantization(Callback):
             rewrap(trainer, pl_module)
         publish(
             trainer,
-            {"quantization/bytes_before": float(before), "quantization/bytes": float(stored_bytes(transformer))},
+            {BYTES_BEFORE: float(before), BYTES: float(stored_bytes(transformer))},
         )

@@ -13,12 +13,15 @@ from layershed.errors import NotFiniteError, ScheduleError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
 from layershed.integration.importance_csv import append, begin, note, take_up
+from layershed.integration.metric_names import importance_group, importance_name, skipped_name
 from layershed.integration.module_hooks import (
-    callbacks_of,
-    carry_progress,
     leave_structure,
     refuse_shards_changed_by_hand,
+    watch_for_bypass,
+    watch_for_changes,
 )
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.protocols import WritesHistory
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
     IMPORTANCE_FILE,
@@ -67,7 +70,7 @@ class RedundancyMonitor(Callback):
         self._restored: dict[str, Any] = {}
         self._file: Path | None = None
         self._writes = False
-        self._lost = False
+        self.history_was_lost = False
 
     @property
     def state_key(self) -> str:
@@ -79,8 +82,8 @@ class RedundancyMonitor(Callback):
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how far the run has come, and begin anew unless this Trainer goes on with its run."""
-        carry_progress(pl_module, self.transformer)
+        """Begin anew unless this Trainer goes on with its run."""
+        watch_for_changes(pl_module, self.transformer)
         if stage == "fit":  # of a resumed run the checkpoint's state comes later
             self._restored = {}
             if trainer.global_step == 0:
@@ -92,12 +95,13 @@ class RedundancyMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the sublayers and register the hooks, before anything is compiled."""
+        watch_for_changes(pl_module, self.transformer)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._trainer = trainer
         self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
         self._tracker.attach()
         self._file = run_directory(trainer) / IMPORTANCE_FILE
-        self._writes, self._lost = trainer.is_global_zero, False
+        self._writes, self.history_was_lost = trainer.is_global_zero, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin ``importance.csv``, with the history of the run that is resumed."""
@@ -113,19 +117,24 @@ class RedundancyMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
         self._measured = any(self.should_measure(step) for step in self._steps.coming(trainer))
-        self._require_tracker().active = self._measured
+        tracker = self._require_tracker()
+        if self._measured:
+            tracker.start()
+        else:
+            tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Switch them off: the passes that other callbacks make at the end of a batch are not the training step's."""
         if pl_module.automatic_optimization:
-            self._require_tracker().active = False
+            self._require_tracker().stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once the measured optimizer step is done, write and log the importances."""
+        watch_for_bypass(pl_module, self.transformer)
         tracker = self._require_tracker()
-        tracker.active = False
+        tracker.stop()
         if self._steps.taken(trainer) and self._measured:
             try:
                 rows = list(tracker.compute().rows())
@@ -142,6 +151,7 @@ class RedundancyMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the model after an error, too."""
+        leave_structure(pl_module)
         if self._tracker is not None:
             self._tracker.detach()
 
@@ -164,26 +174,26 @@ class RedundancyMonitor(Callback):
                 begin(file)
         elif not take_up(noted, file, trainer.ckpt_path):
             begin(file)
-            self._lost = True
-            if not any(getattr(other, "_lost", False) for other in callbacks_of(trainer) if other is not self):
+            others = [other for other in callbacks_of(trainer) if isinstance(other, WritesHistory)]
+            said, self.history_was_lost = any(other.history_was_lost for other in others), True
+            if not said:
                 rank_zero_warn(
                     f"RedundancyMonitor: neither {noted['file']} nor a file beside the checkpoint holds what was "
-                    f"measured before; {file} begins behind step {trainer.global_step}."
+                    f"measured before; {file} begins after step {trainer.global_step}."
                 )
 
     def _record(self, trainer: Trainer, rows: list[tuple[int, str, float]], skipped: int) -> None:
         if self._writes and self._file is not None:
             step = trainer.global_step
             append(self._file, (f"{step},{block},{kind},{self.metric},{value!r}" for block, kind, value in rows))
-        # two monitors of different metrics must not log under one name
-        group = "importance" if self.metric == "cosine" else f"importance_{self.metric}"
-        fresh = {f"{group}/{kind}.{block}": value for block, kind, value in rows}
+        group = importance_group(self.metric)
+        fresh = {importance_name(group, kind, block): value for block, kind, value in rows}
         for kind in dict.fromkeys(kind for _, kind, _ in rows):
             values = [value for _, own, value in rows if own == kind]
             if values:
-                fresh[f"{group}/{kind}_mean"] = sum(values) / len(values)
-        if skipped or f"{group}/skipped" in self._latest:
-            fresh[f"{group}/skipped"] = float(skipped)
+                fresh[importance_name(group, kind, "mean")] = sum(values) / len(values)
+        if skipped or skipped_name(group) in self._latest:
+            fresh[skipped_name(group)] = float(skipped)
         self._latest.update(fresh)
         publish(trainer, fresh)
 

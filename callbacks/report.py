@@ -11,7 +11,13 @@ from rich.console import Console
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
-from layershed.integration.module_hooks import carry_progress, leave_structure, refuse_shards_changed_by_hand
+from layershed.integration.metric_names import quality_name
+from layershed.integration.module_hooks import (
+    leave_structure,
+    refuse_shards_changed_by_hand,
+    watch_for_bypass,
+    watch_for_changes,
+)
 from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.performance.speed import SpeedReport
 from layershed.quality import Quality
@@ -66,13 +72,14 @@ class Report(Callback):
         self._stale: set[tuple[str, int]] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how far the run has come, and begin anew unless this Trainer goes on with its run."""
-        carry_progress(pl_module)
+        """Begin anew unless this Trainer goes on with its run."""
+        watch_for_changes(pl_module)
         if stage == "fit" and trainer.global_step == 0:  # of a resumed run the checkpoint's state comes later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which files an earlier run left in the directory: those that belong to this run are written anew."""
+        watch_for_changes(pl_module)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._stale = set(_files(run_directory(trainer)).items())
 
@@ -84,6 +91,7 @@ class Report(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the training loss, and the quality around a drop."""
+        watch_for_bypass(pl_module)
         loss = trainer.callback_metrics.get(self.train_loss)
         step = trainer.global_step
         if loss is not None and step % self.every_n_steps == 0 and step != (self._curves["train"].last_step or 0):
@@ -114,6 +122,10 @@ class Report(Callback):
             console.print(summary_table(record))
             console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give a module in its original state its hooks back after an error, too."""
+        leave_structure(pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """Losses and qualities so far, as primitives."""
         return {
@@ -130,7 +142,7 @@ class Report(Callback):
     def _note_quality(self, trainer: Trainer) -> None:
         """Take up what SublayerDrop logged, and put it into the loss curve, too."""
         for when in ("before", "after", "end"):
-            loss, accuracy = (trainer.callback_metrics.get(f"drop/{name}_{when}") for name in ("loss", "accuracy"))
+            loss, accuracy = (trainer.callback_metrics.get(quality_name(name, when)) for name in ("loss", "accuracy"))
             if loss is None or accuracy is None:
                 continue
             quality = Quality(loss.item(), accuracy.item(), 0)

@@ -11,7 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
-from layershed.integration.module_hooks import callbacks_of, carry_progress, leave_structure
+from layershed.integration.metric_names import SDR, quality_name, speed_name
+from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.protocols import Drops
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.integration.strategies import refuse_sharded_speed
 from layershed.performance.speed import SpeedReport, measure_speed
@@ -20,9 +23,9 @@ from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.plan import Sublayer
 from layershed.surgery import removed_sublayers
 
-Mode = Literal["max", "min"]
+Better = Literal["max", "min"]
 # What SublayerDrop measures around the drop, and whether higher or lower is better.
-_AROUND_THE_DROP: dict[str, Mode] = {"accuracy": "max", "loss": "min", "perplexity": "min"}
+_AROUND_THE_DROP: dict[str, Better] = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 
 
 class SpeedMonitor(Callback):
@@ -68,7 +71,7 @@ class SpeedMonitor(Callback):
         runs: int = 9,
         transformer: str | None = None,
         quality: str | None = "accuracy",
-        quality_mode: Mode | None = None,
+        quality_mode: Better | None = None,
         phase: Phase = "decode",
     ) -> None:
         if phase not in get_args(Phase):
@@ -82,8 +85,8 @@ class SpeedMonitor(Callback):
         self._dense_quality: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how far the run has come, and begin anew unless the model is still what was measured."""
-        carry_progress(pl_module, self.transformer)
+        """Begin anew unless the model is still what was measured."""
+        watch_for_changes(pl_module, self.transformer)
         if stage != "fit":
             return
         dropped = current_drop(pl_module)
@@ -97,6 +100,7 @@ class SpeedMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse settings that cannot be measured."""
+        watch_for_changes(pl_module, self.transformer)
         refuse_sharded_speed(trainer, "SpeedMonitor")
         settings = SpeedSettings(self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
         settings.check(find_transformer(pl_module, name=self.transformer))
@@ -117,6 +121,7 @@ class SpeedMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if something was dropped or restored."""
+        watch_for_bypass(pl_module, self.transformer)
         self._measure_if_changed(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,13 +137,17 @@ class SpeedMonitor(Callback):
         if not dropped:
             self._dense_quality = value.item()
         elif self.report is not None and self._dense_quality is not None and dropped == self._measured:
-            sdr = {"speed/sdr": self._sdr(self.report, self._dense_quality, value.item())}
+            sdr = {SDR: self._sdr(self.report, self._dense_quality, value.item())}
             self._latest.update(sdr)
             publish(trainer, sdr)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was dropped at the very end."""
         self._measure_if_changed(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give a module in its original state its hooks back after an error, too."""
+        leave_structure(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The last measurement, as primitives."""
@@ -216,7 +225,7 @@ class SpeedMonitor(Callback):
                 )
             return {}
         name = "loss" if self.quality == "perplexity" else self.quality
-        before, after = (trainer.callback_metrics.get(f"drop/{name}_{when}") for when in ("before", "after"))
+        before, after = (trainer.callback_metrics.get(quality_name(name, when)) for when in ("before", "after"))
         if before is None or after is None:
             if _measures_around_drops(trainer):  # else it was said before
                 rank_zero_warn(
@@ -226,7 +235,7 @@ class SpeedMonitor(Callback):
             return {}
         if self.quality == "perplexity":
             before, after = before.exp(), after.exp()
-        return {"speed/sdr": self._sdr(report, before.item(), after.item())}
+        return {SDR: self._sdr(report, before.item(), after.item())}
 
     def _save(self, trainer: Trainer) -> None:
         folder = run_directory(trainer)
@@ -236,17 +245,19 @@ class SpeedMonitor(Callback):
 
 def _measures_around_drops(trainer: Trainer) -> bool:
     """Whether a SublayerDrop measures quality."""
-    return trainer.enable_validation and any(getattr(own, "quality_batches", 0) > 0 for own in callbacks_of(trainer))
+    return trainer.enable_validation and any(
+        isinstance(other, Drops) and other.quality_batches > 0 for other in callbacks_of(trainer)
+    )
 
 
 def _names(sublayers: Iterable[Sublayer]) -> str:
     return ", ".join(sublayer.name for sublayer in sublayers)
 
 
-def _mode_of(quality: str | None, given: Mode | None) -> Mode | None:
+def _mode_of(quality: str | None, given: Better | None) -> Better | None:
     """Whether more or less of a quality is better."""
     known = _AROUND_THE_DROP.get(quality or "")
-    if quality is not None and known is None and given not in get_args(Mode):
+    if quality is not None and known is None and given not in get_args(Better):
         raise MeasurementError(
             f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): say whether 'max' or 'min' is better; what "
             f"SublayerDrop measures is called {', '.join(_AROUND_THE_DROP)}."
@@ -261,19 +272,19 @@ def _mode_of(quality: str | None, given: Mode | None) -> Mode | None:
 def _figures(report: SpeedReport) -> dict[str, float]:
     """Everything of a measurement that is logged."""
     figures: dict[str, float] = {
-        "speed/parameters": float(report.parameters_dropped),
-        "speed/kv_bytes_per_token": report.kv_bytes_dropped,
-        "speed/peak_memory": float(report.peak_memory_dropped),
-        "speed/file_bytes": float(report.file_bytes_dropped),
-        "speed/prefill_ms": report.prefill_ms[1],
-        "speed/decode_ms": report.decode_ms[1],
+        "parameters": float(report.parameters_dropped),
+        "kv_bytes_per_token": report.kv_bytes_dropped,
+        "peak_memory": float(report.peak_memory_dropped),
+        "file_bytes": float(report.file_bytes_dropped),
+        "prefill_ms": report.prefill_ms[1],
+        "decode_ms": report.decode_ms[1],
     }
     for name, phase in (("prefill", report.prefill), ("decode", report.decode)):
-        figures[f"speed/{name}_tokens_per_s_dense"] = phase.dense
-        figures[f"speed/{name}_tokens_per_s"] = phase.dropped
-        figures[f"speed/{name}_speedup"] = phase.speedup.median
-        figures[f"speed/{name}_speedup_low"] = phase.speedup.low
-        figures[f"speed/{name}_speedup_high"] = phase.speedup.high
+        figures[f"{name}_tokens_per_s_dense"] = phase.dense
+        figures[f"{name}_tokens_per_s"] = phase.dropped
+        figures[f"{name}_speedup"] = phase.speedup.median
+        figures[f"{name}_speedup_low"] = phase.speedup.low
+        figures[f"{name}_speedup_high"] = phase.speedup.high
         if phase.predicted is not None:
-            figures[f"speed/{name}_predicted"] = phase.predicted
-    return figures
+            figures[f"{name}_predicted"] = phase.predicted
+    return {speed_name(name): value for name, value in figures.items()}

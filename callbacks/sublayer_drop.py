@@ -15,11 +15,12 @@ from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker, estimate_importance
 from layershed.integration.drop_rule import DropRule, resolve_protected
-from layershed.integration.fsdp_checkpoints import reshard
+from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.loaders import calibration_batches as batches_of
 from layershed.integration.loaders import check_text, validation_batches
-from layershed.integration.module_hooks import carry_structure, check_averaging, check_order, leave_structure
-from layershed.integration.preflight import check_monitors
+from layershed.integration.metric_names import REACHED_SPEEDUP, dropped_name, quality_name
+from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.preflight import check_averaging, check_monitors, check_order
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
     StepCounter,
@@ -167,7 +168,8 @@ class SublayerDrop(Callback):
                 self.plan, self.quality, self.speedup = None, {}, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a dense module its hooks back; a dropped one may still be saved."""
+        """Give the strategy its methods back, and a dense module its hooks; a dropped one may still be saved."""
+        give_back_strategy(trainer)
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,19 +214,22 @@ class SublayerDrop(Callback):
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
-            self._tracker.active = any(self.should_drop(step) for step in ahead)
+            if any(self.should_drop(step) for step in ahead):
+                self._tracker.start()
+            else:
+                self._tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop watching: the passes that other callbacks make at the end of a batch are not the training step's."""
         if self._tracker is not None and pl_module.automatic_optimization:
-            self._tracker.active = False
+            self._tracker.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Drop, if the optimizer step that just ended is a drop step."""
         if self._tracker is not None:
-            self._tracker.active = False
+            self._tracker.stop()
         if any(self.should_drop(step) for step in self._steps.taken(trainer)):
             self._drop(trainer, pl_module)
 
@@ -245,8 +250,9 @@ class SublayerDrop(Callback):
             self._tracker.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off the model after an error, too."""
+        """After an error, too, take the hooks off the model and give the strategy its methods back."""
         self.on_fit_end(trainer, pl_module)
+        give_back_strategy(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Plan, qualities and running sums, as primitives."""
@@ -303,20 +309,20 @@ class SublayerDrop(Callback):
         with trainer.precision_plugin.forward_context():
             quality = evaluate_quality(pl_module, batches, max_batches=self.quality_batches, name=self.transformer)
         self.quality[when] = quality
-        publish(trainer, {f"drop/loss_{when}": quality.loss, f"drop/accuracy_{when}": quality.accuracy})
+        publish(trainer, {quality_name("loss", when): quality.loss, quality_name("accuracy", when): quality.accuracy})
 
     def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
         """Everything that was logged and still holds."""
         return {
             **self._drop_metrics(pl_module),
-            **{f"drop/loss_{when}": quality.loss for when, quality in self.quality.items()},
-            **{f"drop/accuracy_{when}": quality.accuracy for when, quality in self.quality.items()},
+            **{quality_name("loss", when): quality.loss for when, quality in self.quality.items()},
+            **{quality_name("accuracy", when): quality.accuracy for when, quality in self.quality.items()},
         }
 
     def _drop_metrics(self, pl_module: LightningModule) -> dict[str, float]:
         counts = count_by_kind(bypassed_sublayers(pl_module))
-        reached = {} if self.speedup is None else {"drop/speedup": self.speedup}
-        return {**{f"drop/{kind}": float(count) for kind, count in counts.items()}, **reached}
+        reached = {} if self.speedup is None else {REACHED_SPEEDUP: self.speedup}
+        return {**{dropped_name(kind): float(count) for kind, count in counts.items()}, **reached}
 
     def _save_plan(self, trainer: Trainer) -> None:
         folder: Path = run_directory(trainer)

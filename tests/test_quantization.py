@@ -17,13 +17,12 @@ from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt, dequantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize, quantize_as
 from layershed.recovery.lora import adapted_modules, inject_lora, merge_lora, remove_lora
-from tests.discovery.test_registry import GPT
-from tests.recovery.test_lora import ARCHITECTURES, dropped, learn, logits, maps, pick
+from tests.support.hand_written import GPT
+from tests.support.lora import ARCHITECTURES, dropped, learn, logits, maps, pick
 from tests.support.models import build_model
+from tests.support.rounding import EVEN, rounded
 
 MODES = ["nf4", "fp4", "int8"]
-# bitsandbytes repacks weights whose sides are multiples of 64
-EVEN = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -34,15 +33,6 @@ def architecture(request):
 @pytest.fixture(params=MODES)
 def mode(request):
     return request.param
-
-
-def rounded(weight, mode, double_quant=True):
-    """The weight after bitsandbytes' own rounding, as (out, in)."""
-    if mode == "int8":
-        codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-        return codes.float() * scales[:, None] / 127
-    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type=mode)
-    return functional.dequantize_4bit(codes, state)
 
 
 def by_hand(architecture, mode, *gone, **overrides):

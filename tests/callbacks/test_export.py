@@ -5,15 +5,36 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershed import load_pretrained
-from layershed.callbacks import Export, SublayerDrop
+from layershed.callbacks import (
+    Export,
+    LoRARecovery,
+    Quantization,
+    RedundancyMonitor,
+    Report,
+    SpeedMonitor,
+    SublayerDrop,
+)
 from layershed.discovery.find import find_sublayers
 from layershed.errors import ExportError
+from layershed.recovery.distillation import Distillation
 from layershed.saving.pretrained import load_plan, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, restore
-from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, val_loader
+from tests.support.runs import (
+    FILES,
+    Foreign,
+    HandRun,
+    Interrupt,
+    Interrupted,
+    causal_lm,
+    fit_foreign,
+    same,
+    state_of,
+    val_loader,
+)
 
 
 def logits_by_hand(net, dropped=(), **overrides):
@@ -168,3 +189,72 @@ def test_another_architecture_is_exported_as_exactly(make_trainer, tmp_path, mod
     module = fit_foreign(make_trainer(drop, Export(), max_steps=4), Other())
     assert len(drop.plan) == 2
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits(module.net))
+
+
+def whole_recipe(quantized):
+    """Drop in two rounds, quantize at the first one, recover by LoRA on top, and every watcher beside."""
+    return [
+        RedundancyMonitor(2),
+        SublayerDrop(3, count=2, every_n_steps=2, rounds=2, calibration_batches=2, quality_batches=2),
+        *([Quantization()] if quantized == "before" else []),
+        LoRARecovery(rank=4, finish="adapter" if quantized == "before" else "merge", warmup_steps=2),
+        *([Quantization(start="end")] if quantized == "end" else []),
+        SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1),
+        Export(),
+        Report(every_n_steps=2),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("quantized", ["before", "end"])
+def test_drop_quantization_lora_and_distillation_together_export_what_was_trained_and_resume(
+    make_trainer, tmp_path, text_data, unpainted, quantized
+):
+    """Killed between the rounds, with adapters in and the teacher on, and behind both."""
+
+    def run(name, *callbacks, ckpt_path=None):
+        own = whole_recipe(quantized)
+        last = ModelCheckpoint(tmp_path / f"{name}-ckpt", save_last=True, every_n_train_steps=1)
+        trainer = make_trainer(*own, last, *callbacks, name=name, csv=True, enable_checkpointing=True, max_steps=9)
+        module = causal_lm(distillation=Distillation(kind="both", temperature=2.0))
+        trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
+        return trainer, module, own[1]
+
+    trainer, module, drop = run("whole")
+    folder = tmp_path / "whole"
+    assert {path.name for path in folder.iterdir()} >= FILES
+    plan = json.loads((folder / "drop_plan.json").read_text())
+    assert plan == drop.plan.to_dict()
+    assert [entry["step"] for entry in plan["drops"]] == [3, 3, 5, 5]
+    assert dropped_sublayers(module) == tuple(sorted(drop.plan))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    # the drop, the rounding and the adapters part the student from its teacher
+    assert metrics["train_divergence"] > 0
+    assert metrics["train_loss"] == pytest.approx(
+        (metrics["train_lm_loss"] + metrics["train_divergence"]) / 2, rel=1e-5
+    )
+    assert {"recovery/trainable_parameters", "quantization/bytes", "drop/loss_end"} <= metrics.keys()
+
+    state, importance = state_of(trainer, module), (folder / "importance.csv").read_text()
+    for cut in (4, 7):
+        with pytest.raises(Interrupted):
+            run(f"killed-{cut}", Interrupt(cut))
+        again, resumed, own = run(f"resumed-{cut}", ckpt_path=tmp_path / f"killed-{cut}-ckpt" / "last.ckpt")
+        assert same(state_of(again, resumed), state)
+        assert (own.plan, own.quality) == (drop.plan, drop.quality)
+        assert (tmp_path / f"resumed-{cut}" / "importance.csv").read_text() == importance
+
+    loaded = load_pretrained(folder / "pruned")
+    assert dropped_sublayers(loaded) == dropped_sublayers(module)
+    assert (folder / "pruned" / "adapter").is_dir() == (quantized == "before")
+    module.eval()
+    batch = next(iter(text_data_batches(text_data)))
+    with torch.no_grad():
+        found, wanted = (net(input_ids=batch["input_ids"]).logits for net in (loaded, module.model))
+    assert torch.equal(found, wanted)
+
+
+def text_data_batches(text_data):
+    data = text_data()
+    data.setup()
+    return data.val_dataloader()

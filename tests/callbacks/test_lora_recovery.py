@@ -4,25 +4,22 @@ import copy
 import itertools
 import json
 import math
-import os
+import re
 import shutil
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DistributedSampler
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
-from layershed.callbacks import Export, LoRARecovery, Quantization, SublayerDrop
+from layershed.callbacks import Export, LoRARecovery, Quantization
 from layershed.discovery.bnb_layers import Linear4bit, dequantized_weight
 from layershed.errors import (
+    CheckpointError,
     ExportError,
     LayershedError,
     PlanError,
@@ -32,9 +29,11 @@ from layershed.errors import (
     UnknownNameError,
 )
 from layershed.quantization import quantization_of
+from layershed.recovery.distillation import Distillation
 from layershed.recovery.lora import adapted_modules
 from layershed.surgery import bypassed_sublayers
 from layershed.training.causal_lm import CausalLM
+from tests.support.lora_runs import ALPHA, RANK, Headed, dropping, recovery, refused_at_start
 from tests.support.runs import (
     BATCH,
     Foreign,
@@ -52,34 +51,11 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-from tests.support.two_ranks import run_two_ranks
+from tests.support.trainable import frozen_with_gradient, trainable
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 PART = {"attention": "self_attn", "mlp": "mlp"}
 ALL = [(block, kind) for block in range(4) for kind in ("attention", "mlp")]
-RANK, ALPHA = 4, 8
-
-
-class Headed(Foreign):
-    """A transformer and a linear head of one's own behind it."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        torch.manual_seed(3)
-        self.head = torch.nn.Linear(97, 97)
-
-    def loss(self, batch):
-        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
-        logits = logits + self.head(logits)
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-
-
-def dropping(start=4, **kwargs):
-    return SublayerDrop(start, **{"count": 3, "calibration_batches": 2, "quality_batches": 0, **kwargs})
-
-
-def recovery(**kwargs):
-    return LoRARecovery(**{"rank": RANK, "alpha": ALPHA, **kwargs})
 
 
 def keys(sublayers):
@@ -691,80 +667,159 @@ def test_options_without_a_meaning_are_refused_at_once(arguments, error, match):
 
 # Two ranks. Everything below runs in two processes of its own.
 
-STEPS, CUT = 8, 6
-RUNS = {
-    "lora": lambda: [dropping(quality_batches=1), recovery(warmup_steps=3)],
-    "qlora": lambda: [dropping(), Quantization(), recovery(finish="dequantize")],
-    "rounds": lambda: [dropping(3, count=2, every_n_steps=2, rounds=2), recovery()],
-    "adapter": lambda: [dropping(), recovery(finish="adapter")],
+
+class Grouped(Foreign):
+    """Blocks 2 and 3 hardly learn."""
+
+    def configure_optimizers(self):
+        late = [p for name, p in self.named_parameters() if block_of(name) in (2, 3)]
+        early = [p for name, p in self.named_parameters() if block_of(name) not in (2, 3)]
+        return torch.optim.AdamW([{"params": early, "lr": 1e-3}, {"params": late, "lr": 1e-6}])
+
+
+def block_of(name):
+    found = re.search(r"layers\.(\d+)\.", name)
+    return found and int(found[1])
+
+
+def test_no_frozen_parameter_has_a_gradient_once_recovery_began(make_trainer):
+    watch = Watch(lambda _, module: (frozen_with_gradient(module), any(".lora_" in n for n in trainable(module))))
+    fit_foreign(make_trainer(dropping(2), recovery(start=4), watch, max_steps=6))
+    assert [adapted for _, (_, adapted) in watch.seen] == [False, False, False, True, True, True]
+    assert all(not found for step, (found, _) in watch.seen if step >= 4)
+
+
+def test_recovery_at_the_drop_does_not_come_before_a_later_quantization(make_trainer):
+    trainer = make_trainer(dropping(3), Quantization(start=5), recovery(finish="adapter"))
+    refused_at_start(trainer, Foreign(), ScheduleError, "LoRARecovery acts at step 3, before Quantization at step 5")
+
+
+@pytest.mark.parametrize("lift", [ls.remove, ls.bypass])
+def test_recovery_at_once_does_not_come_before_a_later_quantization(make_trainer, lift):
+    module = Foreign()
+    lift(module, ls.find_sublayers(module)[2:4])
+    trainer = make_trainer(Quantization(start=3), recovery(finish="adapter"))
+    refused_at_start(trainer, module, ScheduleError, "LoRARecovery acts at step 0, before Quantization at step 3")
+
+
+def test_adapters_that_stay_are_not_quantized_under_at_the_end(make_trainer):
+    trainer = make_trainer(dropping(), recovery(finish="adapter"), Quantization(start="end"))
+    refused_at_start(trainer, Foreign(), QuantizationError, "finish='adapter'")
+
+
+def test_a_misspelt_target_is_refused_before_training(make_trainer):
+    trainer = make_trainer(dropping(), recovery(target_modules=["q_prj"]))
+    refused_at_start(trainer, Foreign(), RecoveryError, "q_prj")
+
+
+def test_adapters_of_another_origin_are_refused_before_training(make_trainer):
+    module = Foreign()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), module.net, "mine")
+    refused_at_start(make_trainer(dropping(), recovery()), module, RecoveryError, "mine")
+
+
+def test_a_skipped_module_that_is_not_there_is_refused_before_training(make_trainer):
+    trainer = make_trainer(dropping(), Quantization(skip_modules=["no_such"]), recovery(finish="adapter"))
+    refused_at_start(trainer, Foreign(), QuantizationError, "no_such")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: Quantization(compute_dtype="bf16"), UnknownNameError, "bf16"),
+        (lambda: Quantization("int8", compute_dtype="float16"), QuantizationError, "float16"),
+        (lambda: LoRARecovery(mode="full", finish="adapter"), RecoveryError, "finish='adapter'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_at_once(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_of_a_second_round_join_the_group_of_their_block(make_trainer, quantized):
+    def groups(trainer, module):
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return [{names[id(p)] for p in group["params"]} for group in trainer.optimizers[0].param_groups]
+
+    watch = Watch(groups)
+    between = [Quantization("nf4")] if quantized else []
+    own = recovery(placement="neighbours", finish="adapter")
+    drop = dropping(2, count=1, scope="attention", every_n_steps=2, rounds=2)
+    module = fit_foreign(make_trainer(drop, *between, own, watch, max_steps=5), Grouped())
+    assert [done.step for done in drop.plan.drops] == [2, 4]
+    (first_early, first_late), (early, late) = watch.seen[1][1], watch.seen[-1][1]
+    assert (bool(first_early), bool(first_late), bool(early)) == (False, True, True)  # the second brought others
+    assert {block_of(name) for name in early} <= {0, 1}
+    assert {block_of(name) for name in late} <= {2, 3}
+    assert early | late == trainable(module)
+    assert all(".lora_" in name for name in early | late)
+
+
+def fit_stateful(trainer, **kwargs):
+    module = Foreign()
+    trainer.fit(module, StatefulDataLoader(sequences(BATCH * 6), batch_size=BATCH), val_loader(), **kwargs)
+    return module
+
+
+RESUMED = {
+    "other rank": (lambda: [recovery()], lambda: [recovery(rank=8)], CheckpointError, "'r': 4.*'r': 8"),
+    "recovery passed": (lambda: [], lambda: [recovery(start=2)], ScheduleError, r"LoRARecovery\(start=2\).*step 4"),
+    "quantization passed": (
+        lambda: [],
+        lambda: [Quantization(start=2), recovery(start=6, finish="adapter")],
+        ScheduleError,
+        r"Quantization\(start=2\).*step 4",
+    ),
 }
-CONTINUED = ("qlora", "rounds")
 
 
-def two_ranks(folder):
-    """One rank's runs, and some resumed from their middle; saves what there is to compare, or what went wrong."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    for name, resumed in [*((name, False) for name in RUNS), *((name, True) for name in CONTINUED)]:
-        torch.manual_seed(100 + rank)  # nothing may depend on the rank's own random state
-        losses = Watch(lambda trainer, _: trainer.callback_metrics["train_loss"].item())
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            # a rank that waits in vain fails
-            strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20)),
-            logger=False,
-            default_root_dir=folder / f"{name}-{resumed}",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
-            max_steps=STEPS,
-            callbacks=[*RUNS[name](), losses, Save(folder / f"{name}.ckpt", CUT)],
-        )
-        module = Headed()
-        items = sequences(2 * BATCH * STEPS)
-        share = DistributedSampler(items, num_replicas=2, rank=rank, shuffle=False)
-        data = StatefulDataLoader(items, batch_size=BATCH, sampler=share)
-        try:
-            trainer.fit(module, data, val_loader(2), ckpt_path=folder / f"{name}.ckpt" if resumed else None)
-            found = {"state": state_of(trainer, module), "losses": [loss for _, loss in losses.seen]}
-        except Exception as error:
-            found = {"error": str(error)}
-        torch.save(found, folder / f"{name}-{resumed}-{rank}.pt")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_checkpoint_that_callbacks_contradict_is_not_resumed(make_trainer, tmp_path, case):
+    first, second, error, match = RESUMED[case]
+    path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
+    fit_stateful(make_trainer(dropping(2), *first(), Save(path, 4), max_steps=5))
+    with pytest.raises(error, match=match):
+        fit_stateful(make_trainer(dropping(2), *second(), seen, max_steps=8, name="resumed"), ckpt_path=path)
+    assert seen.seen == []
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The folder with what both ranks saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_two_ranks("tests.callbacks.test_lora_recovery", folder)
-    return folder
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_run_that_ended_where_recovery_would_begin_takes_no_further_step_when_resumed(make_trainer, tmp_path):
+    path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
+    whole = make_trainer(dropping(3), recovery(mode="none"), Save(path, 3))
+    ended = fit_stateful(whole)
+    assert whole.global_step == 3
+    resumed = make_trainer(dropping(3), recovery(mode="none"), seen, name="resumed")
+    module = fit_stateful(resumed, ckpt_path=path)
+    assert (resumed.global_step, seen.seen) == (3, [])
+    assert same(dict(module.state_dict()), dict(ended.state_dict()))
 
 
-def of_both(folder, name, resumed):
-    found = [torch.load(folder / f"{name}-{resumed}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [own.get("error") for own in found] == [None, None]
-    return found
+def test_distillation_without_anything_to_drop_is_refused_before_training(make_trainer):
+    refused_at_start(make_trainer(), causal_lm(distillation=Distillation()), RecoveryError, "begins with a drop")
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_both_ranks_hold_the_same_weights_and_adapters_that_learned(ranks, name):
-    first, second = of_both(ranks, name, False)
-    assert same(first["state"], second["state"])
-    assert first["losses"] != second["losses"]  # they did see different data
-    middle = torch.load(ranks / f"{name}.ckpt", weights_only=True)["state_dict"]
-    learned = {key: value for key, value in middle.items() if ".lora_B." in key}
-    assert len(learned) > 4
-    assert any(value.abs().sum() > 0 for value in learned.values())
+def test_the_same_recovery_serves_a_second_fit(make_trainer):
+    own = recovery(warmup_steps=2)
+    states = []
+    for name, used in (("first", own), ("again", own), ("fresh", recovery(warmup_steps=2))):
+        trainer = make_trainer(dropping(2), used, max_steps=5, name=name)
+        states.append(state_of(trainer, fit_foreign(trainer)))
+    assert own.began == 2
+    assert same(states[1], states[0])
+    assert same(states[1], states[2])
 
 
-@pytest.mark.parametrize("name", CONTINUED)
-def test_resumed_ranks_equal_uninterrupted_ones(ranks, name):
-    for resumed, whole in zip(of_both(ranks, name, True), of_both(ranks, name, False), strict=True):
-        assert resumed["losses"] == whole["losses"][CUT:]
-        assert same(resumed["state"], whole["state"])
+def test_averaged_weights_and_recovery_exclude_each_other(make_trainer):
+    refused_at_start(
+        make_trainer(dropping(), EMAWeightAveraging(), recovery()), Foreign(), ScheduleError, "WeightAveraging"
+    )
 
 
-if __name__ == "__main__":
-    two_ranks(Path(sys.argv[1]))
+def test_the_factor_is_logged_while_it_warms_up(make_trainer):
+    watch = Watch(lambda trainer, _: trainer.callback_metrics.get("recovery/lr_factor"))
+    fit_foreign(make_trainer(dropping(2), recovery(lr_factor=0.5, warmup_steps=4), watch, max_steps=7))
+    found = [None if factor is None else factor.item() for _, factor in watch.seen]
+    assert found == [None, None, *(pytest.approx(factor) for factor in (0.125, 0.25, 0.375, 0.5, 0.5))]

@@ -11,12 +11,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoModelForCausalLM
 
 import layershed as ls
-from layershed.callbacks import Export, LoRARecovery, Quantization, SublayerDrop
+from layershed.callbacks import Export, LoRARecovery, Quantization
 from layershed.discovery.bnb_layers import Linear4bit, Linear8bitLt, dequantized_weight
-from layershed.errors import LayershedError, QuantizationError, ScheduleError, UnknownNameError
+from layershed.errors import (
+    LayershedError,
+    QuantizationError,
+    ScheduleError,
+    UnknownNameError,
+)
 from layershed.quantization import quantization_of
 from layershed.surgery import dropped_sublayers
-from tests.recovery.test_lora import maps
+from tests.support.lora import maps
+from tests.support.lora_runs import Stop, dropping, recovery, refused_at_start
+from tests.support.rounding import EVEN, rounded
 from tests.support.runs import (
     BATCH,
     Foreign,
@@ -29,14 +36,9 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-from tests.test_quantization import EVEN, rounded
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))
-
-
-def dropping(start=4, **kwargs):
-    return SublayerDrop(start, **{"count": 3, "calibration_batches": 2, "quality_batches": 0, **kwargs})
 
 
 def adapters(**kwargs):
@@ -298,3 +300,16 @@ def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
 def test_options_without_a_meaning_are_refused_at_once(arguments, error, match):
     with pytest.raises(error, match=match):
         Quantization(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:LoRARecovery never began:UserWarning")
+def test_quantization_warns_if_it_never_happened(make_trainer):
+    with pytest.warns(UserWarning, match="Quantization never happened"):
+        fit_foreign(make_trainer(Quantization(start=5), recovery(start=5, finish="adapter"), Stop()))
+
+
+def test_a_model_that_is_quantized_in_another_mode_is_refused(make_trainer):
+    module = Foreign()
+    ls.quantize(module, "int8")
+    trainer = make_trainer(dropping(), Quantization("nf4"), recovery(finish="adapter"))
+    refused_at_start(trainer, module, QuantizationError, "int8")

@@ -22,6 +22,7 @@ from layershed.errors import (
 )
 from layershed.surgery import bypassed_sublayers
 from layershed.training.causal_lm import CausalLM
+from tests.support.drop_runs import endless, keys, later_rows, outcome, primitive, refused
 from tests.support.runs import (
     BATCH,
     TOKENS,
@@ -42,14 +43,6 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-
-
-def keys(plan):
-    return [(sublayer.block, sublayer.kind) for sublayer in plan]
-
-
-def endless(batches):
-    return itertools.cycle(list(batches))
 
 
 def bypassed(_trainer, pl_module):
@@ -245,29 +238,6 @@ def test_dropped_weights_stay_as_they_were_and_the_others_learn(make_trainer):
     assert drop.quality["end"].loss < drop.quality["after"].loss
 
 
-def refused(make_trainer, make_drop, error, match, **kwargs):
-    """The run is refused before a training step: same weights, no batch seen."""
-
-    class Count(pl.Callback):
-        batches = 0
-
-        def on_train_batch_start(self, *_):
-            Count.batches += 1
-
-    settings = {"max_steps": 6, **kwargs}
-    val = settings.pop("val", val_loader())
-    train = settings.pop("train", loader())
-    module = settings.pop("module", None) or Foreign()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(error, match=match) as caught:
-        make_trainer(make_drop(), Count(), **settings).fit(module, train, val)
-    assert isinstance(caught.value, LayershedError)
-    assert Count.batches == 0
-    assert same(dict(module.state_dict()), before)
-    assert bypassed_sublayers(module) == ()
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
@@ -421,29 +391,6 @@ def test_a_step_that_is_passed_over_still_drops(make_trainer):
     drop = SublayerDrop(5, count=2, calibration_batches=2)
     fit_foreign(make_trainer(drop, max_steps=12), Manual())
     assert [entry.step for entry in drop.plan.drops] == [6, 6]
-
-
-def primitive(value):
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and primitive(own) for key, own in value.items())
-    if isinstance(value, list):
-        return all(map(primitive, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
-def later_rows(folder, step):
-    """What the callback logged behind a step; Lightning's own rows move by one step when a run is resumed."""
-    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    own = [
-        (int(row["step"]), {name: row[name] for name in row if name.startswith("drop/") and row[name]}) for row in rows
-    ]
-    return [(at, metrics) for at, metrics in own if at > step and metrics]
-
-
-def outcome(trainer, module, drop):
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("drop/")}
-    return state_of(trainer, module), drop.plan, drop.quality, metrics
 
 
 ONCE = {"start": 6, "count": 3, "calibration_batches": 4, "quality_batches": 2}

@@ -3,18 +3,12 @@
 import csv
 import itertools
 import json
-import os
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, DistributedSampler
 
-import layershed.performance.speed
-import layershed.performance.stopwatch
 from layershed.callbacks import SublayerDrop
 from layershed.discovery.find import find_sublayers
 from layershed.errors import MeasurementError, ScheduleError, SelectionError, SpeedupError, UnknownNameError
@@ -23,62 +17,23 @@ from layershed.performance.speedup_target import check_reachable, drop_to_speedu
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.schedule import DropSchedule
 from layershed.surgery import bypass, bypassed_sublayers, restore
-from tests.callbacks.test_sublayer_drop import endless, keys, later_rows, outcome, primitive, refused
+from tests.support.drop_runs import endless, keys, later_rows, outcome, primitive, refused
 from tests.support.runs import (
-    BATCH,
     Foreign,
     HandRun,
     causal_lm,
     fit_foreign,
     loader,
-    ranked,
     same,
-    sequences,
-    state_of,
     val_loader,
 )
-from tests.support.ticking import MADE_UP, Ticking, attentions_take_more, install, mlps_take_more
-from tests.support.two_ranks import run_two_ranks
-
-FAST = SpeedSettings(prompt_tokens=4, new_tokens=2, runs=1, warmup=0)
+from tests.support.speed_targets import FAST, enough, queue, watched
+from tests.support.ticking import Ticking, install
 
 
 @pytest.fixture
 def clock(monkeypatch):
     return install(monkeypatch, Ticking())
-
-
-def watched(clock, **overrides):
-    module = Foreign(**overrides)
-    clock.watch(module.net)
-    return module
-
-
-def queue(scores, scope, objective="importance", cost=attentions_take_more):
-    """What goes first, by hand: importance, or importance over the seconds of what goes with it."""
-    if objective == "importance":
-        order = ranked(scores, scope, len(scores))
-        return [order[i : i + 2] for i in range(0, len(order), 2)] if scope == "block" else [[key] for key in order]
-    groups = [
-        [(block, own) for own in ("attention", "mlp")] if kind == "block" else [(block, kind)]
-        for block, kind in scores
-        if kind in {"joint": ("attention", "mlp")}.get(scope, (scope,))
-    ]
-
-    def price(group):
-        block, kind = group[0]
-        return scores[block, "block" if scope == "block" else kind] / sum(cost(*key) for key in group)
-
-    return sorted(groups, key=price)
-
-
-def enough(clock, order, target, gone=(), phase="decode"):
-    """As few of the first as give the target beside what is gone, by hand."""
-    for number in range(len(order) + 1):
-        chosen = [key for group in order[:number] for key in group]
-        if clock.speedup([*gone, *chosen], phase=phase) >= target:
-            return chosen
-    raise AssertionError("out of reach")
 
 
 def by_hand(choose, at=5, steps=8, since=1):
@@ -410,97 +365,3 @@ def test_resumed_equals_uninterrupted_and_measures_only_what_is_to_come(
 
 
 real_check = drop_rule.check_reachable
-STEPS, START, WINDOW, TARGET = 6, 4, 3, 1.3
-RUNS = {"target": {"target_speedup": TARGET, "objective": "speed"}, "count": {"count": 3, "objective": "speed"}}
-
-
-class Upside(SublayerDrop):
-    """Has it that the most important are the least."""
-
-    def _scores(self, trainer, pl_module):
-        scores = super()._scores(trainer, pl_module)
-        scores.update({sublayer: 1 - score for sublayer, score in scores.items()})
-        return scores
-
-
-def two_ranks(folder):
-    """One rank's run; by rank 1's clock and scores other sublayers would go, and another number."""
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    clock = Ticking() if rank == 0 else Ticking(decode=mlps_take_more, prefill=attentions_take_more, rest=2.0)
-    layershed.performance.stopwatch.clock_of = lambda _device: clock
-    layershed.performance.speed.measure_ceilings = lambda *_: MADE_UP
-    results = {}
-    for name, arguments in RUNS.items():
-        kind = SublayerDrop if rank == 0 else Upside
-        drop = kind(START, calibration_batches=WINDOW, quality_batches=0, speed=FAST, **arguments)
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy="ddp",
-            default_root_dir=folder / name,
-            max_steps=STEPS,
-            limit_val_batches=0,
-            callbacks=[drop],
-            **quiet,
-        )
-        module = watched(clock)
-        items = sequences(2 * BATCH * STEPS)
-        share = DistributedSampler(items, num_replicas=2, rank=rank, shuffle=False)
-        trainer.fit(module, DataLoader(items, batch_size=BATCH, sampler=share))
-        results[name] = {
-            "state": state_of(trainer, module),
-            "plan": drop.plan.to_dict(),
-            "bypassed": [(s.block, s.kind) for s in bypassed_sublayers(module)],
-            "speedup": drop.speedup,
-        }
-    far = SublayerDrop(START, quality_batches=0, speed=FAST, target_speedup=5.0)  # by rank 1's clock within reach
-    try:
-        pl.Trainer(
-            accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=0, max_steps=STEPS, callbacks=[far], **quiet
-        ).fit(watched(clock), DataLoader(items, batch_size=BATCH, sampler=share))
-    except SpeedupError as error:
-        results["refused"] = str(error)
-    torch.save(results, folder / f"{rank}.pt")
-
-
-def test_two_ranks_go_by_the_clock_of_the_first(tmp_path):
-    run_two_ranks("tests.callbacks.test_target_speedup", tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert same(*found)
-    assert "x4.75" in found[0]["refused"]
-    clock, other = Ticking(), Ticking(decode=mlps_take_more, rest=2.0)
-    items = sequences(2 * BATCH * STEPS)
-    batches = [
-        next(iter(DataLoader(items[rank::2][BATCH * step : BATCH * (step + 1)], batch_size=BATCH)))
-        for step in range(STEPS)
-        for rank in (0, 1)
-    ]
-    for name, result in found[0].items():
-        if name == "refused":
-            continue
-
-        def choose(scores, clock=clock, name=name):
-            order = queue(scores, "joint", "speed", clock.decode)
-            return enough(clock, order, TARGET) if name == "target" else [*itertools.chain(*order[:3])]
-
-        hand = HandRun(accumulate=2)
-        for step in hand.train(batches):
-            if step == START - WINDOW:
-                hand.seen()
-            if step == START:
-                scores = hand.seen()
-                hand.drop(choose(scores))
-        assert set(hand.dropped) != set(choose(scores, other)), "else the clocks would not matter here"
-        assert [(entry["block"], entry["kind"]) for entry in result["plan"]["drops"]] == hand.dropped
-        assert set(result["bypassed"]) == set(hand.dropped)
-        for key, weight in hand.module.state_dict().items():
-            torch.testing.assert_close(result["state"]["weights"][key], weight, rtol=1e-4, atol=1e-5)
-    assert found[0]["target"]["speedup"] == pytest.approx(
-        clock.speedup([(entry["block"], entry["kind"]) for entry in found[0]["target"]["plan"]["drops"]])
-    )
-
-
-if __name__ == "__main__":
-    two_ranks(Path(sys.argv[1]))

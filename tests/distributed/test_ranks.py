@@ -6,7 +6,7 @@ from tests.support.ranks.checks import (
     checks_of_replicated,
     checks_of_sharded,
     former_shards_are_left,
-    run_replicated,
+    replicated_in,
     run_sharded,
 )
 from tests.support.ranks.deaths import SHARDS
@@ -16,8 +16,8 @@ REPLICATED, SHARDED = checks_of_replicated(), checks_of_sharded("some")
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    return run_replicated(tmp_path_factory.mktemp("ddp"))
+def ddp(ddp_folder):
+    return replicated_in(ddp_folder / "replicated")
 
 
 @pytest.fixture(scope="module")

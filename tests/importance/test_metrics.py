@@ -18,10 +18,10 @@ from layershed.importance.metrics import (
     Angular,
     CosineImportance,
     ImportanceMetric,
-    PassSums,
     RelativeMagnitude,
     get_metric,
 )
+from layershed.importance.running_sums import PassSums
 from layershed.importance.tracker import estimate_importance
 from tests.support.models import build_model
 

@@ -13,70 +13,18 @@ import layershed as ls
 from layershed.discovery import registry as adapter
 from layershed.errors import RecoveryError, UnknownNameError
 from layershed.recovery.lora import adapted_modules, adapters_off, inject_lora, lora_settings, merge_lora, remove_lora
-from tests.discovery.test_registry import GPT
+from tests.support.hand_written import GPT
+from tests.support.lora import ARCHITECTURES, MAPS, WHERE, dropped, learn, logits, maps, pick, values
 from tests.support.models import build_model
-
-ARCHITECTURES = ["llama", "opt", "gpt2", "mixtral"]
-# linear maps of a block: attention, then MLP; Mixtral's experts and router are none
-MAPS = {
-    "llama": (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]),
-    "opt": (["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]),
-    "gpt2": (["c_attn", "c_proj"], ["c_fc", "c_proj"]),
-    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj"], []),
-}
-WHERE = {
-    "llama": ("model.layers.{}.self_attn.", "model.layers.{}.mlp."),
-    "opt": ("model.decoder.layers.{}.self_attn.", "model.decoder.layers.{}."),
-    "gpt2": ("transformer.h.{}.attn.", "transformer.h.{}.mlp."),
-    "mixtral": ("model.layers.{}.self_attn.", "model.layers.{}.mlp."),
-}
+from tests.support.runs import (
+    same,
+)
+from tests.support.trainable import backward, frozen_with_gradient, trainable
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request):
     return request.param
-
-
-def maps(architecture, attention, mlp):
-    """Paths of the linear maps in the attention and the MLP of the given blocks, written down by hand."""
-    return {
-        prefix.format(block) + name
-        for prefix, names, blocks in zip(WHERE[architecture], MAPS[architecture], (attention, mlp), strict=True)
-        for block in blocks
-        for name in names
-    }
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-def pick(model, *wanted):
-    return [s for s in ls.find_sublayers(model) if (s.block, s.kind) in wanted]
-
-
-def dropped(architecture, *wanted, **overrides):
-    model = build_model(architecture, **overrides)
-    ls.bypass(model, pick(model, *wanted))
-    return model
-
-
-def learn(model, seed=0):
-    """Adapters as if they had been trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in lora(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
-def lora(model):
-    return [(name, p) for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in lora(model)}
 
 
 def test_injection_leaves_the_logits_as_they_were_and_adapts_all_that_runs(architecture, tokens):
@@ -527,3 +475,55 @@ def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(archite
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
     remove_lora(model)
     assert torch.equal(logits(model, tokens), plain)
+
+
+def test_injection_leaves_no_gradient_on_what_it_freezes(llama, tokens):
+    backward(llama, tokens)
+    assert all(parameter.grad is not None for parameter in llama.parameters())
+    ls.inject_lora(llama)
+    assert trainable(llama)
+    assert frozen_with_gradient(llama) == set()
+
+
+@pytest.mark.parametrize("undo", [ls.merge_lora, ls.remove_lora])
+@pytest.mark.parametrize("bypassed", ["never", "before", "after"])
+def test_what_was_trainable_before_the_adapters_is_so_again_and_nothing_more(undo, bypassed):
+    model, plain = build_model(), build_model()
+    for own in (model, plain):
+        own.model.embed_tokens.requires_grad_(False)
+        own.model.layers[1].mlp.up_proj.requires_grad_(False)
+    before = trainable(model)
+    some = ls.find_sublayers(model)[2:4]  # block 1, part of which is frozen anyway
+    if bypassed == "before":
+        ls.bypass(model, some)
+    ls.inject_lora(model)
+    if bypassed == "after":
+        ls.bypass(model, some)
+    assert all(".lora_" in name for name in trainable(model))
+    undo(model)
+    if bypassed != "never":
+        ls.bypass(plain, ls.find_sublayers(plain)[2:4])
+        assert not any(name.startswith("model.layers.1.") for name in trainable(model))
+    assert trainable(model) == trainable(plain)
+    if bypassed != "never":
+        ls.restore(model)
+    assert trainable(model) == before
+
+
+@pytest.mark.parametrize("options", [{"alpha": 32}, {"rank": 2}])
+def test_injecting_again_with_other_options_is_refused_and_changes_nothing(llama, options):
+    ls.inject_lora(llama, target_modules=["q_proj"])
+    before = copy.deepcopy(dict(llama.state_dict())), lora_settings(llama), trainable(llama)
+    with pytest.raises(RecoveryError, match="other settings"):
+        ls.inject_lora(llama, **options)
+    assert same(dict(llama.state_dict()), before[0])
+    assert (lora_settings(llama), trainable(llama)) == before[1:]
+
+
+@pytest.mark.parametrize("change", [ls.quantize, ls.inject_lora])
+def test_a_backward_hook_on_a_linear_map_is_still_called(llama, tokens, change):
+    calls = []
+    llama.model.layers[1].mlp.down_proj.register_full_backward_hook(lambda *_: calls.append(1))
+    change(llama)
+    backward(llama.train(), tokens)
+    assert calls == [1]

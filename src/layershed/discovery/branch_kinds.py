@@ -46,7 +46,7 @@ def kind_of(
     tensor = flow.tape.tensors[branch.value]
     make = (
         *((operation.function, str(operation.constants)) for operation in operations),
-        is_symbolic(tensor) or bool(tensor.any()),
+        not is_zero(tensor),
     )
     if make not in known:
         known[make] = _is_tokenwise(flow, branch)
@@ -178,6 +178,11 @@ def _is_activation(flow: BlockFlow, branch: BranchFlow, value: int) -> bool:
 def is_symbolic(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no numbers."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers, and all of them are zero."""
+    return not is_symbolic(tensor) and not bool(tensor.any())
 
 
 def _by_token(tensor: Tensor) -> Tensor:

@@ -7,23 +7,24 @@ ones included, and on a skeleton without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershed.discovery.branch_kinds import is_attention, is_symbolic
+from layershed.discovery.branch_kinds import is_attention, is_symbolic, is_zero
 from layershed.discovery.branches import Branch, LeftAlone, Tap, branches_of
-from layershed.discovery.probe import gathered, quietly, run_probe, watch_cache
+from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
+from layershed.discovery.proofs import Proofs, has_new_numbers, numbers_of
 from layershed.discovery.recording import Tape
 from layershed.discovery.registry import adapter_of
 from layershed.discovery.residual_stream import BlockFlow, follow_block
 from layershed.discovery.verification import sift
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.planning.plan import Sublayer
-from layershed.stand_ins.stand_in import RemovedModule
+from layershed.stand_ins.stand_in import RemovedModule, StandIn
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Anatomy:
             whole, or only a part of a module.
         plain: Indices of the blocks that compute X plus their sublayers' branches and nothing else.
         tokens_first: Whether X is of shape (tokens, batch, hidden), as XLNet's is.
+        paths: Paths of all blocks, in the order in which they run.
     """
 
     branches: tuple[Branch, ...]
@@ -44,6 +46,19 @@ class Anatomy:
     blocks: tuple[Tap | None, ...]
     plain: frozenset[int]
     tokens_first: bool
+    paths: tuple[str, ...] = ()
+
+    def copy(self) -> Anatomy:
+        """The same with stand-ins of its own, as those may be changed, and without what the recording holds."""
+
+        def own(stand_ins: tuple[tuple[str, StandIn], ...]) -> tuple[tuple[str, StandIn], ...]:
+            return tuple((path, replace(stand_in, own={})) for path, stand_in in stand_ins)
+
+        branches = (replace(b, stand_ins=own(b.stand_ins), support=own(b.support), parts=()) for b in self.branches)
+        return replace(self, branches=tuple(branches))
+
+
+_PROOFS: Proofs[Anatomy] = Proofs()
 
 
 def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
@@ -82,27 +97,49 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 
 
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
-    """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
+    """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks.
+
+    The proof is made once for each state of a model, as long as the model lives; whether its numbers are finite is
+    asked again once they are others.
+    """
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
     secure_quantized(transformer)
     with gathered(transformer), quietly(transformer):
-        tape, slots = run_probe(transformer), watch_cache(transformer)
-        anatomy = _take_apart(transformer, tape, slots)
-        _refuse_not_finite(transformer, tape)
+        proof, keep = _PROOFS.find(transformer)
+        if proof is None:
+            anatomy = _prove(transformer, keep)
+        else:
+            anatomy = proof.answer
+            if has_new_numbers(transformer, proof):
+                _refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+                proof.numbers = numbers_of(transformer)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
+    return anatomy.copy()
+
+
+def _prove(transformer: nn.Module, keep: Callable[[Anatomy, bool], None]) -> Anatomy:
+    tape, slots = run_probe(transformer), watch_cache(transformer)
+    anatomy, of_zeros = _take_apart(transformer, tape, slots)
+    outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]
+    _refuse_not_finite(transformer, [tape.tensors[output] for output in outputs if output is not None])
+    keep(anatomy, of_zeros)
     return anatomy
 
 
-def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None) -> Anatomy:
+def _take_apart(
+    transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None
+) -> tuple[Anatomy, bool]:
+    """What the blocks consist of, and whether a branch in them gave nothing but zeros."""
     branches: list[Branch] = []
     left_alone: list[LeftAlone] = []
     blocks: list[Tap | None] = []
     plain: set[int] = set()
-    tokens_first = False
+    tokens_first = of_zeros = False
     known: dict[object, bool] = {}
-    for path in _block_paths(transformer, tape):
+    paths = tuple(_block_paths(transformer, tape))
+    for path in paths:
         calls = tape.calls_of(path)
         try:
             if len(calls) != 1:
@@ -117,12 +154,14 @@ def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[in
         own, others = branches_of(flow, len(blocks), transformer, slots, known)
         own, failed = _sifted(transformer, flow, own, known)
         tokens_first |= calls[0].shapes[flow.source][1:2] == (1,)
+        of_zeros |= any(is_zero(tape.tensors[branch.value]) for branch in flow.branches)
         if flow.plain and len(own) == 1 and not [*others, *failed]:
             plain.add(len(blocks))
         blocks += [Tap(path, flow.source)] if len(own) == 1 else [None] * len(own)
         branches += [branch for block in own for branch in block]
         left_alone += [*others, *failed]
-    return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
+    anatomy = Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first, paths)
+    return anatomy.copy(), of_zeros
 
 
 def secure_quantized(model: nn.Module) -> None:
@@ -159,10 +198,8 @@ def _sifted(
     return kept or [[]], [LeftAlone(branch.sublayer.path, reason) for branch in bad]
 
 
-def _refuse_not_finite(transformer: nn.Module, tape: Tape) -> None:
+def _refuse_not_finite(transformer: nn.Module, streams: Iterable[Tensor]) -> None:
     """Refuse numbers that compare with nothing: what was left alone, or was not, may be so for no other reason."""
-    outputs = (call.output for path in _block_paths(transformer, tape) for call in tape.calls_of(path))
-    streams = [tape.tensors[output] for output in outputs if output is not None]
     if all(is_symbolic(stream) or _is_finite(stream) for stream in streams):
         return
     weights = transformer.named_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -38,6 +38,28 @@ def run_probe(transformer: nn.Module) -> Tape:
     with quietly(transformer), recording(transformer) as tape, _explained(transformer):
         _forward(transformer)
     return tape
+
+
+def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
+    """What modules return, or the first of it, in a probe that is not recorded; nothing on the meta device.
+
+    Raises:
+        UnprovenStructureError: If the forward pass fails.
+    """
+    found: list[Tensor] = []
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        first = next(iter(output), None) if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor):
+            found.append(first)
+
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        return found
+    with quietly(transformer), ExitStack() as hooks, _explained(transformer):
+        for path in paths:
+            hooks.callback(transformer.get_submodule(path).register_forward_hook(note).remove)
+        _forward(transformer)
+    return found
 
 
 @contextmanager
@@ -117,7 +139,14 @@ def probing() -> bool:
 @contextmanager
 def quietly(transformer: nn.Module) -> Iterator[None]:
     """Within the context a forward pass is a probe: dense, eager, in eval mode, and nothing of it remains."""
-    with _marked(), torch.no_grad(), torch.random.fork_rng(devices=[]), ExitStack() as contexts:
+    # operations are not taken apart, and so not recorded as such, in inference mode
+    with (
+        _marked(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        ExitStack() as contexts,
+    ):
         for context in (evaluating(transformer), lifted(transformer), eager(transformer)):
             contexts.enter_context(context)
         yield

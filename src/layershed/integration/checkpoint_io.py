@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from layershed.files.checkpoint_file import (
     local_path,
@@ -17,14 +16,16 @@ from layershed.files.checkpoint_file import (
     unwritten,
     write_atomically,
 )
+from layershed.integration.lightning_private import replace_wrapped_checkpoint_io, wraps_checkpoint_io
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own checkpoint files, for runs that may be killed at any moment.
 
-    A local file is written beside the one that it replaces, brought to the disk, and renamed: until then the former one
-    stays. Lightning's own comes through a temporary folder, which may be on another disk, and is not brought to the
-    disk. A torn file is refused, and the newest intact one beside it named. Anything remote is left to Lightning.
+    - A local file is written beside the one that it replaces, synced to the disk, and renamed. Until then the former
+      file stays. Lightning's own writer uses a temporary folder, which may be on another disk, and does not sync.
+    - A torn file is refused with an error that names the newest intact file beside it.
+    - Anything remote is left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -74,10 +75,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(strategy: Any) -> None:
-    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also within a plugin that wraps it; of nothing else.
+    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also inside a plugin that wraps it.
 
     Args:
-        strategy: A Trainer's; one that writes its checkpoints in a way of its own is left alone.
+        strategy: A Trainer's strategy. One that writes its checkpoints in a way of its own is left alone.
     """
     try:
         current = strategy.checkpoint_io
@@ -85,7 +86,7 @@ def keep_checkpoints_whole(strategy: Any) -> None:
         return
     if type(current) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
-    while isinstance(current, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+    while wraps_checkpoint_io(current):  # such as AsyncCheckpointIO
         wrapper, current = current, current.checkpoint_io
         if type(current) is TorchCheckpointIO:
-            wrapper._checkpoint_io = AtomicCheckpointIO()  # its setter takes none in place of another
+            replace_wrapped_checkpoint_io(wrapper, AtomicCheckpointIO())

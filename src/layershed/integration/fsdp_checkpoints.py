@@ -1,8 +1,8 @@
 """How FSDP2 (ModelParallelStrategy) writes and reads the checkpoints of a model that changes while it trains.
 
 It reads weights and optimizer states in one go, once the optimizers are there and before any callback has its state. By
-then the model must have the checkpoint's structure, and the optimizers its parameters. What it does not know it passes
-by, and so would evaluate the dense model: the weights of dropped sublayers therefore go by other names.
+then the model must have the checkpoint's structure, and the optimizers its parameters. It skips keys that it does not
+know, and so would evaluate the dense model: the weights of dropped sublayers therefore have other names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +28,9 @@ from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import INDEX_FILE, NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.integration.lightning_private import raw_optimizer, saves_shards, trainer_of
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.protocols import LoadsShards
 from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
@@ -35,7 +40,7 @@ _UNSTARTED_KEY = "layershed_unstarted"
 
 
 class ShardedCheckpoints:
-    """Four methods of the strategy's.
+    """Three methods in place of the strategy's own, for as long as a Trainer runs.
 
     Args:
         trainer: The Trainer, whose strategy is ModelParallelStrategy.
@@ -49,13 +54,9 @@ class ShardedCheckpoints:
         self._unstarted: list[list[str]] = []
 
     def install(self) -> None:
-        """For good: a checkpoint may be saved once the run is over."""
-        self.strategy.__dict__.update(
-            load_checkpoint=self.load,
-            lightning_module_state_dict=self.state_dict,
-            optimizer_state=self.optimizer_state,
-            save_checkpoint=self.save,
-        )
+        """Put them in place, on this one strategy; :func:`give_back_strategy` undoes it."""
+        own = {"load_checkpoint": self.load, "optimizer_state": self.optimizer_state, "save_checkpoint": self.save}
+        vars(self.strategy).update(own)
 
     def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Look at what is dropped before a weight is read."""
@@ -79,8 +80,8 @@ class ShardedCheckpoints:
         # off again where LoRARecovery says that it had not begun; of the weights alone nobody says so
         set_enabled(transformer, True)
         states = noted.get("callbacks", {})
-        for callback in getattr(trainer, "callbacks", []):
-            if hasattr(callback, "before_sharded_load") and callback.state_key in states:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, LoadsShards) and callback.state_key in states:
                 callback.before_sharded_load(trainer, self.pl_module, states[callback.state_key])
         with without_empty_groups(trainer.optimizers), withheld(self.pl_module):
             if path.is_dir():
@@ -94,18 +95,12 @@ class ShardedCheckpoints:
                 optimizer.state.pop(parameters[name], None)
         return content
 
-    def state_dict(self) -> dict[str, Any]:
-        """The weights; those of dropped sublayers by names that a dense model does not have."""
-        with withheld(self.pl_module):
-            weights: dict[str, Any] = type(self.strategy).lightning_module_state_dict(self.strategy)
-        return weights
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """A state of which everything can be read back."""
-        raw: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+        raw: Optimizer = raw_optimizer(optimizer)
         reshard(self.pl_module)
         # shards are found by the number of their group; a whole state is found by names, and others read it, too
-        groups = [raw] if self.strategy._save_distributed_checkpoint else []
+        groups = [raw] if saves_shards(self.strategy) else []
         completed = complete_state(raw)
         try:
             with without_empty_groups(groups), withheld(self.pl_module):
@@ -123,7 +118,7 @@ class ShardedCheckpoints:
             checkpoint[_UNSTARTED_KEY], self._unstarted = self._unstarted, []
         strategy = self.strategy
         write = type(strategy).save_checkpoint
-        if not strategy._save_distributed_checkpoint:
+        if not saves_shards(strategy):
             write(strategy, checkpoint, filepath, storage_options)
             return
         path = Path(strategy.broadcast(filepath))
@@ -141,6 +136,35 @@ class ShardedCheckpoints:
             state: dict[str, Any] = {key: get_optimizer_state_dict(model, optimizer)}
             read_shards(path, state)
             set_optimizer_state_dict(model, optimizer, state[key], options=StateDictOptions(cpu_offload=True))
+
+
+def give_back_strategy(trainer: Trainer) -> None:
+    """Give the strategy its own methods back."""
+    own = vars(trainer.strategy)
+    for name in [
+        name for name, value in own.items() if isinstance(getattr(value, "__self__", None), ShardedCheckpoints)
+    ]:
+        del own[name]
+
+
+def withhold_weights(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+    """In a checkpoint of FSDP2, give the weights of dropped sublayers names that a dense model does not have.
+
+    The module's own checkpoint hook does it, so that it holds for a checkpoint saved after the run, too.
+    """
+    weights = checkpoint.get("state_dict")
+    trainer = trainer_of(pl_module)
+    if weights is None or trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    plain = _names(pl_module)
+    with withheld(pl_module):
+        renamed = dict(zip(plain, _names(pl_module), strict=True))
+    checkpoint["state_dict"] = {renamed.get(name, name): weight for name, weight in weights.items()}
+
+
+def _names(module: nn.Module) -> list[str]:
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return [name for name, _ in tensors]
 
 
 def reshard(pl_module: LightningModule) -> None:

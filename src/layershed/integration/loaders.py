@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from layershed.batches import as_inputs, describe
 from layershed.errors import CalibrationError
+from layershed.integration.lightning_private import set_up_train_loader, set_up_val_loaders
 from layershed.integration.rng import own_generators
 
 
@@ -29,7 +30,7 @@ def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
         if batches is None:
             raise CalibrationError("calibrate_on='val': the run has no validation data; use 'running' or 'train'.")
         return batches
-    trainer.fit_loop.setup_data()
+    set_up_train_loader(trainer)
     return _read_again(trainer, trainer.train_dataloader)
 
 
@@ -37,7 +38,7 @@ def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
     """Batches of the first validation loader, from its start, or None if the run has none."""
     if not trainer.enable_validation:
         return None
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    set_up_val_loaders(trainer)
     # one loader, or a list or a dict of them
     loaders = CombinedLoader(trainer.val_dataloaders).flattened
     return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None

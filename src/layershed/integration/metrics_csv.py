@@ -1,6 +1,6 @@
-"""``metrics.csv`` of a run that may be killed.
+"""The rows of ``metrics.csv`` in a run that may be killed, for ExactResume.
 
-CSVLogger empties it whenever a metric of a new name comes, and deletes it when a resumed run opens it.
+CSVLogger empties the file whenever a metric of a new name comes, and deletes it when a resumed run opens it.
 """
 
 from __future__ import annotations
@@ -22,27 +22,33 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.files.checkpoint_file import local_path
+from layershed.integration.lightning_private import replace_header_rewrite
 from layershed.integration.run import write_text
 
 ROWS_KEY = "layershed_rows"
 
 
-def keep_rows(logger: Logger) -> None:
-    """Have a CSVLogger put a new column in without ever having fewer rows on the disk; any other logger is left alone.
+def keep_rows(logger: Logger) -> ExperimentWriter | None:
+    """Have a CSVLogger rewrite its header atomically; any other logger is left alone.
 
-    It reads all rows, empties the file, and writes them anew under the longer header. Our callbacks bring new names
-    all through a run, and a kill in between took every row with it.
+    By itself it reads all rows, empties the file, and writes them anew under the longer header. Our callbacks bring new
+    names all through a run, and a kill in between loses every row.
+
+    Returns:
+        The writer that was changed, for :func:`give_back_header_rewrite`.
     """
     writer = logger.experiment if isinstance(logger, CSVLogger) else None
     if not isinstance(writer, ExperimentWriter):  # on the other ranks it is a dummy
-        return
+        return None
     file = local_path(writer.metrics_file_path)
-    if file is not None:
-        vars(writer)["_rewrite_with_new_header"] = partial(_with_header, file)
+    if file is None:
+        return None
+    replace_header_rewrite(writer, partial(_with_header, file))
+    return writer
 
 
 def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Note how many rows there are, and give the file a second name: Lightning deletes the first as a logger opens."""
+    """Note how many rows there are, and give the file a second name: CSVLogger deletes the first one as it opens."""
     noted = []
     for _, file in _files(trainer):
         try:
@@ -50,7 +56,7 @@ def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             if len(lines) > 1:
                 noted.append({"file": str(file), "rows": len(lines) - 1, "last": _values(lines[0], lines[-1])})
                 _keep(file)
-        except OSError as error:  # another run in the same folder, for one: that is no reason to end this one
+        except OSError as error:  # such as another run in the same folder, which is no reason to end this one
             rank_zero_warn(
                 f"The rows of {str(file)!r} could not be kept for a resumed run ({error.strerror or error}); give "
                 "every run a folder of its own."
@@ -60,11 +66,12 @@ def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Have the file hold the rows of before, and no others: what came behind the checkpoint is logged anew.
+    """Have the file hold the rows up to the checkpoint, and no others: later ones are logged anew.
 
-    Where the logger of a resumed run took its file away, which Lightning has it do before any callback is asked, they
-    are brought back; it warns if they are lost. The run's folder may have been copied or moved since, so that what is
-    kept in it counts, and not its path; in a new folder there is nothing to bring back.
+    - The logger of a resumed run deletes its file before any callback is called. The rows then come back from the
+      second name; a warning says if they are lost.
+    - The run's folder may have been copied or moved since: the file that is kept in it counts, not its path. In a new
+      folder nothing is brought back.
     """
     noted = checkpoint.get(ROWS_KEY, [])
     for writer, file in _files(trainer):
@@ -87,7 +94,7 @@ def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _fitting(lines: Sequence[str], noted: Sequence[dict[str, Any]]) -> int:
-    """How many rows of a file are those of before; 0 where it is another run's, which may begin in the same place."""
+    """How many rows of a file are those before the checkpoint; 0 where it is another run's."""
     return max((each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])), default=0)
 
 
@@ -105,9 +112,9 @@ def _kept(file: Path) -> Path:
 
 
 def _keep(file: Path) -> None:
-    """A link, which costs no room; what is appended later stands behind the rows that are noted."""
+    """Give the file a second name by a link, which costs no room; later rows stand after those that are noted."""
     kept = _kept(file)
-    # nobody else's name: through a link that a killed run left, whoever opens it to write would empty the rows
+    # a name of its own: opening a link that a killed run left for writing would empty the rows
     beside = kept.with_name(f"{kept.name}.{uuid4().hex}")
     try:
         try:
@@ -130,7 +137,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _values(header: str, line: str) -> dict[str, str]:
-    """What a row holds, however many empty columns there are by now."""
+    """The values of a row, without the empty columns that later names added."""
     return {name: value for name, value in next(csv.DictReader([header, line])).items() if value}
 
 

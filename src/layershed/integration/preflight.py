@@ -1,17 +1,105 @@
-"""Who monitors a metric that comes with the drop must not look sooner: Lightning would end the run there."""
+"""What the callbacks refuse before training: a wrong order, a step that never comes, a metric that comes too late."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from layershed.errors import ScheduleError
-from layershed.integration.module_hooks import callbacks_of
+from layershed.integration.lightning_private import (
+    checkpoint_interval,
+    checks_after_train_epoch,
+    saves_after_train_epoch,
+)
+from layershed.integration.metric_names import DROP, SPEED
+from layershed.integration.protocols import ActsAtStep, Drops, Placed
+from layershed.surgery import dropped_sublayers
 
-_WITH_THE_DROP = ("drop/", "speed/")
+ORDER = "drop, quantize, LoRA, recover, export"
+_DROP, _LORA = 1, 3
+_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
+_WITH_THE_DROP = (DROP, SPEED)
+
+
+def check_order(trainer: Trainer) -> None:
+    """Refuse, before training, callbacks of this package in an order that loses more than it need.
+
+    A drop decided on the model as it is, then the quantization, then adapters that learn to make up for both; whatever
+    is saved comes last.
+
+    Raises:
+        ScheduleError: If one is listed before, or acts before, one that must come first.
+    """
+    ours = [(callback, callback.place) for callback in callbacks_of(trainer) if isinstance(callback, Placed)]
+    for (first, place), (second, later) in pairwise(ours):
+        if place > later:
+            raise ScheduleError(
+                f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
+            )
+    acting = [callback for callback, place in ours if place <= _LORA]
+    steps = [(callback, callback.first_step if isinstance(callback, ActsAtStep) else None) for callback in acting]
+    # none of their own: at the drop, or at once if that has happened before
+    drop = next((step for _, step in steps[:1] if step is not None and ours[0][1] == _DROP), 0)
+    due = [(callback, drop if step is None else step) for callback, step in steps]
+    for (first, step), (second, then) in pairwise(due):
+        if step > then:
+            raise ScheduleError(
+                f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
+                "give it the same step or a later one."
+            )
+
+
+def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None:
+    """Refuse a step that this run does not reach, or that a resumed run has passed.
+
+    Raises:
+        ScheduleError: If what is to happen then would never happen.
+    """
+    if start is None:
+        return
+    limit = trainer.estimated_stepping_batches  # sets the train loader up
+    if limit != float("inf") and start >= limit:
+        raise ScheduleError(
+            f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so that it would never happen; "
+            "let it start before."
+        )
+    if start < trainer.global_step:
+        raise ScheduleError(
+            f"{_name(callback)}(start={start}): the checkpoint stands at step {trainer.global_step} and has passed it "
+            "without; let it start later."
+        )
+
+
+def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Refuse to change the modules of a model of which somebody else holds a copy.
+
+    Raises:
+        ScheduleError: If weights are averaged.
+    """
+    if any(isinstance(other, _AVERAGES) for other in callbacks_of(trainer)):
+        raise ScheduleError(
+            f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model, which would not "
+            "get its adapters or quantized weights; leave one of the two out."
+        )
+
+
+def check_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a weight average behind a callback that measures the model when training is over.
+
+    Raises:
+        ScheduleError: If the weights would be replaced right after.
+    """
+    ours = callbacks_of(trainer)
+    for other in ours[ours.index(callback) :]:
+        if isinstance(other, _AVERAGES):
+            raise ScheduleError(
+                f"{_name(callback)}: {_name(other)} puts the averaged weights in when training is over, and behind it "
+                "in the list drop/loss_end would be that of others; list it before."
+            )
 
 
 def check_monitors(trainer: Trainer, first_step: int) -> None:
@@ -51,12 +139,12 @@ def _insists(watcher: Any) -> bool:
 def _first_look(trainer: Any, watcher: Any) -> float:
     """The optimizer steps before it, infinite where nobody can tell or it never looks."""
     stops = isinstance(watcher, EarlyStopping)
-    if not stops and watcher._every_n_train_steps:
-        return int(watcher._every_n_train_steps)
-    nth = 1 if stops else watcher._every_n_epochs
+    steps, nth = (0, 1) if stops else checkpoint_interval(watcher)
+    if steps:
+        return steps
     if not nth or not trainer.lightning_module.automatic_optimization:  # every_n_epochs=0: by the clock
         return math.inf
-    if watcher._check_on_train_epoch_end if stops else watcher._should_save_on_train_epoch_end(trainer):
+    if checks_after_train_epoch(watcher) if stops else saves_after_train_epoch(watcher, trainer):
         return _steps(trainer, nth * trainer.num_training_batches)
     if not trainer.enable_validation or trainer.val_check_batch is None:  # None: by the clock
         return math.inf
@@ -83,3 +171,19 @@ def _steps(trainer: Any, batches: float) -> float:
         return batches if batches == math.inf else batches // gathered
     epochs, rest = divmod(batches, length)
     return int(epochs * math.ceil(length / gathered) + rest // gathered)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a trainer, which sets them in a way that type checkers do not see."""
+    found: list[Callback] = getattr(trainer, "callbacks", [])
+    return found
+
+
+def waits_for_nothing(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether nothing is dropped, and no SublayerDrop is there to drop anything."""
+    drops = any(isinstance(callback, Drops) for callback in callbacks_of(trainer))
+    return not drops and not dropped_sublayers(pl_module)
+
+
+def _name(callback: object) -> str:
+    return type(callback).__name__

@@ -16,6 +16,7 @@ from torch import nn
 
 from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import ShardedCheckpoints
+from layershed.integration.lightning_private import tensor_parallel_size
 from layershed.recovery.lora import set_enabled
 from layershed.stand_ins.install import overridden
 
@@ -47,9 +48,9 @@ def fit_strategy(trainer: Trainer, callback: Callback, pl_module: LightningModul
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return
-    if strategy._tensor_parallel_size not in ("auto", 1):
+    if tensor_parallel_size(strategy) not in ("auto", 1):
         raise StrategyError(
-            f"{asker}: ModelParallelStrategy(tensor_parallel_size={strategy._tensor_parallel_size}) splits single "
+            f"{asker}: ModelParallelStrategy(tensor_parallel_size={tensor_parallel_size(strategy)}) splits single "
             "sublayers, which is not supported; set tensor_parallel_size=1 and data_parallel_size to the number of "
             "devices."
         )

@@ -19,6 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from layershed.errors import DataError
+from layershed.integration.lightning_private import epoch_in_progress
 from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.packing import Packer, held_out_count, split_documents
 
@@ -150,8 +151,7 @@ class TextData(pl.LightningDataModule):
         sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
         if self.trainer is not None:
             # Resuming at an epoch's end, Lightning iterates the loader before it says which epoch it is.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
+            sampler.set_epoch(epoch_in_progress(self.trainer))
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")

@@ -22,7 +22,12 @@ from tests.support.two_ranks import run_two_ranks
 
 def run_replicated(folder):
     """Both ranks' results under DDP, and one process's over the batches of both."""
-    run_two_ranks("tests.support.ranks.replicated", folder)
+    run_two_ranks("tests.support.ranks.ddp", folder, "replicated", timeout=600)
+    return replicated_in(folder / "replicated")
+
+
+def replicated_in(folder):
+    """The same, of ranks that have run already."""
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     one = {name: replicated.train(folder / "one", name, 1) for name in replicated.RUNS}
     return SimpleNamespace(folder=folder, ranks=ranks, one=one)
@@ -101,9 +106,9 @@ def quality_where_one_rank_has_no_token(found):
         assert rank["lonely"] == pytest.approx((loss, accuracy, tokens))
 
 
-def plain_loader_read_again(own, found):
-    """Resumed within an epoch, a loader without a state gives every rank what it would have given it."""
-    ranks = [rank["read again"][own] for rank in found.ranks]
+def resumed_within_an_epoch(own, found):
+    """A loader with a state gives every rank what it would have given it."""
+    ranks = [rank["within an epoch"][own] for rank in found.ranks]
     for runs in ranks:
         assert (runs["whole"]["batches"], runs["resumed"]["batches"]) == (9, 3)
         assert same(runs["resumed"]["seen"], runs["whole"]["seen"])
@@ -118,8 +123,8 @@ def checks_of_replicated():
         **{f"DDP, {name}: as one process": partial(as_one_process, name) for name in replicated.RUNS},
         "DDP: importances by the formula, over tokens": scored_by_token,
         "DDP: quality where one rank has no token": quality_where_one_rank_has_no_token,
-        "DDP: resumed within an epoch, own sampler": partial(plain_loader_read_again, True),
-        "DDP: resumed within an epoch, Lightning's sampler": partial(plain_loader_read_again, False),
+        "DDP: resumed within an epoch, own sampler": partial(resumed_within_an_epoch, True),
+        "DDP: resumed within an epoch, Lightning's sampler": partial(resumed_within_an_epoch, False),
     }
 
 
