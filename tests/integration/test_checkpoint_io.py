@@ -13,7 +13,6 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from layershed.errors import CheckpointError
-from layershed.files import checkpoint_file as checkpoint_io
 from layershed.files.checkpoint_file import check_checkpoint, damage_of, intact_beside
 from layershed.integration.checkpoint_io import AtomicCheckpointIO, keep_checkpoints_whole
 
