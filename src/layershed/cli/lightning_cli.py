@@ -20,6 +20,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from layershed import callbacks  # imported, they are also known by their short names
+from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
@@ -173,6 +174,14 @@ class LayershedCLI(LightningCLI):
         """To plan takes the model's skeleton alone."""
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """A run of ``fit`` resumes exactly, also where its config does not list the callback."""
+        given = self.config_init[self.subcommand].trainer.get("callbacks") if self.subcommand == "fit" else None
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if self.subcommand == "fit" and not any(isinstance(callback, ExactResume) for callback in listed):
+            kwargs["callbacks"] = [*listed, ExactResume()]
+        return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
         """Refuse text that the model has no embedding or no position for."""
