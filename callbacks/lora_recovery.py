@@ -12,22 +12,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from layershed.discovery.find import find_transformer
 from layershed.errors import RecoveryError, ScheduleError, UnknownNameError
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
-from layershed.integration.metric_names import LR_FACTOR, REGAINED, TRAINABLE_PARAMETERS, quality_name
+from layershed.integration.measurements import regained_loss, trainable_parameters
+from layershed.integration.metric_names import LR_FACTOR
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.preflight import check_order, check_start, refuse_averaging
-from layershed.integration.recovery_checks import check_recovery, check_resumed_lora, inject_before_sharding
+from layershed.integration.recovery_checks import (
+    check_recovery,
+    check_resumed_lora,
+    inject_before_sharding,
+    train_before_sharded_load,
+)
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
-from layershed.recovery.lora import (
-    adapted_modules,
-    check_lora,
-    check_targets,
-    inject_lora,
-    merge_lora,
-    set_enabled,
-)
+from layershed.recovery.lora import adapted_modules, check_lora, check_targets, inject_lora, merge_lora
 from layershed.recovery.lora_targets import Placement
 from layershed.recovery.optimizer_groups import (
     Layout,
@@ -201,7 +200,7 @@ class LoRARecovery(Callback):
                 restore_empty_rates(trainer)
             trainer.should_stop = self.mode == "none"
             self._dropped = current_drop(pl_module)
-            show(trainer, self._metrics(pl_module))
+            show(trainer, trainable_parameters(pl_module))
             return
         check_start(trainer, self, self.start)
         if self.start == trainer.global_step or (self.start is None and dropped_sublayers(pl_module)):
@@ -224,17 +223,14 @@ class LoRARecovery(Callback):
             self._dropped = dropped
             if self.mode == "lora" and self.options["placement"] == "neighbours":
                 self._adapt(trainer, pl_module)
-            publish(trainer, self._metrics(pl_module))
+            publish(trainer, trainable_parameters(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell how much of the lost loss came back."""
         if self.began is None:
             rank_zero_warn("LoRARecovery never began: the run ended before its step, or before any drop.")
-        losses = [trainer.callback_metrics.get(quality_name("loss", when)) for when in ("before", "after", "end")]
-        if all(loss is not None for loss in losses):
-            before, after, end = (float(loss) for loss in losses if loss is not None)
-            if after > before:
-                publish(trainer, {REGAINED: (after - end) / (after - before)})
+        if regained := regained_loss(trainer):
+            publish(trainer, regained)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge or save the adapters; after the last checkpoint, which can so be resumed."""
@@ -266,14 +262,8 @@ class LoRARecovery(Callback):
 
     def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Under FSDP2, before weights and optimizer states come: train what the interrupted run trained."""
-        transformer = find_transformer(pl_module, name=self.transformer)
-        if state["began"] is None or self.mode != "lora":
-            set_enabled(transformer, False)
-            return
-        train_adapters(transformer)
-        if trainer.optimizers and state["layout"] is not None:
-            restore_layout(trainer.optimizers, pl_module, state["layout"])
-            forget_parameters(trainer.optimizers, transformer)
+        begun = state["began"] is not None and self.mode == "lora"
+        train_before_sharded_load(trainer, pl_module, state["layout"], begun=begun, transformer=self.transformer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
@@ -284,7 +274,7 @@ class LoRARecovery(Callback):
         if self.mode == "lora":
             self._adapt(trainer, pl_module)
         self._rates.attach(trainer.optimizers)
-        publish(trainer, self._metrics(pl_module))
+        publish(trainer, trainable_parameters(pl_module))
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put adapters in, or switch them on, and have the optimizers train them."""
@@ -306,10 +296,6 @@ class LoRARecovery(Callback):
         # while an optimizer steps, Lightning has not counted that step yet
         done = self._trainer.global_step - self.began + 1
         return self.lr_factor * min(1.0, done / self.warmup_steps if self.warmup_steps else 1.0)
-
-    def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
-        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        return {TRAINABLE_PARAMETERS: float(trained)}
 
     def _sharded(self, trainer: Trainer) -> bool:
         return self.mode == "lora" and is_sharded(trainer)

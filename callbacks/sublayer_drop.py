@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,12 +12,16 @@ from torch import Tensor
 from layershed.discovery.find import find_transformer
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import get_metric
-from layershed.importance.tracker import ImportanceTracker, estimate_importance
+from layershed.importance.tracker import ImportanceTracker
 from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
-from layershed.integration.loaders import calibration_batches as batches_of
-from layershed.integration.loaders import check_text, validation_batches
-from layershed.integration.metric_names import REACHED_SPEEDUP, dropped_name, quality_name
+from layershed.integration.measurements import (
+    check_batches,
+    drop_metrics,
+    importance_in_a_pass,
+    quality_metrics,
+    validation_quality,
+)
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.preflight import check_averaging, check_monitors, check_order
 from layershed.integration.rng import of_every_rank
@@ -36,13 +39,13 @@ from layershed.integration.run import (
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
-from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer, count_by_kind
+from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
-from layershed.quality import Quality, check_head, evaluate_quality
+from layershed.quality import Quality
 from layershed.recovery.optimizer_groups import forget_parameters
 from layershed.saving.lora_folder import PLAN_FILE
-from layershed.surgery import bypass, bypassed_sublayers
+from layershed.surgery import bypass
 
 CalibrateOn = Literal["running", "train", "val"]
 
@@ -95,7 +98,7 @@ class SublayerDrop(Callback):
             at the drop.
         MeasurementError: Before training, if speed is needed and cannot be measured.
         ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late, a callback
-            monitors a metric of the drop before it, or weights are averaged behind this callback.
+            monitors a metric of the drop before it, or weights are averaged after this callback.
         UnknownNameError: If there is no such metric, phase or objective, or nothing like that to calibrate on.
         StrategyError: Before training, if the Trainer's strategy does not let the model change.
     """
@@ -191,12 +194,8 @@ class SublayerDrop(Callback):
         # not sooner: both set up the train loader, which then would never be told where a resumed run stood
         limit = trainer.estimated_stepping_batches
         self.schedule.check_against(int(limit) if limit != float("inf") else -1)
-        if self.calibrate_on != "running":
-            check_text(batches_of(trainer, self.calibrate_on), "calibrate_on='running'")
-        if self.quality_batches:
-            check_text(validation_batches(trainer), "quality_batches=0")
-            check_head(find_transformer(pl_module, name=self.transformer))
-        # before the first batch nobody knows: by hand every optimizer may step
+        check_batches(trainer, pl_module, self.calibrate_on, self.quality_batches, self.transformer)
+        # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
         self._steps.start(trainer, self._stride or several)
         if self._sums is not None and self._tracker is not None:
@@ -206,7 +205,7 @@ class SublayerDrop(Callback):
             check_monitors(trainer, self.first_step)
             self.rule.check_reachable(trainer, pl_module, self._protected)
         else:
-            show(trainer, self._metrics(pl_module))
+            show(trainer, {**drop_metrics(pl_module, self.speedup), **quality_metrics(self.quality)})
         self._save_plan(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -285,7 +284,7 @@ class SublayerDrop(Callback):
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         rewrap(trainer, pl_module)
         self._save_plan(trainer)
-        publish(trainer, self._drop_metrics(pl_module))
+        publish(trainer, drop_metrics(pl_module, self.speedup))
         if round_plan.drops:  # else an earlier round made it as fast as this one asks
             self._measure(trainer, pl_module, "after")
 
@@ -296,35 +295,17 @@ class SublayerDrop(Callback):
                 rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {self._tracker.skipped}.")
             self._tracker.reset()
             return scores
-        batches = batches_of(trainer, self.calibrate_on)
-        with trainer.precision_plugin.forward_context():
-            return estimate_importance(
-                pl_module, batches, self.metric, max_batches=self.calibration_batches, name=self.transformer
-            )
+        return importance_in_a_pass(
+            trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
+        )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
-        batches = validation_batches(trainer) if self.quality_batches else None
-        if batches is None:
-            return
-        with trainer.precision_plugin.forward_context():
-            quality = evaluate_quality(pl_module, batches, max_batches=self.quality_batches, name=self.transformer)
-        self.quality[when] = quality
-        publish(trainer, {quality_name("loss", when): quality.loss, quality_name("accuracy", when): quality.accuracy})
-
-    def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
-        """Everything that was logged and still holds."""
-        return {
-            **self._drop_metrics(pl_module),
-            **{quality_name("loss", when): quality.loss for when, quality in self.quality.items()},
-            **{quality_name("accuracy", when): quality.accuracy for when, quality in self.quality.items()},
-        }
-
-    def _drop_metrics(self, pl_module: LightningModule) -> dict[str, float]:
-        counts = count_by_kind(bypassed_sublayers(pl_module))
-        reached = {} if self.speedup is None else {REACHED_SPEEDUP: self.speedup}
-        return {**{dropped_name(kind): float(count) for kind, count in counts.items()}, **reached}
+        quality = validation_quality(trainer, pl_module, self.quality_batches, self.transformer)
+        if quality is not None:
+            self.quality[when] = quality
+            publish(trainer, quality_metrics({when: quality}))
 
     def _save_plan(self, trainer: Trainer) -> None:
-        folder: Path = run_directory(trainer)
+        folder = run_directory(trainer)
         if self.plan is not None and trainer.is_global_zero:
             write_text(folder / PLAN_FILE, self.plan.to_json())

@@ -35,7 +35,14 @@ def test_two_shards_are_one_run(fsdp2, name):
     SHARDED[name](fsdp2)
 
 
-@pytest.mark.parametrize(("place", "dies"), [("scoring pass", 1), ("speed measurement", 0), (SHARDS, 1)])
+@pytest.mark.parametrize(
+    ("place", "dies"),
+    [
+        pytest.param("scoring pass", 1, marks=pytest.mark.slow),
+        pytest.param("speed measurement", 0, marks=pytest.mark.slow),
+        (SHARDS, 1),
+    ],
+)
 def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path, place, dies):
     killed, other, seconds = seconds_to_follow("tests.support.ranks.deaths", tmp_path, place, str(dies), dies=dies)
     assert killed == -9, said(tmp_path)

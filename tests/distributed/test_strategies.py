@@ -230,3 +230,20 @@ def test_groups_without_parameters_are_away_and_come_back():
         loaded["param_groups"][0]["lr"] = 0.5
         optimizer.load_state_dict(loaded)
     assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [(0, 0.1), (1, 0.5)]
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["teardown", "exception"])
+def test_sharded_strategy_has_its_own_methods_back_after_the_run(failed):
+    strategy, callbacks = Shards(), [SublayerDrop(2, count=1), LoRARecovery(finish="adapter")]
+    strategy.save_checkpoint = lambda *_: None  # the user's own
+    trainer, module, before = trainer_with(strategy, *callbacks), Foreign(), dict(vars(strategy))
+    for callback in callbacks:
+        callback.setup(trainer, module, "fit")
+        assert vars(strategy).keys() - before.keys() == {"load_checkpoint", "optimizer_state"}
+        assert strategy.save_checkpoint is not before["save_checkpoint"]
+    for callback in callbacks:
+        if failed:
+            callback.on_exception(trainer, module, ValueError())
+        else:
+            callback.teardown(trainer, module, "fit")
+    assert vars(strategy) == before

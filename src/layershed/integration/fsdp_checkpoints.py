@@ -51,11 +51,14 @@ class ShardedCheckpoints:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, transformer: str | None) -> None:
         self.trainer, self.pl_module, self.transformer = trainer, pl_module, transformer
         self.strategy: Any = trainer.strategy
+        self.replaced: dict[str, Any] = {}  # what the user had set on this one strategy
         self._unstarted: list[list[str]] = []
 
     def install(self) -> None:
         """Put them in place, on this one strategy; :func:`give_back_strategy` undoes it."""
+        give_back_strategy(self.trainer)  # another callback may have put its own there
         own = {"load_checkpoint": self.load, "optimizer_state": self.optimizer_state, "save_checkpoint": self.save}
+        self.replaced = {name: vars(self.strategy)[name] for name in own if name in vars(self.strategy)}
         vars(self.strategy).update(own)
 
     def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -141,10 +144,11 @@ class ShardedCheckpoints:
 def give_back_strategy(trainer: Trainer) -> None:
     """Give the strategy its own methods back."""
     own = vars(trainer.strategy)
-    for name in [
-        name for name, value in own.items() if isinstance(getattr(value, "__self__", None), ShardedCheckpoints)
-    ]:
-        del own[name]
+    for name, value in list(own.items()):
+        owner = getattr(value, "__self__", None)
+        if isinstance(owner, ShardedCheckpoints):
+            del own[name]
+            own.update({name: owner.replaced[name]} if name in owner.replaced else {})
 
 
 def withhold_weights(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
