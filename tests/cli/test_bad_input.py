@@ -3,32 +3,12 @@
 import shutil
 
 import pytest
-import torch
 
-from tests.cli.test_commands import one_parser  # noqa: F401  six parsers take half a second to build: build them once
 from tests.support.bad_input import trial as bad_input
 from tests.support.bad_input.damage import SCORE, Case, written
-from tests.support.bad_input.trial import CASES, make_world, problems, try_case
+from tests.support.bad_input.trial import CASES, problems, try_case
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad") / "world"
-    folder.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        with torch.random.fork_rng(devices=[]):
-            make_world(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_seed(monkeypatch):
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-    with torch.random.fork_rng(devices=[]):
-        yield
+pytestmark = pytest.mark.usefixtures("own_seed", "one_parser")
 
 
 def test_there_are_enough():
