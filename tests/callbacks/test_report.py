@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from layershed import callbacks
-from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import ScheduleError
 from layershed.reporting.downsampling import ThinnedCurve
 from tests.support.runs import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
@@ -164,7 +164,7 @@ def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_pat
         report = Report(every_n_steps=2)
         callbacks = [SublayerDrop(4, count=2, quality_batches=2), RedundancyMonitor(2), report][::order]
         saves = [Save(tmp_path / f"{at}.ckpt", at) for at in cuts]
-        make_trainer(*callbacks, *saves, name=name, max_steps=12).fit(
+        make_trainer(ExactResume(), *callbacks, *saves, name=name, max_steps=12).fit(
             causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path
         )
         page = Page(tmp_path / name)
@@ -219,7 +219,7 @@ def test_a_long_runs_curve_stays_short_and_resumes_the_same(make_trainer, tmp_pa
         drop = SublayerDrop(11, count=2, quality_batches=2)
         saves = [Save(tmp_path / f"{at}.ckpt", at) for at in (5, 11, 21)]
         settings = {"max_steps": 40, "val_check_interval": 2, "limit_val_batches": 1}
-        make_trainer(drop, report, *saves, name=name, csv=True, **settings).fit(
+        make_trainer(ExactResume(), drop, report, *saves, name=name, csv=True, **settings).fit(
             causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path
         )
         return points(report)

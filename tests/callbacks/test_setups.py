@@ -20,7 +20,15 @@ from lightning.pytorch.callbacks import (
 )
 
 import layershed as ls
-from layershed.callbacks import Export, LoRARecovery, Quantization, RedundancyMonitor, SpeedMonitor, SublayerDrop
+from layershed.callbacks import (
+    ExactResume,
+    Export,
+    LoRARecovery,
+    Quantization,
+    RedundancyMonitor,
+    SpeedMonitor,
+    SublayerDrop,
+)
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError
 from tests.support.runs import (
     Foreign,
@@ -317,7 +325,7 @@ def test_an_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, s
     def run(name, ckpt_path=None):
         drop, average = dropping(start=start), EMA[kind]()
         every = ModelCheckpoint(tmp_path / name, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
-        trainer = make_trainer(average, drop, every, name=name, enable_checkpointing=True, max_steps=12)
+        trainer = make_trainer(ExactResume(), average, drop, every, name=name, enable_checkpointing=True, max_steps=12)
         module = Foreign()
         trainer.fit(module, loader(), val_loader(), ckpt_path=ckpt_path)
         return state_of(trainer, module), dict(average._average_model.state_dict()), drop.plan, drop.quality

@@ -107,7 +107,7 @@ def assert_close(scores, sublayers, blocks):
 
 
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_equals_the_plain_way(model, metric):
+def test_importance_equals_that_of_stored_hidden_states(model, metric):
     scores = estimate_importance(model, BATCHES, metric)
     assert_close(scores, *plain_scores(model, BATCHES, metric))
     assert (scores.metric, scores.tokens) == (metric, TOKENS)
@@ -173,14 +173,14 @@ def test_exactly_one_forward_pass_a_batch(model):
     assert seen.count((1, 4)) <= 5  # discovery: a probe, one with a cache, and the block tried without its sublayers
 
 
-def test_the_head_does_not_run(llama):
+def test_estimating_importance_skips_the_head(llama):
     seen = []
     llama.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape))
     estimate_importance(llama, BATCHES)
     assert {tuple(shape[:2]) for shape in seen} == {(1, 4)}  # discovery's probes
 
 
-def test_nothing_is_changed(llama):
+def test_estimating_importance_changes_nothing_in_the_model(llama):
     llama.train()
     llama.model.layers[1].eval()
     llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -207,7 +207,7 @@ def test_nothing_is_changed(llama):
     assert [name for name, value in everything().items() if value != before[name]] == []
 
 
-def test_dropout_is_off(make_model):
+def test_importance_is_estimated_without_dropout(make_model):
     model = make_model("llama", attention_dropout=0.5).train()
     assert_close(estimate_importance(model, BATCHES), *plain_scores(model, BATCHES))
 

@@ -349,7 +349,7 @@ def test_quality_is_shown_in_the_units_that_it_is_called_by():
     assert [shown_quality(quality, name) for name in names] == pytest.approx([37.5, 2.772588722, 16.0])
 
 
-def test_it_is_written_as_plain_json():
+def test_benchmark_result_is_plain_json():
     as_it_is = replace(with_decode(0.9, 0.8, 1.0), scope=None, count=None)
     content = json.loads(json.dumps(benchmark_of(MEASURED, as_it_is).to_dict(), allow_nan=False))
     assert {key: content[key] for key in ("model", "base", "quality")} == {

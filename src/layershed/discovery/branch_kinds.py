@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,22 @@ _VIEWS = {"view", "_unsafe_view", "expand", "transpose", "permute", "t", "clone"
 _CROSS = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}
 
 
+class Make(NamedTuple):
+    """Branches of equal make are tried once.
+
+    Args:
+        operations: Their operations with all arguments but the tensors.
+        is_zero: Whether they gave nothing but zeros, which tell nothing about tokens.
+    """
+
+    operations: tuple[tuple[Any, str], ...]
+    is_zero: bool
+
+
 def kind_of(
-    flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], known: dict[object, bool]
+    flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], tokenwise: dict[Make, bool]
 ) -> tuple[Kind | None, str]:
-    """The kind of a branch, or None and the reason why it is nothing to drop, as the end of a sentence.
+    """The kind of a branch; or None and why it cannot be dropped, as the end of a sentence.
 
     Attention weighs tokens by a softmax; an MLP has matrix products and treats every token by itself.
 
@@ -31,7 +44,7 @@ def kind_of(
         flow: The block's data flow.
         branch: The branch.
         names: The names of the block's arguments, by which an encoder's output is known.
-        known: Whether branches of the same operations treat every token by itself, as far as that was asked before.
+        tokenwise: Whether branches of a make treat every token by itself, as far as known; read and extended.
     """
     extra = _extra_arguments(flow, branch)
     if any(is_attention(flow.tape, operation) for operation in branch.cone):
@@ -44,13 +57,10 @@ def kind_of(
         return None, "it reads more than the stream"
     operations = [flow.tape.operations[i] for i in sorted(branch.cone)]
     tensor = flow.tape.tensors[branch.value]
-    make = (
-        *((operation.function, str(operation.constants)) for operation in operations),
-        not is_zero(tensor),
-    )
-    if make not in known:
-        known[make] = _is_tokenwise(flow, branch)
-    return ("mlp", "") if known[make] else (None, "it mixes tokens without attention")
+    make = Make(tuple((done.function, str(done.constants)) for done in operations), is_zero(tensor))
+    if make not in tokenwise:
+        tokenwise[make] = _is_tokenwise(flow, branch)
+    return ("mlp", "") if tokenwise[make] else (None, "it mixes tokens without attention")
 
 
 def is_attention(tape: Tape, operation: int) -> bool:

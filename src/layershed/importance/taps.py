@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch, Tap
-from layershed.discovery.find import Anatomy
 from layershed.discovery.probe import probing
 from layershed.discovery.recording import Key
 

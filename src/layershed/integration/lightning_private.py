@@ -201,11 +201,12 @@ def end_epoch_for_loggers(trainer: Trainer) -> None:
 # ---- steering a resumed fit ----
 
 
-def announce_validation(loops: dict[str, Any]) -> None:
-    """In a checkpoint's ``loops["fit_loop"]``, say that the batch is done and validation has begun.
+def announce_validation(checkpoint: dict[str, Any]) -> None:
+    """In the loops' state of a checkpoint, say that the batch is done and validation has begun.
 
     Lightning then resumes with that validation. It takes a checkpoint of ``on_train_batch_end`` for one after it.
     """
+    loops = checkpoint["loops"]["fit_loop"]
     for counts in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
         counts["completed"] = counts["processed"]
     validation = loops["epoch_loop.val_loop.batch_progress"]
@@ -273,6 +274,11 @@ def end_fit(trainer: Trainer, *, advances: bool) -> None:
     loop.on_iteration_done()
     loop._restarting = False
     loop.on_run_end()
+
+
+def fit_loops(trainer: Trainer) -> tuple[Any, Any]:
+    """The loop over the epochs of a fit, and the one over the batches of an epoch: both undocumented."""
+    return trainer.fit_loop, trainer.fit_loop.epoch_loop
 
 
 def replace_loop_method(loop: object, name: str, replacement: Callable[..., None]) -> None:

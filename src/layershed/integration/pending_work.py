@@ -58,15 +58,15 @@ def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             logger.log_metrics({"epoch": noted["epoch"], **metrics}, step=step)
             logger.save()
     if noted.get("validates"):
-        private.announce_validation(checkpoint["loops"]["fit_loop"])
+        private.announce_validation(checkpoint)
         private.forget_validation(trainer)
     _Resumption(trainer, noted, checkpoint.get(RANDOM_KEY, ())).install()
 
 
 def give_back_loops(trainer: Trainer) -> None:
     """Give the loops of a Trainer their own methods back."""
-    private.give_back_loop_methods(trainer.fit_loop, _FIT_LOOP)
-    private.give_back_loop_methods(trainer.fit_loop.epoch_loop, _EPOCH_LOOP)
+    for loop, names in zip(private.fit_loops(trainer), (_FIT_LOOP, _EPOCH_LOOP), strict=True):
+        private.give_back_loop_methods(loop, names)
 
 
 class _Resumption:
@@ -80,7 +80,7 @@ class _Resumption:
 
     def __init__(self, trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]]) -> None:
         self.trainer, self.noted, self.random = trainer, noted, random
-        self.loop: Any = trainer.fit_loop
+        self.loop, self.batches = private.fit_loops(trainer)
 
     def install(self) -> None:
         """Put the methods in place, each of which gives its place back when it is called."""
@@ -143,15 +143,14 @@ class _Resumption:
                 "from its first batch again. Use a loader with state_dict and load_state_dict, such as "
                 "torchdata.stateful_dataloader.StatefulDataLoader."
             )
-            private.replace_loop_method(self.loop.epoch_loop, "reset", self.reset_quietly)
+            private.replace_loop_method(self.batches, "reset", self.reset_quietly)
 
     def reset_quietly(self) -> None:
         """``epoch_loop.reset``, without Lightning's own warning of the same loader."""
-        batches = self.loop.epoch_loop
-        private.give_back_loop_methods(batches, ["reset"])
+        private.give_back_loop_methods(self.batches, ["reset"])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-            batches.reset()
+            self.batches.reset()
 
 
 def fits(trainer: Trainer) -> bool:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import layershed as ls
 from layershed.files.checkpoint_shards import read_notes
@@ -198,6 +199,24 @@ def adapters_by_hand(shards, found):
     close(result["state"]["weights"], module.state_dict())
 
 
+def adapter_folder_holds_the_weights(shards, found):
+    """LoRA of what is not dropped, in peft's format, is that of the run."""
+    result = found.ranks[0]["fit", "lora", shards, None]
+    trained = {
+        "base_model.model." + name.removeprefix("net.").replace(".recovery.", "."): tensor
+        for name, tensor in result["state"]["weights"].items()
+        if ".lora_" in name and name in result["trainable"]
+    }
+    saved = load_file(found.folder / f"lora-{shards}-None" / "adapter" / "adapter_model.safetensors")
+    assert same(saved, trained)
+    assert any("lora_B" in name and tensor.any() for name, tensor in saved.items())
+
+
+def strategy_as_before(name, shards, found):
+    for rank in found.ranks:
+        assert rank["fit", name, shards, None]["replaced"] == []
+
+
 def plain_model(found, name, shards, step):
     """The model of a run at its end, from its weights alone, adapters added in by W + s B A."""
     model = build_model().eval()
@@ -260,12 +279,12 @@ def read_by_one_of_two(found):
     assert same(found.ranks[0]["alone"], found.ranks[0]["fit", "drop", True, None]["state"]["weights"])
 
 
-def not_loaded_densely(name, shards, found):
+def not_loaded_densely(name, shards, step, found):
     """Lightning, which passes by what it does not know, misses the weights of what is dropped or adapted."""
     drops = found.ranks[0]["fit", name, shards, None]["plan"]["drops"]
     paths = {f"net.model.layers.{d['block']}.{'self_attn' if d['kind'] == 'attention' else d['kind']}" for d in drops}
     for rank in found.ranks:
-        said = rank["dense", name, shards]
+        said = rank["dense", name, shards, step]
         assert said is not None, "evaluated the dense model"
         missing = re.search(
             r"(?:Missing key in checkpoint state_dict: state_dict\.|contains a key ')([\w.]+)\.weight", said
@@ -301,7 +320,11 @@ def checks_of_sharded(which):
             checks[f"{title}: weights and importances by hand"] = partial(by_hand, shards)
         if name == "lora":
             checks[f"{title}: weights by hand"] = partial(adapters_by_hand, shards)
-        checks[f"{title}: not loaded without layershed"] = partial(not_loaded_densely, name, shards)
+            checks[f"{title}: adapter folder holds them"] = partial(adapter_folder_holds_the_weights, shards)
+        for step in (sharded.STEPS, sharded.AFTER):
+            check = partial(not_loaded_densely, name, shards, step)
+            checks[f"{title}: step {step} not loaded without layershed"] = check
+        checks[f"{title}: the strategy has its own methods again"] = partial(strategy_as_before, name, shards)
         for cut in cuts:
             checks[f"{title}: resumed at step {cut}"] = partial(resumed_is_whole, name, shards, cut)
         if name == "headed":
