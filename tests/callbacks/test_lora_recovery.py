@@ -604,7 +604,7 @@ REFUSED = {
         "LoRARecovery acts at step 3, before Quantization at step 4",
     ),
     "too late": (lambda: [dropping(), recovery(start=6)], ScheduleError, r"start=6.*ends after 6 steps"),
-    "nothing to wait for": (lambda: [recovery()], ScheduleError, "waits for a drop"),
+    "nothing to wait for": (lambda: [recovery()], ScheduleError, "starts at the drop, but nothing is dropped"),
     "merge into quantized": (lambda: [dropping(), Quantization(), recovery()], QuantizationError, "finish='merge'"),
     "full on quantized": (
         lambda: [dropping(), Quantization(), recovery(mode="full")],

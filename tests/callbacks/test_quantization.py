@@ -247,8 +247,8 @@ def test_recovery_on_quantized_weights_exports_them_with_the_adapter_beside(make
 
 REFUSED = {
     "too late": (lambda: [Quantization(start=6), adapters(start=6)], ScheduleError, r"start=6.*ends after 6 steps"),
-    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "waits for a drop"),
-    "nothing to train": (lambda: [dropping(), Quantization()], QuantizationError, "add LoRARecovery behind it"),
+    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "starts at the drop, but nothing is dropped"),
+    "nothing to train": (lambda: [dropping(), Quantization()], QuantizationError, "List LoRARecovery after it"),
     "full": (
         lambda: [dropping(), Quantization(), LoRARecovery(mode="full")],
         LayershedError,

@@ -362,7 +362,7 @@ def test_early_stopping_by_a_metric_of_the_modules_own(make_trainer):
     assert found == [6, 6]
     stopping = EarlyStopping("val_loss", patience=1, min_delta=10.0)
     trainer = make_trainer(dropping(start=9), stopping, max_steps=30, val_check_interval=3)
-    with pytest.warns(UserWarning, match="ended at step 6, so that the drop at step 9 never happened"):
+    with pytest.warns(UserWarning, match="ended at step 6, so the drop at step 9 never happened"):
         fit_foreign(trainer)
 
 
@@ -373,7 +373,7 @@ def test_early_stopping_by_the_loss_after_a_drop(make_trainer, strict, interval,
     losses = Watch(lambda trainer, _: trainer.callback_metrics.get("drop/loss_after"))
     stopping = EarlyStopping("drop/loss_after", patience=1, min_delta=10.0, strict=strict)
     trainer = make_trainer(drop, losses, stopping, max_steps=20, val_check_interval=interval)
-    with pytest.warns(UserWarning, match=f"ended at step {looks[1]}, so that the drop at step"):
+    with pytest.warns(UserWarning, match=f"ended at step {looks[1]}, so the drop at step"):
         fit_foreign(trainer, train=loader(20))
     assert trainer.global_step == looks[1]
     assert stopping.best_score == dict(losses.seen)[looks[0]]

@@ -304,7 +304,7 @@ def never(make_trainer, monitor, *callbacks, **settings):
     [
         ({"quality": "val_f1"}, "quality='val_f1', quality_mode=None.*'max' or 'min'.*accuracy, loss, perplexity"),
         ({"quality": "val_f1", "quality_mode": "best"}, "quality_mode='best'"),
-        ({"quality": "loss", "quality_mode": "max"}, "it is 'min'; leave quality_mode out"),
+        ({"quality": "loss", "quality_mode": "max"}, "'min' is better for this quality. Leave quality_mode out"),
         ({"phase": "training"}, "Unknown phase 'training'"),
     ],
 )
@@ -317,7 +317,7 @@ def test_a_quality_without_a_meaning_is_refused(settings, match):
 @pytest.mark.parametrize("quality", ["loss", "perplexity"])
 def test_a_quality_that_nothing_will_measure_is_refused_before_training(make_trainer, quality):
     monitor = SpeedMonitor(**SMALL, quality=quality)
-    no_sdr = f"quality='{quality}'.*no SublayerDrop measures it"
+    no_sdr = f"quality='{quality}'.*no SublayerDrop measures the quality"
     with pytest.raises(MeasurementError, match=no_sdr):
         never(make_trainer, monitor)
     with pytest.raises(MeasurementError, match=no_sdr):
@@ -331,7 +331,7 @@ def test_a_quality_that_nothing_will_measure_is_refused_before_training(make_tra
 def test_where_nothing_measures_the_default_quality_it_says_so_once(make_trainer, faked):
     drop = SublayerDrop(2, count=1, quality_batches=0)
     trainer = make_trainer(drop, SpeedMonitor(**SMALL), max_steps=4)
-    with pytest.warns(UserWarning, match="there is no SDR, as no SublayerDrop measures it") as caught:
+    with pytest.warns(UserWarning, match="there is no SDR, as no SublayerDrop measures the quality") as caught:
         fit_foreign(trainer)
     assert len([warning for warning in caught if "SDR" in str(warning.message)]) == 1
     assert len(faked) == 1
@@ -341,7 +341,7 @@ def test_where_nothing_measures_the_default_quality_it_says_so_once(make_trainer
 def test_what_was_dropped_by_hand_has_no_quality_and_it_says_so(make_trainer, faked):
     module = Foreign()
     bypass(module, find_sublayers(module)[:1])
-    with pytest.warns(UserWarning, match=r"not SublayerDrop dropped attention\.0.*no SDR"):
+    with pytest.warns(UserWarning, match=r"attention\.0 was not dropped by SublayerDrop.*no SDR"):
         fit_foreign(make_trainer(SublayerDrop(3, count=1), SpeedMonitor(**SMALL), max_steps=4), module)
     assert len(faked) == 2
 
