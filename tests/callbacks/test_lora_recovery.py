@@ -585,18 +585,18 @@ def foreign_folder(folder):
 
 
 REFUSED = {
-    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "list SublayerDrop before LoRARecovery"),
+    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "List SublayerDrop before LoRARecovery"),
     "LoRA before quantization": (
         lambda: [dropping(), recovery(finish="adapter"), Quantization()],
         ScheduleError,
-        "list Quantization before LoRARecovery",
+        "List Quantization before LoRARecovery",
     ),
     "merge after quantization at the end": (
         lambda: [dropping(), Quantization(start="end"), recovery()],
         ScheduleError,
-        "list LoRARecovery before Quantization",
+        "List LoRARecovery before Quantization",
     ),
-    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "list LoRARecovery before Export"),
+    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "List LoRARecovery before Export"),
     "steps": (lambda: [dropping(4), recovery(start=3)], ScheduleError, "LoRARecovery acts at step 3.*SublayerDrop"),
     "steps of quantization": (
         lambda: [dropping(2), Quantization(start=4), recovery(start=3, finish="adapter")],

@@ -247,7 +247,7 @@ def test_recovery_on_quantized_weights_exports_them_with_the_adapter_beside(make
 
 REFUSED = {
     "too late": (lambda: [Quantization(start=6), adapters(start=6)], ScheduleError, r"start=6.*ends after 6 steps"),
-    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "starts at the drop, but nothing is dropped"),
+    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "but nothing is dropped"),
     "nothing to train": (lambda: [dropping(), Quantization()], QuantizationError, "List LoRARecovery after it"),
     "full": (
         lambda: [dropping(), Quantization(), LoRARecovery(mode="full")],
@@ -262,17 +262,17 @@ REFUSED = {
     "listed before the drop": (
         lambda: [Quantization(), dropping(), adapters()],
         ScheduleError,
-        "list SublayerDrop before Quantization",
+        "List SublayerDrop before Quantization",
     ),
     "at the end, listed before LoRA": (
         lambda: [dropping(), Quantization(start="end"), adapters()],
         ScheduleError,
-        "list LoRARecovery before Quantization",
+        "List LoRARecovery before Quantization",
     ),
     "at the end, listed behind Export": (
         lambda: [dropping(), Export(), Quantization(start="end")],
         ScheduleError,
-        "list Quantization before Export",
+        "List Quantization before Export",
     ),
 }
 
