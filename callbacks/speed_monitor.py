@@ -33,15 +33,16 @@ class SpeedMonitor(Callback):
 
     Hooks: measures in ``on_train_batch_end`` and ``on_train_end`` if the set of bypassed sublayers has changed. List it
     after SublayerDrop to measure at the step of the drop. It reads a quality of the module in ``on_validation_end``.
-    Logs, for prefill and for decode:
+    Logs:
 
-    - ``speed/decode_speedup``, with ``_low`` and ``_high``, its 95 % interval;
-    - ``speed/decode_predicted``, the speedup that the roofline model predicts;
-    - ``speed/decode_ms``, the dropped model's milliseconds per prompt (prefill) or token (decode);
-    - ``speed/decode_tokens_per_s``, with ``_dense`` for the dense model.
+    - ``speed/prefill_speedup``, ``speed/decode_speedup``, and their ``_low`` and ``_high`` (95 % interval);
+    - ``speed/prefill_predicted``, ``speed/decode_predicted``, the speedups that the roofline model predicts;
+    - ``speed/prefill_ms``, until the prompt is read, and ``speed/decode_ms``, per token, of the dropped model;
+    - ``speed/prefill_tokens_per_s``, ``speed/decode_tokens_per_s``, and their ``_dense`` of the dense model;
+    - ``speed/parameters``, ``speed/kv_bytes_per_token``, ``speed/peak_memory`` and ``speed/file_bytes``, of the dropped
+      model;
+    - ``speed/sdr``, points of quality lost per percent of speed gained.
 
-    Also logs ``speed/parameters``, ``speed/kv_bytes_per_token``, ``speed/peak_memory`` and ``speed/file_bytes`` of the
-    dropped model, and ``speed/sdr``, points of quality lost per percent of speed gained.
     Writes: ``speed.json`` in the run directory, the last measurement.
     Checkpoint: the last measurement and the dense quality. A resumed run does not repeat them.
 
