@@ -607,7 +607,7 @@ REFUSED = {
     "full on quantized": (
         lambda: [dropping(), Quantization(), recovery(mode="full")],
         LayershedError,
-        "mode='full'|add LoRARecovery",
+        "mode='full'|List LoRARecovery",
     ),
 }
 
