@@ -11,11 +11,33 @@ from tests.support.bad_input.trial import CASES, problems, try_case
 pytestmark = pytest.mark.usefixtures("own_seed", "one_parser")
 
 
-def test_there_are_enough():
+def test_the_table_is_large_and_has_the_representatives():
     assert len(CASES) >= 90
+    assert set(CASES) >= BY_DEFAULT
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each kind of damage; make test-all tries all of them.
+BY_DEFAULT = {
+    "config cut",
+    "hidden_size negative",
+    "weights whose header lies about its length",
+    "a weight of another shape",
+    "gguf cut",
+    "dropped_modules names no module",
+    "skip of an unknown kind",
+    "plan binary",
+    "text binary",
+    "yaml a bomb",
+    "yaml in another encoding",
+    "quantized to 3 bits",
+    "export over the model",
+    "output inside a file",
+    "root in a place that takes no files",
+}
+ALL = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_bad_input_is_answered_in_one_sentence(name, world):
     answer = try_case(CASES[name], world)
     assert not list(problems(CASES[name], answer)), answer

@@ -127,7 +127,7 @@ def test_the_inputs_are_asked_for_with_the_model_itself():
 
 
 @pytest.mark.parametrize("wrong", ["GPT", None, int, nn.Linear(2, 2), GPT(), list[int]])
-def test_what_is_no_class_of_modules_is_refused(wrong):
+def test_adapter_for_no_class_of_modules_is_refused(wrong):
     with pytest.raises(AdapterError, match=r"give the class of the model, a subclass of nn\.Module"):
         register_adapter(wrong, ADAPTER)
     assert adapters._ADAPTERS == {}
@@ -152,7 +152,7 @@ def test_the_documentation_runs_as_written(monkeypatch):
     assert len(find_sublayers(names["encoder"])) == 12
 
 
-def test_the_callbacks_take_it_too(monkeypatch, tmp_path):
+def test_callbacks_take_a_registered_model(monkeypatch, tmp_path):
     from layershed.callbacks import RedundancyMonitor, SublayerDrop
 
     monkeypatch.setattr(adapters, "_ADAPTERS", {})

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from layershed import callbacks  # imported, they are also known by their short names
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
+from layershed.cli.config_check import check_configs
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
@@ -217,6 +218,7 @@ def run_command(words: Sequence[str]) -> None:
         SystemExit: With 0 after a help text, with 2 after wrong usage.
         LayershedError: If something that the command needs is missing or wrong.
     """
+    check_configs(words)
     # With --config first, the config may name the command: then all of them have a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
     with quiet():
