@@ -352,9 +352,7 @@ def test_overflowing_values_are_refused_as_such(llama):
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight.fill_(6e4)
         llama.model.layers[0].mlp.up_proj.weight.fill_(6e4)
-    with pytest.raises(
-        UnprovenStructureError, match=r"NaN or infinite values, though its parameters hold none\. .* wider"
-    ):
+    with pytest.raises(UnprovenStructureError, match=r"NaN or infinite values.* parameters hold none\. .* wider"):
         find_sublayers(llama)
 
 

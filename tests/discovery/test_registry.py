@@ -15,7 +15,7 @@ import layershed
 from layershed.callbacks import report
 from layershed.discovery import registry as adapters
 from layershed.discovery.find import dissect, find_sublayers, find_transformer
-from layershed.discovery.registry import SublayerAdapter, registered_adapter, register_adapter
+from layershed.discovery.registry import SublayerAdapter, register_adapter, registered_adapter
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.planning.plan import Sublayer
 from layershed.surgery import bypass, bypassed_sublayers, restore

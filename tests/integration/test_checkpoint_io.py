@@ -13,7 +13,6 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from layershed.errors import CheckpointError
-from layershed.files import checkpoint_file as checkpoint_io
 from layershed.files.checkpoint_file import check_checkpoint, damage_of, intact_beside
 from layershed.integration.checkpoint_io import AtomicCheckpointIO, keep_checkpoints_whole
 
@@ -251,7 +250,7 @@ def test_a_file_that_may_not_be_read_is_refused_in_one_sentence_and_taken_once_i
 
 def test_a_url_is_left_to_lightning_but_its_pickle_is_not_run(monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint_io.TorchCheckpointIO, "load_checkpoint", lambda self, *words: seen.append(words))
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *words: seen.append(words))
     AtomicCheckpointIO().load_checkpoint("memory://somewhere/last.ckpt")
     assert [words[0] for words in seen] == ["memory://somewhere/last.ckpt"]
     assert seen[0][2] is True

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from layershed.cli import comparing
+from layershed.cli import benchmark as command
 from layershed.cli.console import benchmark_notes, benchmark_tables
 from layershed.discovery.find import find_sublayers
 from layershed.discovery.probe import probing
@@ -477,6 +477,6 @@ def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
 def test_only_perplexities_of_different_sizes_need_a_logarithmic_axis(quality, loss, label, scale):
     worse = Quality(loss=loss, accuracy=0.01, tokens=8)
     result = benchmark_of(MEASURED, Measurement("mlp", 4, MEASURED.plan, MEASURED.speed, worse), quality=quality)
-    figure = comparing._frontier(result)
+    figure = command._frontier(result)
     assert (figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()) == (label, scale)
     assert figure.get_suptitle() == "llama on cpu (2 threads)"

@@ -60,10 +60,11 @@ def answer_overview(words: Sequence[str]) -> None:
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = _Overview(prog=PROGRAM, description=DESCRIPTION)
+    usage = f"{PROGRAM} [-c CONFIG] {{{','.join(PURPOSES)}}} ..."
+    parser = _Overview(prog=PROGRAM, usage=usage, description=DESCRIPTION)
     parser.add_argument("-c", "--config", metavar="CONFIG", help=CONFIG_HELP)
     commands = parser.add_subparsers(
-        title="commands", description=f"{PROGRAM} COMMAND --help lists the options of a command."
+        title="commands", metavar="COMMAND", description=f"{PROGRAM} COMMAND --help lists the options of a command."
     )
     for name, purpose in PURPOSES.items():
         commands.add_parser(name, help=purpose)

@@ -20,7 +20,9 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from layershed import callbacks  # imported, they are also known by their short names
+from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
+from layershed.cli.config_check import check_configs
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
@@ -174,6 +176,14 @@ class LayershedCLI(LightningCLI):
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """A run of ``fit`` resumes exactly, also where its config does not list the callback."""
+        given = self.config_init[self.subcommand].trainer.get("callbacks") if self.subcommand == "fit" else None
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if self.subcommand == "fit" and not any(isinstance(callback, ExactResume) for callback in listed):
+            kwargs["callbacks"] = [*listed, ExactResume()]
+        return super().instantiate_trainer(**kwargs)
+
     def after_instantiate_classes(self) -> None:
         """Refuse text that the model has no embedding or no position for."""
         if self.subcommand == "plan":
@@ -208,6 +218,7 @@ def run_command(words: Sequence[str]) -> None:
         SystemExit: With 0 after a help text, with 2 after wrong usage.
         LayershedError: If something that the command needs is missing or wrong.
     """
+    check_configs(words)
     # With --config first, the config may name the command: then all of them have a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
     with quiet():

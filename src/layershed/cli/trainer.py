@@ -18,7 +18,6 @@ from layershed.cli.plan import predict_plan
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable, next_version
 from layershed.cli.score import score
-from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.performance.benchmark import Benchmark, QualityName
 from layershed.performance.prediction import Prediction
 from layershed.performance.stopwatch import SpeedSettings
@@ -57,7 +56,6 @@ class Trainer(pl.Trainer):
             super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise TrainerError(f"trainer: {error}") from error
-        keep_checkpoints_whole(self.strategy)
 
     def score(
         self, model: CausalLM, datamodule: TextData, metric: str = "cosine", batches: int = 16

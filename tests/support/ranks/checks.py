@@ -203,7 +203,7 @@ def adapter_folder_holds_the_weights(shards, found):
     """LoRA of what is not dropped, in peft's format, is that of the run."""
     result = found.ranks[0]["fit", "lora", shards, None]
     trained = {
-        "base_model.model." + name.removeprefix("net.").replace(".default.", "."): tensor
+        "base_model.model." + name.removeprefix("net.").replace(".recovery.", "."): tensor
         for name, tensor in result["state"]["weights"].items()
         if ".lora_" in name and name in result["trainable"]
     }
