@@ -3,8 +3,9 @@
     python benchmarks/chaos.py --rounds 4
 
 One-shot and iterative drops, LoRA recovery and nf4 at the drop, each with our CausalLM by the command line and with a
-LightningModule that knows nothing of layershed, which reads a plain DataLoader in half of its runs. SIGKILL at a random
-time, and at every place of the writing of a checkpoint; then again with --ckpt_path last, until the run is done.
+LightningModule that knows nothing of layershed. Every train loader has a state; the runs with a plain DataLoader went
+together with the reading of its epoch again. SIGKILL at a random time, and at every place of the writing of a
+checkpoint; then again with --ckpt_path last, until the run is done.
 Compared are weights, optimizer, schedule, plan, qualities, the logged metrics by step (over all segments),
 importance.csv and drop_plan.json. Some minutes on two cores.
 """

@@ -206,6 +206,15 @@ def test_what_can_be_refused_without_data_is_refused_before_any_is_read(llama):
         drop_sublayers(llama, stream(), ratio=1.2)
     with pytest.raises(UnknownNameError, match="Did you mean 'cosine'"):
         drop_sublayers(llama, stream(), count=1, metric="cosin")
+    with pytest.raises(CalibrationError, match="max_batches=-1: it must be at least 1"):
+        drop_sublayers(llama, stream(), count=1, max_batches=-1)
+    with pytest.raises(SelectionError, match="asked to drop 9, but there are only 8 candidates"):
+        drop_sublayers(llama, stream(), count=9)
+    with pytest.raises(SelectionError, match="no block 4"):
+        drop_sublayers(llama, stream(), count=1, protect=[4])
+    bypass(llama, find_sublayers(llama)[:2])
+    with pytest.raises(SelectionError, match="asked to drop 4, but there are only 3 candidates"):
+        drop_sublayers(llama, stream(), "block", count=4)
 
 
 def test_the_plan_is_the_whole_story(llama, tokens):

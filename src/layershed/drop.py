@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from layershed.importance.tracker import estimate_importance
+from layershed.discovery.find import find_sublayers, find_transformer
+from layershed.importance.tracker import check_scoring, estimate_importance
 from layershed.planning.plan import DropPlan, Scope, Sublayer
-from layershed.planning.selection import check_selection, select_sublayers
-from layershed.surgery import bypass
+from layershed.planning.selection import check_selection, equal_scores, select_sublayers
+from layershed.surgery import bypass, bypassed_sublayers
 
 
 def drop_sublayers(
@@ -45,6 +46,12 @@ def drop_sublayers(
         LayershedError: As the functions that it calls; the model is unchanged then.
     """
     check_selection(scope, count=count, ratio=ratio)
+    check_scoring(metric, max_batches)
+    protect = tuple(protect)
+    gone = bypassed_sublayers(find_transformer(model, name=name))
+    running = [sublayer for sublayer in find_sublayers(model, name=name) if sublayer not in gone]
+    if running:  # a count that cannot be met is refused before any batch is read
+        select_sublayers(equal_scores(running), scope, count=count, ratio=ratio, protect=protect)
     scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
     plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
     bypass(model, plan, name=name)

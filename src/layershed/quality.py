@@ -51,8 +51,11 @@ def evaluate_quality(
         Means over tokens, not over batches.
 
     Raises:
-        MeasurementError: If the batches hold no token to predict, or the model does not predict the next.
+        MeasurementError: If ``max_batches`` is below 1, the model does not predict the next token, or the batches hold
+            no token to predict.
     """
+    if max_batches is not None and max_batches < 1:
+        raise MeasurementError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
     transformer = find_transformer(model, name=name)
     check_head(transformer)
     device = next(transformer.parameters()).device

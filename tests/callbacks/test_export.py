@@ -5,15 +5,36 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershed import load_pretrained
-from layershed.callbacks import Export, SublayerDrop
+from layershed.callbacks import (
+    Export,
+    LoRARecovery,
+    Quantization,
+    RedundancyMonitor,
+    Report,
+    SpeedMonitor,
+    SublayerDrop,
+)
 from layershed.discovery.find import find_sublayers
 from layershed.errors import ExportError
+from layershed.recovery.distillation import Distillation
 from layershed.saving.pretrained import load_plan, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, restore
-from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, val_loader
+from tests.support.runs import (
+    FILES,
+    Foreign,
+    HandRun,
+    Interrupt,
+    Interrupted,
+    causal_lm,
+    fit_foreign,
+    same,
+    state_of,
+    val_loader,
+)
 
 
 def logits_by_hand(net, dropped=(), **overrides):
@@ -42,7 +63,7 @@ class ByHand(pl.Callback):
             bypass(pl_module, [found[index] for index in self.indices])
 
 
-def test_folder_holds_the_dropped_model_its_plan_and_its_tokenizer(make_trainer, tmp_path, text_data):
+def test_export_folder_holds_the_dropped_model_plan_and_tokenizer(make_trainer, tmp_path, text_data):
     drop = SublayerDrop(3, count=3)
     module = causal_lm()
     make_trainer(drop, Export(), csv=True, max_steps=6).fit(module, datamodule=text_data())
@@ -64,7 +85,7 @@ def test_folder_holds_the_dropped_model_its_plan_and_its_tokenizer(make_trainer,
     assert torch.equal(logits(module.model), logits_by_hand(module.model, vocab_size=259, eos_token_id=1))
 
 
-def test_alone_in_a_foreign_module_it_writes_an_ordinary_folder(make_trainer, tmp_path):
+def test_export_without_a_drop_writes_an_ordinary_folder(make_trainer, tmp_path):
     module = fit_foreign(make_trainer(Export("saved"), max_steps=3))
     folder = tmp_path / "run" / "saved"
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits_by_hand(module.net))
@@ -73,7 +94,7 @@ def test_alone_in_a_foreign_module_it_writes_an_ordinary_folder(make_trainer, tm
     assert not (folder / "tokenizer_config.json").exists()
 
 
-def test_a_bypass_by_hand_is_exported_with_a_plan_without_scores(make_trainer, tmp_path):
+def test_export_of_a_bypass_by_hand_has_a_plan_without_scores(make_trainer, tmp_path):
     target = tmp_path / "elsewhere"
     module = fit_foreign(make_trainer(ByHand(0, 3), Export(str(target)), max_steps=4))
     keys = [(0, "attention"), (1, "mlp")]
@@ -86,14 +107,14 @@ def test_a_bypass_by_hand_is_exported_with_a_plan_without_scores(make_trainer, t
     ]
 
 
-def test_a_bypass_by_hand_beside_the_callback_is_exported_too(make_trainer, tmp_path):
+def test_export_includes_a_bypass_by_hand_beside_sublayer_drop(make_trainer, tmp_path):
     drop = SublayerDrop(3, "mlp", count=1, quality_batches=0)
     module = fit_foreign(make_trainer(ByHand(0), drop, Export(), max_steps=5))
     keys = [(0, "attention"), *((s.block, s.kind) for s in drop.plan)]
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
 
 
-def test_another_runs_plan_in_the_same_directory_is_not_taken(make_trainer, tmp_path):
+def test_export_ignores_another_runs_plan_in_the_directory(make_trainer, tmp_path):
     """Without a logger every run has the same directory; the second export replaces the first."""
     fit_foreign(make_trainer(SublayerDrop(2, count=2, quality_batches=0), Export(), max_steps=3))
     assert (tmp_path / "run" / "drop_plan.json").exists()
@@ -103,7 +124,7 @@ def test_another_runs_plan_in_the_same_directory_is_not_taken(make_trainer, tmp_
     assert not (folder / "drop_plan.json").exists()
 
 
-def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
+def test_export_takes_one_of_two_transformers_by_name(make_trainer, tmp_path):
     class Two(Foreign):
         def __init__(self):
             super().__init__()
@@ -115,7 +136,7 @@ def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
 
 
-def test_a_folder_that_holds_something_else_is_refused_before_training(make_trainer, tmp_path):
+def test_export_refuses_a_folder_with_other_files_before_training(make_trainer, tmp_path):
     class Never(pl.Callback):
         def on_train_batch_start(self, *_):
             raise AssertionError("a batch was trained")
@@ -128,7 +149,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_training(make_trai
     assert (folder / "thesis.txt").read_text() == "my only copy"
 
 
-def test_what_was_removed_before_and_dropped_now_is_exported_together(make_trainer, tmp_path):
+def test_export_combines_removed_and_newly_dropped_sublayers(make_trainer, tmp_path):
     """Fine-tuning a folder that layershed saved, and dropping more of it."""
     first = Foreign()
     found = find_sublayers(first)
@@ -159,7 +180,7 @@ def test_what_was_removed_before_and_dropped_now_is_exported_together(make_train
 
 
 @pytest.mark.parametrize("model_type", ["gpt2"])
-def test_another_architecture_is_exported_as_exactly(make_trainer, tmp_path, model_type):
+def test_export_of_another_architecture_is_exact(make_trainer, tmp_path, model_type):
     class Other(Foreign):
         def __init__(self):
             super().__init__(model_type=model_type)
@@ -168,3 +189,72 @@ def test_another_architecture_is_exported_as_exactly(make_trainer, tmp_path, mod
     module = fit_foreign(make_trainer(drop, Export(), max_steps=4), Other())
     assert len(drop.plan) == 2
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits(module.net))
+
+
+def whole_recipe(quantized):
+    """Drop in two rounds, quantize at the first one, recover by LoRA on top, and every watcher beside."""
+    return [
+        RedundancyMonitor(2),
+        SublayerDrop(3, count=2, every_n_steps=2, rounds=2, calibration_batches=2, quality_batches=2),
+        *([Quantization()] if quantized == "before" else []),
+        LoRARecovery(rank=4, finish="adapter" if quantized == "before" else "merge", warmup_steps=2),
+        *([Quantization(start="end")] if quantized == "end" else []),
+        SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1),
+        Export(),
+        Report(every_n_steps=2),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("quantized", ["before", "end"])
+def test_export_after_drop_quantization_lora_and_distillation_equals_training(
+    make_trainer, tmp_path, text_data, unpainted, quantized
+):
+    """Killed between the rounds, with adapters in and the teacher on, and behind both."""
+
+    def run(name, *callbacks, ckpt_path=None):
+        own = whole_recipe(quantized)
+        last = ModelCheckpoint(tmp_path / f"{name}-ckpt", save_last=True, every_n_train_steps=1)
+        trainer = make_trainer(*own, last, *callbacks, name=name, csv=True, enable_checkpointing=True, max_steps=9)
+        module = causal_lm(distillation=Distillation(kind="both", temperature=2.0))
+        trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
+        return trainer, module, own[1]
+
+    trainer, module, drop = run("whole")
+    folder = tmp_path / "whole"
+    assert {path.name for path in folder.iterdir()} >= FILES
+    plan = json.loads((folder / "drop_plan.json").read_text())
+    assert plan == drop.plan.to_dict()
+    assert [entry["step"] for entry in plan["drops"]] == [3, 3, 5, 5]
+    assert dropped_sublayers(module) == tuple(sorted(drop.plan))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    # the drop, the rounding and the adapters part the student from its teacher
+    assert metrics["train_divergence"] > 0
+    assert metrics["train_loss"] == pytest.approx(
+        (metrics["train_lm_loss"] + metrics["train_divergence"]) / 2, rel=1e-5
+    )
+    assert {"recovery/trainable_parameters", "quantization/bytes", "drop/loss_end"} <= metrics.keys()
+
+    state, importance = state_of(trainer, module), (folder / "importance.csv").read_text()
+    for cut in (4, 7):
+        with pytest.raises(Interrupted):
+            run(f"killed-{cut}", Interrupt(cut))
+        again, resumed, own = run(f"resumed-{cut}", ckpt_path=tmp_path / f"killed-{cut}-ckpt" / "last.ckpt")
+        assert same(state_of(again, resumed), state)
+        assert (own.plan, own.quality) == (drop.plan, drop.quality)
+        assert (tmp_path / f"resumed-{cut}" / "importance.csv").read_text() == importance
+
+    loaded = load_pretrained(folder / "pruned")
+    assert dropped_sublayers(loaded) == dropped_sublayers(module)
+    assert (folder / "pruned" / "adapter").is_dir() == (quantized == "before")
+    module.eval()
+    batch = next(iter(text_data_batches(text_data)))
+    with torch.no_grad():
+        found, wanted = (net(input_ids=batch["input_ids"]).logits for net in (loaded, module.model))
+    assert torch.equal(found, wanted)
+
+
+def text_data_batches(text_data):
+    data = text_data()
+    data.setup()
+    return data.val_dataloader()

@@ -4,25 +4,22 @@ import copy
 import itertools
 import json
 import math
-import os
+import re
 import shutil
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DistributedSampler
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
-from layershed.callbacks import Export, LoRARecovery, Quantization, SublayerDrop
+from layershed.callbacks import Export, LoRARecovery, Quantization
 from layershed.discovery.bnb_layers import Linear4bit, dequantized_weight
 from layershed.errors import (
+    CheckpointError,
     ExportError,
     LayershedError,
     PlanError,
@@ -32,9 +29,11 @@ from layershed.errors import (
     UnknownNameError,
 )
 from layershed.quantization import quantization_of
+from layershed.recovery.distillation import Distillation
 from layershed.recovery.lora import adapted_modules
 from layershed.surgery import bypassed_sublayers
 from layershed.training.causal_lm import CausalLM
+from tests.support.lora_runs import ALPHA, RANK, Headed, dropping, recovery, refused_at_start
 from tests.support.runs import (
     BATCH,
     Foreign,
@@ -52,34 +51,11 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-from tests.support.two_ranks import run_two_ranks
+from tests.support.trainable import frozen_with_gradient, trainable
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 PART = {"attention": "self_attn", "mlp": "mlp"}
 ALL = [(block, kind) for block in range(4) for kind in ("attention", "mlp")]
-RANK, ALPHA = 4, 8
-
-
-class Headed(Foreign):
-    """A transformer and a linear head of one's own behind it."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        torch.manual_seed(3)
-        self.head = torch.nn.Linear(97, 97)
-
-    def loss(self, batch):
-        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
-        logits = logits + self.head(logits)
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-
-
-def dropping(start=4, **kwargs):
-    return SublayerDrop(start, **{"count": 3, "calibration_batches": 2, "quality_batches": 0, **kwargs})
-
-
-def recovery(**kwargs):
-    return LoRARecovery(**{"rank": RANK, "alpha": ALPHA, **kwargs})
 
 
 def keys(sublayers):
@@ -153,7 +129,7 @@ class Begun(pl.Callback):
             self.found = self.note(trainer, pl_module)
 
 
-def test_at_the_drop_adapters_come_the_transformer_freezes_and_the_head_goes_on(make_trainer):
+def test_lora_recovery_adds_adapters_freezes_the_transformer_and_trains_the_head(make_trainer):
     def note(trainer, module):
         optimizer = trainer.optimizers[0]
         head = list(module.head.parameters())
@@ -198,9 +174,7 @@ def test_at_the_drop_adapters_come_the_transformer_freezes_and_the_head_goes_on(
         (6, {"seed": 5, "warmup_steps": 4}, lambda done: min(1.0, done / 4)),
     ],
 )
-def test_the_run_equals_a_loop_by_hand_with_pefts_adapters_and_a_fresh_optimizer(
-    make_trainer, start, arguments, factor
-):
+def test_lora_recovery_equals_a_loop_by_hand_with_peft(make_trainer, start, arguments, factor):
     drop, watch = dropping(), Watch(rates_of)
     own = recovery(start=start, finish="adapter", **arguments)
     trainer = make_trainer(drop, own, watch, max_steps=10)
@@ -222,7 +196,7 @@ def test_the_run_equals_a_loop_by_hand_with_pefts_adapters_and_a_fresh_optimizer
 
 
 @pytest.mark.parametrize("lr_factor", [1.0, 0.3])
-def test_full_trains_everything_that_is_left_with_the_state_it_had(make_trainer, lr_factor):
+def test_full_recovery_trains_the_rest_with_its_optimizer_state(make_trainer, lr_factor):
     drop = dropping()
     trainer = make_trainer(drop, recovery(mode="full", lr_factor=lr_factor), max_steps=9)
     module = fit_foreign(trainer, Headed())
@@ -232,7 +206,7 @@ def test_full_trains_everything_that_is_left_with_the_state_it_had(make_trainer,
 
 
 @pytest.mark.parametrize("start", [None, 5])
-def test_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
+def test_mode_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
     drop, watch = dropping(), Watch(lambda _, module: len(bypassed_sublayers(module)))
     trainer = make_trainer(drop, recovery(mode="none", start=start), watch)
     module = fit_foreign(trainer, Headed())
@@ -242,7 +216,7 @@ def test_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
     assert same(dict(module.state_dict()), dict(hand.state_dict()))
 
 
-def test_learning_rates_are_those_of_a_run_without_any_callback(make_trainer):
+def test_lora_recovery_keeps_the_scheduled_learning_rates(make_trainer):
     def every_rate(trainer, _module):
         return [group["lr"] for group in trainer.optimizers[0].param_groups]
 
@@ -255,7 +229,7 @@ def test_learning_rates_are_those_of_a_run_without_any_callback(make_trainer):
     )
 
 
-def test_a_model_that_lacks_sublayers_already_is_recovered_from_the_first_step_on(make_trainer):
+def test_lora_recovery_of_an_already_dropped_model_begins_at_once(make_trainer):
     gone = [(1, "mlp"), (2, "attention")]
     for start in (0, None):
         module = Foreign()
@@ -285,7 +259,7 @@ def neighbours_of(dropped):
     return found - {None}
 
 
-def test_neighbours_gets_adapters_beside_what_a_second_round_drops(make_trainer):
+def test_placement_neighbours_adds_adapters_beside_a_second_drop(make_trainer):
     drop = dropping(3, count=1, every_n_steps=3, rounds=2)
     seen = [Begun(step, lambda _, m: (set(adapted_modules(m.net)), state(m))) for step in (6, 3, 5, 6)]
 
@@ -330,7 +304,7 @@ def logits_of(net):
         return torch.cat([net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()])
 
 
-def test_merge_leaves_no_adapters_and_the_logits_of_the_last_checkpoint(make_trainer, tmp_path):
+def test_merge_leaves_no_adapters_and_keeps_the_logits(make_trainer, tmp_path):
     drop = dropping()
     trainer = make_trainer(drop, recovery(lr_factor=3.0), Save(tmp_path / "last.ckpt", 9), max_steps=9)
     module = fit_foreign(trainer)
@@ -345,7 +319,7 @@ def test_merge_leaves_no_adapters_and_the_logits_of_the_last_checkpoint(make_tra
     assert (logits_of(dense_from(without, keys(drop.plan))) - wanted).abs().max() > 1e-2
 
 
-def test_recovery_regains_the_share_of_the_loss_that_came_back(make_trainer):
+def test_regained_is_the_share_of_the_loss_that_came_back(make_trainer):
     drop = dropping(quality_batches=2)
     trainer = make_trainer(drop, recovery())
     fit_foreign(trainer)
@@ -356,7 +330,7 @@ def test_recovery_regains_the_share_of_the_loss_that_came_back(make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-def test_the_saved_adapter_is_pefts_own_and_gives_the_trained_model_on_the_exported_base(make_trainer, tmp_path):
+def test_saved_adapter_in_peft_on_the_exported_base_gives_the_trained_model(make_trainer, tmp_path):
     drop = dropping()
     trainer = make_trainer(drop, recovery(finish="adapter", lr_factor=3.0), Export(), max_steps=9)
     module = fit_foreign(trainer)
@@ -381,7 +355,7 @@ def test_the_saved_adapter_is_pefts_own_and_gives_the_trained_model_on_the_expor
             ls.load_adapter(stranger, run / "adapter")
 
 
-def test_the_exported_adapter_lacks_what_a_later_round_dropped(make_trainer, tmp_path):
+def test_saved_adapter_lacks_sublayers_of_a_later_drop(make_trainer, tmp_path):
     """The second round drops sublayers that carry adapters by then; the folder holds no module for those."""
     drop = dropping(3, count=2, every_n_steps=3, rounds=2)
     trainer = make_trainer(drop, recovery(finish="adapter", lr_factor=3.0), Export(), max_steps=9)
@@ -393,7 +367,7 @@ def test_the_exported_adapter_lacks_what_a_later_round_dropped(make_trainer, tmp
 
 
 @pytest.mark.parametrize("placement", ["all", "neighbours"])
-def test_the_number_of_trainable_parameters_is_that_after_the_last_round(make_trainer, placement):
+def test_logged_trainable_parameters_are_those_after_the_last_round(make_trainer, placement):
     drop = dropping(3, count=1, every_n_steps=3, rounds=2)
     trainer = make_trainer(drop, recovery(placement=placement, finish="adapter"), max_steps=9)
     fit_foreign(trainer)
@@ -427,7 +401,7 @@ OWN = {
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("own", OWN)
-def test_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
+def test_lora_recovery_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
     """Cut before the drop, at it, behind it, and at the very end, in mid-epoch."""
     dropped, recovered, quantized = OWN[own]
 
@@ -467,7 +441,7 @@ def stateful():
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("finish", ["merge", "dequantize"])
-def test_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, finish):
+def test_lora_recovery_of_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, finish):
     """Its configure_optimizers takes every parameter, trainable or not."""
 
     def run(name, ckpt_path=None):
@@ -490,7 +464,7 @@ def test_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, f
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_our_own_module_is_the_adapted_model_without_any_callback(
+def test_causal_lm_checkpoint_is_the_adapted_model_without_callbacks(
     make_trainer, tmp_path, text_data, weights_only, quantized
 ):
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only, every_n_train_steps=8)
@@ -514,7 +488,7 @@ def test_a_checkpoint_of_our_own_module_is_the_adapted_model_without_any_callbac
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_an_adapted_foreign_module_is_evaluated_adapted(make_trainer, tmp_path, weights_only):
+def test_adapted_foreign_checkpoint_is_evaluated_adapted(make_trainer, tmp_path, weights_only):
     """Also in the trainer whose run has merged the adapters since."""
     drop = dropping()
     trainer = make_trainer(drop, recovery(lr_factor=3.0), Save(tmp_path / "before.ckpt", 3), max_steps=8)
@@ -570,7 +544,7 @@ def test_qlora_trains_adapters_on_rounded_weights_and_merges_into_full_precision
     assert compared == len(linear_paths(set(ALL) - set(keys(drop.plan))))
 
 
-def test_two_optimizers_by_hand_are_both_scaled_and_the_second_keeps_what_it_holds(make_trainer):
+def test_lr_factor_scales_both_manual_optimizers_and_the_second_keeps_its_parameters(make_trainer):
     """global_step moves by two with every batch."""
     drop = dropping(4)
     trainer = make_trainer(drop, recovery(finish="adapter"), max_steps=12)
@@ -583,7 +557,7 @@ def test_two_optimizers_by_hand_are_both_scaled_and_the_second_keeps_what_it_hol
     assert {state["step"].item() for state in first.state.values()} == {(12 - 4) / 2}
 
 
-def test_a_run_that_fails_leaves_the_learning_rates_as_they_were(make_trainer):
+def test_lora_recovery_restores_learning_rates_after_an_error(make_trainer):
     class Failing(Foreign):
         def training_step(self, batch, batch_idx):
             if self.trainer.global_step == 6:
@@ -609,18 +583,18 @@ def foreign_folder(folder):
 
 
 REFUSED = {
-    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "list SublayerDrop before LoRARecovery"),
+    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "List SublayerDrop before LoRARecovery"),
     "LoRA before quantization": (
         lambda: [dropping(), recovery(finish="adapter"), Quantization()],
         ScheduleError,
-        "list Quantization before LoRARecovery",
+        "List Quantization before LoRARecovery",
     ),
     "merge after quantization at the end": (
         lambda: [dropping(), Quantization(start="end"), recovery()],
         ScheduleError,
-        "list LoRARecovery before Quantization",
+        "List LoRARecovery before Quantization",
     ),
-    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "list LoRARecovery before Export"),
+    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "List LoRARecovery before Export"),
     "steps": (lambda: [dropping(4), recovery(start=3)], ScheduleError, "LoRARecovery acts at step 3.*SublayerDrop"),
     "steps of quantization": (
         lambda: [dropping(2), Quantization(start=4), recovery(start=3, finish="adapter")],
@@ -628,18 +602,18 @@ REFUSED = {
         "LoRARecovery acts at step 3, before Quantization at step 4",
     ),
     "too late": (lambda: [dropping(), recovery(start=6)], ScheduleError, r"start=6.*ends after 6 steps"),
-    "nothing to wait for": (lambda: [recovery()], ScheduleError, "waits for a drop"),
+    "nothing to wait for": (lambda: [recovery()], ScheduleError, "starts at the drop, but nothing is dropped"),
     "merge into quantized": (lambda: [dropping(), Quantization(), recovery()], QuantizationError, "finish='merge'"),
     "full on quantized": (
         lambda: [dropping(), Quantization(), recovery(mode="full")],
         LayershedError,
-        "mode='full'|add LoRARecovery",
+        "mode='full'|List LoRARecovery",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
+def test_lora_recovery_refuses_impossible_runs_before_training(make_trainer, case):
     callbacks, error, match = REFUSED[case]
     module, seen = Foreign(), Watch(lambda *_: None)
     before = copy.deepcopy(module.state_dict())
@@ -654,14 +628,14 @@ def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
     ("mode", "finish", "error", "match"),
     [("full", "merge", RecoveryError, "mode='full'"), ("lora", "merge", QuantizationError, "finish='merge'")],
 )
-def test_a_model_that_is_quantized_already_is_refused_likewise(make_trainer, mode, finish, error, match):
+def test_lora_recovery_refuses_an_already_quantized_model(make_trainer, mode, finish, error, match):
     module = dropped_module()
     ls.quantize(module)
     with pytest.raises(error, match=match):
         fit_foreign(make_trainer(recovery(mode=mode, finish=finish)), module)
 
 
-def test_an_adapter_folder_that_holds_something_else_is_refused_and_left_alone(make_trainer, tmp_path):
+def test_adapter_folder_with_other_files_is_refused_and_unchanged(make_trainer, tmp_path):
     foreign_folder(tmp_path / "run" / "adapter")
     module, seen = Foreign(), Watch(lambda *_: None)
     with pytest.raises(ExportError, match="holds no saved adapter"):
@@ -684,87 +658,170 @@ def test_an_adapter_folder_that_holds_something_else_is_refused_and_left_alone(m
         ({"warmup_steps": -1}, RecoveryError, "warmup_steps=-1"),
     ],
 )
-def test_options_without_a_meaning_are_refused_at_once(arguments, error, match):
+def test_lora_recovery_refuses_invalid_options_at_once(arguments, error, match):
     with pytest.raises(error, match=match):
         LoRARecovery(**arguments)
 
 
 # Two ranks. Everything below runs in two processes of its own.
 
-STEPS, CUT = 8, 6
-RUNS = {
-    "lora": lambda: [dropping(quality_batches=1), recovery(warmup_steps=3)],
-    "qlora": lambda: [dropping(), Quantization(), recovery(finish="dequantize")],
-    "rounds": lambda: [dropping(3, count=2, every_n_steps=2, rounds=2), recovery()],
-    "adapter": lambda: [dropping(), recovery(finish="adapter")],
+
+class Grouped(Foreign):
+    """Blocks 2 and 3 hardly learn."""
+
+    def configure_optimizers(self):
+        late = [p for name, p in self.named_parameters() if block_of(name) in (2, 3)]
+        early = [p for name, p in self.named_parameters() if block_of(name) not in (2, 3)]
+        return torch.optim.AdamW([{"params": early, "lr": 1e-3}, {"params": late, "lr": 1e-6}])
+
+
+def block_of(name):
+    found = re.search(r"layers\.(\d+)\.", name)
+    return found and int(found[1])
+
+
+def test_frozen_parameters_have_no_gradient_once_recovery_began(make_trainer):
+    watch = Watch(lambda _, module: (frozen_with_gradient(module), any(".lora_" in n for n in trainable(module))))
+    fit_foreign(make_trainer(dropping(2), recovery(start=4), watch, max_steps=6))
+    assert [adapted for _, (_, adapted) in watch.seen] == [False, False, False, True, True, True]
+    assert all(not found for step, (found, _) in watch.seen if step >= 4)
+
+
+def test_lora_recovery_at_the_drop_refuses_a_later_quantization(make_trainer):
+    trainer = make_trainer(dropping(3), Quantization(start=5), recovery(finish="adapter"))
+    refused_at_start(trainer, Foreign(), ScheduleError, "LoRARecovery acts at step 3, before Quantization at step 5")
+
+
+@pytest.mark.parametrize("lift", [ls.remove, ls.bypass])
+def test_lora_recovery_at_once_refuses_a_later_quantization(make_trainer, lift):
+    module = Foreign()
+    lift(module, ls.find_sublayers(module)[2:4])
+    trainer = make_trainer(Quantization(start=3), recovery(finish="adapter"))
+    refused_at_start(trainer, module, ScheduleError, "LoRARecovery acts at step 0, before Quantization at step 3")
+
+
+def test_quantization_at_the_end_refuses_adapters_that_stay(make_trainer):
+    trainer = make_trainer(dropping(), recovery(finish="adapter"), Quantization(start="end"))
+    refused_at_start(trainer, Foreign(), QuantizationError, "finish='adapter'")
+
+
+def test_lora_recovery_refuses_a_misspelt_target_before_training(make_trainer):
+    trainer = make_trainer(dropping(), recovery(target_modules=["q_prj"]))
+    refused_at_start(trainer, Foreign(), RecoveryError, "q_prj")
+
+
+def test_lora_recovery_refuses_foreign_adapters_before_training(make_trainer):
+    module = Foreign()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), module.net, "mine")
+    refused_at_start(make_trainer(dropping(), recovery()), module, RecoveryError, "mine")
+
+
+def test_quantization_refuses_a_missing_skip_module_before_training(make_trainer):
+    trainer = make_trainer(dropping(), Quantization(skip_modules=["no_such"]), recovery(finish="adapter"))
+    refused_at_start(trainer, Foreign(), QuantizationError, "no_such")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        pytest.param(lambda: Quantization(compute_dtype="bf16"), UnknownNameError, "bf16", id="unknown dtype"),
+        pytest.param(
+            lambda: Quantization("int8", compute_dtype="float16"), QuantizationError, "float16", id="int8 with a dtype"
+        ),
+        pytest.param(
+            lambda: LoRARecovery(mode="full", finish="adapter"), RecoveryError, "finish='adapter'", id="full adapter"
+        ),
+    ],
+)
+def test_contradicting_options_are_refused_at_once(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_of_a_second_round_join_the_group_of_their_block(make_trainer, quantized):
+    def groups(trainer, module):
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return [{names[id(p)] for p in group["params"]} for group in trainer.optimizers[0].param_groups]
+
+    watch = Watch(groups)
+    between = [Quantization("nf4")] if quantized else []
+    own = recovery(placement="neighbours", finish="adapter")
+    drop = dropping(2, count=1, scope="attention", every_n_steps=2, rounds=2)
+    module = fit_foreign(make_trainer(drop, *between, own, watch, max_steps=5), Grouped())
+    assert [done.step for done in drop.plan.drops] == [2, 4]
+    (first_early, first_late), (early, late) = watch.seen[1][1], watch.seen[-1][1]
+    assert (bool(first_early), bool(first_late), bool(early)) == (False, True, True)  # the second brought others
+    assert {block_of(name) for name in early} <= {0, 1}
+    assert {block_of(name) for name in late} <= {2, 3}
+    assert early | late == trainable(module)
+    assert all(".lora_" in name for name in early | late)
+
+
+def fit_stateful(trainer, **kwargs):
+    module = Foreign()
+    trainer.fit(module, StatefulDataLoader(sequences(BATCH * 6), batch_size=BATCH), val_loader(), **kwargs)
+    return module
+
+
+RESUMED = {
+    "other rank": (lambda: [recovery()], lambda: [recovery(rank=8)], CheckpointError, "'r': 4.*'r': 8"),
+    "recovery passed": (lambda: [], lambda: [recovery(start=2)], ScheduleError, r"LoRARecovery\(start=2\).*step 4"),
+    "quantization passed": (
+        lambda: [],
+        lambda: [Quantization(start=2), recovery(start=6, finish="adapter")],
+        ScheduleError,
+        r"Quantization\(start=2\).*step 4",
+    ),
 }
-CONTINUED = ("qlora", "rounds")
 
 
-def two_ranks(folder):
-    """One rank's runs, and some resumed from their middle; saves what there is to compare, or what went wrong."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    for name, resumed in [*((name, False) for name in RUNS), *((name, True) for name in CONTINUED)]:
-        torch.manual_seed(100 + rank)  # nothing may depend on the rank's own random state
-        losses = Watch(lambda trainer, _: trainer.callback_metrics["train_loss"].item())
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            # a rank that waits in vain fails
-            strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20)),
-            logger=False,
-            default_root_dir=folder / f"{name}-{resumed}",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
-            max_steps=STEPS,
-            callbacks=[*RUNS[name](), losses, Save(folder / f"{name}.ckpt", CUT)],
-        )
-        module = Headed()
-        items = sequences(2 * BATCH * STEPS)
-        share = DistributedSampler(items, num_replicas=2, rank=rank, shuffle=False)
-        data = StatefulDataLoader(items, batch_size=BATCH, sampler=share)
-        try:
-            trainer.fit(module, data, val_loader(2), ckpt_path=folder / f"{name}.ckpt" if resumed else None)
-            found = {"state": state_of(trainer, module), "losses": [loss for _, loss in losses.seen]}
-        except Exception as error:
-            found = {"error": str(error)}
-        torch.save(found, folder / f"{name}-{resumed}-{rank}.pt")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_refuses_a_checkpoint_that_contradicts_the_callbacks(make_trainer, tmp_path, case):
+    first, second, error, match = RESUMED[case]
+    path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
+    fit_stateful(make_trainer(dropping(2), *first(), Save(path, 4), max_steps=5))
+    with pytest.raises(error, match=match):
+        fit_stateful(make_trainer(dropping(2), *second(), seen, max_steps=8, name="resumed"), ckpt_path=path)
+    assert seen.seen == []
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The folder with what both ranks saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_two_ranks("tests.callbacks.test_lora_recovery", folder)
-    return folder
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_mode_none_takes_no_further_step_when_resumed(make_trainer, tmp_path):
+    path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
+    whole = make_trainer(dropping(3), recovery(mode="none"), Save(path, 3))
+    ended = fit_stateful(whole)
+    assert whole.global_step == 3
+    resumed = make_trainer(dropping(3), recovery(mode="none"), seen, name="resumed")
+    module = fit_stateful(resumed, ckpt_path=path)
+    assert (resumed.global_step, seen.seen) == (3, [])
+    assert same(dict(module.state_dict()), dict(ended.state_dict()))
 
 
-def of_both(folder, name, resumed):
-    found = [torch.load(folder / f"{name}-{resumed}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [own.get("error") for own in found] == [None, None]
-    return found
+def test_distillation_without_a_drop_is_refused_before_training(make_trainer):
+    refused_at_start(make_trainer(), causal_lm(distillation=Distillation()), RecoveryError, "begins with a drop")
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_both_ranks_hold_the_same_weights_and_adapters_that_learned(ranks, name):
-    first, second = of_both(ranks, name, False)
-    assert same(first["state"], second["state"])
-    assert first["losses"] != second["losses"]  # they did see different data
-    middle = torch.load(ranks / f"{name}.ckpt", weights_only=True)["state_dict"]
-    learned = {key: value for key, value in middle.items() if ".lora_B." in key}
-    assert len(learned) > 4
-    assert any(value.abs().sum() > 0 for value in learned.values())
+def test_lora_recovery_serves_a_second_fit(make_trainer):
+    own = recovery(warmup_steps=2)
+    states = []
+    for name, used in (("first", own), ("again", own), ("fresh", recovery(warmup_steps=2))):
+        trainer = make_trainer(dropping(2), used, max_steps=5, name=name)
+        states.append(state_of(trainer, fit_foreign(trainer)))
+    assert own.began == 2
+    assert same(states[1], states[0])
+    assert same(states[1], states[2])
 
 
-@pytest.mark.parametrize("name", CONTINUED)
-def test_resumed_ranks_equal_uninterrupted_ones(ranks, name):
-    for resumed, whole in zip(of_both(ranks, name, True), of_both(ranks, name, False), strict=True):
-        assert resumed["losses"] == whole["losses"][CUT:]
-        assert same(resumed["state"], whole["state"])
+def test_lora_recovery_refuses_averaged_weights(make_trainer):
+    refused_at_start(
+        make_trainer(dropping(), EMAWeightAveraging(), recovery()), Foreign(), ScheduleError, "WeightAveraging"
+    )
 
 
-if __name__ == "__main__":
-    two_ranks(Path(sys.argv[1]))
+def test_lr_factor_is_logged_while_it_warms_up(make_trainer):
+    watch = Watch(lambda trainer, _: trainer.callback_metrics.get("recovery/lr_factor"))
+    fit_foreign(make_trainer(dropping(2), recovery(lr_factor=0.5, warmup_steps=4), watch, max_steps=7))
+    found = [None if factor is None else factor.item() for _, factor in watch.seen]
+    assert found == [None, None, *(pytest.approx(factor) for factor in (0.125, 0.25, 0.375, 0.5, 0.5))]

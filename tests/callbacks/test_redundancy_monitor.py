@@ -11,8 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from layershed.callbacks import RedundancyMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, RedundancyMonitor, SublayerDrop
 from layershed.errors import AmbiguousModelError, LayershedError, ScheduleError, UnknownNameError
+from tests.support.killed import stateful
 from tests.support.models import build_model
 from tests.support.runs import (
     Broken,
@@ -77,7 +78,7 @@ def test_accumulation_averages_all_micro_batches_of_the_step(make_trainer, tmp_p
     close(rows(tmp_path / "run"), by_hand(loader(8), {2, 4}, accumulate=2))
 
 
-def test_padding_does_not_count(make_trainer, tmp_path):
+def test_padding_does_not_count_in_the_importances(make_trainer, tmp_path):
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 9:] = False
     items = [{**item, "attention_mask": row.long()} for item, row in zip(sequences(2), mask, strict=True)]
@@ -131,7 +132,7 @@ def test_passes_outside_the_training_step_are_not_counted(make_trainer, tmp_path
         close(rows(tmp_path / name), by_hand(loader(8), {2, 4}, accumulate=2))
 
 
-def test_values_reach_the_logger_and_other_callbacks(make_trainer, tmp_path):
+def test_importances_reach_the_logger_and_other_callbacks(make_trainer, tmp_path):
     checkpoint = ModelCheckpoint(
         tmp_path / "best", filename="{step}", monitor="importance/attention_mean", mode="min", every_n_train_steps=2
     )
@@ -173,7 +174,7 @@ def hooks_of(module):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_no_hook_stays_on_the_model(make_trainer, interrupted):
+def test_monitor_leaves_no_forward_hook_on_the_model(make_trainer, interrupted):
     module = Foreign()
     before = hooks_of(module)
     inside = []
@@ -194,7 +195,7 @@ def test_no_hook_stays_on_the_model(make_trainer, interrupted):
     assert hooks_of(module) == before
 
 
-def test_hooks_go_if_another_callback_refuses_the_run(make_trainer):
+def test_forward_hooks_go_if_another_callback_refuses_the_run(make_trainer):
     module = Foreign()
     before = hooks_of(module)
     with pytest.raises(ScheduleError):
@@ -233,7 +234,8 @@ def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_
         return [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular")]
 
     def run(name, *callbacks, ckpt_path=None):
-        trainer = make_trainer(*monitors(), *callbacks, name=name, max_steps=8, accumulate_grad_batches=2)
+        own = [ExactResume(), *monitors(), *callbacks]
+        trainer = make_trainer(*own, name=name, max_steps=8, accumulate_grad_batches=2)
         trainer.fit(causal_lm(**still), datamodule=text_data(), ckpt_path=ckpt_path)
 
     cut, stop = tmp_path / "cut.ckpt", 7
@@ -274,7 +276,7 @@ def test_two_transformers_need_a_name_before_training(make_trainer, tmp_path):
     assert set(rows(tmp_path / "run")[1]) == {(b, k) for b in range(4) for k in ("attention", "mlp", "block")}
 
 
-def test_arguments_without_meaning_are_refused():
+def test_monitor_refuses_arguments_out_of_range():
     with pytest.raises(ScheduleError, match="every_n_steps=0"):
         RedundancyMonitor(0)
     with pytest.raises(UnknownNameError, match="cosine"):
@@ -282,7 +284,7 @@ def test_arguments_without_meaning_are_refused():
     assert issubclass(ScheduleError, LayershedError)
 
 
-def test_another_cadence_by_overriding_should_measure(make_trainer, tmp_path):
+def test_overriding_should_measure_gives_another_cadence(make_trainer, tmp_path):
     class Early(RedundancyMonitor):
         def should_measure(self, step):
             return step in (1, 2, 5)
@@ -314,7 +316,7 @@ def test_a_forward_pass_of_nan_is_reported_and_not_averaged_in(make_trainer, tmp
     assert skipped == [("2", 1), ("4", 0)], "said again once it is over, so that nobody reads an old count"
 
 
-def test_a_step_of_which_nothing_finite_is_left_has_no_rows(make_trainer, tmp_path):
+def test_step_without_a_finite_pass_has_no_rows(make_trainer, tmp_path):
     trainer = make_trainer(RedundancyMonitor(1), max_steps=4)
     with pytest.warns(UserWarning, match="step 3: 1 of 1 forward passes left out"):
         fit_foreign(trainer, Broken(alone=(2,)))
@@ -322,14 +324,14 @@ def test_a_step_of_which_nothing_finite_is_left_has_no_rows(make_trainer, tmp_pa
     assert trainer.callback_metrics["importance/skipped"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint was written between two optimizer steps")
-def test_what_was_left_out_before_an_interruption_is_counted_after_it(make_trainer, tmp_path):
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_passes_left_out_before_an_interruption_are_counted_after_it(make_trainer, tmp_path):
     """The first of two micro-batches of step 2 came with a pass of NaN, before the checkpoint."""
     for name, ckpt_path in (("whole", None), ("resumed", tmp_path / "cut.ckpt")):
         save = SaveMiddle(tmp_path / "cut.ckpt", 2)
         trainer = make_trainer(RedundancyMonitor(2), save, name=name, max_steps=2, accumulate_grad_batches=2)
         with pytest.warns(UserWarning, match="step 2: 1 of 3 forward passes left out"):
-            trainer.fit(Broken(beside=(2,)), loader(8), val_loader(), ckpt_path=ckpt_path)
+            trainer.fit(Broken(beside=(2,)), stateful(8), val_loader(), ckpt_path=ckpt_path)
 
 
 @pytest.fixture
@@ -386,7 +388,7 @@ def ruined(path, how):
 
 
 @pytest.mark.parametrize("how", ["gone", "shorter", "another run's", "no importances"])
-def test_a_history_that_is_not_to_be_found_is_said_once(run_twice, tmp_path, how):
+def test_missing_history_is_warned_of_once(run_twice, tmp_path, how):
     path = at_checkpoints(tmp_path / "run")
     whole = run_twice("run", Save(path, 4))
     ruined(tmp_path / "run" / "importance.csv", how)
@@ -395,12 +397,12 @@ def test_a_history_that_is_not_to_be_found_is_said_once(run_twice, tmp_path, how
         resumed = run_twice("resumed", ckpt_path=path)
     told = [str(warning.message) for warning in caught if "importance.csv" in str(warning.message)]
     assert len(told) == 1
-    assert "begins behind step 4" in told[0]
+    assert "begins after step 4" in told[0]
     lines = whole.splitlines(keepends=True)
     assert resumed == b"".join([lines[0], *(line for line in lines[1:] if int(line.split(b",")[0]) > 4)])
 
 
-def test_no_other_file_is_taken_for_the_history(run_twice, tmp_path):
+def test_history_named_by_a_strangers_checkpoint_is_not_copied(run_twice, tmp_path):
     """A checkpoint may come from anybody; what it names is not copied for being named."""
     path, secret = tmp_path / "4.ckpt", tmp_path / "secret.csv"
     run_twice("run", Save(path, 4))
@@ -409,12 +411,12 @@ def test_no_other_file_is_taken_for_the_history(run_twice, tmp_path):
     for state in checkpoint["callbacks"].values():
         state["history"]["file"] = str(secret)
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match="begins behind step 4"):
+    with pytest.warns(UserWarning, match="begins after step 4"):
         resumed = run_twice("resumed", ckpt_path=path)
     assert resumed.splitlines()[1].startswith(b"5,")
 
 
-def test_a_resumed_run_in_an_old_directory_keeps_nothing_of_that(run_twice, tmp_path):
+def test_resumed_run_in_the_directory_of_another_keeps_no_rows_of_it(run_twice, tmp_path):
     path = tmp_path / "4.ckpt"
     whole = run_twice("run", Save(path, 4))
     run_twice("old")
@@ -423,7 +425,7 @@ def test_a_resumed_run_in_an_old_directory_keeps_nothing_of_that(run_twice, tmp_
     assert run_twice("old", ckpt_path=path) == whole
 
 
-def test_a_monitor_that_is_new_in_a_resumed_run_destroys_nothing(make_trainer, text_data, run_twice, tmp_path):
+def test_monitor_new_in_a_resumed_run_keeps_the_rows_of_the_others(make_trainer, text_data, run_twice, tmp_path):
     path = tmp_path / "run" / "4.ckpt"
     run_twice("run", Save(path, 4))
     history = rows(tmp_path / "run", "cosine")

@@ -3,18 +3,12 @@
 import csv
 import itertools
 import json
-import os
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, DistributedSampler
 
-import layershed.performance.speed
-import layershed.performance.stopwatch
 from layershed.callbacks import SublayerDrop
 from layershed.discovery.find import find_sublayers
 from layershed.errors import MeasurementError, ScheduleError, SelectionError, SpeedupError, UnknownNameError
@@ -23,62 +17,23 @@ from layershed.performance.speedup_target import check_reachable, drop_to_speedu
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.schedule import DropSchedule
 from layershed.surgery import bypass, bypassed_sublayers, restore
-from tests.callbacks.test_sublayer_drop import endless, keys, later_rows, outcome, primitive, refused
+from tests.support.drop_runs import endless, keys, later_rows, outcome, primitive, refused
 from tests.support.runs import (
-    BATCH,
     Foreign,
     HandRun,
     causal_lm,
     fit_foreign,
     loader,
-    ranked,
     same,
-    sequences,
-    state_of,
     val_loader,
 )
-from tests.support.ticking import MADE_UP, Ticking, attentions_take_more, install, mlps_take_more
-from tests.support.two_ranks import run_two_ranks
-
-FAST = SpeedSettings(prompt_tokens=4, new_tokens=2, runs=1, warmup=0)
+from tests.support.speed_targets import FAST, enough, queue, watched
+from tests.support.ticking import Ticking, install
 
 
 @pytest.fixture
 def clock(monkeypatch):
     return install(monkeypatch, Ticking())
-
-
-def watched(clock, **overrides):
-    module = Foreign(**overrides)
-    clock.watch(module.net)
-    return module
-
-
-def queue(scores, scope, objective="importance", cost=attentions_take_more):
-    """What goes first, by hand: importance, or importance over the seconds of what goes with it."""
-    if objective == "importance":
-        order = ranked(scores, scope, len(scores))
-        return [order[i : i + 2] for i in range(0, len(order), 2)] if scope == "block" else [[key] for key in order]
-    groups = [
-        [(block, own) for own in ("attention", "mlp")] if kind == "block" else [(block, kind)]
-        for block, kind in scores
-        if kind in {"joint": ("attention", "mlp")}.get(scope, (scope,))
-    ]
-
-    def price(group):
-        block, kind = group[0]
-        return scores[block, "block" if scope == "block" else kind] / sum(cost(*key) for key in group)
-
-    return sorted(groups, key=price)
-
-
-def enough(clock, order, target, gone=(), phase="decode"):
-    """As few of the first as give the target beside what is gone, by hand."""
-    for number in range(len(order) + 1):
-        chosen = [key for group in order[:number] for key in group]
-        if clock.speedup([*gone, *chosen], phase=phase) >= target:
-            return chosen
-    raise AssertionError("out of reach")
 
 
 def by_hand(choose, at=5, steps=8, since=1):
@@ -98,7 +53,7 @@ TARGETS = {"attention": {"decode": 1.3, "prefill": 1.1}, "mlp": {"decode": 1.1, 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("objective", ["importance", "speed"])
 @pytest.mark.parametrize("scope", ["attention", "mlp", "block", "joint"])
-def test_as_few_go_as_give_the_target_and_training_goes_on_as_by_hand(make_trainer, clock, scope, objective, phase):
+def test_target_speedup_drops_the_fewest_and_trains_on_as_by_hand(make_trainer, clock, scope, objective, phase):
     target = TARGETS.get(scope, {}).get(phase, 1.3)
     drop = SublayerDrop(
         5,
@@ -134,7 +89,7 @@ def test_as_few_go_as_give_the_target_and_training_goes_on_as_by_hand(make_train
         ("prefill", {"ratio": 0.4}, 3),
     ],
 )
-def test_the_objective_speed_ranks_by_importance_per_second(make_trainer, clock, phase, amount, number):
+def test_objective_speed_ranks_by_importance_per_second(make_trainer, clock, phase, amount, number):
     drop = SublayerDrop(
         5, calibration_batches=4, quality_batches=0, phase=phase, objective="speed", speed=FAST, **amount
     )
@@ -155,7 +110,7 @@ def test_the_objective_speed_ranks_by_importance_per_second(make_trainer, clock,
 
 
 @pytest.mark.parametrize("calibrate_on", ["running", "val"])
-def test_every_round_goes_a_part_of_the_way_with_importance_measured_anew(make_trainer, tmp_path, clock, calibrate_on):
+def test_target_speedup_rounds_share_the_way_and_measure_importance_anew(make_trainer, tmp_path, clock, calibrate_on):
     """The second sublayer overshoots the second round's aim, so that the third round drops nothing."""
     clock.decode = lambda _block, _kind: 16.0
     target, start, every = 1.3, 3, 2
@@ -204,7 +159,7 @@ def test_every_round_goes_a_part_of_the_way_with_importance_measured_anew(make_t
         ("block", (0,), [(block, kind) for block in (1, 2, 3) for kind in ("attention", "mlp")]),
     ],
 )
-def test_a_round_that_finds_nothing_left_to_drop_is_no_error(make_trainer, clock, scope, protect, every):
+def test_target_speedup_round_with_nothing_left_to_drop_is_no_error(make_trainer, clock, scope, protect, every):
     """Half of the way takes everything that may go, which is the whole of it."""
     clock.decode = lambda block, kind: 1000.0 if (block, kind) in every else 0.125
     target = clock.speedup(every)
@@ -218,7 +173,7 @@ def test_a_round_that_finds_nothing_left_to_drop_is_no_error(make_trainer, clock
     assert trainer.callback_metrics["drop/speedup"].item() == pytest.approx(target)
 
 
-def test_what_was_bypassed_before_counts_and_stays(make_trainer, clock):
+def test_target_speedup_counts_and_keeps_an_earlier_bypass(make_trainer, clock):
     """Enough of it, and nothing goes; too little, and the rest goes."""
     for factor, more in ((1.0, 0), (1.01, 1)):
         module = watched(clock)
@@ -235,7 +190,7 @@ def test_what_was_bypassed_before_counts_and_stays(make_trainer, clock):
         assert len(now) == 2 + more
 
 
-def test_scores_of_what_is_bypassed_already_do_not_bring_it_back(clock):
+def test_scores_of_bypassed_sublayers_do_not_restore_them(clock):
     """Such as those of the dense model: neither a search, nor a failed one, nor a check restores or drops it again."""
     model = watched(clock).net
     scores = {sublayer: 1.0 + sublayer.block for sublayer in find_sublayers(model)}
@@ -256,7 +211,7 @@ def test_scores_of_what_is_bypassed_already_do_not_bring_it_back(clock):
         drop_to_speedup(model, scores, 1.5, protect=(0, 1, 2, 3), settings=FAST)
 
 
-def test_protected_blocks_stay_however_slow(make_trainer, clock):
+def test_target_speedup_keeps_protected_blocks_however_slow(make_trainer, clock):
     clock.decode = lambda block, _kind: 32.0 if block in (0, 3) else 1.0
     target = clock.speedup([(block, kind) for block in (1, 2) for kind in ("attention", "mlp")])
     drop = SublayerDrop(2, protect=(0, -1), quality_batches=0, target_speedup=target, speed=FAST)
@@ -280,8 +235,8 @@ def test_protected_blocks_stay_however_slow(make_trainer, clock):
         ({"target_speedup": 1.3, "scope": "heads"}, SelectionError, "heads"),
         ({"target_speedup": 1.3, "phase": "training"}, UnknownNameError, "'training'.*decode, prefill"),
         ({"count": 1, "objective": "cost"}, UnknownNameError, "'cost'.*importance, speed"),
-        ({"target_speedup": 1.3, "protect": (0, 1, 2, 3)}, SelectionError, "all are protected, so that none"),
-        ({"target_speedup": 1.3, "scope": "cross_attention"}, SelectionError, "it has no sublayers"),
+        ({"target_speedup": 1.3, "protect": (0, 1, 2, 3)}, SelectionError, "all are protected"),
+        ({"target_speedup": 1.3, "scope": "cross_attention"}, SelectionError, "has no sublayers of this scope"),
         ({"target_speedup": 1.3, "protect": (4,)}, SelectionError, "no block 4"),
         ({"target_speedup": 1.3, "speed": SpeedSettings(120, 9)}, MeasurementError, "do not fit into the model's 128"),
         ({"count": 1, "objective": "speed", "speed": SpeedSettings(runs=0)}, MeasurementError, "runs=0"),
@@ -297,7 +252,7 @@ def test_protected_blocks_stay_however_slow(make_trainer, clock):
         ({"target_speedup": 1.3, "start": 6}, ScheduleError, "step 6 comes too late"),
     ],
 )
-def test_what_cannot_be_reached_is_refused_before_training(make_trainer, clock, arguments, error, match):
+def test_target_speedup_refuses_impossible_arguments_before_training(make_trainer, clock, arguments, error, match):
     """38 seconds a pass, 30 of them in the sublayers: 24 in the attentions, of block 0 5."""
     message = refused(
         make_trainer,
@@ -309,13 +264,13 @@ def test_what_cannot_be_reached_is_refused_before_training(make_trainer, clock, 
     assert message.endswith(".")
 
 
-def test_a_target_that_all_candidates_together_give_is_none_too_high(make_trainer, clock):
+def test_target_speedup_of_all_candidates_together_is_accepted(make_trainer, clock):
     drop = SublayerDrop(2, quality_batches=0, target_speedup=4.75, speed=FAST)
     fit_foreign(make_trainer(drop, max_steps=4), watched(clock))
     assert len(drop.plan) == 8
 
 
-def test_a_target_that_proves_out_of_reach_at_the_drop_says_what_was_reached(make_trainer, clock):
+def test_target_speedup_out_of_reach_at_the_drop_reports_what_was_reached(make_trainer, clock):
     class Warms(pl.Callback):
         def on_train_batch_start(self, *_):
             clock.rest = 62.0
@@ -329,7 +284,7 @@ def test_a_target_that_proves_out_of_reach_at_the_drop_says_what_was_reached(mak
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_speed_is_measured_under_the_runs_precision(make_trainer, clock):
+def test_target_speedup_is_measured_under_the_runs_precision(make_trainer, clock):
     seen = []
 
     class Look(Foreign):
@@ -350,13 +305,13 @@ def test_speed_is_measured_under_the_runs_precision(make_trainer, clock):
     assert set(seen) == {(2, torch.bfloat16)}
 
 
-def test_the_share_of_the_rounds_that_are_due():
+def test_share_due_is_the_part_of_the_rounds_reached():
     schedule = DropSchedule(start=4, every_n_steps=2, rounds=4)
     assert [schedule.share_due(step) for step in (3, 4, 5, 6, 8, 10, 99)] == [0.25, 0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert DropSchedule(start=4).share_due(4) == 1.0
 
 
-def test_another_schedule_by_overriding_should_drop_aims_at_the_whole_target(make_trainer, clock):
+def test_overridden_should_drop_aims_at_the_whole_target_speedup(make_trainer, clock):
     class Mine(SublayerDrop):
         def should_drop(self, step):
             return step in (1, 3)
@@ -372,7 +327,7 @@ TWICE = {**ONCE, "target_speedup": 2.5, "every_n_steps": 4, "rounds": 2}
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(("arguments", "cuts"), [(ONCE, (1, 4, 6, 9)), (TWICE, (6, 8, 11))])
-def test_resumed_equals_uninterrupted_and_measures_only_what_is_to_come(
+def test_target_speedup_resumed_equals_uninterrupted_without_repeated_measurements(
     make_trainer, tmp_path, text_data, clock, monkeypatch, arguments, cuts
 ):
     checks = []
@@ -410,97 +365,3 @@ def test_resumed_equals_uninterrupted_and_measures_only_what_is_to_come(
 
 
 real_check = drop_rule.check_reachable
-STEPS, START, WINDOW, TARGET = 6, 4, 3, 1.3
-RUNS = {"target": {"target_speedup": TARGET, "objective": "speed"}, "count": {"count": 3, "objective": "speed"}}
-
-
-class Upside(SublayerDrop):
-    """Has it that the most important are the least."""
-
-    def _scores(self, trainer, pl_module):
-        scores = super()._scores(trainer, pl_module)
-        scores.update({sublayer: 1 - score for sublayer, score in scores.items()})
-        return scores
-
-
-def two_ranks(folder):
-    """One rank's run; by rank 1's clock and scores other sublayers would go, and another number."""
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    clock = Ticking() if rank == 0 else Ticking(decode=mlps_take_more, prefill=attentions_take_more, rest=2.0)
-    layershed.performance.stopwatch.clock_of = lambda _device: clock
-    layershed.performance.speed.measure_ceilings = lambda *_: MADE_UP
-    results = {}
-    for name, arguments in RUNS.items():
-        kind = SublayerDrop if rank == 0 else Upside
-        drop = kind(START, calibration_batches=WINDOW, quality_batches=0, speed=FAST, **arguments)
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy="ddp",
-            default_root_dir=folder / name,
-            max_steps=STEPS,
-            limit_val_batches=0,
-            callbacks=[drop],
-            **quiet,
-        )
-        module = watched(clock)
-        items = sequences(2 * BATCH * STEPS)
-        share = DistributedSampler(items, num_replicas=2, rank=rank, shuffle=False)
-        trainer.fit(module, DataLoader(items, batch_size=BATCH, sampler=share))
-        results[name] = {
-            "state": state_of(trainer, module),
-            "plan": drop.plan.to_dict(),
-            "bypassed": [(s.block, s.kind) for s in bypassed_sublayers(module)],
-            "speedup": drop.speedup,
-        }
-    far = SublayerDrop(START, quality_batches=0, speed=FAST, target_speedup=5.0)  # by rank 1's clock within reach
-    try:
-        pl.Trainer(
-            accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=0, max_steps=STEPS, callbacks=[far], **quiet
-        ).fit(watched(clock), DataLoader(items, batch_size=BATCH, sampler=share))
-    except SpeedupError as error:
-        results["refused"] = str(error)
-    torch.save(results, folder / f"{rank}.pt")
-
-
-def test_two_ranks_go_by_the_clock_of_the_first(tmp_path):
-    run_two_ranks("tests.callbacks.test_target_speedup", tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert same(*found)
-    assert "x4.75" in found[0]["refused"]
-    clock, other = Ticking(), Ticking(decode=mlps_take_more, rest=2.0)
-    items = sequences(2 * BATCH * STEPS)
-    batches = [
-        next(iter(DataLoader(items[rank::2][BATCH * step : BATCH * (step + 1)], batch_size=BATCH)))
-        for step in range(STEPS)
-        for rank in (0, 1)
-    ]
-    for name, result in found[0].items():
-        if name == "refused":
-            continue
-
-        def choose(scores, clock=clock, name=name):
-            order = queue(scores, "joint", "speed", clock.decode)
-            return enough(clock, order, TARGET) if name == "target" else [*itertools.chain(*order[:3])]
-
-        hand = HandRun(accumulate=2)
-        for step in hand.train(batches):
-            if step == START - WINDOW:
-                hand.seen()
-            if step == START:
-                scores = hand.seen()
-                hand.drop(choose(scores))
-        assert set(hand.dropped) != set(choose(scores, other)), "else the clocks would not matter here"
-        assert [(entry["block"], entry["kind"]) for entry in result["plan"]["drops"]] == hand.dropped
-        assert set(result["bypassed"]) == set(hand.dropped)
-        for key, weight in hand.module.state_dict().items():
-            torch.testing.assert_close(result["state"]["weights"][key], weight, rtol=1e-4, atol=1e-5)
-    assert found[0]["target"]["speedup"] == pytest.approx(
-        clock.speedup([(entry["block"], entry["kind"]) for entry in found[0]["target"]["plan"]["drops"]])
-    )
-
-
-if __name__ == "__main__":
-    two_ranks(Path(sys.argv[1]))

@@ -3,39 +3,41 @@
 import shutil
 
 import pytest
-import torch
 
-from tests.cli.test_commands import one_parser  # noqa: F401  six parsers take half a second to build: build them once
 from tests.support.bad_input import trial as bad_input
 from tests.support.bad_input.damage import SCORE, Case, written
-from tests.support.bad_input.trial import CASES, make_world, problems, try_case
+from tests.support.bad_input.trial import CASES, problems, try_case
+
+pytestmark = pytest.mark.usefixtures("own_seed", "one_parser")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad") / "world"
-    folder.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        with torch.random.fork_rng(devices=[]):
-            make_world(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_seed(monkeypatch):
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def test_there_are_enough():
+def test_the_table_is_large_and_has_the_representatives():
     assert len(CASES) >= 90
+    assert set(CASES) >= BY_DEFAULT
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each kind of damage; make test-all tries all of them.
+BY_DEFAULT = {
+    "config cut",
+    "hidden_size negative",
+    "weights whose header lies about its length",
+    "a weight of another shape",
+    "gguf cut",
+    "dropped_modules names no module",
+    "skip of an unknown kind",
+    "plan binary",
+    "text binary",
+    "yaml a bomb",
+    "yaml in another encoding",
+    "quantized to 3 bits",
+    "export over the model",
+    "output inside a file",
+    "root in a place that takes no files",
+}
+ALL = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_bad_input_is_answered_in_one_sentence(name, world):
     answer = try_case(CASES[name], world)
     assert not list(problems(CASES[name], answer)), answer

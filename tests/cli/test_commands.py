@@ -20,57 +20,44 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Llama
 from transformers.utils import logging as transformers_logging
 
 import layershed as ls
-from layershed.cli import commands, comparing
-from layershed.cli import main as cli
+from layershed.cli import benchmark as benchmark_command
+from layershed.cli import commands, lightning_cli, prune, quiet
+from layershed.cli import plan as plan_command
 from layershed.cli import run_folder as running
-from layershed.cli.commands import Trainer
-from layershed.cli.main import LayershedCLI, main
+from layershed.cli.lightning_cli import LayershedCLI
+from layershed.cli.messages import causes
+from layershed.cli.trainer import Trainer
 from layershed.errors import LayershedError
 from layershed.performance import benchmark as benchmarking
 from layershed.performance.latency import Latency
 from layershed.performance.roofline import ACCELERATORS
 from layershed.planning.plan import Drop, DropPlan, Sublayer, count_by_kind
 from layershed.training.text_data import TextData
+from tests.support.command_line import (
+    BENCHMARK,
+    DATA,
+    DROPPING,
+    FIT,
+    KEEP,
+    MAMBA,
+    PLAN,
+    PRUNE,
+    SCORE,
+    SMALL,
+    SPEED,
+    TINY,
+    TRAINER,
+    callbacks,
+    model_of,
+    run,
+)
 from tests.support.models import build_model
 from tests.support.ticking import MADE_UP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 QUICKSTART = TRAIN.parent / "configs" / "quickstart.yaml"
-TEXT = "\n\n".join(f"{number} is not {number + 1}, nor will it ever be {number + 2}." for number in range(120))
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-MAMBA = {"model_type": "mamba", "vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-DATA = ["--data.source=text.txt", "--data.block_size=16", "--data.batch_size=2", "--data.max_tokens=512"]
-TRAINER = [
-    "--trainer.accelerator=cpu",
-    "--trainer.max_steps=3",
-    "--trainer.limit_val_batches=1",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.enable_model_summary=false",
-]
-SPEED = ["--prompt_tokens=4", "--new_tokens=2", "--runs=2"]
 
-
-def model_of(**fields):
-    return f"--model.config={json.dumps(fields)}"
-
-
-SMALL = [model_of(**TINY), *DATA, *TRAINER]
-FIT, SCORE, PRUNE = ["fit", *SMALL], ["score", *SMALL], ["prune", *SMALL, *SPEED]
-BENCHMARK = ["benchmark", *SMALL, *SPEED, "--quality_batches=2"]
-PLAN = ["plan", model_of(**TINY), "--prompt_tokens=4", "--new_tokens=2"]
-
-PARSERS = {}
+pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 
 class Broken(pl.Callback):
@@ -78,75 +65,6 @@ class Broken(pl.Callback):
 
     def __init__(self):
         raise RuntimeError("a bug of ours")
-
-
-def drop(**settings):
-    return callbacks({"class_path": "layershed.callbacks.SublayerDrop", "init_args": settings})
-
-
-def callbacks(*entries):
-    return yaml.safe_dump({"trainer": {"callbacks": list(entries)}})
-
-
-FILES = {
-    "text.txt": TEXT,
-    "empty.txt": "",
-    "afile": "x",
-    "damaged.ckpt": b"not a checkpoint",
-    "damaged_plan.json": "{",
-    "other_plan.json": DropPlan((Drop(Sublayer(9, "mlp", "model.layers.9.mlp")),)).to_json(),
-    "typo.yaml": "model:\n  pretraind: null\n",
-    "section.yaml": "modle:\n  pretrained: null\n",
-    "argument.yaml": drop(start=1, count=1, calib_on="val"),
-    "ratoi.yaml": drop(start=1, ratoi=0.5),
-    "forgotten.yaml": drop(count=1),
-    "metric.yaml": drop(start=1, count=1, metric="cosin"),
-    "ratio.yaml": drop(start=1, ratio=1.2),
-    "both.yaml": drop(start=1, ratio=0.2, count=1),
-    "neither.yaml": drop(start=1),
-    "many.yaml": drop(start=1, count=99),
-    "late.yaml": drop(start=5, count=1),
-    "drop.yaml": drop(start=1, count=1),
-    "class.yaml": callbacks({"class_path": "layershed.callbacks.SublayerDorp"}),
-    "short.yaml": callbacks({"class_path": "SublayerDorp"}),
-    "module.yaml": callbacks({"class_path": "nopackage.Nope"}),
-    "nocallback.yaml": callbacks({"class_path": "collections.OrderedDict"}),
-    "steps.yaml": "trainer:\n  max_steps: many\n",
-    "broken.yaml": "model:\n  pretrained: [1,\n data: {\n",
-    "scalar.yaml": "hello\n",
-}
-
-
-@pytest.fixture(autouse=True)
-def own_world(monkeypatch, tmp_path):
-    """No run writes outside, none leaves a seed behind, and models this small wait for no second thread."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-    for name, content in FILES.items():
-        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    Path("afolder").mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def one_parser(monkeypatch):
-    """Six parsers with all options of Lightning's Trainer take half a second to build: build them once."""
-    build = LayershedCLI.setup_parser
-
-    def reuse(self, *args, **kwargs):
-        if not PARSERS:
-            build(self, *args, **kwargs)
-            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
-            PARSERS.update({name: getattr(self, name) for name in names})
-        self.__dict__.update(PARSERS)
-        self.parser._instantiators = None
-
-    monkeypatch.setattr(LayershedCLI, "setup_parser", reuse)
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +84,6 @@ def without_two(saved, tmp_path_factory):
     ls.bypass(model, [s for s in ls.find_sublayers(model) if s.name in ("attention.1", "mlp.2")])
     folder = tmp_path_factory.mktemp("model") / "dropped"
     return ls.save_pretrained(model, folder, tokenizer=ByT5Tokenizer.from_pretrained(saved))
-
-
-def run(words, **kwargs):
-    """Exit code, as a shell would see it."""
-    try:
-        return main(words, **kwargs)
-    except SystemExit as stop:
-        return stop.code
 
 
 @pytest.fixture
@@ -403,7 +313,7 @@ def test_a_bug_in_a_callback_keeps_its_traceback():
     Path("bug.yaml").write_text(callbacks({"class_path": "tests.cli.test_commands.Broken"}))
     with pytest.raises(Exception, match="a bug of ours") as caught:
         run([*FIT, "--config=bug.yaml"])
-    assert any(isinstance(error, RuntimeError) for error in cli._causes(caught.value))
+    assert any(isinstance(error, RuntimeError) for error in causes(caught.value))
 
 
 def test_a_bug_while_an_error_is_handled_is_not_taken_for_the_error(monkeypatch):
@@ -437,7 +347,7 @@ def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
     filters = list(warnings.filters)
-    of_logs = [list(logging.getLogger(name).filters) for name in cli._LOGS]
+    of_logs = [list(logging.getLogger(name).filters) for name in quiet.LOGS]
     run(words)
     left = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(verbosity)
@@ -445,7 +355,7 @@ def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     assert left == (logging.INFO, True)
     assert sys.argv == ["somebody.py", "--else"], "a DDP run starts its other processes with it"
     assert warnings.filters == filters
-    assert [logging.getLogger(name).filters for name in cli._LOGS] == of_logs
+    assert [logging.getLogger(name).filters for name in quiet.LOGS] == of_logs
 
 
 def test_words_come_from_the_process_if_none_are_given(monkeypatch, parsed):
@@ -460,8 +370,8 @@ def test_words_come_from_the_process_if_none_are_given(monkeypatch, parsed):
 def test_help_says_what_each_command_is_for(capsys):
     assert run(["--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert set(cli._WHAT_FOR) == set(LayershedCLI.subcommands())
-    for name, what in cli._WHAT_FOR.items():
+    assert set(commands.PURPOSES) == set(LayershedCLI.subcommands())
+    for name, what in commands.PURPOSES.items():
         assert f"{name} {what}" in told
 
 
@@ -470,7 +380,7 @@ def test_help_of_a_command_can_be_read(command, capsys):
     assert run([command, "--help"]) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"usage: train.py {command} ")
-    assert " ".join(cli._WHAT_FOR[command].split()) in " ".join(told.split())
+    assert " ".join(commands.PURPOSES[command].split()) in " ".join(told.split())
     assert len(told.split("\n\n")[0].splitlines()) <= 3, "a short usage"
     for markup in ("``", ":class:", ":param", "known subclasses"):
         assert markup not in told
@@ -494,10 +404,16 @@ def test_every_option_of_ours_has_its_help():
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        Look(cli.CausalLM, TextData, trainer_class=Trainer, parser_class=cli._Parser, auto_configure_optimizers=False)
+        Look(
+            lightning_cli.CausalLM,
+            TextData,
+            trainer_class=Trainer,
+            parser_class=lightning_cli.CommandParser,
+            auto_configure_optimizers=False,
+        )
     for name, parser in built[0].items():
         for action in parser._actions:
-            ours = action.dest.startswith(("model.", "data.")) or name in cli._USAGE
+            ours = action.dest.startswith(("model.", "data.")) or name in commands.USAGE
             if ours and not action.dest.endswith(".help"):
                 assert action.help, f"{name} --{action.dest}"
 
@@ -589,12 +505,6 @@ def test_another_logger_can_be_configured(monkeypatch):
 
 
 # ---- runs ----
-
-KEEP = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "save_last": True}}
-DROPPING = {
-    "class_path": "SublayerDrop",
-    "init_args": {"start": 3, "count": 1, "calibration_batches": 2, "quality_batches": 1},
-}
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has: each run has a directory of its own
@@ -770,7 +680,7 @@ def plain_quality(model, batches):
     ],
 )
 def test_prune_heeds_scope_count_ratio_and_protection(words, kinds, free, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "write_report", lambda record, path: path)  # half of the time, and not the question
+    monkeypatch.setattr(prune, "write_report", lambda record, path: path)  # half of the time, and not the question
     output = tmp_path / "elsewhere" / "small"
     words = [*words, "--batches=1", "--quality_batches=1", f"--output={output}", *SPEED]
     assert run(["prune", f"--model.pretrained={saved}", *DATA, *words]) == 0
@@ -811,8 +721,8 @@ def test_prune_drops_what_costs_least_importance_per_millisecond(saved, monkeypa
         asked.append(settings)
         return Latency({s: 0.1 if s.kind == "attention" else 0.001 for s in ls.find_sublayers(model)}, 1.0)
 
-    monkeypatch.setattr(commands, "measure_latency", latency)
-    monkeypatch.setattr(commands, "write_report", lambda record, path: path)
+    monkeypatch.setattr(prune, "measure_latency", latency)
+    monkeypatch.setattr(prune, "write_report", lambda record, path: path)
     words = ["--count=3", "--batches=2", "--quality_batches=1", "--objective=speed", *SPEED]
     assert run(["prune", f"--model.pretrained={saved}", *DATA, *words]) == 0
     assert asked == [{"prompt_tokens": 4, "new_tokens": 2, "runs": 2}]
@@ -1012,8 +922,8 @@ def test_a_sweep_measures_the_frontier_of_a_dense_model(saved, capsys, monkeypat
         drawn.append((points, dense, label, options))
         return frontier_figure(points, dense, label, **options)
 
-    frontier_figure = comparing.frontier_figure
-    monkeypatch.setattr(comparing, "frontier_figure", draw)
+    frontier_figure = benchmark_command.frontier_figure
+    monkeypatch.setattr(benchmark_command, "frontier_figure", draw)
     words = ["--counts=[1, 3]", "--scopes=[attention, joint, block]", "--batches=3", "--quality_batches=2"]
     assert run(["benchmark", f"--model.pretrained={saved}", *DATA, *SPEED, *words]) == 0
     told, content = capsys.readouterr().out, read_benchmark(extra=("importance.csv", "frontier.png"))
@@ -1072,14 +982,14 @@ def read_prediction(number=0):
 def planned(monkeypatch):
     """The models that were planned for; none of them may have weights, and none may be run or trained."""
     seen = []
-    predict = comparing.predict
+    predict = plan_command.predict
 
     def watched(model, *args):
         assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         seen.append(model)
         return predict(model, *args)
 
-    monkeypatch.setattr(comparing, "predict", watched)
+    monkeypatch.setattr(plan_command, "predict", watched)
     for name in ("setup", "prepare_data"):
         monkeypatch.setattr(TextData, name, lambda *_: pytest.fail("it looked for a text"))
     return seen

@@ -26,16 +26,18 @@ from layershed.callbacks import (
     SpeedMonitor,
     SublayerDrop,
 )
-from layershed.cli.commands import Trainer
-from layershed.cli.main import LayershedCLI, main
+from layershed.cli.lightning_cli import LayershedCLI
+from layershed.cli.main import main
+from layershed.cli.trainer import Trainer
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import DropPlan, count_by_kind
 from layershed.recovery.distillation import Distillation
 from layershed.recovery.lora import adapted_modules
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
-from tests.cli.test_commands import one_parser, own_world  # noqa: F401  they are in force here, too
 from tests.support.ticking import Ticking, install
+
+pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

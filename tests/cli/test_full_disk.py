@@ -16,12 +16,12 @@ from layershed.integration.importance_csv import append
 from layershed.planning.plan import DropPlan
 from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import write_report
-from tests.cli.test_bad_input import own_seed, world  # noqa: F401  fixtures
-from tests.cli.test_commands import one_parser  # noqa: F401
 from tests.support.bad_input.damage import ON, SPEED
 from tests.support.bad_input.trial import _run
 from tests.support.models import build_model
 from tests.support.runs import fit_foreign
+
+pytestmark = pytest.mark.usefixtures("own_seed")
 
 SIZE = 128 * 1024
 
@@ -150,7 +150,7 @@ def test_a_fit_whose_export_does_not_fit_keeps_the_former_one(disk, make_trainer
 
 @pytest.mark.parametrize("left", [0, 12288, 24576])
 @pytest.mark.parametrize("command", ["fit", "score", "prune"])
-def test_the_command_line_says_so_in_a_sentence(command, left, disk, world, one_parser):  # noqa: F811
+def test_the_command_line_says_so_in_a_sentence(command, left, disk, world, one_parser):
     fill(disk, left)
     words = [command, *ON, f"--trainer.default_root_dir={disk}", f"--model.pretrained={world / 'model'}"]
     extra = {"fit": [], "score": ["--batches=1"], "prune": ["--count=1", *SPEED]}[command]

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import shutil
 import sys
 from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
@@ -19,11 +18,11 @@ from layershed.saving.checkpoint import load_checkpoint
 from layershed.saving.load_model import build_model as build
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
-from tests.cli.test_bad_input import own_seed, world  # noqa: F401  fixtures
-from tests.cli.test_commands import one_parser  # noqa: F401
 from tests.support.bad_input.damage import MODEL, ON, SCORE, SPEED, UP, WEIGHTS, fields, gone, written
 from tests.support.bad_input.trial import _run
 from tests.support.models import build_model
+
+pytestmark = pytest.mark.usefixtures("own_seed")
 
 
 class Evil:
@@ -46,16 +45,6 @@ def tarred(path):
 
 
 PICKLES = pytest.mark.parametrize("pickled", [legacy, zipped, tarred])
-
-
-@pytest.fixture
-def place(tmp_path, world):  # noqa: F811
-    """A copy of the small world to be in."""
-    folder = tmp_path / "inner" / "place"
-    shutil.copytree(world, folder)
-    with chdir(folder):
-        yield folder
-    assert not list(tmp_path.rglob("marker*")), "something was run"
 
 
 def refused(words):

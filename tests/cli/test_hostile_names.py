@@ -12,10 +12,9 @@ from layershed.cli.main import main
 from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import summary_table
-from tests.cli.test_bad_input import own_seed, world  # noqa: F401  fixtures
-from tests.cli.test_commands import one_parser  # noqa: F401
-from tests.cli.test_hostile_files import place  # noqa: F401
 from tests.support.bad_input.damage import ON, SPEED
+
+pytestmark = pytest.mark.usefixtures("own_seed")
 
 # a folder, and in it another one; matplotlib would read a formula between dollars, and fail
 NAMED = "./[red]m$\\frac$[/red]"
@@ -29,7 +28,7 @@ TOLD = {
 
 @pytest.mark.parametrize("command", TOLD)
 @pytest.mark.usefixtures("one_parser")
-def test_markup_in_a_name_is_shown_as_it_is(command, place, capsys):  # noqa: F811
+def test_markup_in_a_name_is_shown_as_it_is(command, place, capsys):
     shutil.copytree("model", NAMED)
     on = ["--trainer.accelerator=cpu"] if command == "plan" else ON
     assert main([command, f"--model.pretrained={NAMED}", *on, *TOLD[command]]) == 0

@@ -8,20 +8,13 @@ import pytest
 import torch
 import yaml
 
-from layershed.cli.commands import Trainer
+from layershed.callbacks import ExactResume
 from layershed.cli.last_checkpoint import resolve_last
+from layershed.cli.lightning_cli import LayershedCLI
 from layershed.errors import CheckpointError
-from tests.cli.test_commands import (  # noqa: F401  (fixtures that every test here uses)
-    DATA,
-    DROPPING,
-    FIT,
-    KEEP,
-    TRAINER,
-    callbacks,
-    one_parser,
-    own_world,
-    run,
-)
+from tests.support.command_line import DATA, DROPPING, FIT, KEEP, TRAINER, callbacks, run
+
+pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 
 def checkpoint(path, age, whole=True):
@@ -254,8 +247,23 @@ def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
     assert "val_loss" in capsys.readouterr().out
 
 
-def test_our_trainer_writes_whole_checkpoints():
-    assert type(Trainer(accelerator="cpu", logger=False).strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
+LISTED = {"class_path": "layershed.callbacks.ExactResume"}
+
+
+@pytest.mark.parametrize("entries", [[], [LISTED], [DROPPING]], ids=["no callbacks", "listed", "not listed"])
+def test_fit_resumes_exactly_whether_its_config_lists_the_callback_or_not(entries, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LayershedCLI, "fit", lambda self, **_: seen.append(self.trainer), False)
+    Path("own.yaml").write_text(callbacks(*entries) if entries else "{}")
+    assert run([*FIT, "--config=own.yaml"]) == 0
+    assert [type(callback) for callback in seen[0].callbacks].count(ExactResume) == 1
+
+
+def test_no_other_command_changes_how_checkpoints_are_written(monkeypatch):
+    seen = []
+    monkeypatch.setattr(LayershedCLI, "validate", lambda self, **_: seen.append(self.trainer), False)
+    assert run(["validate", *FIT[1:]]) == 0
+    assert not any(isinstance(callback, ExactResume) for callback in seen[0].callbacks)
 
 
 def test_a_damaged_one_is_refused_with_the_name_of_the_intact_one(capsys):

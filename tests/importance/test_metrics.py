@@ -18,10 +18,10 @@ from layershed.importance.metrics import (
     Angular,
     CosineImportance,
     ImportanceMetric,
-    PassSums,
     RelativeMagnitude,
     get_metric,
 )
+from layershed.importance.running_sums import PassSums
 from layershed.importance.tracker import estimate_importance
 from tests.support.models import build_model
 
@@ -89,7 +89,7 @@ def test_a_branch_without_tokens_is_nan():
 
 
 @metrics
-def test_reset_forgets(metric_class):
+def test_reset_metric_forgets_earlier_tokens(metric_class):
     metric = metric_class()
     metric.update(*batch(0, 9))
     metric.reset()
@@ -98,7 +98,7 @@ def test_reset_forgets(metric_class):
     assert_equal(metric, [per_token(metric_class, x, b).mean().item()])
 
 
-def test_reading_it_midway_changes_nothing():
+def test_computing_a_metric_midway_changes_nothing():
     metric, (x, b), (x2, b2) = CosineImportance(), batch(0, 3), batch(1, 8)
     metric.update(x, b)
     metric.compute()
@@ -129,7 +129,7 @@ def test_the_sums_stay_float64_when_a_model_around_them_is_cast(cast):
     assert torch.equal(metric.total, before)
 
 
-def test_it_holds_two_numbers_per_branch_however_many_tokens():
+def test_importance_metric_holds_two_numbers_per_branch_however_many_tokens():
     metric = CosineImportance(num_branches=5)
     for seed in range(4):
         metric.update(*batch(seed, 8, 32), index=seed)
@@ -247,7 +247,7 @@ def test_two_processes_give_the_value_of_one_over_all_tokens(ranks):
 
 
 def test_two_processes_estimate_what_one_does_over_all_batches(ranks):
-    """One process is compared with stored hidden states in test_calibration.py."""
+    """One process is compared with stored hidden states in test_tracker.py."""
     scores = estimate_importance(build_model("llama"), token_batches(0) + token_batches(1))
     for _, values, blocks, tokens, _ in ranks:
         assert values == pytest.approx(list(scores.values()), rel=1e-6)

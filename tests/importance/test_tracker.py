@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from layershed.discovery.find import find_sublayers
 from layershed.errors import CalibrationError, NotFiniteError, UnknownNameError
-from layershed.importance.metrics import METRICS, ImportanceMetric, Skipped
+from layershed.importance.metrics import METRICS, ImportanceMetric
+from layershed.importance.padding import Padding
+from layershed.importance.running_sums import RunningSums, Skipped
+from layershed.importance.taps import Taps
 from layershed.importance.tracker import ImportanceTracker, estimate_importance
 from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.surgery import bypass, remove
@@ -92,7 +95,7 @@ def plain_scores(model, batches, metric="cosine", zeroed=()):
 def measured(model, batches, compiled=None, **kwargs):
     """What a tracker says of these batches, run through ``compiled`` or the model."""
     with ImportanceTracker(model, **kwargs) as tracker:
-        tracker.active = True
+        tracker.start()
         for batch in batches:
             (compiled or model)(**batch, use_cache=False)
         return tracker.compute()
@@ -104,7 +107,7 @@ def assert_close(scores, sublayers, blocks):
 
 
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_equals_the_plain_way(model, metric):
+def test_importance_equals_that_of_stored_hidden_states(model, metric):
     scores = estimate_importance(model, BATCHES, metric)
     assert_close(scores, *plain_scores(model, BATCHES, metric))
     assert (scores.metric, scores.tokens) == (metric, TOKENS)
@@ -170,14 +173,14 @@ def test_exactly_one_forward_pass_a_batch(model):
     assert seen.count((1, 4)) <= 5  # discovery: a probe, one with a cache, and the block tried without its sublayers
 
 
-def test_the_head_does_not_run(llama):
+def test_estimating_importance_skips_the_head(llama):
     seen = []
     llama.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape))
     estimate_importance(llama, BATCHES)
     assert {tuple(shape[:2]) for shape in seen} == {(1, 4)}  # discovery's probes
 
 
-def test_nothing_is_changed(llama):
+def test_estimating_importance_changes_nothing_in_the_model(llama):
     llama.train()
     llama.model.layers[1].eval()
     llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -204,7 +207,7 @@ def test_nothing_is_changed(llama):
     assert [name for name, value in everything().items() if value != before[name]] == []
 
 
-def test_dropout_is_off(make_model):
+def test_importance_is_estimated_without_dropout(make_model):
     model = make_model("llama", attention_dropout=0.5).train()
     assert_close(estimate_importance(model, BATCHES), *plain_scores(model, BATCHES))
 
@@ -225,12 +228,12 @@ def test_a_bypass_while_the_tracker_watches(llama):
     found = find_sublayers(llama)
     sublayers, blocks = plain_scores(llama, BATCHES, zeroed=found[3:4])
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
-        tracker.active = False
+        tracker.stop()
         bypass(llama, found[3:4])
         tracker.reset()
-        tracker.active = True
+        tracker.start()
         for batch in BATCHES:
             llama(**batch)
         assert_close(tracker.compute(), {s: v for s, v in sublayers.items() if s != found[3]}, blocks)
@@ -239,7 +242,7 @@ def test_a_bypass_while_the_tracker_watches(llama):
 def test_discovery_is_not_measured(llama):
     """Its probe puts random values in the place of every branch."""
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
         before = tracker.compute()
         find_sublayers(llama)
@@ -360,7 +363,7 @@ def test_what_was_finite_in_a_broken_pass_does_not_count_either(llama):
     """Or the first sublayers would be averaged over other tokens than the last."""
     expected = measured(llama, BATCHES[::2])
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
         with broken_in(llama.model.layers[2].mlp):
             llama(**BATCHES[1])
@@ -385,7 +388,7 @@ def test_a_broken_pass_under_activation_checkpointing_counts_once(llama):
     expected = measured(llama, BATCHES[:1])
     llama.activation_checkpointing_enable({"use_reentrant": False})
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0], labels=BATCHES[0]["input_ids"], use_cache=False).loss.backward()
         with broken_in(llama.model.layers[1].self_attn.o_proj):
             llama(**BATCHES[1], labels=BATCHES[1]["input_ids"], use_cache=False).loss.backward()
@@ -409,7 +412,7 @@ def test_a_broken_pass_of_a_decoder_with_an_encoder_counts_nowhere():
 
 def test_the_state_of_a_tracker_keeps_what_was_left_out(llama):
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
         with broken_in(llama.model.layers[0].mlp):
             llama(**BATCHES[1])
@@ -438,13 +441,16 @@ def test_a_metric_of_ones_own_needs_nothing_for_it(llama, monkeypatch):
 def test_scores_under_inference_mode(llama):
     expected = estimate_importance(llama, BATCHES)
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         with torch.inference_mode():
             for batch in BATCHES[:2]:
                 llama(**batch)
             tracker.compute()
         llama(**BATCHES[2])
         assert tracker.compute() == expected
+
+
+OWN = (Padding, RunningSums, Taps)
 
 
 def token_tensors(tracker, tokens):
@@ -458,7 +464,7 @@ def token_tensors(tracker, tokens):
             todo += item.values()
         elif isinstance(item, list | tuple | set):
             todo += item
-        elif isinstance(item, torch.nn.Module) and not hasattr(item, "config"):
+        elif isinstance(item, OWN) or (isinstance(item, torch.nn.Module) and not hasattr(item, "config")):
             todo.append(vars(item))
     return found
 
@@ -466,7 +472,7 @@ def token_tensors(tracker, tokens):
 def test_no_activation_is_kept_while_it_watches_and_nothing_at_all_afterwards(llama):
     batch = make_batch(0, 2, 61, padding=3)
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**batch)
         assert not any(tensor.is_floating_point() for tensor in token_tensors(tracker, 61))
     assert token_tensors(tracker, 61) == []
@@ -474,9 +480,10 @@ def test_no_activation_is_kept_while_it_watches_and_nothing_at_all_afterwards(ll
 
 def test_nothing_is_kept_after_a_pass_that_failed_midway(llama):
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         with pytest.raises(KeyError), raising_in(llama.model.layers[2].mlp):
             llama(**make_batch(0, 2, 61))
+        assert any(tensor.is_floating_point() for tensor in token_tensors(tracker, 61))
     assert token_tensors(tracker, 61) == []
 
 
@@ -495,7 +502,7 @@ def raising_in(module):
 def test_a_pass_that_failed_midway_does_not_spoil_the_next(llama):
     expected = measured(llama, BATCHES[1:2])
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         with pytest.raises(KeyError), raising_in(llama.model.layers[2].mlp):
             llama(**BATCHES[0])
         tracker.reset()
@@ -510,7 +517,7 @@ def test_activation_checkpointing_counts_each_token_once(llama, reentrant):
     llama.activation_checkpointing_enable({"use_reentrant": reentrant})
     llama.enable_input_require_grads()
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         for batch in BATCHES:
             llama(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         scores = tracker.compute()
@@ -530,7 +537,7 @@ def test_gradients_under_a_tracker_are_those_without(llama):
     expected = {name: parameter.grad.clone() for name, parameter in llama.named_parameters()}
     llama.zero_grad()
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in llama.named_parameters())
 
@@ -547,11 +554,12 @@ def test_an_inactive_tracker_measures_nothing(llama):
 def test_a_detached_tracker_measures_nothing_and_keeps_what_it_has(llama):
     tracker = ImportanceTracker(llama)
     with tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
     before = tracker.compute()
     assert not tracker.active
-    tracker.active = True
+    with pytest.raises(CalibrationError, match=r"its hooks are not on the model; call attach\(\)"):
+        tracker.start()
     llama(**BATCHES[1])
     assert tracker.compute() == before
     tracker.reset()
@@ -559,11 +567,20 @@ def test_a_detached_tracker_measures_nothing_and_keeps_what_it_has(llama):
         tracker.compute()
 
 
+def test_an_error_while_measuring_stops_it(llama):
+    with ImportanceTracker(llama) as tracker:
+        with pytest.raises(KeyError), tracker.measuring():
+            raise KeyError
+        assert not tracker.active
+
+
 def test_switching_it_off_leaves_a_batch_out(llama):
     with ImportanceTracker(llama) as tracker:
         for batch, active in zip(BATCHES, [True, False, True], strict=True):
-            tracker.active = active
-            llama(**batch)
+            with tracker.measuring() if active else nullcontext():
+                assert tracker.active == active
+                llama(**batch)
+            assert not tracker.active
         assert_close(tracker.compute(), *plain_scores(llama, BATCHES[::2]))
 
 
@@ -571,14 +588,14 @@ def test_generation_with_a_cache_and_padding(llama):
     """The mask grows with the cache; the tokens of this pass are its last ones."""
     batch = make_batch(0, 2, 6, padding=2)
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
         assert tracker.compute().tokens == 4 + 6 + 2 * 2  # the third new token is never read
 
 
 def test_state_of_a_tracker_goes_round_through_json_midway(llama):
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         llama(**BATCHES[0])
         text = json.dumps(tracker.state_dict())
         llama(**BATCHES[1])
@@ -586,7 +603,7 @@ def test_state_of_a_tracker_goes_round_through_json_midway(llama):
     with ImportanceTracker(llama) as resumed:
         resumed.load_state_dict(json.loads(text))
         assert json.dumps(resumed.state_dict()) == text
-        resumed.active = True
+        resumed.start()
         llama(**BATCHES[1])
         again = resumed.compute()
     assert again == whole
@@ -596,7 +613,7 @@ def test_state_of_a_tracker_goes_round_through_json_midway(llama):
 
 def test_reading_the_scores_midway_changes_nothing(llama):
     with ImportanceTracker(llama) as tracker:
-        tracker.active = True
+        tracker.start()
         for batch in BATCHES:
             llama(**batch)
             tracker.compute()
@@ -616,7 +633,7 @@ def test_under_torch_compile_it_can_be_switched_on_later():
     with ImportanceTracker(model) as tracker, torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
         compiled(**BATCHES[0], use_cache=False)
-        tracker.active = True
+        tracker.start()
         compiled(**BATCHES[0], use_cache=False)
         compiled(**BATCHES[0], use_cache=False)
         scores = tracker.compute()

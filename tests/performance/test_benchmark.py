@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from layershed.cli import comparing
+from layershed.cli import benchmark as command
 from layershed.cli.console import benchmark_notes, benchmark_tables
 from layershed.discovery.find import find_sublayers
 from layershed.discovery.probe import probing
@@ -349,7 +349,7 @@ def test_quality_is_shown_in_the_units_that_it_is_called_by():
     assert [shown_quality(quality, name) for name in names] == pytest.approx([37.5, 2.772588722, 16.0])
 
 
-def test_it_is_written_as_plain_json():
+def test_benchmark_result_is_plain_json():
     as_it_is = replace(with_decode(0.9, 0.8, 1.0), scope=None, count=None)
     content = json.loads(json.dumps(benchmark_of(MEASURED, as_it_is).to_dict(), allow_nan=False))
     assert {key: content[key] for key in ("model", "base", "quality")} == {
@@ -477,6 +477,6 @@ def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
 def test_only_perplexities_of_different_sizes_need_a_logarithmic_axis(quality, loss, label, scale):
     worse = Quality(loss=loss, accuracy=0.01, tokens=8)
     result = benchmark_of(MEASURED, Measurement("mlp", 4, MEASURED.plan, MEASURED.speed, worse), quality=quality)
-    figure = comparing._frontier(result)
+    figure = command._frontier(result)
     assert (figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()) == (label, scale)
     assert figure.get_suptitle() == "llama on cpu (2 threads)"

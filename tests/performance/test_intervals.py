@@ -37,7 +37,7 @@ def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
     assert found.trustworthy == (holds(1, n) >= 0.95)
 
 
-@pytest.mark.parametrize("n", [6, 7, 9, 10])
+@pytest.mark.parametrize("n", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 10))])
 def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
     generator = random.Random(n)
     rounds = 300

@@ -9,7 +9,11 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import layershed as ls
-from layershed.errors import PlanError, RecoveryError, UnknownNameError
+from layershed.errors import (
+    PlanError,
+    RecoveryError,
+    UnknownNameError,
+)
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation, self_distillation_loss
 from layershed.recovery.lora import adapted_modules, inject_lora
 from tests.support.lora import ARCHITECTURES, learn, pick
@@ -359,3 +363,12 @@ def test_settings_without_a_meaning_are_refused(options, error, message, llama, 
 def test_what_is_no_batch_of_text_is_refused(batch, message, llama):
     with pytest.raises(RecoveryError, match=message):
         self_distillation_loss(llama, batch)
+
+
+def test_token_types_reach_the_model_in_distillation(tokens):
+    model = build_model("gpt2")
+    batch = {"input_ids": tokens, "labels": tokens, "token_type_ids": tokens % 2}
+    with torch.no_grad():
+        found, wanted = self_distillation_loss(model, batch), model(**batch).loss
+        assert not torch.allclose(wanted, model(input_ids=tokens, labels=tokens).loss)
+    torch.testing.assert_close(found, wanted)

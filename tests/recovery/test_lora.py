@@ -16,6 +16,10 @@ from layershed.recovery.lora import adapted_modules, adapters_off, inject_lora, 
 from tests.support.hand_written import GPT
 from tests.support.lora import ARCHITECTURES, MAPS, WHERE, dropped, learn, logits, maps, pick, values
 from tests.support.models import build_model
+from tests.support.runs import (
+    same,
+)
+from tests.support.trainable import backward, frozen_with_gradient, trainable
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -443,7 +447,7 @@ def test_adapters_of_somebody_else_are_refused(llama):
 
 
 def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
-    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     with pytest.raises(RecoveryError, match="GPT is none; recover it by full training"):
         inject_lora(GPT())
@@ -471,3 +475,55 @@ def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(archite
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
     remove_lora(model)
     assert torch.equal(logits(model, tokens), plain)
+
+
+def test_injection_leaves_no_gradient_on_what_it_freezes(llama, tokens):
+    backward(llama, tokens)
+    assert all(parameter.grad is not None for parameter in llama.parameters())
+    ls.inject_lora(llama)
+    assert trainable(llama)
+    assert frozen_with_gradient(llama) == set()
+
+
+@pytest.mark.parametrize("undo", [ls.merge_lora, ls.remove_lora])
+@pytest.mark.parametrize("bypassed", ["never", "before", "after"])
+def test_what_was_trainable_before_the_adapters_is_so_again_and_nothing_more(undo, bypassed):
+    model, plain = build_model(), build_model()
+    for own in (model, plain):
+        own.model.embed_tokens.requires_grad_(False)
+        own.model.layers[1].mlp.up_proj.requires_grad_(False)
+    before = trainable(model)
+    some = ls.find_sublayers(model)[2:4]  # block 1, part of which is frozen anyway
+    if bypassed == "before":
+        ls.bypass(model, some)
+    ls.inject_lora(model)
+    if bypassed == "after":
+        ls.bypass(model, some)
+    assert all(".lora_" in name for name in trainable(model))
+    undo(model)
+    if bypassed != "never":
+        ls.bypass(plain, ls.find_sublayers(plain)[2:4])
+        assert not any(name.startswith("model.layers.1.") for name in trainable(model))
+    assert trainable(model) == trainable(plain)
+    if bypassed != "never":
+        ls.restore(model)
+    assert trainable(model) == before
+
+
+@pytest.mark.parametrize("options", [{"alpha": 32}, {"rank": 2}])
+def test_injecting_again_with_other_options_is_refused_and_changes_nothing(llama, options):
+    ls.inject_lora(llama, target_modules=["q_proj"])
+    before = copy.deepcopy(dict(llama.state_dict())), lora_settings(llama), trainable(llama)
+    with pytest.raises(RecoveryError, match="other settings"):
+        ls.inject_lora(llama, **options)
+    assert same(dict(llama.state_dict()), before[0])
+    assert (lora_settings(llama), trainable(llama)) == before[1:]
+
+
+@pytest.mark.parametrize("change", [ls.quantize, ls.inject_lora])
+def test_a_backward_hook_on_a_linear_map_is_still_called(llama, tokens, change):
+    calls = []
+    llama.model.layers[1].mlp.down_proj.register_full_backward_hook(lambda *_: calls.append(1))
+    change(llama)
+    backward(llama.train(), tokens)
+    assert calls == [1]

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import layershed as ls
 from layershed.errors import ExportError, PlanError, RecoveryError
+from layershed.recovery.lora import adapted_modules
 from tests.support.lora import learn, logits
 from tests.support.models import build_model
+from tests.support.trainable import trainable
 
 ARCHITECTURES = ("llama", "opt", "gpt2", "mixtral")
 NAMES = {"attention.1", "mlp.2"}
@@ -161,3 +163,21 @@ def test_a_folder_gives_back_the_quantized_and_adapted_model(architecture, gone,
 def test_a_standalone_folder_takes_no_adapters(tmp_path):
     with pytest.raises(ExportError, match="merge them first"):
         ls.save_pretrained(adapted(), tmp_path / "saved", standalone=True)
+
+
+def test_an_adapter_is_not_loaded_onto_adapters(llama, tmp_path):
+    ls.inject_lora(llama)
+    ls.save_adapter(llama, tmp_path / "adapter")
+    with pytest.raises(RecoveryError, match="recovery adapters already"):
+        ls.load_adapter(llama, tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_with_an_alpha_of_its_own_for_a_module_is_refused_by_name(llama, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64})
+    peft.get_peft_model(build_model(), config).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    before = trainable(llama)
+    with pytest.raises(RecoveryError, match="alpha_pattern"):
+        ls.load_adapter(llama, tmp_path)
+    assert not adapted_modules(llama)
+    assert trainable(llama) == before

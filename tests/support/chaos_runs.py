@@ -22,12 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import layershed.files.checkpoint_file
 import layershed.reporting.html_report
-from layershed.callbacks import LoRARecovery, Quantization, RedundancyMonitor, Report, SublayerDrop
+from layershed.callbacks import ExactResume, LoRARecovery, Quantization, RedundancyMonitor, Report, SublayerDrop
 from layershed.cli.main import main as command_line
 
 KINDS, MODULES = ("one-shot", "iterative", "lora", "nf4"), ("ours", "foreign")
-STATELESS = ("iterative", "nf4")  # with the foreign module these read a plain DataLoader, the others a stateful one
-STEPS, SAVE_EVERY, TOKENS = 20, 2, 16  # 8 batches an epoch: checkpoints also at its end, and behind the last step
+STEPS, SAVE_EVERY, TOKENS = 20, 2, 16  # 8 batches an epoch: checkpoints also at its end, and after the last step
 NET = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -121,6 +120,7 @@ def settings_of(kind: str) -> dict[str, dict[str, Any]]:
     """The callbacks of a kind of run, by their names, in their order."""
     rounds = {"every_n_steps": 5, "rounds": 2} if kind == "iterative" else {}
     found: dict[str, dict[str, Any]] = {
+        "ExactResume": {},
         "RedundancyMonitor": {"every_n_steps": 2},
         "SublayerDrop": {"start": 7, "count": 2, "calibration_batches": 3, "quality_batches": 2, **rounds},
     }
@@ -184,7 +184,8 @@ def _write_config(kind: str, folder: Path) -> None:
 def _foreign(kind: str, folder: Path) -> int:
     """By a script of somebody else's."""
     pl.seed_everything(7, verbose=False)
-    classes = {each.__name__: each for each in (RedundancyMonitor, SublayerDrop, Quantization, LoRARecovery, Report)}
+    known = (ExactResume, RedundancyMonitor, SublayerDrop, Quantization, LoRARecovery, Report)
+    classes = {each.__name__: each for each in known}
     callbacks = [classes[name](**settings) for name, settings in settings_of(kind).items()]
     saving = ModelCheckpoint(folder / "foreign" / "checkpoints", every_n_train_steps=SAVE_EVERY, save_last=True)
     trainer = pl.Trainer(
@@ -200,7 +201,7 @@ def _foreign(kind: str, folder: Path) -> int:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(3, 97, (24, TOKENS), generator=generator)
     items: Any = [{"input_ids": row, "labels": row} for row in rows]
-    train = (DataLoader if kind in STATELESS else StatefulDataLoader)(items[:16], batch_size=2, shuffle=True)
+    train = StatefulDataLoader(items[:16], batch_size=2, shuffle=True)
     val: DataLoader[Any] = DataLoader(items[16:], batch_size=2)
     trainer.fit(Plain(), train, val, ckpt_path="last")
     return 0

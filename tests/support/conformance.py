@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import layershed as ls
+from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch, Tap
-from layershed.discovery.find import Anatomy, dissect
+from layershed.discovery.find import dissect
 from tests.support.architectures import EXPECTED, VOCABULARY
 
 TOKENS = 10

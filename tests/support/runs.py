@@ -10,6 +10,7 @@ from layershed.training.causal_lm import CausalLM
 from tests.support.models import SIZES, build_model
 
 TOKENS, BATCH = 16, 2
+FILES = {"importance.csv", "drop_plan.json", "speed.json", "pruned", "report.html"}  # what all callbacks write
 
 
 class Interrupted(Exception):

@@ -38,7 +38,11 @@ def in_short(message: str, error: BaseException | None) -> str:
     reason = next(text for text in chain if text.startswith(chain[-1]))
     found = [re.match(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""", text) for text in chain]
     places = dict.fromkeys(match[1] for match in found if match)
-    reason = re.sub(r"Expected a dot import path string: (.*)", r"there is no class \1", reason)
+    reason = re.sub(
+        r"Expected a dot import path string: (.*)",
+        r"there is no class \1 among those with short names; give its full path, as bitsandbytes.optim.AdamW8bit",
+        reason,
+    )
     if reason.startswith("Expected a") and len(chain) > 1:
         # of several types that would do, the reason names only the first
         types = re.findall(r"^\s*- Expected an? (.+)$", chain[-2], re.MULTILINE)

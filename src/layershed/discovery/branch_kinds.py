@@ -1,8 +1,9 @@
-"""What a branch is: attention, cross-attention, MLP, or something else that is left alone."""
+"""The kind of a branch: attention, cross-attention, MLP, or another one, which is left alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,22 @@ _VIEWS = {"view", "_unsafe_view", "expand", "transpose", "permute", "t", "clone"
 _CROSS = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}
 
 
+class Make(NamedTuple):
+    """Branches of equal make are tried once.
+
+    Args:
+        operations: Their operations with all arguments but the tensors.
+        is_zero: Whether they gave nothing but zeros, which tell nothing about tokens.
+    """
+
+    operations: tuple[tuple[Any, str], ...]
+    is_zero: bool
+
+
 def kind_of(
-    flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], known: dict[object, bool]
+    flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], tokenwise: dict[Make, bool]
 ) -> tuple[Kind | None, str]:
-    """The kind of a branch, or None and the reason why it is nothing to drop, as the end of a sentence.
+    """The kind of a branch; or None and why it cannot be dropped, as the end of a sentence.
 
     Attention weighs tokens by a softmax; an MLP has matrix products and treats every token by itself.
 
@@ -31,7 +44,7 @@ def kind_of(
         flow: The block's data flow.
         branch: The branch.
         names: The names of the block's arguments, by which an encoder's output is known.
-        known: Whether branches of the same operations treat every token by itself, as far as that was asked before.
+        tokenwise: Whether branches of a make treat every token by itself, as far as known; read and extended.
     """
     extra = _extra_arguments(flow, branch)
     if any(is_attention(flow.tape, operation) for operation in branch.cone):
@@ -44,19 +57,16 @@ def kind_of(
         return None, "it reads more than the stream"
     operations = [flow.tape.operations[i] for i in sorted(branch.cone)]
     tensor = flow.tape.tensors[branch.value]
-    make = (
-        *((operation.function, str(operation.constants)) for operation in operations),
-        is_symbolic(tensor) or bool(tensor.any()),
-    )
-    if make not in known:
-        known[make] = _is_tokenwise(flow, branch)
-    return ("mlp", "") if known[make] else (None, "it mixes tokens without attention")
+    make = Make(tuple((done.function, str(done.constants)) for done in operations), is_zero(tensor))
+    if make not in tokenwise:
+        tokenwise[make] = _is_tokenwise(flow, branch)
+    return ("mlp", "") if tokenwise[make] else (None, "it mixes tokens without attention")
 
 
 def is_attention(tape: Tape, operation: int) -> bool:
     """Whether an operation weighs tokens by a softmax: a fused attention, or a softmax over products of activations.
 
-    The router of experts has a softmax, too, yet over a product with its weights.
+    A router of experts has a softmax over a product with its weights, so it is no attention.
     """
     done = tape.operations[operation]
     if "attention" in done.name or "attn" in done.name:
@@ -109,10 +119,13 @@ def _extra_arguments(flow: BlockFlow, branch: BranchFlow) -> set[Key]:
 def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     """Whether a branch treats every token by itself.
 
-    It is computed again from another X. With the first and the last token swapped, so must be its own, which leaves the
-    number of tokens of every expert as it was; and when those two are altered, the ones between must stay. On fake
-    tensors it is enough that none of its operations is known to mix tokens; whoever built the skeleton asks again once
-    it holds weights.
+    The branch is computed again from two other X:
+
+    - The first and the last token are swapped. Its output must be swapped, too. Every expert keeps its token count.
+    - The first and the last token are altered. Its output for the tokens between them must stay.
+
+    Fake tensors have no numbers. There, none of its operations may be known to mix tokens, and the question is asked
+    again once the model holds weights.
     """
     tape = flow.tape
     if is_symbolic(tape.tensors[branch.value]):
@@ -121,16 +134,16 @@ def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     try:
         before = _by_token(replay(tape, branch.value, stream))
         swapped = _by_token(replay(tape, branch.value, {value: _swapped(tensor) for value, tensor in stream.items()}))
-    except Exception:  # whatever it raises: it cannot be told
+    except Exception:  # unknown counts as no
         return False
     size = before.abs().max().item()
     if size == 0:  # a branch that starts at zero
         return not any(_may_mix(flow, branch, operation) for operation in branch.cone)
-    # what is computed of a token alone may round otherwise among other tokens of its expert
+    # rounding of a token may depend on the other tokens of its expert
     tolerance = max(2 * torch.finfo(before.dtype).eps, 1e-5) * size
     if before.shape[0] < _MIDDLE or not _near(_swapped(swapped[None])[0], before, tolerance):
         return False
-    # small changes, too: a large one may send a token to other experts, which recorded sizes do not know
+    # small changes, too: a large one may send a token to other experts, for which recorded sizes do not fit
     for share in (1.0, 0.3, 0.1, 0.01, 0.001):
         altered = {value: _with_other_ends(tensor, share) for value, tensor in stream.items()}
         try:
@@ -156,7 +169,7 @@ def _swapped(tensor: Tensor) -> Tensor:
 
 
 def _may_mix(flow: BlockFlow, branch: BranchFlow, operation: int) -> bool:
-    """Whether an operation could mix tokens: a convolution, say, or a product of two activations."""
+    """Whether an operation could mix tokens, such as a convolution or a product of two activations."""
     done = flow.tape.operations[operation]
     factors = [value for value in done.reads[-3:] if _is_activation(flow, branch, value)]
     return done.name in _MIXING or (done.name in ("bmm", "baddbmm") and len(factors) > 1)
@@ -178,6 +191,11 @@ def _is_activation(flow: BlockFlow, branch: BranchFlow, value: int) -> bool:
 def is_symbolic(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no numbers."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers, and all of them are zero."""
+    return not is_symbolic(tensor) and not bool(tensor.any())
 
 
 def _by_token(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the data flow of a block to its sublayers: which modules stand in for what, and where X and Y can be read."""
+"""From the data flow of a block to its sublayers: the stand-ins for their modules, and where X and Y can be read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import nn
 
-from layershed.discovery.branch_kinds import kind_of
+from layershed.discovery.branch_kinds import Make, kind_of
 from layershed.discovery.recording import Call, Key
-from layershed.discovery.replacement import Modules, Unfit, outermost
+from layershed.discovery.replacement import Modules, Replacement, Unfit, outermost
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
 from layershed.planning.plan import Kind, Sublayer
 from layershed.stand_ins.stand_in import StandIn
@@ -34,7 +34,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Branch:
-    """A sublayer with what surgery and calibration need to know about it.
+    """A sublayer with the facts that surgery and importance need.
 
     Args:
         sublayer: The sublayer.
@@ -42,9 +42,9 @@ class Branch:
             another one.
         entry: Where X can be read.
         exit: Where its output can be read.
-        scale: Y = X + scale * b, with b what is read at the exit; None if Y itself is read there.
-        stand_ins: By module path, what its own modules do once it is dropped.
-        support: By module path, what norms and the like do once every sublayer that uses them is dropped.
+        scale: Y = X + scale * b, where b is read at the exit; None if Y itself is read there.
+        stand_ins: By module path, the stand-ins for its own modules.
+        support: By module path, the stand-ins for norms and the like, used once every sublayer that needs them is gone.
         parts: Its terms in the data flow.
         overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
     """
@@ -62,7 +62,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Something that a block adds to its stream, or a whole block, that is not for dropping.
+    """A whole block, or a part of one, that cannot be dropped.
 
     Args:
         path: Path of its module.
@@ -78,7 +78,7 @@ def branches_of(
     block: int,
     model: nn.Module,
     slots: Mapping[str, tuple[int, int]] | None,
-    known: dict[object, bool],
+    tokenwise: dict[Make, bool],
 ) -> tuple[list[list[Branch]], list[LeftAlone]]:
     """The sublayers of a block in the order in which they run, and what is left alone.
 
@@ -87,14 +87,14 @@ def branches_of(
         block: Its index.
         model: The model that the tape was made of.
         slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's; None if
-            that could not be told.
-        known: What was found out about branches of the same make, which are not tried again.
+            that is unknown.
+        tokenwise: Results of :func:`kind_of` for earlier branches, which it reads and extends.
 
     Returns:
         One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
         of which begins a block of its own.
     """
-    return _Block(flow, block, model, slots, known).assemble()
+    return _Block(flow, block, model, slots, tokenwise).assemble()
 
 
 class _Block:
@@ -104,9 +104,9 @@ class _Block:
         block: int,
         model: nn.Module,
         slots: Mapping[str, tuple[int, int]] | None,
-        known: dict[object, bool],
+        tokenwise: dict[Make, bool],
     ) -> None:
-        self.flow, self.tape, self.block, self.known = flow, flow.tape, block, known
+        self.flow, self.tape, self.block, self.tokenwise = flow, flow.tape, block, tokenwise
         self.calls = list(flow.tape.within(flow.call))
         self.modules = Modules(flow, slots)
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
@@ -140,7 +140,7 @@ class _Block:
         """The terms of each sublayer; MLPs side by side are one, as experts and a shared expert are."""
         groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
         for branch in self.flow.branches:
-            kind, reason = kind_of(self.flow, branch, self.names, self.known)
+            kind, reason = kind_of(self.flow, branch, self.names, self.tokenwise)
             if kind is None:
                 self._leave_alone(branch, reason)
             else:
@@ -157,28 +157,27 @@ class _Block:
 
     def _branch(self, kind: Kind, parts: list[BranchFlow]) -> Branch | None:
         """One sublayer, or None if it has to be left alone."""
-        stand_ins: dict[str, StandIn] = {}
-        support: dict[str, StandIn] = {}
-        sublayer: Sublayer | None = None
-        try:
-            for part in parts:
-                core, around = self.modules.find(kind, part)
-                sublayer = sublayer or Sublayer(self.block, kind, core[0][0].path)
-                for call, zero, key in core:
-                    stand_ins[call.path] = self.modules.stand_in(sublayer, call, zero=zero, key=key, core=True)
-                for call, key in around:
-                    support[call.path] = self.modules.stand_in(sublayer, call, zero=False, key=key, core=False)
-            assert sublayer is not None
-            first = parts[0]
-            entry, (leave, scale) = self._entry(first), self._exit(parts)
-        except Unfit as unfit:
-            self._leave_alone(parts[0], str(unfit))
+        found = [self.modules.find(kind, part) for part in parts]
+        fit = [each for each in found if isinstance(each, Replacement)]
+        entry, read = self._entry(parts[0]), self._exit(parts)
+        if isinstance(entry, Unfit) or isinstance(read, Unfit) or len(fit) < len(found):
+            reasons = [each.reason for each in (*found, entry, read) if isinstance(each, Unfit)]
+            self._leave_alone(parts[0], reasons[0])
             return None
+        sublayer = Sublayer(self.block, kind, fit[0].core.call.path)
+        own = {each.core.call.path: self.modules.stand_in(sublayer, each.core, core=True) for each in fit}
+        around = {
+            support.call.path: self.modules.stand_in(sublayer, support, core=False)
+            for each in fit
+            for support in each.support
+        }
         others = [branch for branch in self.flow.branches if branch not in parts]
-        beside = any(other.before == first.before for other in others)
+        beside = any(other.before == parts[0].before for other in others)
         topology: Topology = "parallel" if beside else "sequential"
-        own, around_it = tuple(stand_ins.items()), tuple(support.items())
-        return Branch(sublayer, topology, entry, leave, scale, own, around_it, tuple(parts), self._overwritten)
+        stand_ins, support = tuple(own.items()), tuple(around.items())
+        return Branch(
+            sublayer, topology, entry, *read, stand_ins, support, parts=tuple(parts), overwritten=self._overwritten
+        )
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""
@@ -191,7 +190,7 @@ class _Block:
         )
         return replace(branch, sublayer=sublayer, stand_ins=own, support=support)
 
-    def _entry(self, branch: BranchFlow) -> Tap:
+    def _entry(self, branch: BranchFlow) -> Tap | Unfit:
         for call in self._called_once():
             if any(operation in call for operation in branch.cone):
                 for key, value in call.arguments.items():
@@ -199,10 +198,10 @@ class _Block:
                         return Tap(call.path, key)
         if not branch.before:
             return Tap(self.flow.call.path, self.flow.source)
-        raise Unfit("no module takes its X")
+        return Unfit("no module takes its X")
 
-    def _exit(self, parts: list[BranchFlow]) -> tuple[Tap, float | None]:
-        """Where b can be read, behind its dropout if it has one; else where Y can."""
+    def _exit(self, parts: list[BranchFlow]) -> tuple[Tap, float | None] | Unfit:
+        """Where b can be read, after its dropout if it has one; otherwise where Y can be read."""
         last = parts[-1]
         calls = self._called_once()
         if len(parts) == 1 and last.norm is None and last.scale is not None:
@@ -214,14 +213,14 @@ class _Block:
             return Tap(writers[0].path), None
         after = self.flow.stream[last.after]
         if after - parts[0].before != {part.value for part in parts}:
-            raise Unfit("what is beside it joins the stream before")
+            return Unfit("a branch beside it joins the stream before it")
         for call in calls:
             for key, value in call.arguments.items():
                 if call.start > last.join and self.flow.stream.get(value) == after:
                     return Tap(call.path, key), None
         if self.flow.position(self.flow.call.output) == after:
             return Tap(self.flow.call.path), None
-        raise Unfit("no module takes its Y")
+        return Unfit("no module takes its Y")
 
     def _called_once(self) -> list[Call]:
         return [call for call in self.calls if len(self.tape.calls_of(call.path)) == 1]

@@ -7,43 +7,23 @@ ones included, and on a skeleton without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from layershed.discovery.branch_kinds import is_attention, is_symbolic
-from layershed.discovery.branches import Branch, LeftAlone, Tap, branches_of
-from layershed.discovery.probe import gathered, quietly, run_probe, watch_cache
-from layershed.discovery.recording import Tape
-from layershed.discovery.registry import adapter_of
-from layershed.discovery.residual_stream import BlockFlow, follow_block
-from layershed.discovery.verification import sift
+from layershed.discovery.anatomy import Anatomy, take_apart
+from layershed.discovery.branches import LeftAlone
+from layershed.discovery.finite import refuse_not_finite
+from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
+from layershed.discovery.proofs import Proofs, has_new_numbers, numbers_of
+from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule
 
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What discovery found.
-
-    Args:
-        branches: The sublayers in forward order.
-        left_alone: What else the blocks add to their stream, and why it cannot be dropped.
-        blocks: By index, the block and where it takes X; None where it is left alone as a
-            whole, or only a part of a module.
-        plain: Indices of the blocks that compute X plus their sublayers' branches and nothing else.
-        tokens_first: Whether X is of shape (tokens, batch, hidden), as XLNet's is.
-    """
-
-    branches: tuple[Branch, ...]
-    left_alone: tuple[LeftAlone, ...]
-    blocks: tuple[Tap | None, ...]
-    plain: frozenset[int]
-    tokens_first: bool
+_PROOFS: Proofs[Anatomy] = Proofs()
 
 
 def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
@@ -55,21 +35,22 @@ def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublay
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        The sublayers; those that were removed are absent, and so is what :func:`find_left_alone` names. Blocks count
-        from 0 in forward order, an encoder's before its decoder's.
+        The sublayers, without those that were removed and without what :func:`find_left_alone` names. Blocks are
+        counted from 0 in forward order, an encoder's before its decoder's.
 
     Raises:
         NoSublayersFoundError: If there is no transformer, or none with attention blocks.
-        AmbiguousModelError: If there are several transformers and none is named.
-        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it. If the weights hold NaN or
-            infinite values, so that it cannot be told; names the parameter. Such as do not show in what a block gives,
-            like those of the head or of a query (which fused attention may pass over), are not found.
+        AmbiguousModelError: If the module holds several transformers and none is named.
+        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; the error names the block. If the
+            output of a block holds NaN or infinite values; the error names the parameter that holds them. Values that
+            reach no block's output are not noticed: those of the head, of unused embedding rows, or of a query that
+            fused attention skips.
     """
     return tuple(branch.sublayer for branch in dissect(model, name=name).branches)
 
 
 def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftAlone, ...]:
-    """What the blocks hold beside their sublayers, such as the state-space mixers of a hybrid, and why it stays.
+    """The parts of the blocks that cannot be dropped, such as the state-space mixers of a hybrid, with the reasons.
 
     Args:
         model: As of :func:`find_sublayers`.
@@ -82,47 +63,35 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 
 
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
-    """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks."""
+    """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks.
+
+    The proof is made once for each state of a model and kept as long as the model lives. When numbers in the weights
+    have changed, one plain forward pass checks that they are finite.
+    """
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
     secure_quantized(transformer)
     with gathered(transformer), quietly(transformer):
-        tape, slots = run_probe(transformer), watch_cache(transformer)
-        anatomy = _take_apart(transformer, tape, slots)
-        _refuse_not_finite(transformer, tape)
+        proof, keep = _PROOFS.find(transformer)
+        if proof is None:
+            anatomy = _prove(transformer, keep)
+        else:
+            anatomy = proof.answer
+            if has_new_numbers(transformer, proof):
+                refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+                proof.numbers = numbers_of(transformer)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
+    return anatomy.copy()
+
+
+def _prove(transformer: nn.Module, keep: Callable[[Anatomy, bool], None]) -> Anatomy:
+    tape, slots = run_probe(transformer), watch_cache(transformer)
+    anatomy, of_zeros = take_apart(transformer, tape, slots)
+    outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]
+    refuse_not_finite(transformer, [tape.tensors[output] for output in outputs if output is not None])
+    keep(anatomy, of_zeros)
     return anatomy
-
-
-def _take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None) -> Anatomy:
-    branches: list[Branch] = []
-    left_alone: list[LeftAlone] = []
-    blocks: list[Tap | None] = []
-    plain: set[int] = set()
-    tokens_first = False
-    known: dict[object, bool] = {}
-    for path in _block_paths(transformer, tape):
-        calls = tape.calls_of(path)
-        try:
-            if len(calls) != 1:
-                raise UnprovenStructureError(f"it ran {len(calls)} times in a forward pass")
-            flow = follow_block(tape, calls[0])
-        except UnprovenStructureError as error:
-            if len(calls) == 1 and any(is_attention(tape, i) for i in range(calls[0].start, calls[0].stop)):
-                raise
-            left_alone.append(LeftAlone(path, str(error)))
-            blocks.append(None)
-            continue
-        own, others = branches_of(flow, len(blocks), transformer, slots, known)
-        own, failed = _sifted(transformer, flow, own, known)
-        tokens_first |= calls[0].shapes[flow.source][1:2] == (1,)
-        if flow.plain and len(own) == 1 and not [*others, *failed]:
-            plain.add(len(blocks))
-        blocks += [Tap(path, flow.source)] if len(own) == 1 else [None] * len(own)
-        branches += [branch for block in own for branch in block]
-        left_alone += [*others, *failed]
-    return Anatomy(tuple(branches), tuple(left_alone), tuple(blocks), frozenset(plain), tokens_first)
 
 
 def secure_quantized(model: nn.Module) -> None:
@@ -134,56 +103,17 @@ def secure_quantized(model: nn.Module) -> None:
 
 
 def refuse_strangers(transformer: nn.Module) -> None:
-    """Refuse a model that the modelling file of a standalone folder made, with stand-ins of its own.
+    """Refuse a model whose stand-ins come from the modelling file of a standalone folder.
 
     Raises:
-        UnprovenStructureError: If it is one.
+        UnprovenStructureError: If it is such a model.
     """
     for module in transformer.modules():
         if type(module).__name__ == RemovedModule.__name__ and not isinstance(module, RemovedModule):
             raise UnprovenStructureError(
-                f"{type(transformer).__name__} comes from a standalone folder, by that folder's own modelling file; "
-                "load it by layershed.load_pretrained to go on with it here."
+                f"{type(transformer).__name__} was loaded by the modelling file of a standalone folder, with stand-ins "
+                "of its own. Load it with layershed.load_pretrained."
             )
-
-
-def _sifted(
-    transformer: nn.Module, flow: BlockFlow, blocks: list[list[Branch]], known: dict[object, bool]
-) -> tuple[list[list[Branch]], list[LeftAlone]]:
-    """Without the branches that do not stand the trial; those are left alone."""
-    good, bad = sift(transformer, flow, [branch for block in blocks for branch in block], known)
-    reason = "what would stand in for it does not give what a zero branch gives"
-    kept = [
-        [branch for branch in good if branch.sublayer.block == block[0].sublayer.block] for block in blocks if block
-    ]
-    return kept or [[]], [LeftAlone(branch.sublayer.path, reason) for branch in bad]
-
-
-def _refuse_not_finite(transformer: nn.Module, tape: Tape) -> None:
-    """Refuse numbers that compare with nothing: what was left alone, or was not, may be so for no other reason."""
-    outputs = (call.output for path in _block_paths(transformer, tape) for call in tape.calls_of(path))
-    streams = [tape.tensors[output] for output in outputs if output is not None]
-    if all(is_symbolic(stream) or _is_finite(stream) for stream in streams):
-        return
-    weights = transformer.named_parameters()
-    found = [name for name, weight in weights if weight.is_floating_point() and not _is_finite(weight)]
-    if not found:
-        raise UnprovenStructureError(
-            f"{type(transformer).__name__} gives NaN or infinite values, and its parameters hold none; load it in a "
-            "wider precision (bfloat16, float32), or look at its buffers."
-        )
-    more = f" and {len(found) - 1} more" if found[1:] else ""
-    raise UnprovenStructureError(
-        f"The weights of {type(transformer).__name__} hold NaN or infinite values, in {found[0]}{more}; load some that "
-        "are finite, such as a checkpoint from before its loss became NaN."
-    )
-
-
-def _is_finite(values: Tensor) -> bool:
-    if str(values.dtype).startswith("torch.float4"):  # has no other numbers, and an older torch does not have it
-        return True
-    # of 8 bits torch tells it only for some formats; bfloat16 has the range of all of them
-    return bool((values.bfloat16() if values.dtype.itemsize == 1 else values).isfinite().all())
 
 
 def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> str:
@@ -192,28 +122,7 @@ def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> s
         return f"{name} has no sublayer left: every one was removed."
     if left_alone:
         return f"{name} has no sublayer to drop; {left_alone[0].path}, for one: {left_alone[0].reason}."
-    return f"{name} has no list of blocks with attention in them, so there is nothing to drop."
-
-
-def _block_paths(transformer: nn.Module, tape: Tape) -> Iterator[str]:
-    """Paths of the blocks: members of the outermost lists in which attention ran, in the order in which those ran."""
-    attention = {i for i in range(len(tape.operations)) if is_attention(tape, i)}
-    found: dict[str, int] = {}
-    adapter = adapter_of(transformer)
-    for path, module in transformer.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in found) or len(module._modules) == 0:
-            continue
-        if adapter is not None and adapter.blocks:
-            if path not in adapter.blocks:
-                continue
-        elif not isinstance(module, nn.ModuleList | nn.Sequential):
-            continue
-        calls = [call for name in module._modules for call in tape.calls_of(f"{path}.{name}")]
-        removed = any(isinstance(inner, RemovedModule) for inner in module.modules())
-        if calls and (removed or any(i in call for call in calls for i in attention)):
-            found[path] = calls[0].start
-    for path in sorted(found, key=found.__getitem__):
-        yield from (f"{path}.{name}" for name in transformer.get_submodule(path)._modules)
+    return f"{name} has no list of blocks with attention in them, so nothing can be dropped."
 
 
 def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
@@ -227,7 +136,7 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
 
     Raises:
         NoSublayersFoundError: If it holds none, or none under that name.
-        AmbiguousModelError: If it holds several; names them.
+        AmbiguousModelError: If it holds several; the error names them.
     """
     if name is not None:
         model = _submodule(model, name)
@@ -237,13 +146,13 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
             found[path] = transformer
     if not found:
         raise NoSublayersFoundError(
-            f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel), nor a module whose class "
-            "has a SublayerAdapter (register_adapter)."
+            f"{type(model).__name__} holds no Hugging Face transformer (PreTrainedModel) and no module whose class has "
+            "a SublayerAdapter. Register one: layershed.register_adapter."
         )
     if len(found) > 1:
         raise AmbiguousModelError(
-            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Say which: name= in "
-            "the functions, transformer= in the callbacks."
+            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Name one: name= in the "
+            "functions, transformer= in the callbacks."
         )
     return next(iter(found.values()))
 
@@ -263,7 +172,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _outermost_transformers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, PreTrainedModel) or adapter_of(module) is not None:
+    if isinstance(module, PreTrainedModel) or registered_adapter(module) is not None:
         yield path, module
         return
     for child_name, child in module.named_children():

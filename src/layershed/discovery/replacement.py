@@ -1,8 +1,9 @@
-"""Which modules compute a branch and nothing else, and what stands in for them once it is dropped."""
+"""Which modules compute a branch and nothing else, and which stand-ins replace them once it is dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from layershed.discovery.branch_kinds import is_attention
 from layershed.discovery.recording import Call, Key, Operation
@@ -15,12 +16,53 @@ _ZERO_KEEPING = {"mul", "div", "neg", "view", "_unsafe_view", "_reshape_alias", 
 _ZERO_KEEPING |= {"unsqueeze", "squeeze", "transpose", "permute", "t", "slice", "expand", "native_dropout", "tanh"}
 
 
-class Unfit(Exception):
-    """Why a branch cannot be dropped, as the end of a sentence."""
+@dataclass(frozen=True)
+class Replaced:
+    """A module that stops running once its branch is dropped.
+
+    Args:
+        call: Its call on the tape.
+        key: The argument that holds the hidden states.
+        zero: Whether its stand-in returns zeros; otherwise it returns the hidden states unchanged.
+    """
+
+    call: Call
+    key: Key
+    zero: bool
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The modules to replace so that a branch contributes nothing.
+
+    Args:
+        core: The module that computes the branch. It returns zeros, or X where it adds the branch to X itself.
+        support: Modules around the core, such as its norm. They hand their input on, once no other branch needs them.
+
+    Example:
+        A Llama block computes ``x + mlp(post_attention_layernorm(x))``. For its MLP branch ``core`` is the call of
+        ``mlp`` with ``key=0, zero=True``, and ``support`` is the call of ``post_attention_layernorm`` with
+        ``key=0, zero=False``. What is left of the block is ``x + 0``. A BLOOM block calls ``mlp(normed, x)``, which
+        adds ``x`` itself. There ``core`` has ``key=1, zero=False``: it returns ``x``.
+    """
+
+    core: Replaced
+    support: tuple[Replaced, ...]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A branch that cannot be dropped.
+
+    Args:
+        reason: Why, as the end of a sentence.
+    """
+
+    reason: str
 
 
 class Modules:
-    """The modules of one block, and what they have to do with its branches.
+    """The modules of one block, and their part in its branches.
 
     Args:
         flow: The block's data flow.
@@ -48,48 +90,44 @@ class Modules:
         ]
         return outermost(fit)
 
-    def find(self, kind: Kind, branch: BranchFlow) -> tuple[list[tuple[Call, bool, Key]], list[tuple[Call, Key]]]:
-        """The modules that compute a branch.
-
-        Args:
-            kind: Its kind.
-            branch: The branch.
-
-        Returns:
-            The core, as (call, whether it gives zero, key of its hidden states), and the calls around it.
-
-        Raises:
-            Unfit: If no modules compute it and nothing else.
-        """
+    def find(self, kind: Kind, branch: BranchFlow) -> Replacement | Unfit:
+        """The modules that compute a branch and nothing else, or why there are none."""
         calls = self.own_calls(branch)
-        joining = self._joining(branch)
-        if joining is not None:
-            try:
-                return self._joining_modules(kind, branch, calls, *joining)
-            except Unfit:
-                pass  # its parts may fit
+        found = self._adding_itself(kind, branch, calls) or self._apart_from_stream(kind, branch, calls)
+        if isinstance(found, Replacement) and len(self.tape.calls_of(found.core.call.path)) > 1:
+            return Unfit(f"{found.core.call.path} ran more than once in a forward pass")
+        return found
+
+    def _apart_from_stream(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | Unfit:
+        """As :meth:`find`, where the block adds what the core returns."""
         heavy = [call for call in calls if self._is_heavy(kind, branch, call)]
         if not heavy or not self._covers(kind, branch, calls):
-            raise Unfit("it is not computed by modules of its own")
+            return Unfit("it is not computed by modules of its own")
         core = heavy[-1]
-        behind = [i for call in calls if call.opened > core.opened for i in range(call.start, call.stop)]
-        # a short convolution behind the core goes along with it
-        if any(self.tape.is_product(i) and self.tape.operations[i].name != "convolution" for i in behind):
-            raise Unfit(f"{core.path} is not all of it")
-        self._check_by_products(branch, calls, core.output)
+        later = [i for call in calls if call.opened > core.opened for i in range(call.start, call.stop)]
+        # a short convolution after the core goes along with it
+        if any(self.tape.is_product(i) and self.tape.operations[i].name != "convolution" for i in later):
+            return Unfit(f"{core.path} is not all of it")
         support = self._support(branch, [call for call in calls if call is not core])
-        self._check_tail(branch, core, [call for call, _ in support])
-        return [(core, True, self._hidden_key(branch, core))], support
+        problem = self._by_products(branch, calls, core.output) or self._tail(branch, core, support)
+        if problem is not None:
+            return problem
+        key = self._hidden_key(branch, core)
+        return key if isinstance(key, Unfit) else Replacement(Replaced(core, key, zero=True), support)
 
-    def _joining_modules(
-        self, kind: Kind, branch: BranchFlow, calls: list[Call], core: Call, key: Key
-    ) -> tuple[list[tuple[Call, bool, Key]], list[tuple[Call, Key]]]:
-        """As :meth:`find`, where the core adds its branch to the stream itself."""
+    def _adding_itself(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | None:
+        """As :meth:`find`, where the core adds its branch to the stream itself; None if it does not, or if not only."""
+        joining = self._joining(branch)
+        if joining is None:
+            return None
+        core, key = joining
         around = [call for call in calls if not core.contains(call)]
         if not self._covers(kind, branch, [core] if kind != "mlp" else [core, *around]):
-            raise Unfit(f"{core.path} is not all of it")
-        self._check_by_products(branch, [core, *around], core.output)
-        return [(core, False, key)], [pair for pair in self._support(branch, around) if not core.contains(pair[0])]
+            return None
+        if self._by_products(branch, [core, *around], core.output) is not None:
+            return None
+        support = tuple(each for each in self._support(branch, around) if not core.contains(each.call))
+        return Replacement(Replaced(core, key, zero=False), support)
 
     def _covers(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> bool:
         """Whether all products (or all attention) of a branch happen inside some calls."""
@@ -117,15 +155,15 @@ class Modules:
                 return call, key
         return None
 
-    def _check_tail(self, branch: BranchFlow, core: Call, passing: list[Call]) -> None:
-        """Whatever happens between the core and the stream must let a zero pass."""
+    def _tail(self, branch: BranchFlow, core: Call, support: Iterable[Replaced]) -> Unfit | None:
+        """What makes something else of a zero between the core and the stream, or None if nothing does."""
         tainted = {core.output}
         for index in sorted(branch.cone):
             operation = self.tape.operations[index]
             if index < core.stop or tainted.isdisjoint(operation.reads):
                 continue
             tainted.update(operation.writes)
-            if any(index in call for call in passing):
+            if any(index in each.call for each in support):
                 continue
             name = operation.name.removesuffix("_")
             # a bias that the core itself returns goes with it
@@ -134,7 +172,8 @@ class Modules:
             keeps = name in _ZERO_KEEPING and (name != "div" or operation.reads[0] in tainted)
             keeps = keeps or (name == "add" and silent.issuperset(operation.reads))
             if not keeps:
-                raise Unfit(f"{operation.name} comes between it and the stream")
+                return Unfit(f"{operation.name} comes between it and the stream")
+        return None
 
     def _is_zero(self, value: int) -> bool:
         """Whether a value is zeros that were just made, as a removed module gives them."""
@@ -155,11 +194,11 @@ class Modules:
                 found.update(operation.makes)
         return {value for value in found if value is not None}
 
-    def _check_by_products(self, branch: BranchFlow, calls: list[Call], result: int | None) -> None:
-        """Nothing that its modules compute may be read by anything else, their result and shared norms aside."""
+    def _by_products(self, branch: BranchFlow, calls: list[Call], result: int | None) -> Unfit | None:
+        """Which value of its modules is read elsewhere, if any is; their result and shared norms may be."""
         others = [other for other in self.flow.branches if other is not branch]
         if any(branch.value in self.tape.operations[i].reads for other in others for i in other.cone):
-            raise Unfit("another branch reads what it gives")
+            return Unfit("another branch reads its output")
         inside = {operation for call in calls for operation in range(call.start, call.stop)}
         shared = {i for other in others for i in other.cone}
         for call in calls:
@@ -170,11 +209,12 @@ class Modules:
                 if self.tape.producer[value] in branch.cone and value == call.output:
                     readers = [i for i in readers if i not in shared]  # a norm that two branches read
                 if readers:
-                    raise Unfit("what it computes on the way is read elsewhere, too")
+                    return Unfit("other modules read its intermediate values, too")
+        return None
 
-    def _support(self, branch: BranchFlow, calls: Iterable[Call]) -> list[tuple[Call, Key]]:
+    def _support(self, branch: BranchFlow, calls: Iterable[Call]) -> tuple[Replaced, ...]:
         """Those of the calls that can hand their input on while the branch does not run."""
-        found = []
+        found: list[tuple[Call, Key]] = []
         for call in calls:
             keys = [key for key in call.arguments if self._moves(call.arguments[key], branch)]
             once = len(self.tape.calls_of(call.path)) == 1
@@ -183,27 +223,26 @@ class Modules:
         if branch.norm is not None and self.tape.calls_of(branch.norm.path)[1:] == []:
             moving = [key for key, value in branch.norm.arguments.items() if value in self.flow.stream]
             found += [(branch.norm, key) for key in moving[:1]]
-        return found
+        return tuple(Replaced(call, key, zero=False) for call, key in found)
 
     def _moves(self, value: int, branch: BranchFlow) -> bool:
         return value in self.flow.stream or self.tape.producer.get(value) in branch.cone
 
-    def _hidden_key(self, branch: BranchFlow, core: Call) -> Key:
-        """Which argument tells the shape of the branch."""
+    def _hidden_key(self, branch: BranchFlow, core: Call) -> Key | Unfit:
+        """Which argument has the shape of the branch."""
         assert core.output is not None
         shape = tuple(self.tape.tensors[core.output].shape)
         moving = [key for key, value in core.arguments.items() if self._moves(value, branch)]
         same = [key for key in moving if core.shapes[key] == shape]
         if not moving:
-            raise Unfit(f"{core.path} takes nothing of the stream")
+            return Unfit(f"{core.path} takes nothing of the stream")
         if not same and len(core.shapes[moving[0]]) < len(shape):
-            raise Unfit(f"{core.path} gives tokens by sequence and takes them flattened")
+            return Unfit(f"{core.path} takes flattened tokens and returns them by sequence")
         return (same or moving)[0]
 
-    def stand_in(self, sublayer: Sublayer, call: Call, *, zero: bool, key: Key, core: bool) -> StandIn:
-        """What stands in for the module of a call."""
-        if core and len(self.tape.calls_of(call.path)) > 1:
-            raise Unfit(f"{call.path} ran more than once in a forward pass")
+    def stand_in(self, sublayer: Sublayer, replaced: Replaced, *, core: bool) -> StandIn:
+        """The stand-in for a module."""
+        call, key, zero = replaced.call, replaced.key, replaced.zero
         echoes = None
         if call.container is not None:
             given = {value: key for key, value in call.arguments.items()}

@@ -1,7 +1,11 @@
-"""The proof of the pudding: a block with stand-ins, run, against its recording computed again with zero branches.
+"""A trial of each stand-in: the block runs with it, and its recording is computed again with a branch of zeros.
 
-What is computed again are the recorded operations, and no module: a stand-in that hands on the wrong tensor, or one of
-another shape, or one that is written over later, is found out here, before anything is dropped.
+Both must give the same. The second one repeats recorded operations and calls no module. So the trial fails, before
+anything is dropped, if a stand-in
+
+- returns the wrong tensor,
+- returns a tensor of another shape,
+- returns a tensor that the block later writes over.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +28,41 @@ from layershed.stand_ins.install import standing_in
 from layershed.stand_ins.stand_in import StandIn
 
 
+class Trial(NamedTuple):
+    """Equal trials have equal results.
+
+    Args:
+        block: Class of the block.
+        operations: Names of its operations.
+        dropped: The branches to try without.
+        kept: The others.
+    """
+
+    block: type
+    operations: tuple[str, ...]
+    dropped: tuple[tuple[object, ...], ...]
+    kept: tuple[tuple[object, ...], ...]
+
+
 def sift(
-    model: nn.Module, flow: BlockFlow, branches: list[Branch], known: dict[object, bool]
+    model: nn.Module, flow: BlockFlow, branches: list[Branch], exact: dict[Trial, bool]
 ) -> tuple[list[Branch], list[Branch]]:
-    """Try the branches of a block, each alone and then all that stood the trial together.
+    """Try the branches of a block: each alone, then all that passed together.
 
     Args:
         model: The model, in the state in which it was recorded.
         flow: The block's data flow.
         branches: Its branches.
-        known: What came out for blocks of the same make, which are not tried again.
+        exact: Results of earlier trials, which are not repeated; extended.
 
     Returns:
-        Those that may be dropped, and those that may not.
+        Those that can be dropped, and those that cannot.
     """
     good: list[Branch] = []
     for branch in branches:
-        if _known(model, flow, [branch], [other for other in branches if other is not branch], known):
+        if _stands(model, flow, [branch], [other for other in branches if other is not branch], exact):
             good.append(branch)
-    if len(good) > 1 and not _known(model, flow, good, [b for b in branches if b not in good], known):
+    if len(good) > 1 and not _stands(model, flow, good, [b for b in branches if b not in good], exact):
         good = []
     bad = [branch for branch in branches if branch not in good]
     # a norm that one of those reads, too, must go on running
@@ -51,24 +71,27 @@ def sift(
     return good, bad
 
 
-def _known(
-    model: nn.Module, flow: BlockFlow, dropped: list[Branch], kept: list[Branch], known: dict[object, bool]
+def _stands(
+    model: nn.Module, flow: BlockFlow, dropped: list[Branch], kept: list[Branch], exact: dict[Trial, bool]
 ) -> bool:
-    prefix = f"{flow.call.path}."
-
-    def make(branch: Branch) -> object:
-        parts = [
-            (path.removeprefix(prefix), s.zero, s.argument, s.echoes, s.materialize)
-            for path, s in (*branch.stand_ins, *branch.support)
-        ]
-        places = [(part.join - flow.call.start, len(part.before)) for part in branch.parts]
-        return (branch.sublayer.kind, branch.scale, branch.topology, *places, *parts)
-
+    """The result of :func:`is_exact`, from an equal trial if there was one."""
     names = tuple(o.name for o in flow.tape.operations[flow.call.start : flow.call.stop])
-    key = (type(model.get_submodule(flow.call.path)), names, tuple(map(make, dropped)), tuple(map(make, kept)))
-    if key not in known:
-        known[key] = is_exact(model, flow, dropped, kept)
-    return known[key]
+    block = type(model.get_submodule(flow.call.path))
+    trial = Trial(block, names, tuple(_makes(flow, dropped)), tuple(_makes(flow, kept)))
+    if trial not in exact:
+        exact[trial] = is_exact(model, flow, dropped, kept)
+    return exact[trial]
+
+
+def _makes(flow: BlockFlow, branches: Iterable[Branch]) -> Iterator[tuple[object, ...]]:
+    """All of a branch that its trial depends on, with paths and operations counted from its block."""
+    for branch in branches:
+        places = tuple((part.join - flow.call.start, len(part.before)) for part in branch.parts)
+        parts = tuple(
+            (path.removeprefix(f"{flow.call.path}."), s.zero, s.argument, s.echoes, s.materialize)
+            for path, s in (*branch.stand_ins, *branch.support)
+        )
+        yield branch.sublayer.kind, branch.scale, branch.topology, places, parts
 
 
 def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept: Iterable[Branch]) -> bool:
@@ -81,7 +104,7 @@ def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept:
         kept: The other ones.
 
     Returns:
-        True on fake tensors, which have no numbers: whoever built the skeleton asks again once it holds weights.
+        True on fake tensors, which have no numbers. The trial is repeated once the model holds weights.
     """
     call = flow.call
     assert call.output is not None
@@ -99,13 +122,13 @@ def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept:
     try:
         with standing_in(model, stand_ins), _shapes_kept(model, flow, stand_ins), _reading(model, point) as seen:
             model.get_submodule(call.path)(*args, **kwargs)
-    except Exception:  # whatever it raises: it would raise it in use
+    except Exception:  # the dropped model would raise it, too
         return False
     return point is None or _equal(seen[0], replay(flow.tape, point[1], _without(flow, parts)))
 
 
 def _check_point(flow: BlockFlow, parts: list[BranchFlow]) -> tuple[Tap, int] | None:
-    """A place to compare at, and the value recorded there: right behind the branches, before any other one reads them.
+    """A place to compare at, and the value recorded there: right after the branches, before any other one reads them.
 
     Another X would send the tokens of a later branch to other experts, whose recorded sizes do not fit.
     """
@@ -151,7 +174,7 @@ def _reading(model: nn.Module, point: tuple[Tap, int] | None) -> Iterator[list[T
 
 @contextmanager
 def _shapes_kept(model: nn.Module, flow: BlockFlow, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
-    """Zeros of a smaller size would be broadcast, and do no harm until a batch of another size comes."""
+    """Raises within the context if a stand-in returns another size: broadcast, it would fail on a larger batch only."""
     shapes = {call.path: flow.tape.tensors[call.output].shape for call in flow.tape.within(flow.call) if call.output}
 
     def check(path: str, _module: nn.Module, _args: object, output: object) -> None:
@@ -168,7 +191,7 @@ def _shapes_kept(model: nn.Module, flow: BlockFlow, stand_ins: Mapping[str, Stan
 
 
 def _without(flow: BlockFlow, parts: Iterable[BranchFlow]) -> dict[int, Tensor]:
-    """Zeros for the branches, and for what a norm in the stream behind one wrote (post-LN) what that norm read."""
+    """Zeros for the branches; where a norm in the stream follows one (post-LN), its input for its output."""
     values: dict[int, Tensor] = {}
     for part in sorted(parts, key=lambda part: part.join):
         values[part.value] = torch.zeros_like(flow.tape.tensors[part.value])

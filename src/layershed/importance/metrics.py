@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -58,66 +57,6 @@ class ImportanceMetric(Metric):
     def compute(self) -> Tensor:
         """Mean importance per branch, shape (num_branches,), or a scalar for one; NaN where no token was seen."""
         return self.total / self.tokens
-
-
-class PassSums(Metric):
-    """What an :class:`ImportanceMetric` saw in forward passes, of which each counts as a whole or not at all.
-
-    A pass in which any importance is not finite is counted and left out, so that all branches are averaged over the
-    same tokens. No number is read, so that nothing waits for the device.
-
-    Args:
-        num_branches: Number of branches that are measured side by side.
-    """
-
-    full_state_update = False
-    total: Tensor
-    tokens: Tensor
-    passes: Tensor
-
-    def __init__(self, num_branches: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
-        # those left out, by the first branch that was not finite; at the end, those averaged in
-        self.add_state("passes", torch.zeros(num_branches + 1, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, one: ImportanceMetric) -> None:
-        """Add one forward pass, or count it as left out.
-
-        Args:
-            one: The sums of that pass alone.
-        """
-        broken = torch.cat([~one.total.isfinite(), one.total.new_ones(1, dtype=torch.bool)])
-        first = broken & (broken.cumsum(0) == 1)
-        self.total += torch.where(first[-1], one.total, 0.0)
-        self.tokens += torch.where(first[-1], one.tokens, 0.0)
-        self.passes += first
-
-    def compute(self) -> Tensor:
-        """Mean importance per branch over the passes that count; NaN where no token was seen."""
-        return self.total / self.tokens
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Forward passes that are not averaged in.
-
-    Args:
-        count: How many.
-        passes: Of how many.
-        first: The first sublayer whose importance was not finite.
-    """
-
-    count: int
-    passes: int
-    first: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.count} of {self.passes} forward passes left out of the importances: one was NaN or infinite, "
-            f"first that of {self.first}"
-        )
 
 
 class CosineImportance(ImportanceMetric):

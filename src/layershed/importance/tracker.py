@@ -1,30 +1,26 @@
-"""Measuring importance: hooks that feed a metric during forward passes. Nothing here changes a weight."""
+"""Measuring importance: from a model and its batches to a score for every sublayer. Nothing here changes a weight."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from layershed.batches import model_inputs
-from layershed.discovery.branches import Branch, Tap
 from layershed.discovery.find import dissect, find_transformer
-from layershed.discovery.probe import evaluating, probing
-from layershed.discovery.recording import Key
+from layershed.discovery.probe import evaluating
 from layershed.errors import CalibrationError, NotFiniteError
-from layershed.importance.metrics import PassSums, Skipped, get_metric
+from layershed.importance.metrics import get_metric
+from layershed.importance.padding import Padding
+from layershed.importance.running_sums import RunningSums, Skipped
+from layershed.importance.taps import Taps, body_of
 from layershed.planning.plan import ImportanceScores
 from layershed.surgery import bypassed_sublayers
-
-_STATES = ("total", "tokens", "passes")
 
 
 def estimate_importance(
@@ -37,33 +33,33 @@ def estimate_importance(
 ) -> ImportanceScores:
     """Importance of every sublayer and every block that still runs, from one forward pass over the batches.
 
-    Runs in eval mode without gradients, and without the language-model head. Keeps running sums, never activations,
-    so that memory does not depend on the number of tokens. In a distributed run every rank gets the scores over the
-    batches of all ranks.
+    - The model runs in eval mode without gradients, and without the language-model head.
+    - Running sums are kept, never activations, so that memory does not depend on the number of tokens.
+    - A batch with a NaN or infinite importance is left out as a whole, with a warning.
+    - In a distributed run every rank gets the scores over the batches of all ranks.
 
     Args:
         model: A transformer, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding; or
-            the token ids alone. Of a model that reads no text, mappings with what it reads (``pixel_values``), or that.
+            the token ids alone. For a model that reads no text: mappings with its own input (``pixel_values``), or that
+            tensor alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
-
-    A batch with a NaN or infinite importance is left out as a whole, with a warning.
 
     Returns:
         Importance by sublayer, and by block in ``.blocks``; low means redundant.
 
     Raises:
         UnknownNameError: If there is no such metric.
-        CalibrationError: If there is no batch, a batch has no ``input_ids``, every token is padding, or no batch is
-            left.
+        CalibrationError: If ``max_batches`` is below 1, there is no batch, a batch has no ``input_ids``, every token is
+            padding, or no batch is left.
     """
+    check_scoring(metric, max_batches)
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
-    body = _body(transformer)
-    with tracker, evaluating(transformer), torch.no_grad():
-        tracker.active = True
+    body = body_of(transformer)
+    with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
         for batch in islice(batches, max_batches):
             body(**model_inputs(batch, transformer))
     scores = tracker.compute()
@@ -72,10 +68,23 @@ def estimate_importance(
     return scores
 
 
-class ImportanceTracker:
-    """Hooks on a model that measure importance during whatever forward passes happen while it is active.
+def check_scoring(metric: str, max_batches: int | None) -> None:
+    """Refuse arguments of :func:`estimate_importance` that fit no model.
 
-    Register them before ``torch.compile`` sees the model: later hooks are ignored there without a word.
+    Raises:
+        UnknownNameError: If there is no such metric.
+        CalibrationError: If ``max_batches`` is below 1.
+    """
+    get_metric(metric)
+    if max_batches is not None and max_batches < 1:
+        raise CalibrationError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
+
+
+class ImportanceTracker:
+    """Measures importance during the forward passes that happen between :meth:`start` and :meth:`stop`.
+
+    Attach it before ``torch.compile`` sees the model: compiled code ignores later hooks without a word. It can be
+    started and stopped at any time after that.
 
     Args:
         model: A transformer, or a module that holds one.
@@ -83,31 +92,24 @@ class ImportanceTracker:
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Attributes:
-        active: Whether forward passes are measured.
         skipped: The passes that the last :meth:`compute` left out, as an importance in them was NaN or infinite.
+
+    Example:
+        >>> with tracker, tracker.measuring():  # doctest: +SKIP
+        ...     model(**batch)
+        >>> scores = tracker.compute()  # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, metric: str = "cosine", *, name: str | None = None) -> None:
-        self.metric = metric
         metric_class = get_metric(metric)
+        self.metric = metric
         self._transformer = find_transformer(model, name=name)
-        self._anatomy = dissect(self._transformer)
-        self._branches = self._anatomy.branches
-        self._last_of_block = {branch.sublayer.block: index for index, branch in enumerate(self._branches)}
-        self._blocks = [block for block in self._last_of_block if self._anatomy.blocks[block] is not None]
-        places = len(self._branches) + len(self._blocks)
-        self._pass, self._sums = metric_class(places), PassSums(places)
-        self._pending = False
+        anatomy = dissect(self._transformer)
+        self._sublayers = [branch.sublayer for branch in anatomy.branches]
+        self._padding = Padding(self._transformer, anatomy.tokens_first)
+        self._taps = Taps(self._transformer, anatomy, self._begin_pass, self._measure)
+        self._sums = RunningSums(metric_class, self._taps.names)
         self.skipped: Skipped | None = None
-        self._decoder = _decoder_paths(self._transformer)
-        self._handles: list[RemovableHandle] = []
-        self._x: dict[int, Tensor] = {}
-        self._block_sum: tuple[Tensor, Tensor] | None = None
-        self._seen: set[int] = set()
-        self._masks: dict[str, Tensor] = {}
-        self._past = False
-        self._overwrites = any(branch.overwritten for branch in self._branches)
-        self.active = False
 
     def __enter__(self) -> ImportanceTracker:
         self.attach()
@@ -117,45 +119,53 @@ class ImportanceTracker:
         self.detach()
 
     def attach(self) -> None:
-        """Register the hooks; they do nothing until ``active`` is set."""
-        body = _body(self._transformer)
-        self._handles = [body.register_forward_pre_hook(self._while_active(self._start_pass), with_kwargs=True)]
-        for index, branch in enumerate(self._branches):
-            self._tap(branch.entry, partial(self._note_x, index))
-            self._tap(branch.exit, partial(self._leave_branch, index, branch))
-        for place, block in enumerate(self._blocks, len(self._branches)):
-            tap = self._anatomy.blocks[block]
-            assert tap is not None
-            if block not in self._anatomy.plain:
-                self._tap(tap, partial(self._note_x, place))
-                self._tap(Tap(tap.path), partial(self._leave_block, place))
-
-    def _tap(self, tap: Tap, take: Callable[[Tensor], None]) -> None:
-        """Hand a tensor on whenever the model comes by it."""
-        module = self._transformer.get_submodule(tap.path)
-        if tap.key is None:
-            self._handles.append(module.register_forward_hook(self._while_active(partial(_take_output, take))))
-        else:
-            hook = self._while_active(partial(_take_argument, take, tap.key))
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _while_active(self, hook: Callable[..., None]) -> Callable[..., None]:
-        # under torch.compile it is left to Python: it would be compiled anew for every place
-        return partial(_if_active, self, torch.compiler.disable(hook))
+        """Register the hooks; they measure nothing until :meth:`start`."""
+        self._taps.attach()
 
     def detach(self) -> None:
-        """Remove the hooks; what was measured stays, and no activation does."""
-        self.active = False
-        self._forget_pass()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Remove the hooks; the sums stay, and no activation does."""
+        self._taps.detach()
+        self._padding.forget()
+
+    @property
+    def active(self) -> bool:
+        """Whether forward passes are measured."""
+        return self._taps.on
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within the context forward passes are measured.
+
+        Raises:
+            CalibrationError: As :meth:`start`.
+        """
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def start(self) -> None:
+        """Measure forward passes from now on.
+
+        Raises:
+            CalibrationError: If the hooks are not on the model.
+        """
+        if not self._taps.attached:
+            raise CalibrationError(
+                "ImportanceTracker: cannot measure, as its hooks are not on the model; call attach() first, or use "
+                "`with tracker, tracker.measuring():`."
+            )
+        self._taps.on = True
+
+    def stop(self) -> None:
+        """Measure no further forward pass; the sums stay."""
+        self._taps.on = False
 
     def reset(self) -> None:
-        """Forget what was measured."""
-        self._pass.reset()
+        """Forget the sums."""
         self._sums.reset()
-        self._pending, self.skipped = False, None
+        self.skipped = None
 
     def compute(self) -> ImportanceScores:
         """The importances over everything seen since the last reset, over all ranks.
@@ -165,181 +175,34 @@ class ImportanceTracker:
             NotFiniteError: If none is left, as an importance was NaN or infinite in every pass.
         """
         bypassed = set(bypassed_sublayers(self._transformer))
-        running = [(i, b.sublayer) for i, b in enumerate(self._branches) if b.sublayer not in bypassed]
-        values, tokens, passes = self._synced()
-        self.skipped = self._skipped(passes)
-        if not running or min(tokens[i] for i, _ in running) == 0:
+        running = [(i, sublayer) for i, sublayer in enumerate(self._sublayers) if sublayer not in bypassed]
+        means = self._sums.means()
+        self.skipped = means.skipped
+        if not running or min(means.tokens[i] for i, _ in running) == 0:
             if self.skipped:
                 raise NotFiniteError(self.skipped)
             raise CalibrationError("No token was seen: the batches are empty, or every token in them is padding.")
         alive = {sublayer.block for _, sublayer in running}
-        offset = len(self._branches)
+        of_blocks = enumerate(self._taps.blocks, len(self._sublayers))
         return ImportanceScores(
-            {sublayer: values[i] for i, sublayer in running},
-            blocks={block: values[offset + k] for k, block in enumerate(self._blocks) if block in alive},
+            {sublayer: means.values[i] for i, sublayer in running},
+            blocks={block: means.values[i] for i, block in of_blocks if block in alive},
             metric=self.metric,
-            tokens=int(max(tokens)),
+            tokens=int(max(means.tokens)),
         )
 
     def state_dict(self) -> dict[str, list[float]]:
         """The running sums as plain numbers, exact, for a checkpoint."""
-        self._end_pass()
-        return {name: getattr(self._sums, name).tolist() for name in _STATES}
+        return self._sums.state_dict()
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.reset()
-        for name in _STATES:
-            own = getattr(self._sums, name)
-            setattr(self._sums, name, torch.tensor(state[name], dtype=own.dtype, device=own.device))
-        self._sums._update_count = 1  # as torchmetrics does on loading: an update has happened
+        self._sums.load_state_dict(state)
 
-    def _synced(self) -> tuple[list[float], list[float], list[float]]:
-        self._end_pass()
-        sums = self._sums
-        with sums.sync_context():
-            return (sums.total / sums.tokens).tolist(), sums.tokens.tolist(), sums.passes.tolist()
+    def _begin_pass(self, body: nn.Module, args: Any, kwargs: Any) -> None:
+        self._sums.end_pass()
+        self._padding.begin_pass(body, args, kwargs)
 
-    def _skipped(self, passes: list[float]) -> Skipped | None:
-        """In words, how many passes were left out; given those by the place that was the first not to be finite."""
-        first = next(place for place, count in enumerate(passes) if count or place == len(passes) - 1)
-        if first == len(passes) - 1:
-            return None
-        blocks = [f"block.{block}" for block in self._blocks]
-        names = [*(branch.sublayer.name for branch in self._branches), *blocks]
-        return Skipped(int(sum(passes[:-1])), int(sum(passes)), names[first])
-
-    def _end_pass(self) -> None:
-        """Take up what the last forward pass measured."""
-        if not self._pending:
-            return
-        self._pending = False
-        if self._sums.device != self._pass.device:
-            self._sums.to(self._pass.device)
-        with torch.no_grad():
-            self._sums.update(self._pass)
-        self._pass.total.zero_()  # in place: under inference mode new tensors would never be written to again
-        self._pass.tokens.zero_()
-
-    def _forget_pass(self) -> None:
-        """Let go of every tensor of the last forward pass, which an error may have cut short."""
-        self._seen.clear()
-        self._x.clear()
-        self._block_sum = None
-        self._masks = {}
-
-    def _start_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new forward pass of the model: take its padding mask, and let every branch count once again."""
-        self._forget_pass()
-        if not self.active or probing():
-            return
-        self._end_pass()
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**bound, **bound.get("kwargs", {})}
-        self._past = given.get("past_key_values") is not None
-        masks = {name: given.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-        if "src_key_padding_mask" in given:  # torch's own encoder: true where there is padding
-            masks["attention_mask"] = ~given["src_key_padding_mask"].bool()
-        self._masks = {name: m.bool() for name, m in masks.items() if isinstance(m, Tensor) and m.ndim == 2}
-
-    def _counts(self, place: int) -> bool:
-        """Whether what comes by now is to be measured; gradient checkpointing runs every block twice."""
-        return self.active and place not in self._seen and not probing()
-
-    def _note_x(self, place: int, x: Tensor) -> None:
-        if self._counts(place):
-            # a block that adds in place would write over it
-            self._x[place] = x.detach().clone() if self._overwrites else x.detach()
-
-    def _leave_branch(self, index: int, branch: Branch, output: Tensor) -> None:
-        if not self._counts(index):
-            return
-        x = self._x.pop(index)
-        b = output.detach()
-        b = b.view_as(x)  # experts may give their tokens flattened
-        b = b.float() - x.float() if branch.scale is None else b if branch.scale == 1 else branch.scale * b
-        self._measure(index, x, b, branch.sublayer.path)
-        if branch.sublayer.block in self._anatomy.plain:
-            self._add_to_block(index, branch, x, b)
-
-    def _leave_block(self, place: int, y: Tensor) -> None:
-        if self._counts(place):
-            x = self._x.pop(place)
-            tap = self._anatomy.blocks[self._blocks[place - len(self._branches)]]
-            assert tap is not None
-            self._measure(place, x, y.detach().float() - x.float(), tap.path)
-
-    def _add_to_block(self, index: int, branch: Branch, x: Tensor, b: Tensor) -> None:
-        """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
-        block = branch.sublayer.block
-        if self._block_sum is None:
-            # a block that adds in place would write over it
-            start, total = x, b.clone() if branch.stand_ins[0][1].materialize else b
-        else:
-            start, total = self._block_sum[0], self._block_sum[1] + b.view_as(self._block_sum[1])
-        done = index == self._last_of_block[block]
-        self._block_sum = None if done else (start, total)
-        if done:
-            self._measure(len(self._branches) + self._blocks.index(block), start, total, branch.sublayer.path)
-
-    def _measure(self, place: int, x: Tensor, b: Tensor, path: str) -> None:
-        self._seen.add(place)
-        if self._anatomy.tokens_first:
-            x, b = x.transpose(0, 1), b.transpose(0, 1)
-        mask = self._masks.get("decoder_attention_mask" if path.startswith(self._decoder) else "attention_mask")
-        if mask is not None:
-            if x.ndim == 2:
-                x, b = x.view(*mask.shape, -1), b.view(*mask.shape, -1)  # OPT flattens its tokens
-            mask = self._fitted(mask, x, path)
-        if x.ndim == 4:  # several streams side by side, as with hyper-connections
-            mask = None if mask is None else mask.repeat_interleave(x.shape[2], 1)
-            x, b = x.flatten(1, 2), b.flatten(1, 2)
-        # Apple's GPUs know no float64: their sums stay on the CPU
-        home = torch.device("cpu") if x.device.type == "mps" else x.device
-        if self._pass.device != home:
-            self._pass.to(home)
-        self._pending = True
-        with torch.no_grad():
-            self._pass.update(x, b, mask, place)
-
-    def _fitted(self, mask: Tensor, x: Tensor, path: str) -> Tensor:
-        """The padding mask of the tokens of x, both of shape (batch, tokens, ...)."""
-        places, tokens = mask.shape[1], x.shape[1]
-        if self._past and places > tokens:
-            return mask[:, -tokens:]  # decoding from a cache: the mask covers the past, too
-        if mask.shape[0] != x.shape[0] or places % tokens:
-            raise CalibrationError(
-                f"The padding mask has the shape {tuple(mask.shape)} and {path} sees {tuple(x.shape[:2])} tokens, so "
-                "that padding cannot be told apart; leave the mask out, or score batches without padding."
-            )
-        return mask[:, :: places // tokens]  # a speech model takes several frames for a token
-
-
-def _if_active(tracker: ImportanceTracker, hook: Callable[..., None], *args: Any) -> None:
-    if tracker.active:
-        hook(*args)
-
-
-def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
-    take(output[0] if isinstance(output, tuple | list) else output)
-
-
-def _take_argument(take: Callable[[Tensor], None], key: Key, _module: nn.Module, args: Any, kwargs: Any) -> None:
-    take(args[key] if isinstance(key, int) else kwargs[key])
-
-
-def _decoder_paths(transformer: nn.Module) -> tuple[str, ...]:
-    """What the paths of a decoder's modules begin with, in a model that has an encoder, too."""
-    if not isinstance(transformer, PreTrainedModel) or not transformer.config.is_encoder_decoder:
-        return ()
-    decoder = transformer.get_decoder()
-    return tuple(f"{path}." for path, module in transformer.named_modules() if module is decoder)
-
-
-def _body(transformer: nn.Module) -> nn.Module:
-    """The transformer without its head, where that takes the same inputs."""
-    body = getattr(transformer, "base_model", transformer)
-    parameters = inspect.signature(body.forward).parameters.values()
-    main = getattr(transformer, "main_input_name", "")
-    takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    return body if takes_any or any(parameter.name == main for parameter in parameters) else transformer
+    def _measure(self, place: int, x: Tensor, branch: Tensor, path: str) -> None:
+        self._sums.add(place, *self._padding.align(x, branch, path))

@@ -1,4 +1,4 @@
-"""Lightning's CheckpointIO, with checkpoints written whole or not at all."""
+"""A CheckpointIO for Lightning that writes each checkpoint whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from layershed.files.checkpoint_file import (
     local_path,
@@ -17,21 +16,23 @@ from layershed.files.checkpoint_file import (
     unwritten,
     write_atomically,
 )
+from layershed.integration.lightning_private import replace_wrapped_checkpoint_io, wraps_checkpoint_io
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own checkpoint files, for runs that may be killed at any moment.
+    """Writes Lightning's checkpoint files safely in runs that may be killed at any moment.
 
-    A local file is written beside the one that it replaces, brought to the disk, and renamed: until then the former one
-    stays. Lightning's own comes through a temporary folder, which may be on another disk, and is not brought to the
-    disk. A torn file is refused, and the newest intact one beside it named. Anything remote is left to Lightning.
+    - A local file is written beside the file that it replaces, synced to the disk, and renamed. Until then the former
+      file stays. Lightning's own writer uses a temporary folder, which may be on another disk, and does not sync.
+    - A torn file is refused with an error that names the newest intact file beside it.
+    - Lightning itself reads and writes remote files.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; when that fails, the former one stays and nothing else.
+        """Write a checkpoint; if that fails, the former one stays and no partial file is left.
 
         Raises:
-            CheckpointError: If the disk is full, or nothing can be written to the folder.
+            CheckpointError: If the disk is full or the folder is not writable.
         """
         target = local_path(path)
         if target is None or storage_options is not None:
@@ -56,12 +57,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             path: Its path or URL.
-            map_location: Where the tensors go, as of ``torch.load``.
-            weights_only: False runs whatever the file's pickle asks for: only for files of people you trust.
+            map_location: Where the tensors go, as in ``torch.load``.
+            weights_only: False executes the file's pickle: use it only for files that you trust.
 
         Raises:
-            CheckpointError: If it is torn, a folder, or holds what only ``weights_only=False`` would load.
-            FileNotFoundError: If there is none.
+            CheckpointError: If the file is torn or a folder, or needs ``weights_only=False`` to load.
+            FileNotFoundError: If the file does not exist.
         """
         weights_only = weights_only is not False  # also for a URL, where Lightning's default would run the pickle
         target = local_path(path)
@@ -74,10 +75,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(strategy: Any) -> None:
-    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also within a plugin that wraps it; of nothing else.
+    """Replace Lightning's own CheckpointIO by :class:`AtomicCheckpointIO`, also inside a plugin that wraps it.
 
     Args:
-        strategy: A Trainer's; one that writes its checkpoints in a way of its own is left alone.
+        strategy: A Trainer's strategy. A strategy with its own way to write checkpoints stays as it is.
     """
     try:
         current = strategy.checkpoint_io
@@ -85,7 +86,7 @@ def keep_checkpoints_whole(strategy: Any) -> None:
         return
     if type(current) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
-    while isinstance(current, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+    while wraps_checkpoint_io(current):  # such as AsyncCheckpointIO
         wrapper, current = current, current.checkpoint_io
         if type(current) is TorchCheckpointIO:
-            wrapper._checkpoint_io = AtomicCheckpointIO()  # its setter takes none in place of another
+            replace_wrapped_checkpoint_io(wrapper, AtomicCheckpointIO())

@@ -1,233 +1,158 @@
-"""What Lightning leaves out when it resumes a run, so that interrupted equals uninterrupted.
+"""Does in a resumed run the work that was still due at the checkpoint's step; ExactResume is built on it.
 
-A checkpoint that is written at the end of a batch comes before three things that belong to it: the row of this step's
-metrics, the validation that is due there, and, behind the last step, the end of the epoch and of training. Lightning
-takes all of them for done. A run that was killed right behind the checkpoint has not done them. Nor does Lightning
-keep the state of the random number generators, which dropout draws from.
+A checkpoint at the end of a batch is written before three parts of that batch:
 
-A loader without a state begins its epoch anew; how it is brought back is in :mod:`layershed.integration.epoch_start`.
+- the row of this step's metrics,
+- the validation that is due there,
+- after the last batch, the end of the epoch and of training.
+
+Lightning treats all of them as done, but a run that is killed right after the checkpoint has not done them. Lightning
+also does not save the states of the random number generators, which dropout uses.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from layershed.integration.checkpoint_io import keep_checkpoints_whole
-from layershed.integration.epoch_start import (
-    EPOCH_KEY,
-    all_stateful,
-    batches_read,
-    leave_epochs,
-    loaders_of,
-    note_epoch_start,
-    set_own_generators,
-    watch_epochs,
+from layershed.integration import lightning_private as private
+from layershed.integration.rng import (
+    loader_states,
+    of_every_rank,
+    random_states,
+    set_loader_states,
+    set_random_states,
 )
-from layershed.integration.metrics_csv import keep_rows
-from layershed.integration.reading_again import read_again
-from layershed.integration.rng import of_every_rank, random_states, set_random_states
 
 PROGRESS_KEY, RANDOM_KEY = "layershed_progress", "layershed_random"
-
-
-def prepare_resumption(trainer: Trainer) -> None:
-    """Have checkpoints and metrics.csv written whole, unless the user has put something of their own in charge."""
-    keep_checkpoints_whole(trainer.strategy)
-    if trainer.state.fn == TrainerFn.FITTING:
-        for logger in trainer.loggers:
-            keep_rows(logger)
-        watch_epochs(trainer)
-        _unwrap_at_the_end(trainer)
+_FIT_LOOP, _EPOCH_LOOP = ("run", "on_advance_start", "advance"), ("reset",)
 
 
 def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Note what is still to come when the batch has ended, and bring to the disk what was logged until now."""
-    for logger in trainer.loggers:
-        logger.save()
-    if trainer.state.fn == TrainerFn.FITTING:
-        checkpoint[RANDOM_KEY] = of_every_rank(random_states(), trainer)
-        note_epoch_start(checkpoint, trainer)
-    loop: Any = trainer.fit_loop.epoch_loop
-    batches = loop.batch_progress.total
-    if trainer.state.fn != TrainerFn.FITTING or not trainer.training or batches.processed == batches.completed:
+    """Save in a checkpoint the work that is still due; call it on every rank of a fit."""
+    own = {**random_states(), "loaders": loader_states(private.train_loaders(trainer))}
+    checkpoint[RANDOM_KEY] = of_every_rank(own, trainer)
+    if not trainer.training or private.batch_has_ended(trainer):
         return
-    connector, settings = trainer._logger_connector, vars(trainer)
-    steps = not loop._should_accumulate() or not trainer.lightning_module.automatic_optimization
-    logs = steps and (connector.should_update_logs or settings["fast_dev_run"])
-    metrics = convert_tensors_to_scalars(connector.metrics["log"]) if logs else {}
     checkpoint[PROGRESS_KEY] = {
-        "metrics": metrics,
-        "step": loop._batches_that_stepped,
+        "metrics": convert_tensors_to_scalars(dict(private.row_to_come(trainer))),
+        "step": private.logged_step(trainer),
         "epoch": trainer.current_epoch,
-        "validates": loop._should_check_val_fx(trainer.fit_loop._data_fetcher),
+        "validates": private.validation_is_due(trainer),
     }
 
 
 def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Log the row that was to come, and have Lightning do what else was."""
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
+    """Log the row that was due, and let the fit loop do the rest; call it before Lightning loads the loops' state."""
     noted = checkpoint.get(PROGRESS_KEY) or {}
     if noted.get("metrics"):
         metrics = dict(noted["metrics"])
-        step = int(metrics.pop("step", noted["step"]))  # a metric of this name takes its place, as in Lightning
+        step = int(metrics.pop("step", noted["step"]))  # a metric called "step" replaces the step, as in Lightning
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": noted["epoch"], **metrics}, step=step)
             logger.save()
     if noted.get("validates"):
-        _validation_to_come(checkpoint["loops"]["fit_loop"])
-        # of a trainer that has fitted before Lightning thinks it done, and never ends
-        trainer.fit_loop.epoch_loop.val_loop._has_run = False
-    _wrap(trainer, noted, checkpoint.get(RANDOM_KEY, ()), checkpoint.get(EPOCH_KEY, ()))
+        private.announce_validation(checkpoint)
+        private.forget_validation(trainer)
+    _Resumption(trainer, noted, checkpoint.get(RANDOM_KEY, ())).install()
 
 
-def _validation_to_come(loops: dict[str, Any]) -> None:
-    """Say that the batch is done and validation has begun: this Lightning takes up again."""
-    for counts in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
-        counts["completed"] = counts["processed"]
-    validation = loops["epoch_loop.val_loop.batch_progress"]
-    done = validation["total"]["completed"]
-    validation["total"].update(ready=done + 1, started=done + 1, processed=done)
-    validation["current"].update(ready=1, started=1, processed=0, completed=0)
-    validation["is_last_batch"] = False
+def give_back_loops(trainer: Trainer) -> None:
+    """Restore the own methods of a Trainer's loops."""
+    for loop, names in zip(private.fit_loops(trainer), (_FIT_LOOP, _EPOCH_LOOP), strict=True):
+        private.give_back_loop_methods(loop, names)
 
 
-def _wrap(
-    trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]], epochs: Sequence[dict[str, Any]]
-) -> None:
-    """Look at the loop once its state and its loaders are there, and before it decides that there is nothing to do."""
-    loop: Any = trainer.fit_loop
-    kind, validates = type(loop), bool(noted.get("validates"))
+class _Resumption:
+    """Replaces the fit loop's ``run`` once: after the loops' state is loaded, before Lightning finds nothing to do.
 
-    def draw_on() -> None:
-        vars(loop).pop("on_advance_start", None)
-        if len(random) == trainer.world_size:  # on another number of ranks there is none to go on with
-            set_random_states(random[trainer.global_rank])
-        set_own_generators(epochs, trainer)
+    Args:
+        trainer: The Trainer.
+        noted: The work that was still due.
+        random: The random states of every rank.
+    """
 
-    def first_start() -> None:
-        draw_on()
-        kind.on_advance_start(loop)
+    def __init__(self, trainer: Trainer, noted: dict[str, Any], random: Sequence[dict[str, Any]]) -> None:
+        self.trainer, self.noted, self.random = trainer, noted, random
+        self.loop, self.batches = private.fit_loops(trainer)
 
-    def nothing_left() -> None:
-        vars(loop).pop("advance", None)
-        _end_batches(loop.epoch_loop)
+    def install(self) -> None:
+        """Replace the loop's methods; each one restores the original when it is called."""
+        private.replace_loop_method(self.loop, "run", self.run)
+        private.replace_loop_method(self.loop, "on_advance_start", self.start_epoch)
 
-    def resumed() -> None:
-        vars(loop).pop("run", None)
-        loop.setup_data()
-        _load_loaders(loop)
-        if loop.restarting and not loop.skip:
-            _take_up_epoch(trainer, epochs, random)
-        only_ends = bool(noted) and not validates and loop.epoch_loop._num_ready_batches_reached()
-        if only_ends:  # of this Lightning leaves out the hooks, and then takes the loader's end for the next epoch's
-            loop.epoch_loop.batch_progress.increment_completed()
-            loop.advance = nothing_left
-        if loop.restarting and loop.max_batches and loop.done:
+    def run(self) -> None:
+        """``fit_loop.run``."""
+        trainer, loop = self.trainer, self.loop
+        private.give_back_loop_methods(loop, ["run"])
+        private.set_up_train_loader(trainer)
+        private.load_loader_states(trainer)
+        if private.resumes_training(trainer):
+            self._warn_of_an_open_epoch()
+        validates = bool(self.noted.get("validates"))
+        only_ends = bool(self.noted) and not validates and private.last_batch_reached(trainer)
+        if only_ends:  # Lightning skips the hooks, and takes the loader's end for the next epoch's end
+            private.complete_batch(trainer)
+            private.replace_loop_method(loop, "advance", self.end_batches)
+        if private.nothing_left_to_train(trainer):
             loop.reset()
             loop.on_run_start()
-            draw_on()
-            _end(trainer, loop, validates or only_ends)
-        else:
-            _begin_next_epoch(loop)
-            kind.run(loop)
+            self._draw_on()
+            private.end_fit(trainer, advances=validates or only_ends)
+            return
+        if private.between_epochs(trainer):  # the first iterators drew a seed before the random states were set
+            private.begin_epoch_anew(trainer)
+        loop.run()
 
-    loop.run, loop.on_advance_start = resumed, first_start
-    _unwrap_at_the_end(trainer)
+    def start_epoch(self) -> None:
+        """``fit_loop.on_advance_start``, with the random states of the checkpoint."""
+        self._draw_on()
+        self.loop.on_advance_start()
 
+    def end_batches(self) -> None:
+        """``fit_loop.advance`` in an epoch whose batches are all done."""
+        private.give_back_loop_methods(self.loop, ["advance"])
+        private.end_batches(self.trainer)
 
-def _unwrap_at_the_end(trainer: Trainer) -> None:
-    def torn_down() -> None:
-        _unwrap(trainer)
-        trainer._teardown()
+    def _draw_on(self) -> None:
+        private.give_back_loop_methods(self.loop, ["on_advance_start"])
+        if len(self.random) == self.trainer.world_size:  # else the saved states are of other ranks
+            own = self.random[self.trainer.global_rank]
+            set_random_states(own)
+            set_loader_states(own["loaders"], private.train_loaders(self.trainer))
 
-    vars(trainer)["_teardown"] = torn_down  # what Lightning calls at the end of every fit, also of one that failed
+    def _warn_of_an_open_epoch(self) -> None:
+        trainer, done = self.trainer, private.batches_done(self.trainer)
+        if done is None or private.between_epochs(trainer):
+            return
+        if done % trainer.accumulate_grad_batches:
+            rank_zero_warn(
+                "The checkpoint was written between two optimizer steps "
+                f"(accumulate_grad_batches={trainer.accumulate_grad_batches}). The gradients accumulated until then "
+                "are not in it. Save at a step instead, as ModelCheckpoint(every_n_train_steps=...) does."
+            )
+        if done and not all(private.is_stateful(loader) for loader in private.train_loaders(trainer)):
+            rank_zero_warn(
+                f"The run is resumed after {done} batches of an epoch, but the train loader has no state: it starts "
+                "from its first batch again. Use a loader with state_dict and load_state_dict, such as "
+                "torchdata.stateful_dataloader.StatefulDataLoader."
+            )
+            private.replace_loop_method(self.batches, "reset", self.reset_quietly)
 
-
-def _unwrap(trainer: Trainer) -> None:
-    vars(trainer).pop("_teardown", None)
-    leave_epochs(trainer)
-    for name in ("run", "on_advance_start", "advance"):
-        vars(trainer.fit_loop).pop(name, None)
-
-
-def _load_loaders(loop: Any) -> None:
-    """What Lightning leaves out between two epochs, and where the loaders were set up before (for their length)."""
-    states, loader = loop._combined_loader_states_to_load, loop._combined_loader
-    if not states or loader is None:
-        return
-    if _between_epochs(loop) and len(states) != sum(isinstance(each, _Stateful) for each in loader.flattened):
-        return  # a new epoch may have other loaders
-    loader._load_state_dicts(states)
-    loop._combined_loader_states_to_load = []
-    iter(loop._data_fetcher)
-
-
-def _between_epochs(loop: Any) -> bool:
-    epochs = loop.epoch_progress.current
-    return bool(epochs.ready == epochs.started == epochs.processed > 0)
-
-
-def _begin_next_epoch(loop: Any) -> None:
-    """Have Lightning ask the loaders anew: their first iterators drew a seed before the random states were set."""
-    if _between_epochs(loop):
-        # not by the loop's own setter, which says True whenever there are max_steps
-        loop._restarting = loop.epoch_loop.restarting = loop._resuming_from_checkpoint = False
-
-
-def _end_batches(batches: Any) -> None:
-    """What the loop over the batches of an epoch does behind the last one, if no validation is due there."""
-    batches._batches_that_stepped += not batches._should_accumulate()
-    batches.restarting = False
-    batches.on_iteration_done()
+    def reset_quietly(self) -> None:
+        """``epoch_loop.reset``, without Lightning's own warning about the same loader."""
+        private.give_back_loop_methods(self.batches, ["reset"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            self.batches.reset()
 
 
-def _take_up_epoch(trainer: Trainer, epochs: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]]) -> None:
-    """Within an epoch, have the loaders go on where they stood, or tell that they do not."""
-    loop: Any = trainer.fit_loop
-    if batches_read(loop) is None:
-        return
-    _tell_lost_gradients(loop, trainer.accumulate_grad_batches)
-    if all_stateful(loaders_of(loop)):
-        return
-    if _between_epochs(loop) or not read_again(epochs, random, trainer):
-        _tell_repeated_data(loop)
-
-
-def _tell_lost_gradients(loop: Any, accumulated: int) -> None:
-    if not _between_epochs(loop) and (batches_read(loop) or 0) % accumulated:
-        rank_zero_warn(
-            f"The checkpoint was written between two optimizer steps (accumulate_grad_batches={accumulated}): the "
-            "gradients that had been accumulated until then are not in it; save at a step instead, as "
-            "ModelCheckpoint(every_n_train_steps=...) does."
-        )
-
-
-def _tell_repeated_data(loop: Any) -> None:
-    rank_zero_warn(
-        f"The run is resumed after {batches_read(loop)} batches of an epoch, and the train loader cannot say where it "
-        "stood: it starts from its first batch again, so that this epoch is not the one that was interrupted; use a "
-        "loader with state_dict and load_state_dict, such as torchdata.stateful_dataloader.StatefulDataLoader."
-    )
-
-
-def _end(trainer: Trainer, loop: Any, advances: bool) -> None:
-    """What comes after the last step of a run: the end of the epoch and of training."""
-    if advances:
-        loop.on_advance_start()
-        loop.advance()
-        loop.on_advance_end()
-    elif loop.restarted_mid_epoch and loop.epoch_progress.current.processed < loop.epoch_progress.current.started:
-        loop.epoch_loop.reset()
-        trainer._logger_connector.epoch_end_reached()
-        loop.on_advance_end()
-    loop.on_iteration_done()
-    loop._restarting = False
-    loop.on_run_end()
+def fits(trainer: Trainer) -> bool:
+    """Whether the Trainer is fitting."""
+    return trainer.state.fn == TrainerFn.FITTING

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from layershed.performance.roofline import Ceilings, measure_ceilings
 from layershed.performance.speed import SpeedReport, measure_speed
 from layershed.performance.stopwatch import SpeedSettings, describe_device
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope
-from layershed.planning.selection import Objective, equal_scores, select_sublayers
+from layershed.planning.selection import Objective, check_objective, equal_scores, select_sublayers
 from layershed.quality import Quality
 from layershed.recovery.lora import adapted_modules, adapters_off
 from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, removed_sublayers, restore
@@ -168,10 +169,17 @@ class Bench:
         settings: SpeedSettings,
         base: nn.Module | None = None,
     ) -> None:
-        self.transformer = settings.check(find_transformer(model))
-        self.base = None if base is None else settings.check(find_transformer(base))
+        self.transformer = settings.check_structure(find_transformer(model))
+        self.base = None if base is None else settings.check_structure(find_transformer(base))
         self.quality, self.settings = quality, settings
-        self.ceilings = measure_ceilings(self.transformer.device, self.transformer.dtype)
+        for transformer in (self.transformer, self.base):
+            if transformer is not None:
+                settings.check(transformer)
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """What this machine can do at most, measured when it is first asked for."""
+        return measure_ceilings(self.transformer.device, self.transformer.dtype)
 
     def dense_quality(self) -> Quality:
         """Quality of the base."""
@@ -195,7 +203,15 @@ class Bench:
         counts: Sequence[int],
         objective: Objective = "importance",
     ) -> Iterator[Measurement]:
-        """Every scope with every count, one after the other; after each the model is what it was."""
+        """Every scope with every count, one after the other; after each the model is what it was.
+
+        Raises:
+            SelectionError: Before anything is measured, if there is no such objective, or a count cannot be met.
+        """
+        check_objective(objective)
+        for scope in scopes:
+            for count in counts:
+                select_sublayers(scores, scope, count=count)
         latency = None
         if objective == "speed":
             latency = measure_latency(self.transformer, **asdict(self.settings)).sublayers

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import eager, evaluating
-from layershed.performance.stopwatch import Clock, Phase, SpeedSettings, Stopwatch, casting_alike
+from layershed.performance.stopwatch import Clock, Phase, SpeedSettings, Stopwatch, casting_alike, check_phase
 from layershed.planning.plan import Sublayer
 from layershed.recovery.lora import adapters_off
 from layershed.stand_ins.install import lifted
@@ -65,8 +65,10 @@ def measure_latency(
         clock: For tests; None for that of the device.
 
     Raises:
+        UnknownNameError: If there is no such phase.
         MeasurementError: If a number is below 1, or the model has no place for that many tokens.
     """
+    check_phase(phase)
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
     transformer = settings.check(find_transformer(model, name=name))
     stopwatch = Stopwatch(transformer, settings, clock)

@@ -91,54 +91,113 @@ def measure_ceilings(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    size: int | None = None,
-    copied: int | None = None,
-    repeats: int = 5,
+    anew: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ceilings:
-    """The ceilings of this machine: the fastest of some short matrix products, and of some copies.
+    """The ceilings of this machine, from short matrix products and short copies.
+
+    - Products and copies start small. Their size doubles as long as three of the next size fit into the time that is
+      left: 0.2 s for the products, 0.1 s for the copies. The rest of the time repeats the last size.
+    - The ceiling of computing is the best rate of all products. The ceiling of the memory is the best rate of the
+      largest copies alone, as small ones stay in the processor's caches.
+    - A device with a queue works through 20 of each between two readings of the clock, so that the way there and back
+      does not count.
+    - What was measured is kept for the process, by device, dtype and number of CPU threads.
 
     Args:
-        device: What to measure. What has a queue of its own works through 20 of each between two readings of the clock,
-            so that the way there and back does not count.
-        dtype: Of the matrices; under autocast they are of its type.
-        size: Rows and columns of the two matrices; a product takes 2 * size**3 FLOPs. None for 1024 on a CPU and 8192
-            elsewhere.
-        copied: Bytes of the tensor that is copied; a copy moves them twice, there and back. None for 64 MiB on a CPU
-            and 1 GiB elsewhere, more than caches hold.
-        repeats: How often each is done; one more goes before as a warm-up.
-        clock: Returns seconds; for tests.
+        device: The device to measure.
+        dtype: Of the matrices. Under autocast on this device they are of its type.
+        anew: Measure again. Needed after a change that this function cannot see, such as a new precision of float32
+            products (TF32).
+        clock: Returns seconds; for tests. What one clock measured is not given to another.
     """
-    device = torch.device(device)
-    queued = device.type != "cpu"
-    size = size or (8192 if queued else 1024)
-    copied = copied or (2**30 if queued else 2**26)
-    each = 20 if queued else 1
+    device = torch.empty(0, device=device).device  # with its index
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    source = torch.ones(copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    key = (device, dtype, torch.get_num_threads() if device.type == "cpu" else None, clock)
+    if anew or key not in _MEASURED:
+        _MEASURED[key] = _measure(device, dtype, clock)
+    return _MEASURED[key]
 
-    def fastest(work: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(repeats + 1):
-            start = clock()
-            for _ in range(each):
-                work()
-            if queued:
-                torch.accelerator.synchronize(device)
-            seconds.append(clock() - start)
-        return min(seconds[1:]) / each
 
+_MEASURED: dict[tuple[torch.device, torch.dtype, int | None, Callable[[], float]], Ceilings] = {}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Work that can be done in any size.
+
+    Args:
+        prepare: From a size to the work of that size.
+        amount: From a size to the FLOPs or bytes of one piece of work.
+        smallest: The size to start with.
+        largest: The size to stop at.
+        growth: How much longer twice the size takes.
+        seconds: The time for all sizes together.
+    """
+
+    prepare: Callable[[int], Callable[[], object]]
+    amount: Callable[[int], int]
+    smallest: int
+    largest: int
+    growth: int
+    seconds: float
+
+
+def _measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> Ceilings:
+    queued = device.type != "cpu"
+    largest_copy = 2**30 if queued else 2**28
+
+    def product_of(size: int) -> Callable[[], object]:
+        left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        return lambda: torch.matmul(left, right)
+
+    def copy_of(size: int) -> Callable[[], object]:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = source.clone()  # its pages are there before the first copy
+        return lambda: target.copy_(source)
+
+    def timed(work: Callable[[], object]) -> float:
+        start = clock()
+        for _ in range(_QUEUED if queued else 1):
+            work()
+        if queued:
+            torch.accelerator.synchronize(device)
+        return (clock() - start) / (_QUEUED if queued else 1)
+
+    products = _Work(product_of, lambda size: 2 * size**3, 64, 8192, 8, 0.2)
+    copies = _Work(copy_of, lambda size: 2 * size, 2**23, largest_copy, 2, 0.1)
     with torch.no_grad():
-        flops = 2 * size**3 / fastest(lambda: torch.matmul(left, right))
-        bandwidth = 2 * copied / fastest(lambda: target.copy_(source))
+        flops, bandwidth = _rates(products, timed, clock), _rates(copies, timed, clock)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     kind = str(dtype).removeprefix("torch.")
     return Ceilings(
         name=f"{device.type} ({kind}{threads})",
-        flops=flops,
-        bandwidth=bandwidth,
-        source=f"measured: the fastest of {repeats} {size} x {size} products and {copied / 1e6:.0f} MB copies",
+        flops=max(flops.values()),
+        bandwidth=bandwidth[max(bandwidth)],
+        source=f"measured: the best of products up to {max(flops)} x {max(flops)}, and of copies of "
+        f"{max(bandwidth) / 1e6:.0f} MB",
     )
+
+
+_QUEUED = 20
+_REPEATS = 3  # of the next size must fit
+
+
+def _rates(work: _Work, timed: Callable[[Callable[[], object]], float], clock: Callable[[], float]) -> dict[int, float]:
+    """The best rate by size, in FLOP/s or bytes/s, of every size that fits into the time."""
+    size, piece = work.smallest, work.prepare(work.smallest)
+    timed(piece)  # the first product on a device loads its libraries, which is no part of the time
+    rates: dict[int, float] = {}
+    begin = clock()
+    while True:
+        start = clock()
+        seconds = timed(piece)
+        rates[size] = max(rates.get(size, 0.0), work.amount(size) / seconds)
+        one = clock() - start  # with all that a queue holds
+        left = work.seconds - (clock() - begin)
+        if size < work.largest and _REPEATS * work.growth * one <= left:
+            size *= 2
+            piece = work.prepare(size)
+        elif one > left:
+            return rates

@@ -213,7 +213,8 @@ def measure_speed(
         runs: Number of dense and dropped pairs.
         warmup: Pairs that run first and are not counted.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
-        ceilings: What the machine can do at most, for the predicted speedup; None measures it, a tenth of a second.
+        ceilings: What the machine can do at most, for the predicted speedup; None measures it, which
+            takes a third of a second once per process.
         clock: Returns seconds; for tests. None for that of the device.
 
     Returns:
@@ -224,12 +225,14 @@ def measure_speed(
             that many tokens or cannot decode from a cache, or a wrapper of ``torch.compile`` is around it.
     """
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
-    transformer = settings.check(find_transformer(model, name=name))
+    transformer = settings.check_structure(find_transformer(model, name=name))
     if base is None and not bypassed_sublayers(transformer):
-        raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare; bypass first.")
-    other = transformer if base is None else settings.check(find_transformer(base))
+        raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare. Bypass first.")
+    other = transformer if base is None else settings.check_structure(find_transformer(base))
     for holder, held in ((model, transformer), (base or model, other)):
         check_compiled(holder, held)
+    for held in {id(held): held for held in (transformer, other)}.values():
+        settings.check(held)
     watch = None if clock is None else WallClock(transformer.device, clock)
     before = _Side(Stopwatch(other, settings, watch), lifted=base is None)
     after = _Side(Stopwatch(transformer, settings, watch), lifted=False)

@@ -15,7 +15,7 @@ from layershed.errors import SelectionError, SpeedupError, UnknownNameError
 from layershed.performance.latency import Latency, measure_latency
 from layershed.performance.roofline import measure_ceilings
 from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed
-from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.performance.stopwatch import Phase, SpeedSettings, check_phase
 from layershed.planning.plan import Drop, DropPlan, Scope, Sublayer
 from layershed.planning.selection import Objective, check_scope, check_selection, plan_of_groups, rank_sublayers
 from layershed.surgery import bypass, bypassed_sublayers, restore
@@ -67,16 +67,17 @@ def drop_to_speedup(
         SelectionError: If nothing may go.
         LayershedError: As the functions that it calls.
     """
-    check_target(target_speedup)
-    transformer: Any = find_transformer(model, name=name)
-    latency: Latency = agree(measure_latency(transformer, phase=phase, **asdict(settings)))
+    check_choice(scope, count=None, ratio=None, target_speedup=target_speedup, phase=phase, objective=objective)
+    transformer: Any = settings.check_structure(find_transformer(model, name=name))
+    protect = tuple(protect)
     gone = bypassed_sublayers(transformer)
+    if not _without(rank_sublayers(scores, scope, protect=protect), gone) and not gone:
+        raise SelectionError(
+            f"scope={scope!r}: no sublayer may be dropped, as there is none of that scope, or all are protected."
+        )
+    latency: Latency = agree(measure_latency(transformer, phase=phase, **asdict(settings)))
     ranked = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency.sublayers)
     ranked = _without(ranked, gone)
-    if not ranked and not gone:
-        raise SelectionError(
-            f"scope={scope!r}: it has no sublayers, or all are protected, so that none may be dropped."
-        )
     search = _Search(latency, gone, ranked, target_speedup)
     reports: dict[int, SpeedReport] = {}
     ceilings = measure_ceilings(transformer.device, transformer.dtype)
@@ -125,7 +126,8 @@ def check_reachable(
         SpeedupError: If the whole 95 % interval lies below the target.
     """
     check_target(target_speedup)
-    transformer = find_transformer(model, name=name)
+    check_phase(phase)
+    transformer = settings.check_structure(find_transformer(model, name=name))
     ranked = _without([(Drop(sublayer),) for sublayer in sublayers], bypassed_sublayers(transformer))
     try:
         _bypass_first(transformer, ranked, len(ranked))
@@ -157,9 +159,9 @@ def check_choice(
             f"count={count}, ratio={ratio}, target_speedup={target_speedup}: give exactly one of count and ratio, or "
             "target_speedup alone."
         )
-    for what, name, known in (("phase", phase, get_args(Phase)), ("objective", objective, get_args(Objective))):
-        if name not in known:
-            raise UnknownNameError(what, name, known)
+    check_phase(phase)
+    if objective not in get_args(Objective):
+        raise UnknownNameError("objective", objective, get_args(Objective))
     if target_speedup is None:
         check_selection(scope, count=count, ratio=ratio)
     else:

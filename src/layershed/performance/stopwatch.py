@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.find import predicts_next_token
 from layershed.discovery.probe import quietly
-from layershed.errors import MeasurementError
+from layershed.errors import MeasurementError, UnknownNameError
 
 Phase = Literal["prefill", "decode"]
 
@@ -39,14 +39,28 @@ class SpeedSettings:
     warmup: int = 1
 
     def check(self, transformer: nn.Module) -> PreTrainedModel:
-        """Refuse, before anything runs, what cannot be measured.
+        """Refuse a model that cannot be measured: by its structure first, then by decoding one token.
 
         Returns:
             The transformer, known to be a causal language model.
 
         Raises:
-            MeasurementError: If a number is too low, the model is no causal language model, prompt and new tokens
-                exceed its positions, or it cannot generate from a KV cache.
+            MeasurementError: As :meth:`check_structure`, or if the model cannot generate from a KV cache.
+        """
+        causal = self.check_structure(transformer)
+        if not any(parameter.is_meta for parameter in causal.parameters()):
+            _try_out(causal)
+        return causal
+
+    def check_structure(self, transformer: nn.Module) -> PreTrainedModel:
+        """Refuse what cannot be measured, without running the model.
+
+        Returns:
+            The transformer, known to be a causal language model.
+
+        Raises:
+            MeasurementError: If a number is too low, the model is no causal language model, or prompt and new tokens
+                exceed its positions.
         """
         for name, number in asdict(self).items():
             least = 0 if name == "warmup" else 1
@@ -63,8 +77,6 @@ class SpeedSettings:
                 f"speed: prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit into the "
                 f"model's {places} positions."
             )
-        if not any(parameter.is_meta for parameter in transformer.parameters()):
-            _try_out(transformer)
         return transformer
 
 
@@ -183,6 +195,16 @@ class Stopwatch:
         output = self.decode(output)
         decode = self.clock.seconds(start, self.clock.mark())
         return Timing(prefill, decode, cache_bytes(output.past_key_values))
+
+
+def check_phase(phase: Phase) -> None:
+    """Refuse an unknown phase.
+
+    Raises:
+        UnknownNameError: If it is neither ``"prefill"`` nor ``"decode"``.
+    """
+    if phase not in get_args(Phase):
+        raise UnknownNameError("phase", phase, get_args(Phase))
 
 
 @contextmanager

@@ -99,8 +99,7 @@ def _price(
     objective: Objective, latency: Mapping[Sublayer, float] | None
 ) -> Callable[[float, tuple[Sublayer, ...]], float]:
     """What orders the candidates: importance, or importance per millisecond."""
-    if objective not in get_args(Objective):
-        raise SelectionError(f"objective={objective!r}: objective must be one of {', '.join(get_args(Objective))}.")
+    check_objective(objective)
     if objective == "importance":
         return lambda importance, _: importance
     times = latency or {}
@@ -147,6 +146,16 @@ def check_scope(scope: Scope) -> None:
     """
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse an unknown objective.
+
+    Raises:
+        SelectionError: If it is neither ``"importance"`` nor ``"speed"``.
+    """
+    if objective not in get_args(Objective):
+        raise SelectionError(f"objective={objective!r}: objective must be one of {', '.join(get_args(Objective))}.")
 
 
 def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:

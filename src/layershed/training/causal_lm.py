@@ -15,7 +15,8 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 
 from layershed.errors import CheckpointError, OptimizerError, RecoveryError, ScheduleError
-from layershed.integration.module_hooks import waits_for_nothing
+from layershed.integration.lightning_private import estimated_steps
+from layershed.integration.preflight import waits_for_nothing
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation
 from layershed.saving.checkpoint import apply_structure, write_structure
 from layershed.saving.load_model import build_model
@@ -120,7 +121,7 @@ class CausalLM(pl.LightningModule):
         # imported here: it imports peft and bitsandbytes, whose AdamW would make torch's ambiguous on a command line
         from transformers import get_scheduler
 
-        steps = _total_steps(self.trainer)
+        steps = estimated_steps(self.trainer)
         endless = not 0 <= steps < math.inf
         if endless and not self.schedule.startswith("constant"):
             raise ScheduleError(
@@ -162,16 +163,3 @@ class CausalLM(pl.LightningModule):
         perplexity.update(output.logits[:, :-1].float(), batch["labels"][:, 1:])
         self.log(f"{stage}_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
         self.log(f"{stage}_perplexity", perplexity)
-
-
-def _total_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps of the whole run, possibly infinite.
-
-    To count them Lightning sets up the train loader, and it does so only once: a resumed run would go on without its
-    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
-    """
-    loop = trainer.fit_loop
-    known = loop._combined_loader
-    steps = trainer.estimated_stepping_batches
-    loop._combined_loader = known
-    return steps

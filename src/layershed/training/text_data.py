@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -19,12 +18,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from layershed.errors import DataError
+from layershed.integration.lightning_private import epoch_in_progress
 from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.packing import Packer, held_out_count, split_documents
-
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_ENDINGS = ".txt, .jsonl, .json or .parquet"
-_FORMS = f'"pydoc", a {_ENDINGS} file, a folder of such files of one type, or "hub:<name>" or "hub:<name>:<config>"'
+from layershed.training.sources import BUILDERS, local_files, parse_hub
 
 
 class TextData(pl.LightningDataModule):
@@ -97,8 +94,8 @@ class TextData(pl.LightningDataModule):
         self.val_fraction, self.max_tokens = val_fraction, max_tokens
         self.train_dataset: Any = None
         self.val_dataset: Any = None
-        self._hub = _parse_hub(source)
-        self._files = [] if self._hub or source == "pydoc" else _local_files(source)
+        self._hub = parse_hub(source)
+        self._files = [] if self._hub or source == "pydoc" else local_files(source)
         self._tokenizer_name, self._tokenizer = tokenizer, None
 
     @property
@@ -150,8 +147,7 @@ class TextData(pl.LightningDataModule):
         sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
         if self.trainer is not None:
             # Resuming at an epoch's end, Lightning iterates the loader before it says which epoch it is.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
+            sampler.set_epoch(epoch_in_progress(self.trainer))
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -190,18 +186,22 @@ class TextData(pl.LightningDataModule):
                 )
             own = splits.get("validation")
             return self._texts(splits["train"]), None if own is None else self._texts(own)
+        import datasets  # at need: it takes half a second
+
         if self.source == "pydoc":
             topics = importlib.import_module("pydoc_data.topics").topics
             return self._texts(datasets.Dataset.from_dict({"text": list(topics.values())})), None
-        builder = _BUILDERS[self._files[0].suffix.lower()]
+        builder = BUILDERS[self._files[0].suffix.lower()]
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         files = {"train": [str(file) for file in self._files]}
-        with _explained(f"{self._where}: the text could not be read"):
+        with _as_data_error(f"{self._where}: the text could not be read"):
             splits = datasets.load_dataset(builder, data_files=files, cache_dir=cache, **options)
         return self._texts(splits["train"]), None
 
     def _load_hub(self, name: str, config: str | None) -> Any:
-        with _explained(f"{self._where}: the dataset could not be loaded from the hub"):
+        import datasets
+
+        with _as_data_error(f"{self._where}: the dataset could not be loaded from the hub"):
             return datasets.load_dataset(name, config)
 
     def _texts(self, rows: Any) -> Any:
@@ -242,6 +242,8 @@ class TextData(pl.LightningDataModule):
 
     def _pack(self, documents: Any, limit: int | None) -> tuple[Any, int]:
         """At most ``limit`` sequences, and the number of tokens that were made for them."""
+        from datasets import Features, List, Value
+
         packer = Packer(self.tokenizer, self.block_size, limit)
         packed = documents.map(
             packer,
@@ -249,7 +251,7 @@ class TextData(pl.LightningDataModule):
             batch_size=100,
             input_columns=self.text_column,
             remove_columns=documents.column_names,
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=self.block_size)}),
+            features=Features({"input_ids": List(Value("int32"), length=self.block_size)}),
             keep_in_memory=True,
             load_from_cache_file=False,
         )
@@ -283,47 +285,19 @@ def _have_text(texts: Sequence[str | None]) -> list[bool]:
     return [bool(text and text.strip()) for text in texts]
 
 
-def _parse_hub(source: str) -> tuple[str, str | None] | None:
-    """The name and configuration of a ``"hub:..."`` source, or None for any other."""
-    prefix, *parts = source.split(":")
-    if prefix != "hub":
-        return None
-    if not 1 <= len(parts) <= 2 or not all(parts):
-        raise DataError(f'TextData(source={source!r}): write "hub:<name>" or "hub:<name>:<config>".')
-    return parts[0], parts[1] if len(parts) == 2 else None
-
-
-def _local_files(source: str) -> list[Path]:
-    """The files of a local source, sorted by name, all of one type and none of them empty."""
-    path, where = Path(source).expanduser(), f"TextData(source={source!r})"
-    if not path.exists():
-        raise DataError(f"{where}: there is no such file or folder; source must be {_FORMS}.")
-    inside = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in inside if file.is_file() and file.suffix.lower() in _BUILDERS]
-    if not files:
-        what = "no file in it ends" if path.is_dir() else "its name does not end"
-        raise DataError(f"{where}: {what} in {_ENDINGS}; source must be {_FORMS}.")
-    if len({_BUILDERS[file.suffix.lower()] for file in files}) > 1:
-        endings = ", ".join(sorted({file.suffix.lower() for file in files}))
-        raise DataError(f"{where}: its files end in {endings}; keep files of one type in a folder.")
-    if empty := [file.name for file in files if file.stat().st_size == 0]:
-        raise DataError(f"{where}: the file {empty[0]!r} is empty (0 bytes); remove it or fill it.")
-    return files
-
-
 def _load_tokenizer(name: str | None) -> Any:
     if name is None or name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     path = Path(name).expanduser()
     remedy = "; set data.tokenizer to another folder, or to bytes"
-    with _explained(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded", remedy):
+    with _as_data_error(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded", remedy):
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
 
 
 @contextmanager
-def _explained(what: str, remedy: str = "") -> Iterator[None]:
+def _as_data_error(what: str, remedy: str = "") -> Iterator[None]:
     """Turn any error of the Hugging Face libraries into a DataError of one sentence."""
     try:
         yield
@@ -336,6 +310,8 @@ def _explained(what: str, remedy: str = "") -> Iterator[None]:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Hide datasets' progress bars, unless the user's environment asks for them, and put them back."""
+    import datasets
+
     hide = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()

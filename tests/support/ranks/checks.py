@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import layershed as ls
 from layershed.files.checkpoint_shards import read_notes
@@ -22,7 +23,12 @@ from tests.support.two_ranks import run_two_ranks
 
 def run_replicated(folder):
     """Both ranks' results under DDP, and one process's over the batches of both."""
-    run_two_ranks("tests.support.ranks.replicated", folder)
+    run_two_ranks("tests.support.ranks.ddp", folder, "replicated", timeout=600)
+    return replicated_in(folder / "replicated")
+
+
+def replicated_in(folder):
+    """The same, of ranks that have run already."""
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     one = {name: replicated.train(folder / "one", name, 1) for name in replicated.RUNS}
     return SimpleNamespace(folder=folder, ranks=ranks, one=one)
@@ -101,9 +107,9 @@ def quality_where_one_rank_has_no_token(found):
         assert rank["lonely"] == pytest.approx((loss, accuracy, tokens))
 
 
-def plain_loader_read_again(own, found):
-    """Resumed within an epoch, a loader without a state gives every rank what it would have given it."""
-    ranks = [rank["read again"][own] for rank in found.ranks]
+def resumed_within_an_epoch(own, found):
+    """A loader with a state gives every rank what it would have given it."""
+    ranks = [rank["within an epoch"][own] for rank in found.ranks]
     for runs in ranks:
         assert (runs["whole"]["batches"], runs["resumed"]["batches"]) == (9, 3)
         assert same(runs["resumed"]["seen"], runs["whole"]["seen"])
@@ -118,8 +124,8 @@ def checks_of_replicated():
         **{f"DDP, {name}: as one process": partial(as_one_process, name) for name in replicated.RUNS},
         "DDP: importances by the formula, over tokens": scored_by_token,
         "DDP: quality where one rank has no token": quality_where_one_rank_has_no_token,
-        "DDP: resumed within an epoch, own sampler": partial(plain_loader_read_again, True),
-        "DDP: resumed within an epoch, Lightning's sampler": partial(plain_loader_read_again, False),
+        "DDP: resumed within an epoch, own sampler": partial(resumed_within_an_epoch, True),
+        "DDP: resumed within an epoch, Lightning's sampler": partial(resumed_within_an_epoch, False),
     }
 
 
@@ -193,6 +199,24 @@ def adapters_by_hand(shards, found):
     close(result["state"]["weights"], module.state_dict())
 
 
+def adapter_folder_holds_the_weights(shards, found):
+    """LoRA of what is not dropped, in peft's format, is that of the run."""
+    result = found.ranks[0]["fit", "lora", shards, None]
+    trained = {
+        "base_model.model." + name.removeprefix("net.").replace(".recovery.", "."): tensor
+        for name, tensor in result["state"]["weights"].items()
+        if ".lora_" in name and name in result["trainable"]
+    }
+    saved = load_file(found.folder / f"lora-{shards}-None" / "adapter" / "adapter_model.safetensors")
+    assert same(saved, trained)
+    assert any("lora_B" in name and tensor.any() for name, tensor in saved.items())
+
+
+def strategy_as_before(name, shards, found):
+    for rank in found.ranks:
+        assert rank["fit", name, shards, None]["replaced"] == []
+
+
 def plain_model(found, name, shards, step):
     """The model of a run at its end, from its weights alone, adapters added in by W + s B A."""
     model = build_model().eval()
@@ -255,12 +279,12 @@ def read_by_one_of_two(found):
     assert same(found.ranks[0]["alone"], found.ranks[0]["fit", "drop", True, None]["state"]["weights"])
 
 
-def not_loaded_densely(name, shards, found):
+def not_loaded_densely(name, shards, step, found):
     """Lightning, which passes by what it does not know, misses the weights of what is dropped or adapted."""
     drops = found.ranks[0]["fit", name, shards, None]["plan"]["drops"]
     paths = {f"net.model.layers.{d['block']}.{'self_attn' if d['kind'] == 'attention' else d['kind']}" for d in drops}
     for rank in found.ranks:
-        said = rank["dense", name, shards]
+        said = rank["dense", name, shards, step]
         assert said is not None, "evaluated the dense model"
         missing = re.search(
             r"(?:Missing key in checkpoint state_dict: state_dict\.|contains a key ')([\w.]+)\.weight", said
@@ -283,7 +307,7 @@ def other_adapters_are_refused(shards, found):
     for rank in found.ranks:
         assert "has no adapters" in rank["refused", shards]["lora"]
         assert "has recovery adapters" in rank["refused", shards]["drop"]
-        assert all("list the LoRARecovery" in text for text in rank["refused", shards].values())
+        assert all("List the LoRARecovery" in text for text in rank["refused", shards].values())
 
 
 def checks_of_sharded(which):
@@ -296,7 +320,11 @@ def checks_of_sharded(which):
             checks[f"{title}: weights and importances by hand"] = partial(by_hand, shards)
         if name == "lora":
             checks[f"{title}: weights by hand"] = partial(adapters_by_hand, shards)
-        checks[f"{title}: not loaded without layershed"] = partial(not_loaded_densely, name, shards)
+            checks[f"{title}: adapter folder holds them"] = partial(adapter_folder_holds_the_weights, shards)
+        for step in (sharded.STEPS, sharded.AFTER):
+            check = partial(not_loaded_densely, name, shards, step)
+            checks[f"{title}: step {step} not loaded without layershed"] = check
+        checks[f"{title}: the strategy has its own methods again"] = partial(strategy_as_before, name, shards)
         for cut in cuts:
             checks[f"{title}: resumed at step {cut}"] = partial(resumed_is_whole, name, shards, cut)
         if name == "headed":

@@ -1,15 +1,14 @@
 """What each of two processes does under DDP, and the same in one over the batches of both."""
 
 import os
-import sys
 from dataclasses import astuple
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from layershed.callbacks import LoRARecovery, Quantization, RedundancyMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, LoRARecovery, Quantization, RedundancyMonitor, SublayerDrop
 from layershed.quality import evaluate_quality
 from layershed.surgery import bypassed_sublayers
 from tests.support.runs import BATCH, TOKENS, Foreign, Save, sequences, state_of
@@ -112,7 +111,7 @@ class Seen(Foreign):
         return super().training_step(batch, batch_idx)
 
 
-def read_again(folder, own):
+def resumed_within_an_epoch(folder, own):
     """What a rank sees and ends with from the second batch of the second epoch on: left alone, and resumed there.
 
     Args:
@@ -134,14 +133,14 @@ def read_again(folder, own):
             num_sanity_val_steps=0,
             max_steps=9,
             use_distributed_sampler=not own,
-            callbacks=[dropping(), *([Save(path, 6)] if which == "whole" else [])],
+            callbacks=[dropping(), ExactResume(), *([Save(path, 6)] if which == "whole" else [])],
         )
         items = sequences(2 * BATCH * 4)
         sampler = DistributedSampler(items, 2, int(os.environ["RANK"]), seed=5) if own else None
         module = Seen()
         trainer.fit(
             module,
-            DataLoader(items, BATCH, shuffle=not own, sampler=sampler),
+            StatefulDataLoader(items, BATCH, shuffle=not own, sampler=sampler),
             loader(2, 2 * BATCH, seed=100),
             ckpt_path=None if which == "whole" else path,
         )
@@ -149,9 +148,9 @@ def read_again(folder, own):
     return found
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = {name: train(Path(sys.argv[1]), name, 2) for name in RUNS}
-    results["read again"] = {own: read_again(Path(sys.argv[1]), own) for own in (True, False)}
+def run(folder):
+    """Every run of one rank."""
+    results = {name: train(folder, name, 2) for name in RUNS}
+    results["within an epoch"] = {own: resumed_within_an_epoch(folder, own) for own in (True, False)}
     results["lonely"] = astuple(evaluate_quality(Foreign(), lonely(int(os.environ["RANK"]))))
-    torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")

@@ -19,6 +19,7 @@ from layershed.surgery import bypassed_sublayers
 from tests.support.runs import BATCH, Foreign, Save, sequences
 
 STEPS, START, WINDOW = 7, 4, 3
+AFTER = "after the fit"
 CUTS = (3, 4, 6)  # within the window of calibration, at the drop, after it
 
 
@@ -137,7 +138,11 @@ def fit(folder, name, shards, cut=None):
         share(sequences(4 * BATCH, seed=100)),
         ckpt_path=None if cut is None else saved / f"{cut}.ckpt",
     )
+    if cut is None:
+        trainer.save_checkpoint(saved / f"{AFTER}.ckpt")
+    strategy = trainer.strategy
     return {
+        "replaced": [name for name in vars(strategy) if callable(getattr(type(strategy), name, None))],
         "state": state_of(trainer, module),
         "plan": callbacks[0].plan.to_dict(),
         "bypassed": [(s.block, s.kind) for s in bypassed_sublayers(module)],
@@ -168,9 +173,9 @@ def refused(folder, shards):
     return found
 
 
-def loaded_densely(folder, name, shards):
+def loaded_densely(folder, name, shards, step):
     """What a Trainer that knows nothing of layershed says to the checkpoint of a dropped model, if anything."""
-    path = folder / f"{name}-{shards}" / f"{STEPS}.ckpt"
+    path = folder / f"{name}-{shards}" / f"{step}.ckpt"
     try:
         trainer_of(folder / "dense", shards=shards).validate(Sharded(), share(sequences(2 * BATCH)), ckpt_path=path)
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -185,7 +190,8 @@ def main(folder, combinations):
     for name, shards, cuts in combinations:
         for cut in (None, *cuts):
             results["fit", name, shards, cut] = fit(folder, name, shards, cut)
-        results["dense", name, shards] = loaded_densely(folder, name, shards)
+        for step in (STEPS, AFTER):
+            results["dense", name, shards, step] = loaded_densely(folder, name, shards, step)
         for cut in (CUTS[0], STEPS) if name != "headed" else ():
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
     if os.environ["RANK"] == "0":  # one of two reads by itself, and waits for nobody

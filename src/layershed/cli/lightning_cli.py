@@ -1,0 +1,249 @@
+"""The parsers of the commands: those of LightningCLI, and our score, prune, benchmark and plan.
+
+Importing this module takes seconds, as their options are those of Lightning's Trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import io
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from layershed import callbacks  # imported, they are also known by their short names
+from layershed.callbacks import ExactResume
+from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
+from layershed.cli.config_check import check_configs
+from layershed.cli.last_checkpoint import resolve_last
+from layershed.cli.messages import hint, in_short
+from layershed.cli.quiet import quiet
+from layershed.cli.run_folder import check_seed
+from layershed.cli.trainer import Trainer
+from layershed.errors import CheckpointError, DataError
+from layershed.files.checkpoint_file import check_checkpoint, read_options
+from layershed.performance.roofline import ACCELERATORS
+from layershed.training.causal_lm import CausalLM
+from layershed.training.text_data import TextData
+
+# Instead of what Lightning and the docstrings, which know nothing of a command line, say of these options.
+_HELP = {
+    "seed_everything": "Seed of every random number generator; true draws one, false sets none.",
+    "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
+    "--trainer.callbacks.help NAME lists the options of one.",
+    "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
+    "null takes that of model.pretrained, or bytes where there is none.",
+    "device": "What it would run on: this, whose ceilings are measured, or by its published ceilings one of "
+    f"{', '.join(ACCELERATORS)}.",
+}
+_SECTIONS = {
+    "trainer": "where and how it runs (lightning.pytorch.Trainer)",
+    "model": "the model (layershed.training.causal_lm.CausalLM)",
+    "data": "the text (layershed.training.text_data.TextData)",
+}
+# What the commands without training have a use for; the rest is accepted, so that a config of fit serves them too, but
+# not listed.
+_TRAINING_FREE = {
+    "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
+    "model": {"pretrained", "config", "dtype"},
+}
+# What the config that fit leaves in a run directory says beside its sections: those commands that have no such option
+# take it as long as it says nothing.
+_OF_FIT = ("ckpt_path", "weights_only")
+_WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help without the markup of docstrings, and without the names of all classes that happen to be imported."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action) or "")
+        return re.sub(r":\w+:`[~.]*(.*?)`|``(.*?)``", r"\1\2", text)
+
+
+class CommandParser(LightningArgumentParser):
+    """A parser that says what is wrong in one sentence, with the nearest name that would have been right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with one sentence; the parser of a class inside a config leaves that to the outer one."""
+        if not self.exit_on_error:
+            super().error(message + hint(message, self._options()), ex)
+        reason = in_short(message, ex)
+        if "subcommand" in message:
+            self.print_usage(sys.stderr)
+        self.exit(2, f"error: {reason}{hint(reason, self._options())}\n")
+
+    def _options(self) -> set[str]:
+        inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        return {action.dest for parser in (self, *inner) for action in parser._actions}
+
+
+class LayershedCLI(LightningCLI):
+    """LightningCLI with the commands of :class:`Trainer`, and a tokenizer that follows the model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """LightningCLI's own, and those of :class:`Trainer`."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in USAGE}}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Say in plain words what the subcommands and the groups of options are for."""
+        super().setup_parser(*args, **kwargs)
+        subcommands = self.parser._subcommands_action
+        for choice in subcommands._choices_actions if subcommands else ():
+            choice.help = PURPOSES[choice.dest]
+        for name, parser in self._subcommand_parsers.items():
+            parser.usage = f"{self.parser.prog} {name} {USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
+            parser.description = PURPOSES[name]
+            if name in USAGE:
+                known = {action.dest for action in parser._actions}
+                for option in (option for option in _OF_FIT if option not in known):
+                    parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
+            listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in USAGE else {}
+            for action in parser._actions:
+                action.help = _HELP.get(action.dest, action.help)
+                section, option = f"{action.dest}..".split(".")[:2]
+                if section in listed and option not in listed[section]:
+                    action.help = argparse.SUPPRESS
+            for section, group in (parser.groups or {}).items():
+                group.title = _SECTIONS.get(section, f"options of {name} alone")
+        if "plan" in self._subcommand_parsers:
+            # what a model is run in, where it is planned for
+            self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults for a first run."""
+        parser.set_defaults({"seed_everything": 0})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, find the last checkpoint, and refuse one that could not be read later.
+
+        Lightning's own warns when there is a ``sys.argv`` besides ``args``; here ``args`` are made of it.
+        """
+        self.config = parser.parse_args(args)
+        check_seed(self.config[self.config.subcommand].seed_everything)
+        config = self.config[self.config.subcommand]
+        path = str(config.get("ckpt_path") or "best")
+        if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
+            raise CheckpointError(
+                f"ckpt_path={asked!r}: a --config behind it, as a run leaves one, says null; put --config first."
+            )
+        if path == "last":
+            found = resolve_last(self.config.subcommand, config.trainer)
+            config.ckpt_path = None if found is None else str(found)
+        elif path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
+            try:
+                check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
+            except OSError as error:
+                reason = error.strerror or error
+                raise CheckpointError(
+                    f"ckpt_path={path!r} cannot be read ({reason}); let this user read it."
+                ) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's options from the checkpoint, as Lightning does, but no class: it may be a stranger's."""
+        subcommand = self.config.subcommand
+        path = Path(self.config[subcommand].get("ckpt_path") or "")
+        if not path.is_file():
+            return
+        options = read_options(path, {*inspect.signature(CausalLM).parameters} - {"optimizer"})
+        try:
+            with redirect_stderr(io.StringIO()) as told:
+                self.config = self.parser.parse_object({subcommand: {"model": options}}, self.config)
+        except SystemExit:
+            reason = told.getvalue().strip().removeprefix("error: ")
+            raise CheckpointError(f"ckpt_path={str(path)!r}: the options of its model do not fit ({reason}).") from None
+
+    def before_instantiate_classes(self) -> None:
+        """The text is tokenized as the model expects it, unless said otherwise."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "plan":
+            config.data.source, config.data.tokenizer = "pydoc", None  # no text is needed: none is looked for
+        elif config.data.tokenizer is None:
+            config.data.tokenizer = config.model.pretrained
+
+    def instantiate_classes(self) -> None:
+        """To plan takes the model's skeleton alone."""
+        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """A run of ``fit`` resumes exactly, also where its config does not list the callback."""
+        given = self.config_init[self.subcommand].trainer.get("callbacks") if self.subcommand == "fit" else None
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if self.subcommand == "fit" and not any(isinstance(callback, ExactResume) for callback in listed):
+            kwargs["callbacks"] = [*listed, ExactResume()]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse text that the model has no embedding or no position for."""
+        if self.subcommand == "plan":
+            return
+        config = self.model.model.config.get_text_config()
+        if self.datamodule.vocab_size > config.vocab_size:
+            raise DataError(
+                f"The tokenizer has {self.datamodule.vocab_size} ids and the model only {config.vocab_size}; "
+                "set data.tokenizer to the model's own, or model.config.vocab_size to at least that many."
+            )
+        places = getattr(config, "max_position_embeddings", None)
+        if places is not None and self.datamodule.block_size > places:
+            raise DataError(
+                f"data.block_size={self.datamodule.block_size} exceeds the model's {places} positions; lower it."
+            )
+
+
+def _asked_checkpoint(words: Sequence[str]) -> str | None:
+    """The checkpoint that a command line names."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--ckpt_path":
+            asked = value if equals else following
+            return None if asked == "null" else asked
+    return None
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Parse a command line and run its command.
+
+    Raises:
+        SystemExit: With 0 after a help text, with 2 after wrong usage.
+        LayershedError: If something that the command needs is missing or wrong.
+    """
+    check_configs(words)
+    # With --config first, the config may name the command: then all of them have a parser.
+    cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
+    with quiet():
+        cli(
+            CausalLM,
+            TextData,
+            trainer_class=Trainer,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=CommandParser,
+            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": _HelpFormatter},
+            args=list(words),
+        )
+
+
+def _only(command: str) -> type[LayershedCLI]:
+    """The command line with one command: the parsers of all eight take half a second to build."""
+
+    class OneCommand(LayershedCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: LayershedCLI.subcommands()[command]}
+
+    return OneCommand
+
+
+def _refused(value: object) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"this command has no such option; got {value}")

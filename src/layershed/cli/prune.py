@@ -1,0 +1,92 @@
+"""``train.py prune``: drop sublayers of a pretrained model without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from layershed.cli.console import tell_files
+from layershed.cli.run_folder import (
+    check_output,
+    check_scoring,
+    held_out_quality,
+    name_of,
+    prepare,
+    run_directory,
+    score_sublayers,
+)
+from layershed.cli.score import importance_points
+from layershed.discovery.find import find_sublayers
+from layershed.errors import SelectionError
+from layershed.files.atomic import write_text
+from layershed.performance.latency import measure_latency
+from layershed.performance.speed import measure_speed
+from layershed.performance.stopwatch import SpeedSettings
+from layershed.planning.plan import DropPlan, Scope
+from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
+from layershed.reporting.figures import RunRecord
+from layershed.reporting.html_report import summary_table, write_report
+from layershed.saving.pretrained import save_pretrained
+from layershed.surgery import bypass, dropped_sublayers
+from layershed.training.causal_lm import CausalLM
+from layershed.training.text_data import TextData
+
+
+def prune(
+    trainer: pl.Trainer,
+    model: CausalLM,
+    data: TextData,
+    *,
+    scope: Scope,
+    count: int | None,
+    ratio: float | None,
+    metric: str,
+    objective: Objective,
+    protect: Sequence[int],
+    batches: int,
+    quality_batches: int,
+    speed: SpeedSettings,
+    output: str,
+) -> DropPlan:
+    """Score, drop, measure and save. The arguments are those of :meth:`layershed.cli.trainer.Trainer.prune`.
+
+    Raises:
+        LayershedError: Before anything is measured, if the model cannot be dropped, measured or saved like that.
+    """
+    check_selection(scope, count=count, ratio=ratio)
+    check_scoring(metric, batches, quality_batches)
+    speed.check(model.model)
+    lengths: dict[str, Any] = {"prompt_tokens": speed.prompt_tokens, "new_tokens": speed.new_tokens, "runs": speed.runs}
+    check_output(run_directory(trainer), output, model)
+    if gone := dropped_sublayers(model):
+        raise SelectionError(
+            f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
+            "dense one to compare with; prune the model that it came from."
+        )
+    select_sublayers(equal_scores(find_sublayers(model)), scope, count=count, ratio=ratio, protect=protect)
+
+    console, folder = Console(), prepare(trainer, model, data)
+    scores = score_sublayers(trainer, model, data, metric, batches, folder)
+    latency = None
+    if objective == "speed":
+        with trainer.precision_plugin.forward_context(), console.status("Measuring latency"):
+            latency = measure_latency(model, **lengths).sublayers
+    wanted: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
+    plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
+    quality = {"before": held_out_quality(trainer, model, data, quality_batches, "before the drop")}
+    bypass(model, plan)
+    quality["after"] = held_out_quality(trainer, model, data, quality_batches, "after the drop")
+    with trainer.precision_plugin.forward_context(), console.status("Measuring speed"):
+        report = measure_speed(model, **lengths)
+    write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    plan.save(folder / "drop_plan.json")
+    saved = save_pretrained(model, folder / output, plan=plan, tokenizer=data.tokenizer)
+    record = RunRecord(name_of(model), importance=importance_points(scores), plan=plan, quality=quality, speed=report)
+    page = write_report(record, folder / "report.html")
+    console.print(summary_table(record))
+    tell_files(console, Model=saved, Report=page)
+    return plan

@@ -1,0 +1,64 @@
+"""Silence for what other libraries print about themselves: it would bury what the run has to say."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+LOGS = (
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.utilities.rank_zero",
+    "bitsandbytes.backends.cpu.ops",
+    "bitsandbytes.autograd._functions",
+    "datasets.packaged_modules.json.json",
+    "datasets.packaged_modules.parquet.parquet",
+)
+# Advertisements, echoes of the config, and hardware that is not there.
+_CHATTER = (
+    "Tip: For seamless",
+    "Seed set to",
+    "GPU available: False",
+    "TPU available: False",
+    "`Trainer(limit_",
+    "Loading `train_dataloader` to estimate",
+    "Failed to load CPU gemm_4bit_forward",
+    "MatMul8bitLt: inputs will be cast",
+    "Restoring states from the checkpoint",
+    # our own sentence says the same
+    "Failed to load JSON from file",
+    "Failed to read schema from",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the chatter of other libraries; afterwards their settings are as they were."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    logs = [logging.getLogger(name) for name in LOGS]
+    with warnings.catch_warnings():
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        for log in logs:
+            log.addFilter(_worth_saying)
+        warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+        # two cores: more loader processes than the one would only compete with training
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli|jsonargparse")
+        try:
+            yield
+        finally:
+            for log in logs:
+                log.removeFilter(_worth_saying)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(chatter in record.getMessage() for chatter in _CHATTER)

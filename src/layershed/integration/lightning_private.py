@@ -1,0 +1,298 @@
+"""Every private name of Lightning that layershed uses, and every undocumented state of its loops.
+
+One small function each. Its docstring says what Lightning keeps there and why nothing public gives it.
+``tests/integration/test_lightning_private.py`` holds a contract test for each, and a test that no other file reaches
+such a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+# ---- plugins, strategies, callbacks ----
+
+
+def wraps_checkpoint_io(plugin: object) -> bool:
+    """Whether a CheckpointIO wraps another one, as AsyncCheckpointIO does; the base class is private."""
+    return isinstance(plugin, _WrappingCheckpointIO)
+
+
+def replace_wrapped_checkpoint_io(wrapper: Any, inner: TorchCheckpointIO) -> None:
+    """Put another CheckpointIO into a wrapper: its public setter accepts none in place of another."""
+    wrapper._checkpoint_io = inner
+
+
+def saves_shards(strategy: Any) -> bool:
+    """``ModelParallelStrategy(save_distributed_checkpoint=...)``, which it keeps under a private name."""
+    return bool(strategy._save_distributed_checkpoint)
+
+
+def tensor_parallel_size(strategy: Any) -> int | str:
+    """``ModelParallelStrategy(tensor_parallel_size=...)``, which it keeps under a private name."""
+    size: int | str = strategy._tensor_parallel_size
+    return size
+
+
+def raw_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside a LightningOptimizer, or the optimizer itself."""
+    return getattr(optimizer, "_optimizer", optimizer)
+
+
+def wrapped_sampler(sampler: object) -> object:
+    """The user's sampler inside the distributed one that Lightning puts around it; None if there is no wrapper."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def checkpoint_interval(callback: ModelCheckpoint) -> tuple[int, int]:
+    """``every_n_train_steps`` and ``every_n_epochs`` of a ModelCheckpoint, with its defaults resolved."""
+    return int(callback._every_n_train_steps), int(callback._every_n_epochs)
+
+
+def saves_after_train_epoch(callback: Any, trainer: Trainer) -> bool:
+    """Whether a ModelCheckpoint saves at the end of the training epoch rather than of validation."""
+    return bool(callback._should_save_on_train_epoch_end(trainer))
+
+
+def checks_after_train_epoch(callback: EarlyStopping) -> bool:
+    """Whether an EarlyStopping checks at the end of the training epoch rather than of validation."""
+    return bool(callback._check_on_train_epoch_end)
+
+
+def replace_header_rewrite(writer: ExperimentWriter, rewrite: Callable[[Sequence[str]], None]) -> None:
+    """Replace how CSVLogger adds a column to metrics.csv: its own way empties the file first."""
+    vars(writer)["_rewrite_with_new_header"] = rewrite
+
+
+def give_back_header_rewrite(writer: ExperimentWriter) -> None:
+    """Undo :func:`replace_header_rewrite`."""
+    vars(writer).pop("_rewrite_with_new_header", None)
+
+
+# ---- train loaders ----
+
+
+def set_up_train_loader(trainer: Trainer) -> None:
+    """Have the fit loop build its train loader, which Lightning does only when training starts."""
+    trainer.fit_loop.setup_data()
+
+
+def set_up_val_loaders(trainer: Trainer) -> None:
+    """Have the validation loop of a fit build its loaders, which Lightning does only when validation starts."""
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+
+
+def estimated_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run, possibly infinite, without setting the train loader up for good.
+
+    Lightning sets the train loader up to count them, once. A resumed run would then go on without the loader's
+    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
+    """
+    loop = trainer.fit_loop
+    known = loop._combined_loader
+    steps = trainer.estimated_stepping_batches
+    loop._combined_loader = known
+    return steps
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """The train loaders as one flat list; empty before they are set up."""
+    loader = trainer.fit_loop._combined_loader
+    return [] if loader is None else list(loader.flattened)
+
+
+def is_stateful(loader: object) -> bool:
+    """Whether Lightning saves and restores a loader's position: it has state_dict and load_state_dict."""
+    return isinstance(loader, _Stateful)
+
+
+def load_loader_states(trainer: Trainer) -> None:
+    """Give the train loaders the positions that the checkpoint holds.
+
+    Lightning does not where the loaders were set up before the checkpoint was read (to count the steps), and between
+    two epochs.
+    """
+    loop: Any = trainer.fit_loop
+    states, loader = loop._combined_loader_states_to_load, loop._combined_loader
+    if not states or loader is None:
+        return
+    if between_epochs(trainer) and len(states) != sum(is_stateful(each) for each in loader.flattened):
+        return  # a new epoch may have other loaders
+    loader._load_state_dicts(states)
+    loop._combined_loader_states_to_load = []
+    iter(loop._data_fetcher)
+
+
+# ---- progress of the loops ----
+
+
+def epoch_in_progress(trainer: Trainer) -> int:
+    """The epoch, from 0, that is under way or comes next, as the fit loop counts them."""
+    return int(_epochs(trainer).processed)
+
+
+def between_epochs(trainer: Trainer) -> bool:
+    """Whether the last epoch has ended and the next one has not begun."""
+    epochs = _epochs(trainer)
+    return bool(epochs.ready == epochs.started == epochs.processed > 0)
+
+
+def epoch_is_open(trainer: Trainer) -> bool:
+    """Whether an epoch has been resumed that has begun and not ended."""
+    epochs = _epochs(trainer)
+    return bool(trainer.fit_loop.restarted_mid_epoch and epochs.processed < epochs.started)
+
+
+def batches_done(trainer: Trainer) -> int | None:
+    """Batches of the epoch that were trained on; None between two epochs."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return None if progress.is_last_batch or not progress.current.ready else int(progress.current.processed)
+
+
+def batch_has_ended(trainer: Trainer) -> bool:
+    """Whether the last batch is counted as completed: then its row and its validation were done, too."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return bool(batches.processed == batches.completed)
+
+
+def last_batch_reached(trainer: Trainer) -> bool:
+    """Whether the last batch of the epoch is the current one."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates at the end of the current batch."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def _epochs(trainer: Trainer) -> Any:
+    return trainer.fit_loop.epoch_progress.current
+
+
+# ---- what is logged at a step ----
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs: batches that took an optimizer step, not ``global_step``."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def row_to_come(trainer: Trainer) -> Mapping[str, Any]:
+    """The metrics that Lightning logs at the end of the current batch; empty if it logs none."""
+    connector, settings = trainer._logger_connector, vars(trainer)
+    steps = not trainer.fit_loop.epoch_loop._should_accumulate() or not trainer.lightning_module.automatic_optimization
+    logs = steps and (connector.should_update_logs or settings["fast_dev_run"])
+    return connector.metrics["log"] if logs else {}
+
+
+def end_epoch_for_loggers(trainer: Trainer) -> None:
+    """Tell Lightning's metrics that the epoch is over, so that means over it are computed."""
+    trainer._logger_connector.epoch_end_reached()
+
+
+# ---- steering a resumed fit ----
+
+
+def announce_validation(checkpoint: dict[str, Any]) -> None:
+    """In the loops' state of a checkpoint, say that the batch is done and validation has begun.
+
+    Lightning then resumes with that validation. It takes a checkpoint of ``on_train_batch_end`` for one after it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    for counts in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+        counts["completed"] = counts["processed"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    done = validation["total"]["completed"]
+    validation["total"].update(ready=done + 1, started=done + 1, processed=done)
+    validation["current"].update(ready=1, started=1, processed=0, completed=0)
+    validation["is_last_batch"] = False
+
+
+def forget_validation(trainer: Trainer) -> None:
+    """Have the validation loop not count as run: after an earlier fit of the same Trainer, it would never end."""
+    trainer.fit_loop.epoch_loop.val_loop._has_run = False
+
+
+def begin_epoch_anew(trainer: Trainer) -> None:
+    """Have Lightning ask the loaders for new iterators, as it does not in the first epoch of a resumed fit.
+
+    Not by the loop's own setter, which sets True whenever there are max_steps.
+    """
+    loop: Any = trainer.fit_loop
+    loop._restarting = loop.epoch_loop.restarting = loop._resuming_from_checkpoint = False
+
+
+def complete_batch(trainer: Trainer) -> None:
+    """Count the current batch as completed."""
+    trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
+
+
+def end_batches(trainer: Trainer) -> None:
+    """What the epoch loop does after its last batch, if no validation is due there."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped += not loop._should_accumulate()
+    loop.restarting = False
+    loop.on_iteration_done()
+
+
+def nothing_left_to_train(trainer: Trainer) -> bool:
+    """Whether a resumed fit has reached its limit: Lightning would leave without ending the epoch or the run."""
+    loop = trainer.fit_loop
+    return bool(loop.restarting and loop.max_batches and loop.done)
+
+
+def resumes_training(trainer: Trainer) -> bool:
+    """Whether a resumed fit has batches left to train on."""
+    loop = trainer.fit_loop
+    return bool(loop.restarting and not loop.skip)
+
+
+def end_fit(trainer: Trainer, *, advances: bool) -> None:
+    """The end of the epoch and of training, with their hooks, for a fit that has nothing left to train.
+
+    Args:
+        trainer: The Trainer, after ``fit_loop.on_run_start``.
+        advances: Whether the epoch loop has something left to do, such as a validation.
+    """
+    loop: Any = trainer.fit_loop
+    if advances:
+        loop.on_advance_start()
+        loop.advance()
+        loop.on_advance_end()
+    elif epoch_is_open(trainer):
+        loop.epoch_loop.reset()
+        end_epoch_for_loggers(trainer)
+        loop.on_advance_end()
+    loop.on_iteration_done()
+    loop._restarting = False
+    loop.on_run_end()
+
+
+def fit_loops(trainer: Trainer) -> tuple[Any, Any]:
+    """The loop over the epochs of a fit, and the one over the batches of an epoch: both undocumented."""
+    return trainer.fit_loop, trainer.fit_loop.epoch_loop
+
+
+def replace_loop_method(loop: object, name: str, replacement: Callable[..., None]) -> None:
+    """Put a function in place of a method on one loop: Lightning calls no hook at these moments."""
+    assert callable(getattr(type(loop), name))
+    vars(loop)[name] = replacement
+
+
+def give_back_loop_methods(loop: object, names: Sequence[str]) -> None:
+    """Undo :func:`replace_loop_method`."""
+    for name in names:
+        vars(loop).pop(name, None)
+
+
+def trainer_of(pl_module: LightningModule) -> Trainer | None:
+    """The module's Trainer, or None; its public name raises an error where there is none."""
+    return pl_module._trainer

@@ -1,0 +1,72 @@
+"""What callbacks ask each other, by what a callback has and not by its class: no callback imports another one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+
+from layershed.planning.schedule import DropSchedule
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Has a place in the order drop (1), quantize (2), LoRA (3), quantize at the end (4), export (5)."""
+
+    @property
+    def place(self) -> int:
+        """The place."""
+
+
+@runtime_checkable
+class ActsAtStep(Protocol):
+    """Changes the model at an optimizer step."""
+
+    @property
+    def first_step(self) -> int | None:
+        """The step; None for that of the drop."""
+
+
+@runtime_checkable
+class Drops(Protocol):
+    """Drops sublayers, as SublayerDrop does."""
+
+    schedule: DropSchedule
+    quality_batches: int
+
+
+@runtime_checkable
+class Quantizes(Protocol):
+    """Quantizes the model, as Quantization does."""
+
+    @property
+    def quantizes_before_recovery(self) -> bool:
+        """Whether LoRA is trained on quantized weights."""
+
+
+@runtime_checkable
+class TrainsLoRA(Protocol):
+    """May train LoRA, as LoRARecovery does."""
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether it does."""
+
+    @property
+    def keeps_lora(self) -> bool:
+        """Whether it leaves LoRA in the model at the end."""
+
+
+@runtime_checkable
+class LoadsShards(Protocol):
+    """Must bring the model into the checkpoint's structure before FSDP2 reads weights and optimizer states."""
+
+    def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Called with the callback's own state of the checkpoint."""
+
+
+@runtime_checkable
+class WritesHistory(Protocol):
+    """Writes into importance.csv, as RedundancyMonitor does."""
+
+    history_was_lost: bool

@@ -1,0 +1,124 @@
+"""What LoRARecovery refuses before training, and what FSDP2 needs before the weights are sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from layershed.discovery.find import find_transformer
+from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
+from layershed.integration.preflight import callbacks_of, waits_for_nothing
+from layershed.integration.protocols import Quantizes
+from layershed.integration.strategies import is_sharded, train_adapters
+from layershed.quantization import quantization_of
+from layershed.recovery.lora import inject_lora, lora_arguments, lora_settings, set_enabled
+from layershed.recovery.optimizer_groups import Layout, forget_parameters, restore_layout
+
+
+def check_recovery(
+    trainer: Trainer, pl_module: LightningModule, *, start: int | None, mode: str, finish: str, transformer: str | None
+) -> None:
+    """Refuse a recovery that would never begin, or that contradicts the strategy or the quantization.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module that holds the transformer.
+        start: As of LoRARecovery, like mode, finish and transformer.
+        mode: See above.
+        finish: See above.
+        transformer: See above.
+
+    Raises:
+        ScheduleError: If it waits for a drop that never comes.
+        RecoveryError: If sharded weights would be merged into, or quantized weights trained in full.
+        QuantizationError: If LoRA would be merged into quantized weights.
+    """
+    if mode == "lora" and is_sharded(trainer) and finish != "adapter":
+        raise RecoveryError(
+            f"LoRARecovery(finish={finish!r}): LoRA cannot be merged into weights that ModelParallelStrategy shards. "
+            "Use finish='adapter', then layershed.merge_lora on the base and the adapter."
+        )
+    if start is None and waits_for_nothing(trainer, pl_module):
+        raise ScheduleError(
+            "LoRARecovery(start=None): it starts at the drop, but nothing is dropped and no SublayerDrop is listed. "
+            "Add one, or set start to an optimizer step."
+        )
+    quantizing = (other for other in callbacks_of(trainer) if isinstance(other, Quantizes))
+    before = any(other.quantizes_before_recovery for other in quantizing)
+    if not before and quantization_of(pl_module, name=transformer) is None:
+        return
+    if mode == "full":
+        raise RecoveryError(
+            "LoRARecovery(mode='full'): quantized weights cannot be trained. Use mode='lora', or quantize at the end "
+            "(Quantization(start='end'))."
+        )
+    if mode == "lora" and finish == "merge":
+        raise QuantizationError(
+            "LoRARecovery(finish='merge'): merging into quantized weights rounds the recovery away. Use "
+            "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
+        )
+
+
+def check_resumed_lora(transformer: nn.Module, options: dict[str, Any]) -> None:
+    """Refuse to resume with other LoRA settings than those of the interrupted run.
+
+    Args:
+        transformer: The transformer, as the checkpoint made it.
+        options: Those of ``inject_lora``.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    found, wanted = lora_settings(transformer), lora_arguments(**options)
+    if found is not None and found["settings"] != wanted:
+        raise CheckpointError(
+            f"LoRARecovery: the checkpoint's LoRA has the settings {found['settings']}, and this run asks for "
+            f"{wanted}. Resume with the same settings."
+        )
+
+
+def inject_before_sharding(pl_module: LightningModule, options: dict[str, Any], transformer: str | None) -> None:
+    """Put LoRA in, switched off: peft would size it by the local shard later. Until recovery begins, all weights train.
+
+    Args:
+        pl_module: The module that holds the transformer.
+        options: Those of ``inject_lora``.
+        transformer: Path of the transformer in the module.
+
+    Raises:
+        RecoveryError: If the placement depends on the drop, which is not known yet.
+    """
+    if options["placement"] != "all":
+        raise RecoveryError(
+            f"LoRARecovery(placement={options['placement']!r}): ModelParallelStrategy needs LoRA in the model before "
+            "the drop, and the neighbours are not known then. Use placement='all'."
+        )
+    frozen = {parameter for parameter in pl_module.parameters() if not parameter.requires_grad}
+    inject_lora(pl_module, name=transformer, **options)
+    for parameter in pl_module.parameters():
+        parameter.requires_grad_(parameter not in frozen)
+    set_enabled(pl_module, False)
+
+
+def train_before_sharded_load(
+    trainer: Trainer, pl_module: LightningModule, layout: Layout | None, *, begun: bool, transformer: str | None
+) -> None:
+    """Train what the interrupted run trained, before FSDP2 reads weights and optimizer states.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module that holds the transformer.
+        layout: What the optimizers of the interrupted run held; None if recovery had not changed it.
+        begun: Whether LoRA was being trained.
+        transformer: Path of the transformer in the module.
+    """
+    found = find_transformer(pl_module, name=transformer)
+    if not begun:
+        set_enabled(found, False)
+        return
+    train_adapters(found)
+    if trainer.optimizers and layout is not None:
+        restore_layout(trainer.optimizers, pl_module, layout)
+        forget_parameters(trainer.optimizers, found)

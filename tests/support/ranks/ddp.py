@@ -1,0 +1,17 @@
+"""Everything that two ranks do under DDP, in one launch: each scenario writes into a folder of its own."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.support.ranks import clock, files, lora, replicated
+
+SCENARIOS = {"replicated": replicated.run, "files": files.run, "clock": clock.run, "lora": lora.run}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root, names = Path(sys.argv[1]), sys.argv[2:] or list(SCENARIOS)
+    for name in names:
+        (root / name).mkdir(exist_ok=True)
+        SCENARIOS[name](root / name)

@@ -1,0 +1,87 @@
+"""import layershed: what it brings along, and that every public name is there without having been imported."""
+
+import ast
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layershed as ls
+
+SOURCE = Path(ls.__file__)
+HEAVY = {"torch", "lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets", "transformers"}
+
+
+def fresh(code):
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_layershed_imports_nothing_heavy():
+    loaded = set(fresh("import sys, layershed; print(*sys.modules)").split())
+    assert "layershed" in loaded
+    assert not HEAVY & loaded
+
+
+def test_finding_sublayers_imports_no_lightning_and_no_optional_library():
+    loaded = set(fresh("import sys, layershed; layershed.find_sublayers; print(*sys.modules)").split())
+    assert {"torch", "transformers"} <= loaded, "the reader of modules sees them"
+    assert not {"lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets"} & loaded
+
+
+def test_all_the_lazy_table_and_the_imports_for_type_checkers_agree():
+    tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
+    (guarded,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typed = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert typed == ls._MODULES
+    assert sorted(ls.__all__) == sorted(typed)
+    assert len(set(ls.__all__)) == len(ls.__all__)
+
+
+@pytest.mark.parametrize("name", ls.__all__)
+def test_a_public_name_is_what_its_module_defines(name):
+    value = getattr(ls, name)
+    assert value is getattr(sys.modules[ls._MODULES[name]], name)
+    assert getattr(ls, name) is value
+    assert name in dir(ls)
+
+
+def test_a_star_import_brings_every_public_name():
+    assert fresh("from layershed import *; import layershed; print(set(layershed.__all__) <= set(dir()))") == "True"
+
+
+def test_a_public_class_survives_pickling():
+    plan = ls.DropPlan()
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert pickle.loads(pickle.dumps(ls.DropPlan)) is ls.DropPlan
+
+
+def test_modules_are_attributes_too():
+    assert fresh("import layershed; print(layershed.errors.PlanError.__name__)") == "PlanError"
+
+
+def test_a_misspelt_name_is_an_error_with_the_nearest_one():
+    with pytest.raises(AttributeError, match=r"no attribute 'find_sublayer'; did you mean 'find_sublayers'\?"):
+        _ = ls.find_sublayer
+    with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
+        _ = ls.zzz
+    with pytest.raises(ImportError):
+        from layershed import bypas  # noqa: F401
+
+
+def test_the_overview_lists_the_commands_without_torch():
+    code = "\n".join(
+        [
+            "import sys",
+            "from layershed.cli.main import main",
+            "try: main([{!r}])",
+            "except SystemExit: print(*sys.modules)",
+        ]
+    )
+    for word in ("--help", "fti"):
+        loaded = set(fresh(code.format(word)).split())
+        assert "layershed.cli.commands" in loaded
+        assert not HEAVY & loaded
