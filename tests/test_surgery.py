@@ -99,7 +99,7 @@ def test_restore_of_some_equals_bypass_of_the_others(model_type, tokens):
     assert bypassed_sublayers(model) == (found[0], found[2])
 
 
-def test_bypass_adds_to_what_is_bypassed(llama, tokens):
+def test_second_bypass_adds_to_the_first(llama, tokens):
     found = find_sublayers(llama)
     reference = copy.deepcopy(llama)
     bypass(llama, found[:1])
@@ -110,7 +110,7 @@ def test_bypass_adds_to_what_is_bypassed(llama, tokens):
     assert all(parameter.requires_grad for parameter in llama.parameters())
 
 
-def test_dense_lifts_and_puts_back_also_after_an_error(llama, tokens):
+def test_dense_lifts_the_bypass_and_puts_it_back_even_after_an_error(llama, tokens):
     before = logits(llama, tokens)
     bypass(llama, some(llama))
     dropped = logits(llama, tokens)
@@ -125,7 +125,9 @@ def test_dense_lifts_and_puts_back_also_after_an_error(llama, tokens):
         pass
 
 
-@pytest.mark.parametrize("carry", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, pytest.param(lambda model: pickle.loads(pickle.dumps(model)), id="pickle")]
+)
 def test_a_copy_carries_its_own_bypass(llama, tokens, carry):
     bypass(llama, some(llama))
     dropped = logits(llama, tokens)
@@ -146,8 +148,15 @@ def cached_logits(model, tokens, cache, **kwargs):
     return torch.cat(steps, dim=1)
 
 
-@pytest.mark.parametrize("how", [bypass, remove])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("how", "static"),
+    [
+        pytest.param(bypass, False, id="bypass-dynamic"),
+        pytest.param(remove, True, id="remove-static"),
+        pytest.param(bypass, True, id="bypass-static", marks=pytest.mark.slow),
+        pytest.param(remove, False, id="remove-dynamic", marks=pytest.mark.slow),
+    ],
+)
 def test_cached_logits_equal_uncached_ones_with_block_0_attention_dropped(any_model, tokens, how, static):
     how(any_model, some(any_model))
     config = any_model.config
@@ -208,14 +217,15 @@ def test_gradients_under_checkpointing_equal_those_without(llama, tokens):
         torch.testing.assert_close(llama.get_parameter(name).grad, gradient)
 
 
-def test_a_bypass_after_compile_is_picked_up(llama, tokens):
+def test_bypass_after_compile_changes_the_compiled_logits(tokens):
+    llama = build_model("llama", num_hidden_layers=3)
     compiled = torch.compile(llama, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, tokens), logits(llama, tokens))
     bypass(compiled, some(llama))
     torch.testing.assert_close(logits(compiled, tokens), logits(llama, tokens))
 
 
-def test_print_shows_what_happened(llama):
+def test_print_shows_bypassed_and_removed_sublayers(llama):
     assert "bypassed" not in repr(llama)
     chosen = find_sublayers(llama)[:1]
     bypass(llama, chosen)
@@ -242,20 +252,20 @@ def test_remove_frees_the_weights_and_marks_the_config(llama):
 
 
 @pytest.mark.parametrize("act", [bypass, remove])
-def test_what_is_not_in_the_model_is_refused(llama, act):
+def test_sublayer_that_is_not_in_the_model_is_refused(llama, act):
     with pytest.raises(PlanError, match=r"no sublayer attention\.9 at 'model\.layers\.9\.self_attn'.*another model"):
         act(llama, [Sublayer(9, "attention", "model.layers.9.self_attn")])
     with pytest.raises(PlanError, match="No sublayer was given"):
         act(llama, [])
 
 
-def test_restore_of_what_is_not_bypassed_is_refused(llama):
-    with pytest.raises(PlanError, match=r"attention\.0 is not bypassed; bypassed are: none"):
+def test_restoring_a_sublayer_that_is_not_bypassed_is_refused(llama):
+    with pytest.raises(PlanError, match=r"attention\.0 is not bypassed\. Bypassed are: none"):
         restore(llama, find_sublayers(llama)[:1])
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "phi", "bert", "granitemoeshared", "bart", "jamba"])
-def test_what_is_left_after_a_removal_can_still_be_dropped(model_type):
+def test_sublayers_left_after_a_removal_can_still_be_dropped(model_type):
     """One kind removed, then one of the other kind bypassed: the reference has zero weights for both."""
     case = Case(tiny_model(model_type))
     for first, second in (("mlp", "attention"), ("attention", "mlp")):
@@ -269,7 +279,7 @@ def test_what_is_left_after_a_removal_can_still_be_dropped(model_type):
         torch.testing.assert_close(case.logits(model), case.logits(reference(case, [*gone, later])))
 
 
-def test_some_of_one_of_two_transformers_are_restored_by_its_name(llama):
+def test_sublayers_of_one_of_two_transformers_are_restored_by_name(llama):
     both = torch.nn.ModuleDict({"a": llama, "b": build_model("llama")})
     found = find_sublayers(llama)[:2]
     for name in both:
@@ -283,18 +293,18 @@ def test_some_of_one_of_two_transformers_are_restored_by_its_name(llama):
     assert bypassed_sublayers(both) == ()
 
 
-def test_a_cache_slot_that_could_not_be_found_out_is_an_error_and_no_wrong_text(llama, tokens, monkeypatch):
+def test_dropped_attention_with_unknown_cache_slot_refuses_the_cache(llama, tokens, monkeypatch):
     monkeypatch.setattr("layershed.discovery.find.watch_cache", lambda model: None)
     chosen = find_sublayers(llama)[:1]
     expected = build_model("llama")
     bypass(llama, chosen)
     with zeroed(expected, chosen):
         assert torch.equal(logits(llama, tokens), logits(expected, tokens))
-    with pytest.raises(NotImplementedError, match=r"attention\.0; run the model with use_cache=False"):
+    with pytest.raises(NotImplementedError, match=r"past dropped attention\.0: its slot is unknown"):
         llama(input_ids=tokens, use_cache=True)
 
 
-def test_a_second_stream_that_was_not_there_when_it_was_proven_is_an_error_and_no_wrong_logits():
+def test_dropped_attention_refuses_a_second_stream_that_was_not_proven():
     """XLNet decodes with a query stream beside the content, which a forward pass over plain tokens does not have."""
     model = tiny_model("xlnet")
     tokens = torch.arange(3, 9)[None]

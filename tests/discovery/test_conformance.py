@@ -1,4 +1,9 @@
-"""The checks of benchmarks/conformance.py on representative architectures; on all of them with -m conformance."""
+"""The checks of benchmarks/conformance.py on representative architectures; on all of them with -m conformance.
+
+By default one architecture takes every check, and every representative takes the strongest one; the rest is slow.
+"""
+
+import functools
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from tests.support.architectures import UNBUILDABLE, causal_architectures, tiny_
 from tests.support.conformance import CHECKS, Case, compiled
 from tests.support.conformance_trial import try_architecture
 
-# what each stands for
+# what each represents
 REPRESENTATIVE = {
     "llama": "sequential, pre-norm",
     "gpt2": "convolutions for matrix products",
@@ -44,25 +49,43 @@ REFUSED = {
 FAILING = {"blt", "musicgen", "xlnet"}
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("model_type", REPRESENTATIVE)
-def test_a_representative_architecture(model_type, check):
-    CHECKS[check](Case(tiny_model(model_type)))
+STRONGEST = "single"  # every sublayer against a copy whose branch has zero weights
+EVERY_CHECK = "llama"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "gemma3_text"])
-def test_a_dropped_model_compiles(model_type):
+@functools.cache
+def case_of(model_type):
+    """One model for all checks of an architecture; each check puts back what it changes."""
+    return Case(tiny_model(model_type))
+
+
+def marks(model_type, check):
+    return () if check == STRONGEST or model_type == EVERY_CHECK else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("model_type", "check"),
+    [pytest.param(m, check, marks=marks(m, check)) for m in REPRESENTATIVE for check in CHECKS],
+)
+def test_architecture_passes_conformance_check(model_type, check):
+    CHECKS[check](case_of(model_type))
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("llama", "bert", "gemma3_text"))]
+)
+def test_dropped_model_compiles_to_the_same_logits(model_type):
     compiled(Case(tiny_model(model_type)))
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_cannot_be_proven_is_refused_in_one_sentence(model_type):
+def test_unprovable_architecture_is_refused_in_one_sentence(model_type):
     with pytest.raises(LayershedError, match=REFUSED[model_type]) as caught:
         find_sublayers(tiny_model(model_type))
     assert "\n" not in str(caught.value)
 
 
-def test_the_mixers_of_a_hybrid_are_left_alone_and_named():
+def test_mixers_of_a_hybrid_are_left_alone_by_name():
     model = tiny_model("jamba")
     assert [s.name for s in find_sublayers(model)] == ["mlp.0", "attention.1", "mlp.1", "mlp.2"]
     assert {entry.path: entry.reason for entry in find_left_alone(model)} == {
@@ -71,7 +94,7 @@ def test_the_mixers_of_a_hybrid_are_left_alone_and_named():
     }
 
 
-def test_an_attention_whose_keys_others_read_is_left_alone():
+def test_attention_whose_keys_other_blocks_read_is_left_alone():
     model = tiny_model("gemma4_text")
     assert [s.name for s in find_sublayers(model) if s.kind == "attention"] == ["attention.0", "attention.2"]
     assert "model.layers.1.self_attn" in {entry.path for entry in find_left_alone(model)}
@@ -80,7 +103,7 @@ def test_an_attention_whose_keys_others_read_is_left_alone():
 @pytest.mark.conformance
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", sorted(set(causal_architectures()) - set(REPRESENTATIVE)))
-def test_any_architecture_passes_or_is_refused(model_type):
+def test_architecture_passes_every_check_or_is_refused(model_type):
     torch.set_num_threads(1)
     if model_type in UNBUILDABLE:
         pytest.skip(UNBUILDABLE[model_type])

@@ -23,7 +23,7 @@ GPT2 = tuple(
 )
 
 
-def test_what_is_no_transformer_is_refused():
+def test_module_without_a_transformer_is_refused():
     with pytest.raises(NoSublayersFoundError, match="Linear holds no Hugging Face transformer"):
         find_sublayers(nn.Linear(2, 2))
 
@@ -35,7 +35,7 @@ class Holder(nn.Module):
             self.add_module(name, module)
 
 
-def test_through_a_lightning_module(llama):
+def test_transformer_is_found_in_a_lightning_module(llama):
     from lightning.pytorch import LightningModule
 
     class Task(LightningModule):
@@ -47,13 +47,13 @@ def test_through_a_lightning_module(llama):
     assert find_sublayers(Task()) == LLAMA  # paths start at the transformer
 
 
-def test_through_torch_compile(llama):
+def test_transformer_is_found_in_a_compiled_model(llama):
     compiled = torch.compile(llama, backend="eager")
     assert find_transformer(compiled) is llama
     assert find_sublayers(compiled) == LLAMA
 
 
-def test_a_model_compiled_in_place_is_read_as_it_is_written(llama, tokens):
+def test_model_compiled_in_place_has_the_same_sublayers(llama, tokens):
     """Compiled code calls no module, so that nothing could be recorded."""
     llama.compile(backend="eager")
     llama.model.layers[0].compile(backend="eager")
@@ -63,14 +63,14 @@ def test_a_model_compiled_in_place_is_read_as_it_is_written(llama, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_through_peft():
+def test_transformer_is_found_in_a_peft_model():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build_model("llama"), peft.LoraConfig(r=2, target_modules="all-linear"))
     assert find_sublayers(model) == LLAMA
     assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
 
 
-def test_through_distributed_data_parallel(llama, tmp_path):
+def test_transformer_is_found_in_distributed_data_parallel(llama, tmp_path):
     distributed = torch.distributed
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -82,7 +82,7 @@ def test_through_distributed_data_parallel(llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_through_all_of_them_at_once(llama):
+def test_transformer_is_found_through_all_wrappers_at_once(llama):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert find_sublayers(Holder(inner=torch.compile(adapted, backend="eager"))) == LLAMA

@@ -286,7 +286,7 @@ def into_a_view(m, x):
         (lambda m, x: (y := x + m.f(x)) + m.g(x * y), "a branch reads the stream at more than one place"),
     ],
 )
-def test_what_is_no_such_sum_is_refused_with_the_name_of_the_block(function, reason):
+def test_block_whose_output_is_no_sum_is_refused_by_its_name(function, reason):
     with pytest.raises(UnprovenStructureError) as caught:
         follow(function)
     assert str(caught.value).startswith(f"block: Y = X + f(norm(X)) does not hold ({reason})")

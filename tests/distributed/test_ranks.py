@@ -26,17 +26,24 @@ def fsdp2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REPLICATED)
-def test_two_replicas_are_one_run(ddp, name):
+def test_ddp_check_holds_on_two_ranks(ddp, name):
     REPLICATED[name](ddp)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_two_shards_are_one_run(fsdp2, name):
+def test_fsdp2_check_holds_on_two_ranks(fsdp2, name):
     SHARDED[name](fsdp2)
 
 
-@pytest.mark.parametrize(("place", "dies"), [("scoring pass", 1), ("speed measurement", 0), (SHARDS, 1)])
-def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path, place, dies):
+@pytest.mark.parametrize(
+    ("place", "dies"),
+    [
+        pytest.param("scoring pass", 1, marks=pytest.mark.slow),
+        pytest.param("speed measurement", 0, marks=pytest.mark.slow),
+        (SHARDS, 1),
+    ],
+)
+def test_dead_rank_ends_the_other_with_an_error(tmp_path, place, dies):
     killed, other, seconds = seconds_to_follow("tests.support.ranks.deaths", tmp_path, place, str(dies), dies=dies)
     assert killed == -9, said(tmp_path)
     assert other == 1, said(tmp_path)

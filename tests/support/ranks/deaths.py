@@ -14,6 +14,7 @@ import layershed.performance.speed
 import layershed.performance.speedup_target
 import layershed.performance.stopwatch
 from layershed.callbacks import RedundancyMonitor, SublayerDrop, sublayer_drop
+from layershed.integration import measurements
 from layershed.performance.stopwatch import SpeedSettings
 from tests.support.ranks import sharded
 from tests.support.runs import BATCH, Foreign, loader, val_loader
@@ -91,7 +92,7 @@ def run(folder, place, dies):
     elif dies and place == "training step":
         callbacks.append(DieAt())
     elif dies and place == "scoring pass":
-        sublayer_drop.batches_of = cut_short(sublayer_drop.batches_of)
+        measurements.calibration_batches = cut_short(measurements.calibration_batches)
     elif dies and place == "drop":
         sublayer_drop.bypass = die
     elif dies and place == "speed measurement":
