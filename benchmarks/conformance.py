@@ -1,9 +1,9 @@
-"""Which of transformers' causal architectures can layershed drop sublayers of? Tries all of them, as tiny models.
+"""Runs the conformance checks on tiny models of transformers' causal architectures.
 
-    python benchmarks/conformance.py                          # all of them, and docs/architectures.md anew
-    python benchmarks/conformance.py --only '[llama, bert]'   # some, to the terminal
+    python benchmarks/conformance.py                          # all; writes docs/architectures.md
+    python benchmarks/conformance.py --only '[llama, bert]'   # some; writes nothing
 
-Every check is one of checks.py. The last line says how many architectures pass every check.
+The checks are in tests/support/conformance.py. The last line counts the architectures that pass every check.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Lightning callbacks that watch, drop, quantize, recover, measure, export, report and resume inside any Trainer.
 
-Each works alone, finds the transformer in any LightningModule, keeps its state in the checkpoint and shares nothing
-with the others but the model, what is logged, and the files of the run directory.
+Each callback works alone, finds the transformer in any LightningModule, and keeps its state in the checkpoint. It
+shares only the model, the logged metrics and the files of the run directory with the others.
 """
 
 from layershed.callbacks.exact_resume import ExactResume

@@ -15,15 +15,15 @@ from layershed.saving.pretrained import check_folder, save_pretrained
 class Export(Callback):
     """Writes the kept weights, the config with its skipped sublayers, the drop plan and the tokenizer.
 
-    Hooks: writes in ``on_fit_end``, on rank 0 (to which FSDP2 hands all shards), when adapters are merged or the model
-    is quantized by the callbacks before it. The training model keeps its dropped weights.
+    Hooks: writes in ``on_fit_end`` on rank 0, to which FSDP2 sends all shards. The callbacks listed before it have
+    merged the adapters or quantized the model by then. The training model keeps its dropped weights.
     Logs: nothing.
     Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder.
-    Checkpoint: keeps nothing.
+    Checkpoint: nothing.
 
     Args:
-        folder: Where to write; a relative path is one inside the run directory.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        folder: Folder to write; a relative path starts at the run directory.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
     """
 
     place = 5  # in the order drop, quantize, LoRA, export
@@ -32,7 +32,7 @@ class Export(Callback):
         self.folder, self.transformer = folder, transformer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before training, a folder that holds something else."""
+        """Refuse, before training, a folder that holds other files."""
         check_order(trainer)
         directory = run_directory(trainer)
         check_folder(directory / self.folder, apart=directory)
@@ -40,12 +40,12 @@ class Export(Callback):
         refuse_source(directory / self.folder, getattr(transformer, "name_or_path", None))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Write the folder."""
         directory = run_directory(trainer)
         if not trainer.is_global_zero and not is_sharded(trainer):
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if not hasattr(tokenizer, "save_pretrained"):  # one of the user's own, which no folder can hold
+        if not hasattr(tokenizer, "save_pretrained"):  # the user's own tokenizer, which cannot be saved
             tokenizer = None
         plan = plan_of(directory, pl_module)
         save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)

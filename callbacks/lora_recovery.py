@@ -1,4 +1,4 @@
-"""Trains what a drop has left: LoRA in the remaining linear maps, or everything, and merges or saves at the end."""
+"""Trains the model that a drop left, with LoRA or in full, and merges or saves the adapters at the end."""
 
 from __future__ import annotations
 
@@ -44,43 +44,43 @@ Finish = Literal["merge", "adapter", "dequantize"]
 
 
 class LoRARecovery(Callback):
-    """Recovers a dropped model: trains adapters, or everything that is left, from the drop on.
+    """Recovers a dropped model: trains adapters, or all remaining weights, from the drop on.
 
-    With ``mode: lora`` the transformer is frozen and adapters of peft go into its remaining linear maps; what stands
-    outside it in the LightningModule trains on. The optimizer takes them over in place, so that the learning-rate
-    schedule goes on. One per Trainer.
+    With ``mode: lora`` it freezes the transformer and puts peft's adapters into the remaining linear maps. Modules of
+    the LightningModule outside the transformer keep training. The optimizer takes the adapters over in place, so the
+    learning-rate schedule continues. Use one per Trainer.
 
-    Hooks: begins in ``on_train_batch_end``, once the configured optimizer step is done, or in ``on_train_start``;
-    merges or saves in ``on_fit_end``.
-    Logs: ``recovery/trainable_parameters`` when it begins; ``recovery/lr_factor``, where there is one; at the end
-    ``recovery/regained``, (loss after the drop - at the end) / (after - before), where SublayerDrop measured these. It
-    counts whatever else the model has learned meanwhile, too.
-    Writes: with ``finish: adapter``, the adapter in peft's format, with the drop plan, in the run directory.
-    Checkpoint: where it began and which parameters the optimizer holds; the adapters are in the model's own state.
+    Hooks: begins in ``on_train_batch_end``, after the configured optimizer step, or in ``on_train_start``; merges or
+    saves in ``on_fit_end``.
+    Logs: ``recovery/trainable_parameters`` when it begins; ``recovery/lr_factor`` if ``lr_factor`` or ``warmup_steps``
+    is set; at the end ``recovery/regained`` if SublayerDrop measured the losses: (loss after the drop - loss at the
+    end) / (loss after the drop - loss before it). It includes everything that the model learned after the drop.
+    Writes: with ``finish: adapter``, the adapter in peft's format and the drop plan, in the run directory.
+    Checkpoint: the step at which it began and the optimizer's parameters. The model's own state holds the adapters.
 
     Args:
-        start: Optimizer steps before recovery begins; None for the drop, or at once if something is dropped already.
-        mode: ``lora``; ``full``, train everything that is left; ``none``, end the run there, for comparison.
+        start: Optimizer steps before recovery begins; None for the drop, or at once if something is already dropped.
+        mode: ``lora`` trains adapters; ``full`` trains all remaining weights; ``none`` ends the run, for comparison.
         rank: Rank of the adapters.
-        alpha: Their scale is alpha / rank.
-        dropout: Dropout probability of what goes into them, in [0, 1).
-        target_modules: ``all-linear``, every linear map but the output embedding, or a list of ends of module paths.
-        placement: ``all``, or ``neighbours``: only in the nearest sublayers before and after each dropped one.
+        alpha: The adapters' scale is alpha / rank.
+        dropout: Dropout probability of the adapters' input, in [0, 1).
+        target_modules: ``all-linear``, every linear map but the output embedding; or a list of module path endings.
+        placement: ``all``; or ``neighbours``, only the nearest sublayers before and after each dropped one.
         rslora: Scale by alpha / sqrt(rank) (rank-stabilised LoRA).
-        dora: Train magnitude and direction apart (DoRA).
+        dora: Train magnitude and direction separately (DoRA).
         seed: Seed of the adapters' initial values.
-        lr_factor: What the scheduled learning rate is multiplied by from then on.
+        lr_factor: Factor on the scheduled learning rate once recovery has begun.
         warmup_steps: Optimizer steps over which that factor rises from 0.
-        finish: ``merge`` adds the adapters into the weights; ``adapter`` saves them and leaves them in the model;
-            ``dequantize`` turns quantized weights back before it merges.
-        folder: Where ``finish: adapter`` writes; a relative path is one inside the run directory.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        finish: ``merge`` adds the adapters to the weights; ``adapter`` saves them and leaves them in the model;
+            ``dequantize`` dequantizes the weights, then merges.
+        folder: Folder that ``finish: adapter`` writes; a relative path starts at the run directory.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
 
     Raises:
-        RecoveryError: If an option has no meaning; before training, if something contradicts the mode.
-        ScheduleError: Before training, if recovery would never begin or the callbacks stand in another order.
+        RecoveryError: If an option is out of range; before training, if the run contradicts the mode.
+        ScheduleError: Before training, if recovery would never begin or the callbacks are listed in the wrong order.
         QuantizationError: Before training, if it would merge into quantized weights.
-        StrategyError: Before training, if the Trainer's strategy does not let the model change.
+        StrategyError: Before training, if the model cannot change under the Trainer's strategy.
     """
 
     place = 3  # in the order drop, quantize, LoRA, export
@@ -108,13 +108,16 @@ class LoRARecovery(Callback):
                 raise UnknownNameError(f"{what} of recovery", value, known)
         check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
         if mode != "lora" and finish != "merge":
-            raise RecoveryError(f"LoRARecovery(mode={mode!r}, finish={finish!r}): without LoRA there is no adapter.")
+            raise RecoveryError(
+                f"LoRARecovery(mode={mode!r}, finish={finish!r}): only mode='lora' has adapters to finish. "
+                "Leave finish out, or set mode='lora'."
+            )
         if start is not None and start < 0:
-            raise ScheduleError(f"LoRARecovery(start={start}): it must not be negative.")
+            raise ScheduleError(f"LoRARecovery(start={start}): start must be 0 or above.")
         if not 0 < lr_factor < math.inf or warmup_steps < 0:
             raise RecoveryError(
-                f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): the factor must be above 0, and "
-                "the steps not negative."
+                f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above "
+                "0, and warmup_steps 0 or above."
             )
         self.start, self.mode, self.finish, self.folder = start, mode, finish, folder
         self.options: dict[str, Any] = {
@@ -138,31 +141,31 @@ class LoRARecovery(Callback):
 
     @property
     def first_step(self) -> int | None:
-        """The step of the beginning; None for that of the drop."""
+        """The step at which recovery begins; None for the step of the drop."""
         return self.start
 
     @property
     def trains_lora(self) -> bool:
-        """Whether LoRA is trained, and not everything that is left."""
+        """Whether adapters are trained, not all remaining weights."""
         return self.mode == "lora"
 
     @property
     def keeps_lora(self) -> bool:
-        """Whether LoRA stays in the model at the end."""
+        """Whether the adapters stay in the model at the end."""
         return self.finish == "adapter"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have every checkpoint carry the adapters; under FSDP2 put them in before the weights are sharded."""
+        """Save the adapters in every checkpoint; under FSDP2, add them before the weights are sharded."""
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
         if stage == "fit":
-            # anew for every fit; what a checkpoint says comes later
+            # every fit begins anew; a checkpoint's state is loaded later
             self.began, self._layout, self._origin, self._dropped = None, None, None, ()
         if self._sharded(trainer) and (stage == "fit" or not adapted_modules(pl_module)):
             inject_before_sharding(pl_module, self.options, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the strategy its methods back, and a module in its original state its hooks."""
+        """Restore the strategy's methods, and the hooks of a module that is in its original state."""
         give_back_strategy(trainer)
         leave_structure(pl_module)
 
@@ -191,10 +194,10 @@ class LoRARecovery(Callback):
             self._rates.attach(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at once where nothing is to be waited for."""
+        """Begin at once if the start is reached or something is already dropped."""
         self._steps.start(trainer)
         if self.began is not None:
-            if self._sharded(trainer):  # its state came after on_fit_start
+            if self._sharded(trainer):  # its state is loaded after on_fit_start
                 check_resumed_lora(find_transformer(pl_module, name=self.transformer), self.options)
                 self._rates.attach(trainer.optimizers)
                 restore_empty_rates(trainer)
@@ -207,14 +210,14 @@ class LoRARecovery(Callback):
             self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log what the scheduled learning rate is multiplied by, which no monitor of learning rates sees."""
+        """Log the factor on the learning rate, which LearningRateMonitor does not see."""
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
             pl_module.log(LR_FACTOR, self._factor())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Begin, if it is time; after a further drop, put in the adapters that it asks for."""
+        """Begin if it is time; after a further drop, add the adapters for it."""
         taken, dropped = self._steps.taken(trainer), current_drop(pl_module)
         if self.began is None:
             if dropped if self.start is None else self.start in taken:
@@ -226,20 +229,20 @@ class LoRARecovery(Callback):
             publish(trainer, trainable_parameters(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell how much of the lost loss came back."""
+        """Log the share of the loss that was regained."""
         if self.began is None:
-            rank_zero_warn("LoRARecovery never began: the run ended before its step, or before any drop.")
+            rank_zero_warn("LoRARecovery never began: the run ended before its start step, or before any drop.")
         if regained := regained_loss(trainer):
             publish(trainer, regained)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge or save the adapters; after the last checkpoint, which can so be resumed."""
+        """Merge or save the adapters. The last checkpoint is written before, so it can be resumed."""
         self._rates.detach()
         transformer = find_transformer(pl_module, name=self.transformer)
         if self.began is None or not adapted_modules(transformer):
             return
         if self.finish == "adapter":
-            directory = run_directory(trainer)  # asks all ranks
+            directory = run_directory(trainer)  # a collective: call it on all ranks
             if trainer.is_global_zero or self._sharded(trainer):
                 save_adapter(transformer, directory / self.folder, plan=plan_of(directory, pl_module))
             return
@@ -248,12 +251,12 @@ class LoRARecovery(Callback):
         merge_lora(transformer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the learning rates and the strategy as they were."""
+        """Restore the learning rates and the strategy."""
         self._rates.detach()
         give_back_strategy(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it began and what the optimizer holds, as primitives."""
+        """The step at which it began and the optimizer's parameters, as primitives."""
         return {"began": self.began, "layout": self._layout, "origin": self._origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,7 +264,7 @@ class LoRARecovery(Callback):
         self.began, self._layout, self._origin = (state_dict[name] for name in ("began", "layout", "origin"))
 
     def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Under FSDP2, before weights and optimizer states come: train what the interrupted run trained."""
+        """Under FSDP2, before weights and optimizer states are loaded: train what the interrupted run trained."""
         begun = state["began"] is not None and self.mode == "lora"
         train_before_sharded_load(trainer, pl_module, state["layout"], begun=begun, transformer=self.transformer)
 
@@ -277,7 +280,7 @@ class LoRARecovery(Callback):
         publish(trainer, trainable_parameters(pl_module))
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put adapters in, or switch them on, and have the optimizers train them."""
+        """Add adapters, or switch them on, and let the optimizers train them."""
         transformer = find_transformer(pl_module, name=self.transformer)
         reshard(pl_module)
         if self._sharded(trainer):
@@ -290,10 +293,10 @@ class LoRARecovery(Callback):
         rewrap(trainer, pl_module)
 
     def _factor(self) -> float:
-        """What the learning rate of the coming step is multiplied by."""
+        """The factor on the learning rate of the next step."""
         assert self._trainer is not None
         assert self.began is not None
-        # while an optimizer steps, Lightning has not counted that step yet
+        # Lightning counts a step only after the optimizer has taken it
         done = self._trainer.global_step - self.began + 1
         return self.lr_factor * min(1.0, done / self.warmup_steps if self.warmup_steps else 1.0)
 

@@ -1,4 +1,4 @@
-"""Quantizes the model in memory while it trains: before recovery (QLoRA), or at the end."""
+"""Quantizes the model in memory during training: before recovery (QLoRA), or at the end."""
 
 from __future__ import annotations
 
@@ -33,26 +33,28 @@ from layershed.surgery import dropped_sublayers
 class Quantization(Callback):
     """Quantizes the linear maps with bitsandbytes, in place, without reloading.
 
-    Hooks: quantizes in ``on_train_batch_end`` once the configured step is done, or in ``on_fit_end``. Before recovery
-    list it behind SublayerDrop and before LoRARecovery; at the end behind LoRARecovery, which merges first.
-    Logs: ``quantization/bytes_before`` and ``quantization/bytes``, those of the saved weights.
-    Checkpoint: nothing of its own; how the model is quantized is noted with the model's state.
+    Hooks: quantizes in ``on_train_batch_end`` after the configured step, or in ``on_fit_end``. To quantize before
+    recovery, list it after SublayerDrop and before LoRARecovery. With ``start: end``, list it after LoRARecovery,
+    which merges first.
+    Logs: ``quantization/bytes_before`` and ``quantization/bytes``, the size of the saved weights.
+    Writes: nothing.
+    Checkpoint: nothing of its own. The model's state says how the model is quantized.
 
     Args:
         mode: ``nf4``, ``fp4`` or ``int8``.
-        start: Optimizer steps before it happens; null for the drop, or at once if something is dropped already; or
-            ``end``, after training.
-        double_quant: Quantize the scales of 4-bit weights, too.
+        start: Optimizer steps before it quantizes; null for the drop, or at once if something is already dropped;
+            ``end`` for the end of training.
+        double_quant: Also quantize the scales of 4-bit weights.
         compute_dtype: Dtype of the products with 4-bit weights; null for the model's own.
-        skip_modules: Modules to leave alone, by the beginning or the end of their paths.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        skip_modules: Modules to leave as they are, by the beginning or the end of their paths.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
 
     Raises:
-        UnknownNameError: If there is no such mode or dtype.
-        ScheduleError: If start has no meaning; before training, if it would never happen or comes out of order.
-        QuantizationError: Before training, if nothing but norms and embeddings would be left to train, if adapters
-            would be left in what is quantized at the end, or the model is quantized in another way.
-        StrategyError: Before training, if the Trainer's strategy does not let the model change.
+        UnknownNameError: If mode or compute_dtype is unknown.
+        ScheduleError: If start is invalid; before training, if it would never quantize or is out of order.
+        QuantizationError: Before training, if only norms and embeddings would train, if adapters would stay in a model
+            that is quantized at the end, or if the model is already quantized in another mode.
+        StrategyError: Before training, if the model cannot change under the Trainer's strategy.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Quantization(Callback):
     ) -> None:
         check_mode(mode, compute_dtype)
         if start not in (None, "end") and (not isinstance(start, int) or start < 0):
-            raise ScheduleError(f"Quantization(start={start!r}): it must be a number of steps, 'end', or nothing.")
+            raise ScheduleError(f"Quantization(start={start!r}): start must be an optimizer step, 'end' or None.")
         self.mode, self.start, self.transformer = mode, start, transformer
         self.options: dict[str, Any] = {
             "double_quant": double_quant,
@@ -78,12 +80,12 @@ class Quantization(Callback):
 
     @property
     def place(self) -> int:
-        """In the order drop, quantize, LoRA, export; at the end it comes after the merge."""
+        """Its place in the order drop, quantize, LoRA, export; with start='end', after the merge."""
         return 4 if self.start == "end" else 2
 
     @property
     def first_step(self) -> int | None:
-        """The step at which it happens; None for that of the drop, or the end."""
+        """The step at which it quantizes; None for the drop or the end."""
         return self.start if isinstance(self.start, int) else None
 
     @property
@@ -92,17 +94,17 @@ class Quantization(Callback):
         return self.start != "end"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have every checkpoint say how the model is quantized."""
+        """Save in every checkpoint how the model is quantized."""
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
         if is_sharded(trainer):
             raise QuantizationError(
-                "Quantization: bitsandbytes cannot quantize weights that ModelParallelStrategy shards; quantize the "
-                "exported model (layershed.quantize)."
+                "Quantization: bitsandbytes cannot quantize weights that ModelParallelStrategy shards. Leave it out, "
+                "and quantize the exported model (layershed.quantize)."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the strategy its methods back, and a module in its original state its hooks."""
+        """Restore the strategy's methods, and the hooks of a module that is in its original state."""
         give_back_strategy(trainer)
         leave_structure(pl_module)
 
@@ -115,7 +117,7 @@ class Quantization(Callback):
         if found is not None:
             if found.mode != self.mode:
                 raise QuantizationError(
-                    f"Quantization(mode={self.mode!r}): the model is quantized as {found.mode} already; call "
+                    f"Quantization(mode={self.mode!r}): the model is quantized as {found.mode} already. Call "
                     "layershed.dequantize(model) first, or leave the callback out."
                 )
             forget_quantized(trainer.optimizers, pl_module)
@@ -130,16 +132,16 @@ class Quantization(Callback):
         if self.start == "end" and any(other.keeps_lora for other in lora):
             raise QuantizationError(
                 "Quantization(start='end'): LoRARecovery(finish='adapter') leaves its adapters in the model, and "
-                "quantization comes before LoRA; use finish='merge', or quantize at the drop."
+                "adapters must not be quantized. Set finish='merge', or quantize at the drop."
             )
         if self.start != "end" and not lora:
             raise QuantizationError(
-                f"Quantization(start={self.start!r}): quantized weights do not train, so that only norms and "
-                "embeddings would; add LoRARecovery behind it, or set start='end'."
+                f"Quantization(start={self.start!r}): quantized weights do not train, so only norms and embeddings "
+                "would. List LoRARecovery after it, or set start='end'."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize at once where nothing is to be waited for."""
+        """Quantize at once if the start is reached or something is already dropped."""
         if not self._done:
             check_start(trainer, self, self.first_step)
         self._steps.start(trainer)
@@ -149,7 +151,7 @@ class Quantization(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Quantize, if it is time."""
+        """Quantize if it is time."""
         taken = self._steps.taken(trainer)
         if self._done:
             return
@@ -157,12 +159,12 @@ class Quantization(Callback):
             self._quantize(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if it did not come to that."""
+        """Warn if it never quantized."""
         if self.start != "end" and not self._done:
-            rank_zero_warn("Quantization never happened: the run ended before its step, or before any drop.")
+            rank_zero_warn("Quantization never happened: the run ended before its start step, or before any drop.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize what was trained, after the last checkpoint."""
+        """With start='end', quantize the trained model, after the last checkpoint."""
         if self.start == "end":
             self._quantize(trainer, pl_module)
 

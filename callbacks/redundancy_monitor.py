@@ -1,4 +1,4 @@
-"""Tracks how redundant every attention and MLP sublayer is while a model trains."""
+"""Tracks the redundancy of every attention and MLP sublayer during training."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ from layershed.integration.run import (
 class RedundancyMonitor(Callback):
     """Measures the importance of every sublayer and block on the training batches of every n-th optimizer step.
 
-    Hooks: measures between ``on_train_batch_start`` and ``on_before_backward``; no extra forward pass.
-    Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the means of the three kinds,
-    ``importance/attention_mean`` and so on; under ``importance_angular/...`` if the metric is not cosine but angular.
-    ``importance/skipped``, once there is one: forward passes of the step that were left out, as an importance in them
-    was NaN or infinite; a warning says so, too.
-    Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value; no rows for a
-    step of which no pass is left.
-    Checkpoint: the running sums of every rank, and where ``importance.csv`` is and how long, so that a resumed run
-    takes up that much of it. If it was moved, it is looked for in the directory of the checkpoint and the one above.
+    Hooks: measures between ``on_train_batch_start`` and ``on_before_backward``, without an extra forward pass.
+    Logs: ``importance/attention.3``, ``importance/mlp.3``, ``importance/block.3`` and the mean of each kind,
+    ``importance/attention_mean`` and so on. Another metric than cosine has its own group, ``importance_angular/...``.
+    ``importance/skipped`` counts the forward passes of the step with a NaN or infinite importance. They are left out
+    with a warning. It is logged from the first such pass on.
+    Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value. A step without
+    a finite pass has no rows.
+    Checkpoint: the running sums of every rank, and the path and length of ``importance.csv``. A resumed run continues
+    the file from that length. If the file was moved, it is searched beside the checkpoint and one directory above.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
         metric: ``cosine`` (S = 1 - cos(X, Y) of arXiv 2406.15786), ``relative_magnitude`` or ``angular``.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
 
     Raises:
         ScheduleError: If ``every_n_steps`` is below 1.
-        UnknownNameError: If there is no such metric.
-        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand, and no callback changes it.
+        UnknownNameError: If the metric is unknown.
+        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand and no callback changes it.
     """
 
     def __init__(self, every_n_steps: int = 50, metric: str = "cosine", transformer: str | None = None) -> None:
         if every_n_steps < 1:
-            raise ScheduleError(f"RedundancyMonitor(every_n_steps={every_n_steps}): it must be at least 1.")
+            raise ScheduleError(f"RedundancyMonitor(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         get_metric(metric)
         self.every_n_steps, self.metric, self.transformer = every_n_steps, metric, transformer
         self._steps = StepCounter()
@@ -74,23 +74,23 @@ class RedundancyMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """One state per metric: two monitors can stand side by side."""
+        """One state per metric, so that a Trainer can have a monitor of each."""
         return self._generate_state_key(metric=self.metric)
 
     def should_measure(self, step: int) -> bool:
-        """Whether the ``step``-th optimizer step, counted from 1, is measured; override it for another cadence."""
+        """Whether to measure the ``step``-th optimizer step, counted from 1; override it for another cadence."""
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless this Trainer goes on with its run."""
+        """Begin anew unless this Trainer continues its run."""
         watch_for_changes(pl_module, self.transformer)
-        if stage == "fit":  # of a resumed run the checkpoint's state comes later
+        if stage == "fit":  # a resumed run loads the checkpoint's state later
             self._restored = {}
             if trainer.global_step == 0:
                 self._latest, self._steps = {}, StepCounter()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a module in its original state its hooks back."""
+        """Restore the hooks of a module that is in its original state."""
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,7 +104,7 @@ class RedundancyMonitor(Callback):
         self._writes, self.history_was_lost = trainer.is_global_zero, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin ``importance.csv``, with the history of the run that is resumed."""
+        """Begin ``importance.csv``, or continue that of the resumed run."""
         restored, self._restored = self._restored, {}
         self._steps.start(trainer, restored.get("stride"))
         if restored:
@@ -124,14 +124,14 @@ class RedundancyMonitor(Callback):
             tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Switch them off: the passes that other callbacks make at the end of a batch are not the training step's."""
+        """Switch the hooks off: forward passes of other callbacks at the end of a batch must not count."""
         if pl_module.automatic_optimization:
             self._require_tracker().stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Once the measured optimizer step is done, write and log the importances."""
+        """Write and log the importances after the measured optimizer step."""
         watch_for_bypass(pl_module, self.transformer)
         tracker = self._require_tracker()
         tracker.stop()
@@ -150,13 +150,13 @@ class RedundancyMonitor(Callback):
         self._require_tracker().detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off the model after an error, too."""
+        """Take the hooks off the model, after an error too."""
         leave_structure(pl_module)
         if self._tracker is not None:
             self._tracker.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Running sums, and how far the history has come, as primitives."""
+        """The running sums and the length of the history, as primitives."""
         if self._trainer is None or self._tracker is None or self._file is None:
             return {}
         sums = of_every_rank(self._tracker.state_dict(), self._trainer)
@@ -164,11 +164,11 @@ class RedundancyMonitor(Callback):
         return {"sums": sums, "history": history, "latest": dict(self._latest), "stride": self._steps.stride}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts, when the run directory is known."""
+        """Keep the state until training starts: the run directory is unknown before."""
         self._restored = state_dict
 
     def _begin_history(self, trainer: Trainer, file: Path, noted: dict[str, Any] | None) -> None:
-        """Have the file hold what was measured before; other monitors write into it, too, and do the same."""
+        """Restore the rows measured before the checkpoint; other monitors share the file and do the same."""
         if noted is None:
             if trainer.global_step == 0 or not file.exists():
                 begin(file)

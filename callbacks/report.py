@@ -36,24 +36,24 @@ from layershed.reporting.html_report import (
 class Report(Callback):
     """Gathers what the run logged and wrote: losses, importances, the drop, its quality and its speed.
 
-    Hooks: notes losses in ``on_train_batch_end`` and ``on_validation_end``; writes in ``on_fit_end`` and prints in
-    ``teardown``, when the progress bar is gone, on rank 0.
+    Hooks: records losses in ``on_train_batch_end`` and ``on_validation_end``. On rank 0 it writes in ``on_fit_end``
+    and prints in ``teardown``, when the progress bar is gone.
     Logs: nothing.
     Writes: ``report.html`` in the run directory, and the summary table to the terminal.
-    Checkpoint: the losses so far; of a long run every second, fourth, ... one of them, but all of those next to a drop.
+    Checkpoint: the losses so far. A long run keeps every second, fourth, ... loss, but all losses next to a drop.
 
-    Each part comes from another callback's logged metrics or file, and is left out where that callback is absent:
-    importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
+    Each part comes from the logged metrics or the file of another callback. A part is left out if its callback is
+    absent: importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
 
     Args:
-        every_n_steps: Optimizer steps between two noted training losses.
+        every_n_steps: Optimizer steps between two recorded training losses.
         train_loss: Name under which the LightningModule logs its training loss.
         val_loss: Name under which it logs its validation loss.
         title: Title of the page; None for the name of the model.
 
     Raises:
         ScheduleError: If ``every_n_steps`` is below 1.
-        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand, and no callback changes it.
+        StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand and no callback changes it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Report(Callback):
         title: str | None = None,
     ) -> None:
         if every_n_steps < 1:
-            raise ScheduleError(f"Report(every_n_steps={every_n_steps}): it must be at least 1.")
+            raise ScheduleError(f"Report(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
         self._curves = {split: ThinnedCurve() for split in ("train", "val")}
         self._quality: dict[str, Quality] = {}
@@ -72,19 +72,19 @@ class Report(Callback):
         self._stale: set[tuple[str, int]] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless this Trainer goes on with its run."""
+        """Begin anew unless this Trainer continues its run."""
         watch_for_changes(pl_module)
-        if stage == "fit" and trainer.global_step == 0:  # of a resumed run the checkpoint's state comes later
+        if stage == "fit" and trainer.global_step == 0:  # a resumed run loads the checkpoint's state later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which files an earlier run left in the directory: those that belong to this run are written anew."""
+        """Note the files of an earlier run in the directory: this run's report leaves them out."""
         watch_for_changes(pl_module)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._stale = set(_files(run_directory(trainer)).items())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the quality around a drop that was carried out by a callback further down the list."""
+        """Note the quality around a drop by a callback that is listed after this one."""
         self._note_quality(trainer)
 
     def on_train_batch_end(
@@ -105,7 +105,7 @@ class Report(Callback):
             self._curves["val"].add(trainer.global_step, loss.item())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page and print the table."""
+        """Write the page; :meth:`teardown` prints the table."""
         self._note_quality(trainer)
         directory = run_directory(trainer)
         if not trainer.is_global_zero:
@@ -114,7 +114,7 @@ class Report(Callback):
         self._finished = record, write_report(record, directory / REPORT_FILE)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the table, and give a module in its original state its hooks back."""
+        """Print the table, and restore the hooks of a module that is in its original state."""
         leave_structure(pl_module)
         if self._finished is not None:
             (record, path), self._finished = self._finished, None
@@ -123,11 +123,11 @@ class Report(Callback):
             console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give a module in its original state its hooks back after an error, too."""
+        """Restore the hooks of a module that is in its original state, after an error too."""
         leave_structure(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Losses and qualities so far, as primitives."""
+        """The losses and qualities so far, as primitives."""
         return {
             "losses": {split: curve.state_dict() for split, curve in self._curves.items()},
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self._quality.items()},
@@ -140,7 +140,7 @@ class Report(Callback):
         self._quality = {when: Quality(*fields) for when, fields in state_dict["quality"].items()}
 
     def _note_quality(self, trainer: Trainer) -> None:
-        """Take up what SublayerDrop logged, and put it into the loss curve, too."""
+        """Note the quality that SublayerDrop logged, and add its loss to the curve."""
         for when in ("before", "after", "end"):
             loss, accuracy = (trainer.callback_metrics.get(quality_name(name, when)) for name in ("loss", "accuracy"))
             if loss is None or accuracy is None:
@@ -161,7 +161,7 @@ class Report(Callback):
         written = {name for name, _ in set(_files(directory).items()) - self._stale}
         plan, history = plan_of(directory, pl_module), directory / IMPORTANCE_FILE
         measured = measured_steps(history) if IMPORTANCE_FILE in written else {}
-        # only what will be drawn: of a long run the rest would fill the memory
+        # only the steps that will be drawn: all rows of a long run would fill the memory
         shown = {metric: set(shown_steps(steps, drop_steps(plan), MOST_COLUMNS)) for metric, steps in measured.items()}
         return RunRecord(
             model=self.title or _model_name(pl_module),
@@ -179,7 +179,7 @@ def _read_speed(path: Path) -> SpeedReport:
 
 
 def _files(directory: Path) -> dict[str, int]:
-    """Files of other callbacks in the run directory, with the time of their last change."""
+    """The other callbacks' files in the run directory, with the times of their last changes."""
     paths = (directory / name for name in (IMPORTANCE_FILE, SPEED_FILE))
     return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
 

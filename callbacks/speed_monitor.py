@@ -24,42 +24,45 @@ from layershed.planning.plan import Sublayer
 from layershed.surgery import removed_sublayers
 
 Better = Literal["max", "min"]
-# What SublayerDrop measures around the drop, and whether higher or lower is better.
+# The qualities that SublayerDrop measures around the drop, and whether higher or lower is better.
 _AROUND_THE_DROP: dict[str, Better] = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 
 
 class SpeedMonitor(Callback):
-    """Measures prefill and cached decode, dense against dropped, after every drop, and what the speed costs in quality.
+    """Measures prefill and cached decode after every drop, dense against dropped, and the quality that the speed costs.
 
-    Hooks: measures in ``on_train_batch_end`` and ``on_train_end`` if the set of bypassed sublayers has changed; list it
-    behind SublayerDrop to measure at the very step of the drop. A quality of the module's own it reads in
-    ``on_validation_end``.
-    Logs: ``speed/prefill_speedup``, ``speed/decode_speedup``, their ``_low`` and ``_high`` (95 % interval), and
-    ``speed/prefill_predicted``, ``speed/decode_predicted``, what the roofline model says; of the dropped model
-    ``speed/prefill_ms``, ``speed/decode_ms`` a token, tokens per second (``_dense`` beside it), parameters, KV-cache
-    bytes per token, peak memory and the bytes of its file; ``speed/sdr``, points of quality lost per percent of speed
-    gained.
+    Hooks: measures in ``on_train_batch_end`` and ``on_train_end`` if the set of bypassed sublayers has changed. List it
+    after SublayerDrop to measure at the step of the drop. It reads a quality of the module in ``on_validation_end``.
+    Logs:
+
+    - ``speed/prefill_speedup``, ``speed/decode_speedup``, and their ``_low`` and ``_high`` (95 % interval);
+    - ``speed/prefill_predicted``, ``speed/decode_predicted``, the speedups that the roofline model predicts;
+    - ``speed/prefill_ms``, until the prompt is read, and ``speed/decode_ms``, per token, of the dropped model;
+    - ``speed/prefill_tokens_per_s``, ``speed/decode_tokens_per_s``, and their ``_dense`` of the dense model;
+    - ``speed/parameters``, ``speed/kv_bytes_per_token``, ``speed/peak_memory`` and ``speed/file_bytes``, of the dropped
+      model;
+    - ``speed/sdr``, points of quality lost per percent of speed gained.
+
     Writes: ``speed.json`` in the run directory, the last measurement.
-    Checkpoint: the last measurement and the dense quality, so that a resumed run does not repeat them.
+    Checkpoint: the last measurement and the dense quality. A resumed run does not repeat them.
 
     Args:
         prompt_tokens: Tokens per prompt.
         new_tokens: Tokens decoded one at a time.
         batch_size: Sequences at once.
-        runs: Number of dense and dropped pairs.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
-        quality: What SDR counts as quality. ``accuracy``, ``loss`` and ``perplexity`` are those that SublayerDrop
-            measures around every drop, and SDR is logged with each measurement. Any other word is a metric that the
-            module logs in validation: its value at the last validation before the drop is the dense one, and SDR is
-            logged at each validation that follows a measurement. A point is a hundredth: a percent point of a share,
-            0.01 of a loss. None for no SDR.
-        quality_mode: Whether ``max`` or ``min`` is better; needed for a metric of the module's, known for the others.
-        phase: Whose speedup SDR counts, ``decode`` or ``prefill``.
+        runs: Number of pairs of a dense and a dropped run.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
+        quality: The quality in SDR; None for no SDR. SublayerDrop measures ``accuracy``, ``loss`` and ``perplexity``
+            around every drop, and SDR is logged with each measurement. Any other word is a metric that the module logs
+            in validation. The last validation before the drop gives its dense value, and each validation after a
+            measurement logs SDR. A point is 0.01: a percentage point of a share, 0.01 of a loss.
+        quality_mode: Whether ``max`` or ``min`` is better; needed only for a metric of the module.
+        phase: The speedup in SDR, ``decode`` or ``prefill``.
 
     Raises:
-        MeasurementError: If the quality has no mode, or another than its own. Before training, if a number is below 1,
-            the model has no place for that many tokens, or nothing measures the quality.
-        UnknownNameError: If there is no such phase; at the first validation, if it logs no such metric.
+        MeasurementError: If quality_mode is missing or contradicts the quality; before training, if a number is below
+            1, the model has too few positions for the tokens, or nothing measures the quality.
+        UnknownNameError: If the phase is unknown; at the first validation, if it does not log the quality.
         StrategyError: Before training, if FSDP2 shards the weights.
     """
 
@@ -85,17 +88,17 @@ class SpeedMonitor(Callback):
         self._dense_quality: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless the model is still what was measured."""
+        """Begin anew unless the model is still the one that was measured."""
         watch_for_changes(pl_module, self.transformer)
         if stage != "fit":
             return
         dropped = current_drop(pl_module)
         if dropped != self._measured or (not dropped and trainer.global_step == 0):
-            # of a resumed run the checkpoint's state comes later
+            # a resumed run loads the checkpoint's state later
             self.report, self._measured, self._latest, self._dense_quality = None, (), {}, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give a module in its original state its hooks back."""
+        """Restore the hooks of a module that is in its original state."""
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,26 +109,26 @@ class SpeedMonitor(Callback):
         settings.check(find_transformer(pl_module, name=self.transformer))
         if gone := removed_sublayers(pl_module):
             rank_zero_warn(
-                f"SpeedMonitor measures nothing: the model was saved without {_names(gone)}, so "
-                "that there is no dense one to compare with."
+                f"SpeedMonitor measures nothing: the model was saved without {_names(gone)}, "
+                "so there is no dense model to compare with."
             )
         else:
             self._check_quality(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run starts with the measurement that it had."""
+        """Restore the last measurement in a resumed run."""
         self._save(trainer)
         show(trainer, self._latest)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure if something was dropped or restored."""
+        """Measure if a sublayer was dropped or restored."""
         watch_for_bypass(pl_module, self.transformer)
         self._measure_if_changed(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up a quality of the module's own: the dense one, or that of the dropped model and its SDR."""
+        """Note the module's own quality: the dense value, or the dropped model's value and its SDR."""
         if self.quality is None or self.quality in _AROUND_THE_DROP:
             return
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -142,11 +145,11 @@ class SpeedMonitor(Callback):
             publish(trainer, sdr)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what was dropped at the very end."""
+        """Measure a drop at the very end."""
         self._measure_if_changed(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give a module in its original state its hooks back after an error, too."""
+        """Restore the hooks of a module that is in its original state, after an error too."""
         leave_structure(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,22 +191,22 @@ class SpeedMonitor(Callback):
         publish(trainer, metrics)
 
     def _check_quality(self, trainer: Trainer) -> None:
-        """Refuse a quality that nothing will measure; where it is only the default, say that there is no SDR."""
+        """Refuse a quality that nothing will measure; warn if it is only the default."""
         if self.quality is None:
             return
         if self.quality not in _AROUND_THE_DROP:
             if not trainer.enable_validation:
                 raise MeasurementError(
-                    f"SpeedMonitor(quality={self.quality!r}): the run has no validation that could log it; add one, or "
-                    "set quality=None."
+                    f"SpeedMonitor(quality={self.quality!r}): the run has no validation to log it. Add one, or set "
+                    "quality=None."
                 )
             return
         if _measures_around_drops(trainer):
             return
         text = (
-            f"SpeedMonitor(quality={self.quality!r}): there is no SDR, as no SublayerDrop measures it (with "
-            "quality_batches above 0, on validation data); add one, name a metric that the module logs in validation, "
-            "or set quality=None."
+            f"SpeedMonitor(quality={self.quality!r}): there is no SDR, as no SublayerDrop measures the quality. "
+            "Add SublayerDrop with quality_batches above 0 and validation data, name a metric that the module logs in "
+            "validation, or set quality=None."
         )
         if self.quality != "accuracy":
             raise MeasurementError(text)
@@ -214,23 +217,23 @@ class SpeedMonitor(Callback):
         return phase_of(report, self.phase).degradation(100 * lost)
 
     def _sdr_around_the_drop(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
-        """SDR by what SublayerDrop measured, if it is that which counts."""
+        """The SDR from SublayerDrop's quality, if that is the chosen one."""
         if self.quality is None:
             return {}
         if self.quality not in _AROUND_THE_DROP:
             if self._dense_quality is None:
                 rank_zero_warn(
-                    f"SpeedMonitor(quality={self.quality!r}): no validation came before the drop, so that there is no "
-                    "dense value to compare with, and no SDR; validate sooner (val_check_interval), or drop later."
+                    f"SpeedMonitor(quality={self.quality!r}): no validation came before the drop, so there is no dense "
+                    "value and no SDR. Validate sooner (val_check_interval), or drop later."
                 )
             return {}
         name = "loss" if self.quality == "perplexity" else self.quality
         before, after = (trainer.callback_metrics.get(quality_name(name, when)) for when in ("before", "after"))
         if before is None or after is None:
-            if _measures_around_drops(trainer):  # else it was said before
+            if _measures_around_drops(trainer):  # else on_fit_start warned
                 rank_zero_warn(
-                    f"SpeedMonitor(quality={self.quality!r}): not SublayerDrop dropped {_names(self._measured)}, so "
-                    "that nothing measured the quality, and there is no SDR."
+                    f"SpeedMonitor(quality={self.quality!r}): {_names(self._measured)} was not dropped by "
+                    "SublayerDrop, so nothing measured the quality and there is no SDR. Drop with SublayerDrop."
                 )
             return {}
         if self.quality == "perplexity":
@@ -255,22 +258,23 @@ def _names(sublayers: Iterable[Sublayer]) -> str:
 
 
 def _mode_of(quality: str | None, given: Better | None) -> Better | None:
-    """Whether more or less of a quality is better."""
+    """Whether a higher or a lower quality is better."""
     known = _AROUND_THE_DROP.get(quality or "")
     if quality is not None and known is None and given not in get_args(Better):
         raise MeasurementError(
-            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): say whether 'max' or 'min' is better; what "
-            f"SublayerDrop measures is called {', '.join(_AROUND_THE_DROP)}."
+            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): a metric of the module needs a "
+            f"quality_mode. Set it to 'max' or 'min', or use a quality of SublayerDrop: {', '.join(_AROUND_THE_DROP)}."
         )
     if known is not None and given not in (None, known):
         raise MeasurementError(
-            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): it is {known!r}; leave quality_mode out."
+            f"SpeedMonitor(quality={quality!r}, quality_mode={given!r}): {known!r} is better for this quality. Leave "
+            "quality_mode out."
         )
     return known or given
 
 
 def _figures(report: SpeedReport) -> dict[str, float]:
-    """Everything of a measurement that is logged."""
+    """The logged figures of a measurement."""
     figures: dict[str, float] = {
         "parameters": float(report.parameters_dropped),
         "kv_bytes_per_token": report.kv_bytes_dropped,

@@ -1,4 +1,4 @@
-"""Drops sublayers by importance while a model trains, one-shot or iteratively."""
+"""Drops sublayers by importance during training, one-shot or iteratively."""
 
 from __future__ import annotations
 
@@ -51,56 +51,56 @@ CalibrateOn = Literal["running", "train", "val"]
 
 
 class SublayerDrop(Callback):
-    """Bypasses the least important sublayers at configured optimizer steps, and training goes on without them.
+    """Bypasses the least important sublayers at configured optimizer steps. Training continues without them.
 
-    How many go is a number, a share, or what a measured speedup takes: then it drops, measures, and stops as soon as
-    the target is reached. One per Trainer: a second one would write the same files and names.
+    A count, a ratio or a target speedup sets how many it drops. For a target speedup it drops and measures until the
+    target is reached. Use one per Trainer: a second one would write the same files and metrics.
 
-    Hooks: decides in ``on_train_batch_end``, once the configured optimizer step is done; the optimizer forgets the
-    dropped parameters in place, so that its schedule goes on.
+    Hooks: decides in ``on_train_batch_end``, after the configured optimizer step. The optimizer removes the dropped
+    parameters in place, so the learning-rate schedule continues.
     Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
-    ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``, what was reached.
+    ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``, the measured speedup.
     Writes: ``drop_plan.json`` in the run directory.
-    Checkpoint: the plan and the running sums of every rank. What is bypassed is noted by the module's own hooks, which
-    this callback extends, so that also a checkpoint of the weights alone is the dropped model when it is resumed,
-    validated, tested or used to predict, with this callback in the Trainer; without it, loading stops with a sentence,
-    unless it is not strict.
+    Checkpoint: the plan and the running sums of every rank. The module's own hooks, which this callback extends, save
+    which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with this callback resumes,
+    validates, tests and predicts with the dropped model. Without it, strict loading fails with an error that names
+    ``ls.load_checkpoint``.
 
     Args:
         start: Optimizer steps before the first drop.
         scope: ``attention``, ``mlp``, ``block`` or ``joint`` (attention and MLP ranked in one array).
-        count: How many to drop at each drop step: blocks with scope ``block``, else sublayers. Give this, ratio or
-            target_speedup.
-        ratio: Share of the candidates to drop, in (0, 1); one-shot only. Give this, count or target_speedup.
+        count: Number to drop at each drop step: blocks with scope ``block``, else sublayers. Give exactly one of
+            count, ratio and target_speedup.
+        ratio: Share of the candidates to drop, in (0, 1); one-shot only.
         every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
         rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
         metric: ``cosine``, ``relative_magnitude`` or ``angular``.
         protect: Indices of blocks that stay whole; negative ones count from the end.
-        calibrate_on: Where importance is measured: ``running``, on the training batches of the last steps before the
-            drop, without an extra forward pass; ``train`` or ``val``, in a pass over that loader's batches.
-        calibration_batches: How many batches (optimizer steps, if ``running``) are scored; a batch in which several
+        calibrate_on: Batches on which importance is measured: ``running``, the training batches of the last steps
+            before the drop, without an extra forward pass; ``train`` or ``val``, a pass over that loader's batches.
+        calibration_batches: Number of scored batches, or of optimizer steps if ``running``. A batch in which several
             optimizers step by hand is scored as a whole.
         quality_batches: Validation batches on which loss and accuracy are measured around the drop; 0 for none.
-        transformer: Path of the transformer in the LightningModule; needed only where it holds more than one.
-        target_speedup: Dropped over dense, such as 1.3: as few go as give it, and each round of an iterative schedule
-            goes an equal part of the way. Give this, count or ratio.
-        phase: Whose time counts, for the target and for objective ``speed``: ``decode`` or ``prefill``.
-        objective: What goes first: ``importance``, the least important; ``speed``, what costs least importance per
-            millisecond saved.
-        speed: How speed is measured for target and objective: prompt_tokens, new_tokens, batch_size, runs, warmup.
+        transformer: Path of the transformer in the LightningModule; needed only if it holds several.
+        target_speedup: Target of dropped speed over dense speed, such as 1.3. It is reached with as few drops as
+            possible. Each round of an iterative schedule covers an equal part of the way.
+        phase: The phase whose time counts, for the target and for objective ``speed``: ``decode`` or ``prefill``.
+        objective: The order of the drops: ``importance`` drops the least important first; ``speed`` drops those first
+            that cost least importance per millisecond saved.
+        speed: Settings of the speed measurement: prompt_tokens, new_tokens, batch_size, runs, warmup.
 
     Raises:
-        CalibrationError: At the drop, if an importance was NaN or infinite in every pass that was to count; if in some,
-            they are left out with a warning.
+        CalibrationError: At the drop, if every pass had a NaN or infinite importance. If only some passes had one, they
+            are left out with a warning.
         SelectionError: If not exactly one of count, ratio and target_speedup is given, or it is out of range; before
-            training also if there are too few sublayers.
-        SpeedupError: If the target is out of reach: before training, if dropping every candidate does not give it; else
-            at the drop.
+            training, if there are too few sublayers.
+        SpeedupError: If the target is out of reach: before training, if dropping every candidate does not reach it;
+            otherwise at the drop.
         MeasurementError: Before training, if speed is needed and cannot be measured.
-        ScheduleError: If the schedule has no meaning; before training also if its last drop comes too late, a callback
-            monitors a metric of the drop before it, or weights are averaged after this callback.
-        UnknownNameError: If there is no such metric, phase or objective, or nothing like that to calibrate on.
-        StrategyError: Before training, if the Trainer's strategy does not let the model change.
+        ScheduleError: If the schedule is invalid; before training, if its last drop comes too late, a callback monitors
+            a metric of the drop before the drop, or a weight average is listed after this callback.
+        UnknownNameError: If metric, phase, objective or calibrate_on is unknown.
+        StrategyError: Before training, if the model cannot change under the Trainer's strategy.
     """
 
     place = 1  # in the order drop, quantize, LoRA, export
@@ -130,15 +130,15 @@ class SublayerDrop(Callback):
         )
         if calibration_batches < 1 or quality_batches < 0:
             raise SelectionError(
-                f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: at least one batch is "
-                "needed to calibrate, and not fewer than none for quality."
+                f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "
+                "calibration_batches must be at least 1, and quality_batches at least 0."
             )
         if calibrate_on not in get_args(CalibrateOn):
             raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
         get_metric(metric)
         self.metric = metric
         self.protect = tuple(protect)
-        self._protected: tuple[Sublayer, ...] = ()  # what that means on the model of this run
+        self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
         self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
         self.transformer = transformer
@@ -161,17 +161,17 @@ class SublayerDrop(Callback):
         return self.schedule.should_drop(step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the module's own checkpoint hooks carry the drop, and begin anew unless the module is still dropped."""
+        """Make the module's checkpoint hooks save the drop; begin anew unless the module is still dropped."""
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
-        if stage == "fit":  # of a resumed run the checkpoint's state comes later
+        if stage == "fit":  # a resumed run loads the checkpoint's state later
             self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
                 self.plan, self.quality, self.speedup = None, {}, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the strategy its methods back, and a dense module its hooks; a dropped one may still be saved."""
+        """Restore the strategy's methods, and the hooks of a dense module; a dropped one may still be saved."""
         give_back_strategy(trainer)
         leave_structure(pl_module)
 
@@ -190,8 +190,8 @@ class SublayerDrop(Callback):
             self._tracker.attach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what this run cannot do, and take up the plan and the running sums of a resumed one."""
-        # not sooner: both set up the train loader, which then would never be told where a resumed run stood
+        """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
+        # not sooner: both set up the train loader, which then would not get its position in a resumed run
         limit = trainer.estimated_stepping_batches
         self.schedule.check_against(int(limit) if limit != float("inf") else -1)
         check_batches(trainer, pl_module, self.calibrate_on, self.quality_batches, self.transformer)
@@ -209,7 +209,7 @@ class SublayerDrop(Callback):
         self._save_plan(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch this batch if it falls into the last steps before a drop."""
+        """Score this batch if it is within the last steps before a drop."""
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -219,25 +219,25 @@ class SublayerDrop(Callback):
                 self._tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Stop watching: the passes that other callbacks make at the end of a batch are not the training step's."""
+        """Stop scoring: forward passes of other callbacks at the end of a batch must not count."""
         if self._tracker is not None and pl_module.automatic_optimization:
             self._tracker.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Drop, if the optimizer step that just ended is a drop step."""
+        """Drop if the optimizer step that just ended is a drop step."""
         if self._tracker is not None:
             self._tracker.stop()
         if any(self.should_drop(step) for step in self._steps.taken(trainer)):
             self._drop(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what the recovery was worth; say so if the run ended before a drop."""
+        """Measure the quality at the end; warn if the run ended before a drop."""
         missed = [step for step in self.schedule.steps if step > trainer.global_step and self.should_drop(step)]
-        if missed:  # stopped early: what was known before training was checked then
+        if missed:  # stopped early: the schedule was checked before training
             rank_zero_warn(
-                f"SublayerDrop: the run ended at step {trainer.global_step}, so that the drop at step {missed[0]} "
+                f"SublayerDrop: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} "
                 "never happened."
             )
         if self.plan is not None:
@@ -249,12 +249,12 @@ class SublayerDrop(Callback):
             self._tracker.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """After an error, too, take the hooks off the model and give the strategy its methods back."""
+        """Take the hooks off the model and restore the strategy's methods, after an error too."""
         self.on_fit_end(trainer, pl_module)
         give_back_strategy(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, qualities and running sums, as primitives."""
+        """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
@@ -285,7 +285,7 @@ class SublayerDrop(Callback):
         rewrap(trainer, pl_module)
         self._save_plan(trainer)
         publish(trainer, drop_metrics(pl_module, self.speedup))
-        if round_plan.drops:  # else an earlier round made it as fast as this one asks
+        if round_plan.drops:  # else an earlier round already reached this round's target
             self._measure(trainer, pl_module, "after")
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:

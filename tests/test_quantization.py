@@ -581,7 +581,7 @@ def test_a_plain_model_cannot_be_dequantized(llama):
 
 
 def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
-    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     with pytest.raises(QuantizationError, match="GPT is no Hugging Face model"):
         quantize(GPT())

@@ -1,4 +1,4 @@
-"""Typed errors: each carries what it was given and says what to do about it."""
+"""Typed errors. Their texts say what failed, why, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class LayershedError(Exception):
-    """Base of every error that layershed raises on purpose; its text is one sentence for a person."""
+    """Base of all errors that layershed raises on purpose."""
 
 
 class NoSublayersFoundError(LayershedError, ValueError):
@@ -15,7 +15,7 @@ class NoSublayersFoundError(LayershedError, ValueError):
 
 
 class UnprovenStructureError(LayershedError, ValueError):
-    """A residual branch did not satisfy Y = X + f(norm(X)); dropping it could silently change the model."""
+    """Y = X + f(norm(X)) could not be proven for a block; dropping a part of it could silently change the model."""
 
 
 class AmbiguousModelError(LayershedError, ValueError):
@@ -23,16 +23,16 @@ class AmbiguousModelError(LayershedError, ValueError):
 
 
 class AdapterError(LayershedError, TypeError):
-    """A SublayerAdapter was registered for something that is no class of modules."""
+    """A SublayerAdapter was registered for something that is not a subclass of ``nn.Module``."""
 
 
 class UnknownNameError(LayershedError, ValueError):
     """A name is in no registry.
 
     Args:
-        what: What the name stands for, such as "metric".
-        name: The name that was asked for.
-        available: The names that exist.
+        what: The kind of name, such as "metric".
+        name: The unknown name.
+        available: The known names.
     """
 
     def __init__(self, what: str, name: str, available: Iterable[str]) -> None:
@@ -43,19 +43,19 @@ class UnknownNameError(LayershedError, ValueError):
 
 
 class SelectionError(LayershedError, ValueError):
-    """A count, ratio, scope or protection that cannot be met."""
+    """A count, ratio, scope or protection cannot be met."""
 
 
 class ScheduleError(LayershedError, ValueError):
-    """A drop schedule that cannot happen in this run."""
+    """A drop schedule does not fit the run."""
 
 
 class StrategyError(LayershedError, ValueError):
-    """The Trainer's strategy keeps the weights in a way that does not let a callback do its work."""
+    """A callback does not support the Trainer's strategy."""
 
 
 class PlanError(LayershedError, ValueError):
-    """A drop plan that is malformed, or that does not fit the model."""
+    """A drop plan is malformed or does not fit the model."""
 
 
 class CalibrationError(LayershedError, ValueError):
@@ -63,10 +63,10 @@ class CalibrationError(LayershedError, ValueError):
 
 
 class NotFiniteError(CalibrationError):
-    """No importance is left to average: it was NaN or infinite in every forward pass that had tokens.
+    """Importance was NaN or infinite in every forward pass that had tokens.
 
     Args:
-        skipped: The forward passes that were left out, as words.
+        skipped: The skipped forward passes, as a phrase.
     """
 
     def __init__(self, skipped: object) -> None:
@@ -82,35 +82,35 @@ class MeasurementError(LayershedError, ValueError):
 
 
 class SpeedupError(MeasurementError):
-    """A target speedup that cannot be reached."""
+    """A target speedup cannot be reached."""
 
 
 class CostError(LayershedError, ValueError):
-    """What a model computes cannot be told from its structure."""
+    """The cost of a model cannot be read off its structure."""
 
 
 class RecoveryError(LayershedError, ValueError):
-    """Recovery that cannot happen as asked: adapters that do not fit, or nothing left to train."""
+    """Recovery is impossible: adapters do not fit, or nothing is left to train."""
 
 
 class QuantizationError(LayershedError, ValueError):
-    """Weights that cannot be quantized, or an operation that quantized weights do not bear."""
+    """Weights cannot be quantized, or an operation does not support quantized weights."""
 
 
 class ModelError(LayershedError, ValueError):
-    """A model could not be built from what was asked for."""
+    """A model could not be built from its description."""
 
 
 class DataError(LayershedError, ValueError):
-    """A data source that is missing, empty or too small."""
+    """A data source is missing, empty or too small."""
 
 
 class OptimizerError(LayershedError, ValueError):
-    """Arguments that an optimizer refuses."""
+    """An optimizer refuses its arguments."""
 
 
 class ConfigError(LayershedError, ValueError):
-    """A config file that cannot be read."""
+    """A config file cannot be read."""
 
 
 class ExportError(LayershedError, ValueError):

@@ -1,8 +1,9 @@
-"""Bypass, restore and remove: what happens to the model once a plan says what goes. Nothing here scores.
+"""Bypass, restore and remove sublayers.
 
-A bypassed sublayer keeps its weights and costs no compute; :func:`restore` brings back the very same model. A removed
-one has no weights left. Both give the same logits: those of the model with that branch contributing zero, without the
-norm that only it used.
+- A bypassed sublayer keeps its weights and costs no compute; :func:`restore` brings back the very same model.
+- A removed sublayer has no weights left.
+
+Both give the same logits: those of the model whose branch contributes zero. A norm that only this branch used goes too.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from layershed.stand_ins.stand_in import RemovedModule, StandIn
 
 
 def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:
-    """Take sublayers out of the forward pass, keeping their weights; state-dict keys do not change.
+    """Take sublayers out of the forward pass and keep their weights; state-dict keys do not change.
 
-    Their parameters are frozen, and their gradients forgotten, so that no optimizer moves them. What is bypassed
-    already stays so.
+    Their parameters are frozen and their gradients cleared, so that no optimizer moves them. Sublayers that are already
+    bypassed stay so.
 
     Args:
         model: A transformer, or a module that holds one.
@@ -35,7 +36,7 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Raises:
-        PlanError: If nothing is given, or a sublayer is not in the model.
+        PlanError: If no sublayer is given, or one is not in the model.
     """
     transformer = find_transformer(model, name=name)
     branches = dissect(transformer).branches
@@ -53,11 +54,11 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
 
     Args:
         model: A transformer, or a module that holds some.
-        sublayers: What to restore; None restores everything that is bypassed.
+        sublayers: The sublayers to restore; None for all that are bypassed.
         name: Path of the transformer inside ``model``, needed to restore some where it holds more than one.
 
     Raises:
-        PlanError: If a sublayer is not bypassed; nothing is restored then.
+        PlanError: If a sublayer is not bypassed; then nothing is restored.
     """
     if sublayers is None and name is None:
         for module, _ in list(overridden(model)):
@@ -67,7 +68,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     before = bypassed_sublayers(transformer)
     wanted = set(before if sublayers is None else sublayers)
     for sublayer in sorted(wanted.difference(before)):
-        raise PlanError(f"restore: {sublayer.name} is not bypassed; bypassed are: {_names(before)}.")
+        raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
         uninstall(module)
     # a norm that two sublayers share must run again for the one that came back: bypass the others anew
@@ -78,16 +79,19 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is dense: bypassed sublayers run again, then are bypassed as before.
+    """Within the context the model is dense: bypassed sublayers run. Afterwards they are bypassed as before.
 
-    For evaluation and for a teacher: parameters stay frozen. Removed sublayers cannot come back.
+    Use it for evaluation and for a teacher: parameters stay frozen. Removed sublayers cannot run again.
 
     Raises:
         PlanError: If a sublayer was removed.
     """
     gone = removed_sublayers(model)
     if gone:
-        raise PlanError(f"dense: {_names(gone)} were removed and have no weights; only a bypass can be lifted.")
+        raise PlanError(
+            f"dense: {_names(gone)} were removed and have no weights. Only bypassed sublayers can run again; load the "
+            "dense model."
+        )
     with lifted(model):
         yield
 
@@ -97,11 +101,11 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
 
     Args:
         model: A transformer, or a module that holds one.
-        sublayers: A drop plan or sublayers; None removes everything that is bypassed.
+        sublayers: A drop plan or sublayers; None for all that are bypassed.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Raises:
-        PlanError: If nothing is given, or a sublayer is not in the model.
+        PlanError: If no sublayer is given, or one is not in the model.
     """
     transformer = find_transformer(model, name=name)
     kept_bypassed = bypassed_sublayers(transformer)
@@ -149,7 +153,7 @@ def dropped_parameter_names(transformer: nn.Module) -> set[str]:
 
 
 def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
-    """What stands in for which module, by path: bypassed and removed ones."""
+    """The stand-ins of bypassed and removed modules, by path."""
     found: dict[str, StandIn] = {}
     for path, module in transformer.named_modules():
         stand_in = module.stand_in if isinstance(module, RemovedModule) else override_of(module)
@@ -159,11 +163,12 @@ def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
 
 
 def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
-    """Write into a config what is dropped, keeping whatever else stands there.
+    """Write into a config which sublayers are dropped; its other fields stay.
 
-    Upstream's own field, ``per_layer_config[i].skip``, says it for everybody; ``dropped_modules`` says which modules
-    that means and what to put in their place. A config whose layers differ by themselves (Gemma 4) addresses them by
-    type and takes no skip: it gets the second one alone.
+    - ``per_layer_config[i].skip`` is transformers' own field and lists the kinds.
+    - ``dropped_modules`` holds the stand-ins by module path.
+
+    A config whose layers differ by type (Gemma 4) takes no ``skip`` and gets only ``dropped_modules``.
     """
     config.dropped_modules = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
     text_config = config.get_text_config()
@@ -187,11 +192,11 @@ def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
 
 
 def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
-    """The stand-in that :func:`mark_dropped` described; checks every field, as the config may be a stranger's.
+    """The stand-in that :func:`mark_dropped` described. Checks every field, as the config is untrusted.
 
     Raises:
-        TypeError: If a field is of the wrong type, or none of a stand-in's.
-        PlanError: If its sublayer is none.
+        TypeError: If a field is unknown or of the wrong type.
+        PlanError: If its sublayer is malformed.
     """
     known: dict[str, Any] = {
         "zero": bool,
@@ -229,12 +234,12 @@ def _check(transformer: nn.Module, sublayers: Iterable[Sublayer], branches: tupl
     """The sublayers as a set, all of them present in the model."""
     wanted = set(sublayers)
     if not wanted:
-        raise PlanError("No sublayer was given: an empty drop plan changes nothing.")
+        raise PlanError("No sublayer was given: an empty drop plan changes nothing. Give at least one.")
     present = {branch.sublayer for branch in branches} | set(removed_sublayers(transformer))
     for sublayer in sorted(wanted - present):
         raise PlanError(
-            f"{type(transformer).__name__} has no sublayer {sublayer.name} at {sublayer.path!r}; it has "
-            f"{len(present)} sublayers, such as {min(present).path!r}. Was the plan made for another model?"
+            f"{type(transformer).__name__} has no sublayer {sublayer.name} at {sublayer.path!r}. It has {len(present)} "
+            f"sublayers, such as {min(present).path!r}. Check whether the plan was made for another model."
         )
     return wanted - set(removed_sublayers(transformer))
 

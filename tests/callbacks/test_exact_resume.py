@@ -570,7 +570,7 @@ def test_lost_rows_and_rows_of_another_run_are_warned_of(fit, tmp_path):
     path = tmp_path / "at.ckpt"
     fit(Save(path, 6), steps=8)
     assert train_steps(fit(name="other", ckpt_path=path)) == set(range(5, 12))  # every warning is an error here
-    lost = r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6; resume with"
+    lost = r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6\. To keep them, resume with"
     (tmp_path / "run" / ".metrics.csv.kept").unlink()
     with pytest.warns(UserWarning, match=lost):
         assert train_steps(fit(ckpt_path=path)) == set(range(5, 12))
@@ -633,7 +633,9 @@ def test_rows_of_another_run_in_a_copied_directory_are_warned_of(fit, tmp_path):
     fit(Save(path, 6), steps=8)
     fit(Save(tmp_path / "later.ckpt", 9), name="other", lr=1e-3)
     shutil.copytree(tmp_path / "other", tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match=r"CSVLogger deleted '.*elsewhere/metrics.csv' .* before step 6; resume with"):
+    with pytest.warns(
+        UserWarning, match=r"CSVLogger deleted '.*elsewhere/metrics.csv' .* before step 6\. To keep them, resume with"
+    ):
         assert train_steps(fit(name="elsewhere", ckpt_path=path)) == set(range(5, 12))
 
 

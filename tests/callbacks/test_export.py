@@ -63,7 +63,7 @@ class ByHand(pl.Callback):
             bypass(pl_module, [found[index] for index in self.indices])
 
 
-def test_folder_holds_the_dropped_model_its_plan_and_its_tokenizer(make_trainer, tmp_path, text_data):
+def test_export_folder_holds_the_dropped_model_plan_and_tokenizer(make_trainer, tmp_path, text_data):
     drop = SublayerDrop(3, count=3)
     module = causal_lm()
     make_trainer(drop, Export(), csv=True, max_steps=6).fit(module, datamodule=text_data())
@@ -85,7 +85,7 @@ def test_folder_holds_the_dropped_model_its_plan_and_its_tokenizer(make_trainer,
     assert torch.equal(logits(module.model), logits_by_hand(module.model, vocab_size=259, eos_token_id=1))
 
 
-def test_alone_in_a_foreign_module_it_writes_an_ordinary_folder(make_trainer, tmp_path):
+def test_export_without_a_drop_writes_an_ordinary_folder(make_trainer, tmp_path):
     module = fit_foreign(make_trainer(Export("saved"), max_steps=3))
     folder = tmp_path / "run" / "saved"
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits_by_hand(module.net))
@@ -94,7 +94,7 @@ def test_alone_in_a_foreign_module_it_writes_an_ordinary_folder(make_trainer, tm
     assert not (folder / "tokenizer_config.json").exists()
 
 
-def test_a_bypass_by_hand_is_exported_with_a_plan_without_scores(make_trainer, tmp_path):
+def test_export_of_a_bypass_by_hand_has_a_plan_without_scores(make_trainer, tmp_path):
     target = tmp_path / "elsewhere"
     module = fit_foreign(make_trainer(ByHand(0, 3), Export(str(target)), max_steps=4))
     keys = [(0, "attention"), (1, "mlp")]
@@ -107,14 +107,14 @@ def test_a_bypass_by_hand_is_exported_with_a_plan_without_scores(make_trainer, t
     ]
 
 
-def test_a_bypass_by_hand_beside_the_callback_is_exported_too(make_trainer, tmp_path):
+def test_export_includes_a_bypass_by_hand_beside_sublayer_drop(make_trainer, tmp_path):
     drop = SublayerDrop(3, "mlp", count=1, quality_batches=0)
     module = fit_foreign(make_trainer(ByHand(0), drop, Export(), max_steps=5))
     keys = [(0, "attention"), *((s.block, s.kind) for s in drop.plan)]
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
 
 
-def test_another_runs_plan_in_the_same_directory_is_not_taken(make_trainer, tmp_path):
+def test_export_ignores_another_runs_plan_in_the_directory(make_trainer, tmp_path):
     """Without a logger every run has the same directory; the second export replaces the first."""
     fit_foreign(make_trainer(SublayerDrop(2, count=2, quality_batches=0), Export(), max_steps=3))
     assert (tmp_path / "run" / "drop_plan.json").exists()
@@ -124,7 +124,7 @@ def test_another_runs_plan_in_the_same_directory_is_not_taken(make_trainer, tmp_
     assert not (folder / "drop_plan.json").exists()
 
 
-def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
+def test_export_takes_one_of_two_transformers_by_name(make_trainer, tmp_path):
     class Two(Foreign):
         def __init__(self):
             super().__init__()
@@ -136,7 +136,7 @@ def test_one_of_two_transformers_is_exported_by_name(make_trainer, tmp_path):
     assert torch.equal(logits(load_pretrained(tmp_path / "run" / "pruned")), logits_by_hand(module.net, keys))
 
 
-def test_a_folder_that_holds_something_else_is_refused_before_training(make_trainer, tmp_path):
+def test_export_refuses_a_folder_with_other_files_before_training(make_trainer, tmp_path):
     class Never(pl.Callback):
         def on_train_batch_start(self, *_):
             raise AssertionError("a batch was trained")
@@ -149,7 +149,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_training(make_trai
     assert (folder / "thesis.txt").read_text() == "my only copy"
 
 
-def test_what_was_removed_before_and_dropped_now_is_exported_together(make_trainer, tmp_path):
+def test_export_combines_removed_and_newly_dropped_sublayers(make_trainer, tmp_path):
     """Fine-tuning a folder that layershed saved, and dropping more of it."""
     first = Foreign()
     found = find_sublayers(first)
@@ -180,7 +180,7 @@ def test_what_was_removed_before_and_dropped_now_is_exported_together(make_train
 
 
 @pytest.mark.parametrize("model_type", ["gpt2"])
-def test_another_architecture_is_exported_as_exactly(make_trainer, tmp_path, model_type):
+def test_export_of_another_architecture_is_exact(make_trainer, tmp_path, model_type):
     class Other(Foreign):
         def __init__(self):
             super().__init__(model_type=model_type)
@@ -207,7 +207,7 @@ def whole_recipe(quantized):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("quantized", ["before", "end"])
-def test_drop_quantization_lora_and_distillation_together_export_what_was_trained_and_resume(
+def test_export_after_drop_quantization_lora_and_distillation_equals_training(
     make_trainer, tmp_path, text_data, unpainted, quantized
 ):
     """Killed between the rounds, with adapters in and the teacher on, and behind both."""

@@ -70,7 +70,7 @@ def names(module):
 
 
 @pytest.mark.parametrize("what", WHAT)
-def test_who_knows_nothing_of_layershed_is_told_what_to_do(make_trainer, tmp_path, saved, what):
+def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trainer, tmp_path, saved, what):
     wanted = WHAT[what][1].format(names=re.escape(names(saved(what))))
     for file in ("whole.ckpt", "weights.ckpt"):
         for how in LOADERS if what == "drop" else ["load_from_checkpoint"]:
@@ -81,9 +81,7 @@ def test_who_knows_nothing_of_layershed_is_told_what_to_do(make_trainer, tmp_pat
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("file", ["whole.ckpt", "weights.ckpt"])
-def test_load_checkpoint_and_the_named_callback_give_the_model_that_was_saved(
-    make_trainer, tmp_path, saved, what, file
-):
+def test_load_checkpoint_and_the_named_callback_restore_the_saved_model(make_trainer, tmp_path, saved, what, file):
     module = saved(what)
     loaded = Foreign()
     ls.load_checkpoint(loaded, tmp_path / file)
@@ -104,7 +102,7 @@ def test_load_checkpoint_and_the_named_callback_give_the_model_that_was_saved(
     assert same(trainer.predict(Foreign(), val_loader(), ckpt_path=tmp_path / file), wanted)
 
 
-def test_our_own_module_needs_neither(make_trainer, tmp_path, text_data):
+def test_causal_lm_checkpoint_loads_without_load_checkpoint_or_callback(make_trainer, tmp_path, text_data):
     trainer = make_trainer(SublayerDrop(3, count=3), max_steps=5)
     module = causal_lm()
     trainer.fit(module, datamodule=text_data())
@@ -120,7 +118,7 @@ def test_our_own_module_needs_neither(make_trainer, tmp_path, text_data):
             assert torch.equal(loaded.eval()(input_ids=ids).logits, hand.module.eval().net(input_ids=ids).logits)
 
 
-def test_a_checkpoint_of_a_dense_model_has_no_mark_and_restores(make_trainer, tmp_path):
+def test_dense_checkpoint_has_no_mark_and_restores(make_trainer, tmp_path):
     trainer = make_trainer(SublayerDrop(6, count=3), max_steps=8)
     module = Foreign()
     keys = set(module.state_dict())
@@ -139,7 +137,7 @@ def test_a_checkpoint_of_a_dense_model_has_no_mark_and_restores(make_trainer, tm
     assert names(loaded) == ""
 
 
-def test_without_its_note_the_mark_stays_and_refuses(tmp_path, saved, make_trainer):
+def test_checkpoint_that_lost_its_note_is_refused_by_its_mark(tmp_path, saved, make_trainer):
     saved("drop")
     content = torch.load(tmp_path / "whole.ckpt")
     del content[CHECKPOINT_KEY]
@@ -151,7 +149,7 @@ def test_without_its_note_the_mark_stays_and_refuses(tmp_path, saved, make_train
         make_trainer(SublayerDrop(3, count=3)).validate(Foreign(), val_loader(), ckpt_path=tmp_path / "lost.ckpt")
 
 
-def test_one_of_two_transformers_by_its_name(make_trainer, tmp_path):
+def test_load_checkpoint_takes_one_of_two_transformers_by_name(make_trainer, tmp_path):
     class Two(Foreign):
         def __init__(self):
             super().__init__()
@@ -168,7 +166,7 @@ def test_one_of_two_transformers_by_its_name(make_trainer, tmp_path):
     assert ls.bypassed_sublayers(loaded.teacher) == ()
 
 
-def test_hooks_of_the_modules_own_run_and_a_plain_module_needs_none(tmp_path, saved):
+def test_load_checkpoint_runs_a_modules_own_hooks_and_needs_none(tmp_path, saved):
     class Noting(Foreign):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["mine"] = 3
@@ -191,7 +189,7 @@ class Evil:
         return exec, ("raise SystemExit('executed')",)
 
 
-def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(tmp_path, saved):
+def test_load_checkpoint_refuses_another_models_checkpoint_in_one_sentence(tmp_path, saved):
     saved("drop")
     (tmp_path / "torn.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:-400])
     (tmp_path / "text.ckpt").write_text("hello")
@@ -218,7 +216,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
-def test_shards_bear_the_mark_and_keep_it_when_they_are_consolidated(tmp_path, saved):
+def test_shards_have_the_mark_and_keep_it_when_consolidated(tmp_path, saved):
     """As ModelParallelStrategy saves and loads: the rest of the checkpoint goes into a file of its own."""
     module = saved("drop")
     state = torch.load(tmp_path / "whole.ckpt")["state_dict"]
@@ -262,7 +260,7 @@ def folder_of(tmp_path, module):
 
 
 @pytest.mark.parametrize("what", ["drop", "lora"])
-def test_a_folder_of_shards_gives_the_model_that_was_saved(tmp_path, saved, what):
+def test_load_checkpoint_restores_the_saved_model_from_shards(tmp_path, saved, what):
     module = Counted()
     module.count = 7
     saved(what, module)
@@ -275,7 +273,7 @@ def test_a_folder_of_shards_gives_the_model_that_was_saved(tmp_path, saved, what
         assert torch.equal(found.eval().net(tokens).logits, module.eval().net(tokens).logits)
 
 
-def test_a_folder_of_shards_of_another_model_is_refused_in_one_sentence(tmp_path, saved):
+def test_load_checkpoint_refuses_another_models_shards_in_one_sentence(tmp_path, saved):
     """Of weights that are asked of nobody torch says nothing."""
     folder = folder_of(tmp_path, saved("lora"))
     for module, match in (
@@ -291,7 +289,7 @@ def test_a_folder_of_shards_of_another_model_is_refused_in_one_sentence(tmp_path
         ls.load_checkpoint(Foreign(num_hidden_layers=2), dense)
 
 
-def test_a_folder_of_shards_whose_replacement_was_cut_off_is_found(tmp_path, saved):
+def test_load_checkpoint_finds_shards_whose_replacement_was_cut_off(tmp_path, saved):
     module = saved("drop")
     folder_of(tmp_path, module).rename(tmp_path / ".last.ckpt.former")
     found = Foreign()

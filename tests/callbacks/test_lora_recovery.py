@@ -129,7 +129,7 @@ class Begun(pl.Callback):
             self.found = self.note(trainer, pl_module)
 
 
-def test_at_the_drop_adapters_come_the_transformer_freezes_and_the_head_goes_on(make_trainer):
+def test_lora_recovery_adds_adapters_freezes_the_transformer_and_trains_the_head(make_trainer):
     def note(trainer, module):
         optimizer = trainer.optimizers[0]
         head = list(module.head.parameters())
@@ -174,9 +174,7 @@ def test_at_the_drop_adapters_come_the_transformer_freezes_and_the_head_goes_on(
         (6, {"seed": 5, "warmup_steps": 4}, lambda done: min(1.0, done / 4)),
     ],
 )
-def test_the_run_equals_a_loop_by_hand_with_pefts_adapters_and_a_fresh_optimizer(
-    make_trainer, start, arguments, factor
-):
+def test_lora_recovery_equals_a_loop_by_hand_with_peft(make_trainer, start, arguments, factor):
     drop, watch = dropping(), Watch(rates_of)
     own = recovery(start=start, finish="adapter", **arguments)
     trainer = make_trainer(drop, own, watch, max_steps=10)
@@ -198,7 +196,7 @@ def test_the_run_equals_a_loop_by_hand_with_pefts_adapters_and_a_fresh_optimizer
 
 
 @pytest.mark.parametrize("lr_factor", [1.0, 0.3])
-def test_full_trains_everything_that_is_left_with_the_state_it_had(make_trainer, lr_factor):
+def test_full_recovery_trains_the_rest_with_its_optimizer_state(make_trainer, lr_factor):
     drop = dropping()
     trainer = make_trainer(drop, recovery(mode="full", lr_factor=lr_factor), max_steps=9)
     module = fit_foreign(trainer, Headed())
@@ -208,7 +206,7 @@ def test_full_trains_everything_that_is_left_with_the_state_it_had(make_trainer,
 
 
 @pytest.mark.parametrize("start", [None, 5])
-def test_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
+def test_mode_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
     drop, watch = dropping(), Watch(lambda _, module: len(bypassed_sublayers(module)))
     trainer = make_trainer(drop, recovery(mode="none", start=start), watch)
     module = fit_foreign(trainer, Headed())
@@ -218,7 +216,7 @@ def test_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
     assert same(dict(module.state_dict()), dict(hand.state_dict()))
 
 
-def test_learning_rates_are_those_of_a_run_without_any_callback(make_trainer):
+def test_lora_recovery_keeps_the_scheduled_learning_rates(make_trainer):
     def every_rate(trainer, _module):
         return [group["lr"] for group in trainer.optimizers[0].param_groups]
 
@@ -231,7 +229,7 @@ def test_learning_rates_are_those_of_a_run_without_any_callback(make_trainer):
     )
 
 
-def test_a_model_that_lacks_sublayers_already_is_recovered_from_the_first_step_on(make_trainer):
+def test_lora_recovery_of_an_already_dropped_model_begins_at_once(make_trainer):
     gone = [(1, "mlp"), (2, "attention")]
     for start in (0, None):
         module = Foreign()
@@ -261,7 +259,7 @@ def neighbours_of(dropped):
     return found - {None}
 
 
-def test_neighbours_gets_adapters_beside_what_a_second_round_drops(make_trainer):
+def test_placement_neighbours_adds_adapters_beside_a_second_drop(make_trainer):
     drop = dropping(3, count=1, every_n_steps=3, rounds=2)
     seen = [Begun(step, lambda _, m: (set(adapted_modules(m.net)), state(m))) for step in (6, 3, 5, 6)]
 
@@ -306,7 +304,7 @@ def logits_of(net):
         return torch.cat([net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()])
 
 
-def test_merge_leaves_no_adapters_and_the_logits_of_the_last_checkpoint(make_trainer, tmp_path):
+def test_merge_leaves_no_adapters_and_keeps_the_logits(make_trainer, tmp_path):
     drop = dropping()
     trainer = make_trainer(drop, recovery(lr_factor=3.0), Save(tmp_path / "last.ckpt", 9), max_steps=9)
     module = fit_foreign(trainer)
@@ -321,7 +319,7 @@ def test_merge_leaves_no_adapters_and_the_logits_of_the_last_checkpoint(make_tra
     assert (logits_of(dense_from(without, keys(drop.plan))) - wanted).abs().max() > 1e-2
 
 
-def test_recovery_regains_the_share_of_the_loss_that_came_back(make_trainer):
+def test_regained_is_the_share_of_the_loss_that_came_back(make_trainer):
     drop = dropping(quality_batches=2)
     trainer = make_trainer(drop, recovery())
     fit_foreign(trainer)
@@ -332,7 +330,7 @@ def test_recovery_regains_the_share_of_the_loss_that_came_back(make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-def test_the_saved_adapter_is_pefts_own_and_gives_the_trained_model_on_the_exported_base(make_trainer, tmp_path):
+def test_saved_adapter_in_peft_on_the_exported_base_gives_the_trained_model(make_trainer, tmp_path):
     drop = dropping()
     trainer = make_trainer(drop, recovery(finish="adapter", lr_factor=3.0), Export(), max_steps=9)
     module = fit_foreign(trainer)
@@ -357,7 +355,7 @@ def test_the_saved_adapter_is_pefts_own_and_gives_the_trained_model_on_the_expor
             ls.load_adapter(stranger, run / "adapter")
 
 
-def test_the_exported_adapter_lacks_what_a_later_round_dropped(make_trainer, tmp_path):
+def test_saved_adapter_lacks_sublayers_of_a_later_drop(make_trainer, tmp_path):
     """The second round drops sublayers that carry adapters by then; the folder holds no module for those."""
     drop = dropping(3, count=2, every_n_steps=3, rounds=2)
     trainer = make_trainer(drop, recovery(finish="adapter", lr_factor=3.0), Export(), max_steps=9)
@@ -369,7 +367,7 @@ def test_the_exported_adapter_lacks_what_a_later_round_dropped(make_trainer, tmp
 
 
 @pytest.mark.parametrize("placement", ["all", "neighbours"])
-def test_the_number_of_trainable_parameters_is_that_after_the_last_round(make_trainer, placement):
+def test_logged_trainable_parameters_are_those_after_the_last_round(make_trainer, placement):
     drop = dropping(3, count=1, every_n_steps=3, rounds=2)
     trainer = make_trainer(drop, recovery(placement=placement, finish="adapter"), max_steps=9)
     fit_foreign(trainer)
@@ -403,7 +401,7 @@ OWN = {
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("own", OWN)
-def test_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
+def test_lora_recovery_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
     """Cut before the drop, at it, behind it, and at the very end, in mid-epoch."""
     dropped, recovered, quantized = OWN[own]
 
@@ -443,7 +441,7 @@ def stateful():
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("finish", ["merge", "dequantize"])
-def test_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, finish):
+def test_lora_recovery_of_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, finish):
     """Its configure_optimizers takes every parameter, trainable or not."""
 
     def run(name, ckpt_path=None):
@@ -466,7 +464,7 @@ def test_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, f
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_our_own_module_is_the_adapted_model_without_any_callback(
+def test_causal_lm_checkpoint_is_the_adapted_model_without_callbacks(
     make_trainer, tmp_path, text_data, weights_only, quantized
 ):
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only, every_n_train_steps=8)
@@ -490,7 +488,7 @@ def test_a_checkpoint_of_our_own_module_is_the_adapted_model_without_any_callbac
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_an_adapted_foreign_module_is_evaluated_adapted(make_trainer, tmp_path, weights_only):
+def test_adapted_foreign_checkpoint_is_evaluated_adapted(make_trainer, tmp_path, weights_only):
     """Also in the trainer whose run has merged the adapters since."""
     drop = dropping()
     trainer = make_trainer(drop, recovery(lr_factor=3.0), Save(tmp_path / "before.ckpt", 3), max_steps=8)
@@ -546,7 +544,7 @@ def test_qlora_trains_adapters_on_rounded_weights_and_merges_into_full_precision
     assert compared == len(linear_paths(set(ALL) - set(keys(drop.plan))))
 
 
-def test_two_optimizers_by_hand_are_both_scaled_and_the_second_keeps_what_it_holds(make_trainer):
+def test_lr_factor_scales_both_manual_optimizers_and_the_second_keeps_its_parameters(make_trainer):
     """global_step moves by two with every batch."""
     drop = dropping(4)
     trainer = make_trainer(drop, recovery(finish="adapter"), max_steps=12)
@@ -559,7 +557,7 @@ def test_two_optimizers_by_hand_are_both_scaled_and_the_second_keeps_what_it_hol
     assert {state["step"].item() for state in first.state.values()} == {(12 - 4) / 2}
 
 
-def test_a_run_that_fails_leaves_the_learning_rates_as_they_were(make_trainer):
+def test_lora_recovery_restores_learning_rates_after_an_error(make_trainer):
     class Failing(Foreign):
         def training_step(self, batch, batch_idx):
             if self.trainer.global_step == 6:
@@ -585,18 +583,18 @@ def foreign_folder(folder):
 
 
 REFUSED = {
-    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "list SublayerDrop before LoRARecovery"),
+    "LoRA before drop": (lambda: [recovery(), dropping()], ScheduleError, "List SublayerDrop before LoRARecovery"),
     "LoRA before quantization": (
         lambda: [dropping(), recovery(finish="adapter"), Quantization()],
         ScheduleError,
-        "list Quantization before LoRARecovery",
+        "List Quantization before LoRARecovery",
     ),
     "merge after quantization at the end": (
         lambda: [dropping(), Quantization(start="end"), recovery()],
         ScheduleError,
-        "list LoRARecovery before Quantization",
+        "List LoRARecovery before Quantization",
     ),
-    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "list LoRARecovery before Export"),
+    "export first": (lambda: [dropping(), Export(), recovery()], ScheduleError, "List LoRARecovery before Export"),
     "steps": (lambda: [dropping(4), recovery(start=3)], ScheduleError, "LoRARecovery acts at step 3.*SublayerDrop"),
     "steps of quantization": (
         lambda: [dropping(2), Quantization(start=4), recovery(start=3, finish="adapter")],
@@ -609,13 +607,13 @@ REFUSED = {
     "full on quantized": (
         lambda: [dropping(), Quantization(), recovery(mode="full")],
         LayershedError,
-        "mode='full'|add LoRARecovery",
+        "mode='full'|List LoRARecovery",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
+def test_lora_recovery_refuses_impossible_runs_before_training(make_trainer, case):
     callbacks, error, match = REFUSED[case]
     module, seen = Foreign(), Watch(lambda *_: None)
     before = copy.deepcopy(module.state_dict())
@@ -630,14 +628,14 @@ def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
     ("mode", "finish", "error", "match"),
     [("full", "merge", RecoveryError, "mode='full'"), ("lora", "merge", QuantizationError, "finish='merge'")],
 )
-def test_a_model_that_is_quantized_already_is_refused_likewise(make_trainer, mode, finish, error, match):
+def test_lora_recovery_refuses_an_already_quantized_model(make_trainer, mode, finish, error, match):
     module = dropped_module()
     ls.quantize(module)
     with pytest.raises(error, match=match):
         fit_foreign(make_trainer(recovery(mode=mode, finish=finish)), module)
 
 
-def test_an_adapter_folder_that_holds_something_else_is_refused_and_left_alone(make_trainer, tmp_path):
+def test_adapter_folder_with_other_files_is_refused_and_unchanged(make_trainer, tmp_path):
     foreign_folder(tmp_path / "run" / "adapter")
     module, seen = Foreign(), Watch(lambda *_: None)
     with pytest.raises(ExportError, match="holds no saved adapter"):
@@ -660,7 +658,7 @@ def test_an_adapter_folder_that_holds_something_else_is_refused_and_left_alone(m
         ({"warmup_steps": -1}, RecoveryError, "warmup_steps=-1"),
     ],
 )
-def test_options_without_a_meaning_are_refused_at_once(arguments, error, match):
+def test_lora_recovery_refuses_invalid_options_at_once(arguments, error, match):
     with pytest.raises(error, match=match):
         LoRARecovery(**arguments)
 
@@ -682,43 +680,43 @@ def block_of(name):
     return found and int(found[1])
 
 
-def test_no_frozen_parameter_has_a_gradient_once_recovery_began(make_trainer):
+def test_frozen_parameters_have_no_gradient_once_recovery_began(make_trainer):
     watch = Watch(lambda _, module: (frozen_with_gradient(module), any(".lora_" in n for n in trainable(module))))
     fit_foreign(make_trainer(dropping(2), recovery(start=4), watch, max_steps=6))
     assert [adapted for _, (_, adapted) in watch.seen] == [False, False, False, True, True, True]
     assert all(not found for step, (found, _) in watch.seen if step >= 4)
 
 
-def test_recovery_at_the_drop_does_not_come_before_a_later_quantization(make_trainer):
+def test_lora_recovery_at_the_drop_refuses_a_later_quantization(make_trainer):
     trainer = make_trainer(dropping(3), Quantization(start=5), recovery(finish="adapter"))
     refused_at_start(trainer, Foreign(), ScheduleError, "LoRARecovery acts at step 3, before Quantization at step 5")
 
 
 @pytest.mark.parametrize("lift", [ls.remove, ls.bypass])
-def test_recovery_at_once_does_not_come_before_a_later_quantization(make_trainer, lift):
+def test_lora_recovery_at_once_refuses_a_later_quantization(make_trainer, lift):
     module = Foreign()
     lift(module, ls.find_sublayers(module)[2:4])
     trainer = make_trainer(Quantization(start=3), recovery(finish="adapter"))
     refused_at_start(trainer, module, ScheduleError, "LoRARecovery acts at step 0, before Quantization at step 3")
 
 
-def test_adapters_that_stay_are_not_quantized_under_at_the_end(make_trainer):
+def test_quantization_at_the_end_refuses_adapters_that_stay(make_trainer):
     trainer = make_trainer(dropping(), recovery(finish="adapter"), Quantization(start="end"))
     refused_at_start(trainer, Foreign(), QuantizationError, "finish='adapter'")
 
 
-def test_a_misspelt_target_is_refused_before_training(make_trainer):
+def test_lora_recovery_refuses_a_misspelt_target_before_training(make_trainer):
     trainer = make_trainer(dropping(), recovery(target_modules=["q_prj"]))
     refused_at_start(trainer, Foreign(), RecoveryError, "q_prj")
 
 
-def test_adapters_of_another_origin_are_refused_before_training(make_trainer):
+def test_lora_recovery_refuses_foreign_adapters_before_training(make_trainer):
     module = Foreign()
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), module.net, "mine")
     refused_at_start(make_trainer(dropping(), recovery()), module, RecoveryError, "mine")
 
 
-def test_a_skipped_module_that_is_not_there_is_refused_before_training(make_trainer):
+def test_quantization_refuses_a_missing_skip_module_before_training(make_trainer):
     trainer = make_trainer(dropping(), Quantization(skip_modules=["no_such"]), recovery(finish="adapter"))
     refused_at_start(trainer, Foreign(), QuantizationError, "no_such")
 
@@ -726,12 +724,16 @@ def test_a_skipped_module_that_is_not_there_is_refused_before_training(make_trai
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: Quantization(compute_dtype="bf16"), UnknownNameError, "bf16"),
-        (lambda: Quantization("int8", compute_dtype="float16"), QuantizationError, "float16"),
-        (lambda: LoRARecovery(mode="full", finish="adapter"), RecoveryError, "finish='adapter'"),
+        pytest.param(lambda: Quantization(compute_dtype="bf16"), UnknownNameError, "bf16", id="unknown dtype"),
+        pytest.param(
+            lambda: Quantization("int8", compute_dtype="float16"), QuantizationError, "float16", id="int8 with a dtype"
+        ),
+        pytest.param(
+            lambda: LoRARecovery(mode="full", finish="adapter"), RecoveryError, "finish='adapter'", id="full adapter"
+        ),
     ],
 )
-def test_options_that_contradict_each_other_are_refused_at_once(make, error, match):
+def test_contradicting_options_are_refused_at_once(make, error, match):
     with pytest.raises(error, match=match):
         make()
 
@@ -776,7 +778,7 @@ RESUMED = {
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_checkpoint_that_callbacks_contradict_is_not_resumed(make_trainer, tmp_path, case):
+def test_resume_refuses_a_checkpoint_that_contradicts_the_callbacks(make_trainer, tmp_path, case):
     first, second, error, match = RESUMED[case]
     path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
     fit_stateful(make_trainer(dropping(2), *first(), Save(path, 4), max_steps=5))
@@ -786,7 +788,7 @@ def test_a_checkpoint_that_callbacks_contradict_is_not_resumed(make_trainer, tmp
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-def test_a_run_that_ended_where_recovery_would_begin_takes_no_further_step_when_resumed(make_trainer, tmp_path):
+def test_mode_none_takes_no_further_step_when_resumed(make_trainer, tmp_path):
     path, seen = tmp_path / "a.ckpt", Watch(lambda *_: None)
     whole = make_trainer(dropping(3), recovery(mode="none"), Save(path, 3))
     ended = fit_stateful(whole)
@@ -797,11 +799,11 @@ def test_a_run_that_ended_where_recovery_would_begin_takes_no_further_step_when_
     assert same(dict(module.state_dict()), dict(ended.state_dict()))
 
 
-def test_distillation_without_anything_to_drop_is_refused_before_training(make_trainer):
+def test_distillation_without_a_drop_is_refused_before_training(make_trainer):
     refused_at_start(make_trainer(), causal_lm(distillation=Distillation()), RecoveryError, "begins with a drop")
 
 
-def test_the_same_recovery_serves_a_second_fit(make_trainer):
+def test_lora_recovery_serves_a_second_fit(make_trainer):
     own = recovery(warmup_steps=2)
     states = []
     for name, used in (("first", own), ("again", own), ("fresh", recovery(warmup_steps=2))):
@@ -812,13 +814,13 @@ def test_the_same_recovery_serves_a_second_fit(make_trainer):
     assert same(states[1], states[2])
 
 
-def test_averaged_weights_and_recovery_exclude_each_other(make_trainer):
+def test_lora_recovery_refuses_averaged_weights(make_trainer):
     refused_at_start(
         make_trainer(dropping(), EMAWeightAveraging(), recovery()), Foreign(), ScheduleError, "WeightAveraging"
     )
 
 
-def test_the_factor_is_logged_while_it_warms_up(make_trainer):
+def test_lr_factor_is_logged_while_it_warms_up(make_trainer):
     watch = Watch(lambda trainer, _: trainer.callback_metrics.get("recovery/lr_factor"))
     fit_foreign(make_trainer(dropping(2), recovery(lr_factor=0.5, warmup_steps=4), watch, max_steps=7))
     found = [None if factor is None else factor.item() for _, factor in watch.seen]

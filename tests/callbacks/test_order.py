@@ -34,7 +34,7 @@ def every_callback():
     ]
 
 
-def test_any_order_of_listing_gives_the_same_run(make_trainer, tmp_path, unpainted):
+def test_order_of_callbacks_does_not_change_the_run(make_trainer, tmp_path, unpainted):
     runs = []
     # Export alone has its place, behind what changes the model
     for number, order in enumerate([(0, 1, 2, 3, 4), (4, 2, 1, 3, 0), (2, 4, 1, 0, 3)]):
@@ -58,7 +58,7 @@ def test_any_order_of_listing_gives_the_same_run(make_trainer, tmp_path, unpaint
     assert same(runs[0], runs[2])
 
 
-def test_the_step_of_a_drop_is_measured_before_or_after_it(make_trainer, tmp_path):
+def test_monitor_order_decides_if_a_drop_step_is_measured_before_or_after(make_trainer, tmp_path):
     """By the order of listing: in both cases over the training batch alone, not over what the drop reads."""
 
     def run(name, *callbacks):
@@ -79,7 +79,7 @@ def test_the_step_of_a_drop_is_measured_before_or_after_it(make_trainer, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-def test_a_resumed_run_ends_like_the_uninterrupted_one(make_trainer, tmp_path, text_data, unpainted):
+def test_all_callbacks_together_resumed_equal_uninterrupted(make_trainer, tmp_path, text_data, unpainted):
     """Killed between the two rounds, in mid-epoch and between two measurements."""
 
     def run(name, *callbacks, ckpt_path=None):

@@ -65,7 +65,7 @@ def logits_of(net):
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("start", "at"), [(None, 4), (4, 4), (6, 6)])
-def test_it_rounds_what_was_trained_until_then_as_bitsandbytes_does(make_trainer, mode, start, at):
+def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, mode, start, at):
     """At the drop, at a step; LoRA comes with it or later."""
     watch = Watch(lambda _, module: quantized(module.net))
     later = adapters(start=None if start is None else 6)
@@ -82,7 +82,7 @@ def test_it_rounds_what_was_trained_until_then_as_bitsandbytes_does(make_trainer
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_at_the_end_it_rounds_what_recovery_has_merged(make_trainer, mode):
+def test_quantization_at_the_end_rounds_the_merged_weights(make_trainer, mode):
     found = fit_foreign(
         make_trainer(dropping(), adapters(finish="merge"), Quantization(mode, start="end"), max_steps=8)
     )
@@ -98,7 +98,7 @@ def test_at_the_end_it_rounds_what_recovery_has_merged(make_trainer, mode):
     assert dropped_sublayers(found) == dropped_sublayers(plain)
 
 
-def test_options_reach_the_layers(make_trainer):
+def test_quantization_options_reach_the_layers(make_trainer):
     own = Quantization("fp4", start="end", double_quant=False, compute_dtype="bfloat16", skip_modules=["down_proj"])
     module = fit_foreign(make_trainer(own, max_steps=2))
     assert quantized(module.net) == {path for path in LINEAR if not path.endswith("down_proj")}
@@ -134,7 +134,7 @@ def test_quantized_weights_leave_the_optimizer_and_do_not_move(make_trainer):
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
-def test_logged_bytes_are_those_of_the_saved_weights(make_trainer, tmp_path, mode):
+def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, mode):
     saved = [Save(tmp_path / f"{step}.ckpt", step) for step in (3, 4)]
     own = [dropping(), Quantization(mode), *saved]
     trainer = make_trainer(*own, adapters(start=5), max_steps=6, csv=True)
@@ -159,7 +159,7 @@ def test_logged_bytes_are_those_of_the_saved_weights(make_trainer, tmp_path, mod
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
-def test_resumed_equals_uninterrupted_between_every_two_of_drop_quantization_and_recovery(make_trainer, tmp_path, mode):
+def test_quantization_resumed_between_any_two_stages_equals_uninterrupted(make_trainer, tmp_path, mode):
     def run(name, ckpt_path=None):
         every = ModelCheckpoint(tmp_path / f"{name}-ckpt", filename="{step}", save_top_k=-1, every_n_train_steps=1)
         own = [dropping(2), Quantization(mode, start=4), adapters(start=6)]
@@ -178,7 +178,7 @@ def test_resumed_equals_uninterrupted_between_every_two_of_drop_quantization_and
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
-def test_a_quantized_checkpoint_loads_strictly_into_a_fresh_model(make_trainer, tmp_path, text_data):
+def test_quantized_checkpoint_loads_strictly_into_a_fresh_model(make_trainer, tmp_path, text_data):
     trainer = make_trainer(dropping(), Quantization(), adapters(start=7), Save(tmp_path / "a.ckpt", 5), max_steps=8)
     trainer.fit(causal_lm(), datamodule=text_data())
     fresh = causal_lm()
@@ -206,7 +206,7 @@ class Around(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
-def test_a_validation_pass_in_between_changes_nothing(make_trainer, mode):
+def test_validation_after_quantization_does_not_change_training(make_trainer, mode):
     """Sides that are multiples of 64: those bitsandbytes would repack in eval mode."""
     around = Around()
 
@@ -225,7 +225,7 @@ def test_a_validation_pass_in_between_changes_nothing(make_trainer, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("drops", [False, True])
-def test_the_exported_folder_gives_the_quantized_model_to_the_last_bit(make_trainer, tmp_path, mode, drops):
+def test_exported_folder_equals_the_quantized_model_bit_for_bit(make_trainer, tmp_path, mode, drops):
     before = [dropping(), adapters(finish="merge")] if drops else []
     trainer = make_trainer(*before, Quantization(mode, start="end"), Export(), max_steps=6)
     module = fit_foreign(trainer, **EVEN)
@@ -238,7 +238,7 @@ def test_the_exported_folder_gives_the_quantized_model_to_the_last_bit(make_trai
         assert torch.equal(found, wanted)
 
 
-def test_recovery_on_quantized_weights_exports_them_with_the_adapter_beside(make_trainer, tmp_path):
+def test_recovery_on_quantized_weights_exports_base_and_adapter(make_trainer, tmp_path):
     module = fit_foreign(make_trainer(dropping(), Quantization(), adapters(), Export(), max_steps=8))
     loaded = ls.load_pretrained(tmp_path / "run" / "pruned")
     assert torch.equal(logits_of(loaded), logits_of(module.net))
@@ -247,8 +247,8 @@ def test_recovery_on_quantized_weights_exports_them_with_the_adapter_beside(make
 
 REFUSED = {
     "too late": (lambda: [Quantization(start=6), adapters(start=6)], ScheduleError, r"start=6.*ends after 6 steps"),
-    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "starts at the drop, but nothing is dropped"),
-    "nothing to train": (lambda: [dropping(), Quantization()], QuantizationError, "add LoRARecovery behind it"),
+    "nothing to wait for": (lambda: [Quantization(), adapters(start=2)], ScheduleError, "but nothing is dropped"),
+    "nothing to train": (lambda: [dropping(), Quantization()], QuantizationError, "List LoRARecovery after it"),
     "full": (
         lambda: [dropping(), Quantization(), LoRARecovery(mode="full")],
         LayershedError,
@@ -262,23 +262,23 @@ REFUSED = {
     "listed before the drop": (
         lambda: [Quantization(), dropping(), adapters()],
         ScheduleError,
-        "list SublayerDrop before Quantization",
+        "List SublayerDrop before Quantization",
     ),
     "at the end, listed before LoRA": (
         lambda: [dropping(), Quantization(start="end"), adapters()],
         ScheduleError,
-        "list LoRARecovery before Quantization",
+        "List LoRARecovery before Quantization",
     ),
     "at the end, listed behind Export": (
         lambda: [dropping(), Export(), Quantization(start="end")],
         ScheduleError,
-        "list Quantization before Export",
+        "List Quantization before Export",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
+def test_quantization_refuses_impossible_runs_before_training(make_trainer, case):
     callbacks, error, match = REFUSED[case]
     module, seen = Foreign(), Watch(lambda *_: None)
     before = copy.deepcopy(dict(module.state_dict()))
@@ -297,7 +297,7 @@ def test_what_cannot_happen_is_refused_before_training(make_trainer, case):
         ({"start": 2.5}, ScheduleError, r"start=2\.5"),
     ],
 )
-def test_options_without_a_meaning_are_refused_at_once(arguments, error, match):
+def test_quantization_refuses_invalid_options_at_once(arguments, error, match):
     with pytest.raises(error, match=match):
         Quantization(**arguments)
 
@@ -308,7 +308,7 @@ def test_quantization_warns_if_it_never_happened(make_trainer):
         fit_foreign(make_trainer(Quantization(start=5), recovery(start=5, finish="adapter"), Stop()))
 
 
-def test_a_model_that_is_quantized_in_another_mode_is_refused(make_trainer):
+def test_quantization_refuses_a_model_quantized_in_another_mode(make_trainer):
     module = Foreign()
     ls.quantize(module, "int8")
     trainer = make_trainer(dropping(), Quantization("nf4"), recovery(finish="adapter"))

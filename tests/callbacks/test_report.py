@@ -57,7 +57,7 @@ def column(folder, name):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_page_and_table_hold_the_runs_own_figures(make_trainer, tmp_path, capsys, order):
+def test_report_page_and_table_hold_the_runs_figures(make_trainer, tmp_path, capsys, order):
     speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=2)
     drop = SublayerDrop(4, count=3, quality_batches=2)
     callbacks = [RedundancyMonitor(2), RedundancyMonitor(3, metric="angular"), drop, speed, Report(every_n_steps=2)]
@@ -100,7 +100,7 @@ def points(report):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_losses_around_the_drop_stand_at_its_step(make_trainer, unpainted, order):
+def test_report_puts_losses_around_a_drop_at_its_step(make_trainer, unpainted, order):
     report = Report(every_n_steps=100)
     drop = SublayerDrop(3, count=3, quality_batches=2)
     trainer = make_trainer(*[drop, report][::order], max_steps=5, limit_val_batches=2)
@@ -109,7 +109,7 @@ def test_losses_around_the_drop_stand_at_its_step(make_trainer, unpainted, order
     assert points(report) == [(step, "val", value) for step, value in zip((3, 3, 5), values, strict=True)]
 
 
-def test_alone_in_a_foreign_module(make_trainer, unpainted, tmp_path, capsys):
+def test_report_alone_writes_a_page_for_a_foreign_module(make_trainer, unpainted, tmp_path, capsys):
     report = Report(every_n_steps=3)
     trainer = make_trainer(report, csv=True, max_steps=12)
     fit_foreign(trainer)
@@ -144,7 +144,7 @@ class NoTransformer(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_module_without_a_transformer_and_with_other_names(make_trainer, unpainted, tmp_path):
+def test_report_takes_a_module_without_a_transformer_and_other_loss_names(make_trainer, unpainted, tmp_path):
     reports = []
     for name, arguments in (("default", {}), ("named", {"train_loss": "mine", "title": "A <line>"})):
         report = Report(every_n_steps=1, **arguments)
@@ -157,7 +157,9 @@ def test_a_module_without_a_transformer_and_with_other_names(make_trainer, unpai
 
 
 @pytest.mark.parametrize(("order", "cuts"), [(1, (3, 4, 9)), (-1, (4,))])
-def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, unpainted, order, cuts):
+def test_report_curve_of_a_resumed_run_equals_the_uninterrupted_one(
+    make_trainer, tmp_path, text_data, unpainted, order, cuts
+):
     """Cut before the drop, at it, and behind it and a validation; what Report could not see yet it sees afterwards."""
 
     def run(name, ckpt_path=None):
@@ -178,7 +180,7 @@ def test_a_resumed_runs_curve_equals_the_uninterrupted_one(make_trainer, tmp_pat
         assert sum(len(curve["points"]) for curve in state["losses"].values()) < len(whole[0])
 
 
-def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer, unpainted, tmp_path):
+def test_report_leaves_out_files_of_an_earlier_run(make_trainer, unpainted, tmp_path):
     speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1)
     fit_foreign(make_trainer(RedundancyMonitor(1), SublayerDrop(2, count=2), speed, max_steps=3))
     assert {"importance.csv", "drop_plan.json", "speed.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
@@ -188,7 +190,7 @@ def test_what_an_earlier_run_left_in_the_directory_is_not_reported(make_trainer,
     assert not any(alt.startswith("Heat map") for alt in page.pictures)
 
 
-def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer, unpainted):
+def test_report_curve_has_no_extra_points_from_accumulation_or_evaluation(make_trainer, unpainted):
     report = Report(every_n_steps=1)
     trainer = make_trainer(report, max_steps=3, accumulate_grad_batches=2, num_sanity_val_steps=1, limit_val_batches=1)
     module = fit_foreign(trainer, train=loader(6))
@@ -198,19 +200,21 @@ def test_accumulation_and_evaluation_leave_no_extra_points(make_trainer, unpaint
     assert points(report) == before
 
 
-def test_another_module_of_ours_is_named_after_its_source(make_trainer, unpainted, tmp_path):
+def test_report_names_the_model_after_its_source(make_trainer, unpainted, tmp_path):
     module = Foreign()
     module.net.config.name_or_path = "somebody/llama"
     fit_foreign(make_trainer(Report(), max_steps=1), module)
     assert "somebody/llama" in Page(tmp_path / "run").text
 
 
-def test_a_cadence_without_meaning_is_refused():
+def test_report_refuses_every_n_steps_below_one():
     with pytest.raises(ScheduleError, match="every_n_steps=0"):
         Report(every_n_steps=0)
 
 
-def test_a_long_runs_curve_stays_short_and_resumes_the_same(make_trainer, tmp_path, text_data, unpainted, monkeypatch):
+def test_report_curve_of_a_long_run_stays_short_and_resumes_the_same(
+    make_trainer, tmp_path, text_data, unpainted, monkeypatch
+):
     """Every third batch a validation, and a drop; against the values that the loggers wrote."""
     monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(8))
 

@@ -94,7 +94,7 @@ class Groups(Foreign):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def test_several_param_groups(make_trainer):
+def test_drop_with_several_param_groups_equals_a_loop_by_hand(make_trainer):
     drop = dropping()
     trainer = make_trainer(drop, max_steps=STEPS)
     module = fit_foreign(trainer, Groups())
@@ -110,7 +110,7 @@ def test_several_param_groups(make_trainer):
 @pytest.mark.parametrize(
     ("at", "calibrated", "window"), [(AT, 2 * WINDOW, WINDOW), (AT, 2 * WINDOW - 1, WINDOW), (AT, 1, 1), (1, 1, 1)]
 )
-def test_several_optimizers_by_manual_optimization(make_trainer, at, calibrated, window):
+def test_drop_with_several_manual_optimizers_equals_a_loop_by_hand(make_trainer, at, calibrated, window):
     """global_step counts the steps of both: the drop at 8 comes with the fourth batch, of the steps 7 and 8."""
     drop = dropping(start=2 * at, calibration_batches=calibrated)
     module = fit_foreign(make_trainer(drop, max_steps=2 * STEPS), Manual())
@@ -134,7 +134,7 @@ def test_several_optimizers_by_manual_optimization(make_trainer, at, calibrated,
 
 
 @pytest.mark.parametrize(("how", "value"), [("norm", 0.3), ("value", 0.01)])
-def test_gradient_clipping(make_trainer, how, value):
+def test_drop_with_gradient_clipping_equals_a_loop_by_hand(make_trainer, how, value):
     drop = dropping()
     trainer = make_trainer(drop, max_steps=STEPS, gradient_clip_val=value, gradient_clip_algorithm=how)
     module = fit_foreign(trainer)
@@ -147,7 +147,7 @@ def test_gradient_clipping(make_trainer, how, value):
     )
 
 
-def test_mixed_precision(make_trainer, tmp_path):
+def test_drop_with_mixed_precision_equals_a_loop_by_hand(make_trainer, tmp_path):
     """What is measured under autocast is what the model does there."""
     drop, monitor = dropping(), RedundancyMonitor(AT)
     module = fit_foreign(make_trainer(monitor, drop, max_steps=STEPS, precision="bf16-mixed"))
@@ -177,7 +177,7 @@ def test_mixed_precision(make_trainer, tmp_path):
     assert found == pytest.approx(measured, rel=2e-2)
 
 
-def test_a_frozen_embedding(make_trainer):
+def test_drop_keeps_a_frozen_embedding_frozen(make_trainer):
     def freeze(module):
         module.net.get_input_embeddings().requires_grad_(False)
         return module
@@ -195,7 +195,7 @@ def test_a_frozen_embedding(make_trainer):
         assert not recovered.net.get_input_embeddings().weight.requires_grad
 
 
-def test_tied_weights(make_trainer, tmp_path):
+def test_drop_keeps_tied_weights_tied(make_trainer, tmp_path):
     drop = dropping()
     trainer = make_trainer(drop, Export(), max_steps=STEPS)
     module = fit_foreign(trainer, tie_word_embeddings=True)
@@ -237,7 +237,7 @@ NAMELESS = {
 
 
 @pytest.mark.parametrize("name", NAMELESS)
-def test_of_two_transformers_one_must_be_named(make_trainer, name):
+def test_two_transformers_require_a_name(make_trainer, name):
     module, seen = Two(), Watch(lambda *_: None)
     with pytest.raises(AmbiguousModelError, match="net, teacher"):
         fit_foreign(make_trainer(*NAMELESS[name](), seen, max_steps=STEPS), module)
@@ -266,9 +266,13 @@ class Averaged:
 
 DECAY = 0.7
 EMA = {"ema": lambda: EMAWeightAveraging(decay=DECAY), "mean": lambda: WeightAveraging()}
+AVERAGES = [
+    pytest.param(EMA["ema"], id="ema"),
+    pytest.param(lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1), id="swa"),
+]
 
 
-def test_a_moving_average_of_the_weights(make_trainer, tmp_path):
+def test_weight_average_follows_a_drop(make_trainer, tmp_path):
     """Validation, the end and the checkpoint have the average, dropped; training goes on with the weights."""
     drop, noted = dropping(), []
 
@@ -319,7 +323,7 @@ def test_a_moving_average_of_the_weights(make_trainer, tmp_path):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("start", [4, 8])
 @pytest.mark.parametrize("kind", EMA)
-def test_an_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, start):
+def test_weight_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, start):
     """An epoch has six steps; behind the drop, and before it."""
 
     def run(name, ckpt_path=None):
@@ -335,23 +339,23 @@ def test_an_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, s
     assert len(whole[2].drops) == COUNT
 
 
-@pytest.mark.parametrize("average", [EMA["ema"], lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)])
-def test_an_average_that_would_replace_the_measured_weights_is_refused(make_trainer, average):
+@pytest.mark.parametrize("average", AVERAGES)
+def test_weight_average_listed_after_the_drop_is_refused(make_trainer, average):
     module = Foreign()
-    with pytest.raises(ScheduleError, match="list it before"):
+    with pytest.raises(ScheduleError, match=r"List .* before it"):
         fit_foreign(make_trainer(dropping(), average(), max_steps=STEPS), module)
     assert ls.bypassed_sublayers(module) == ()
 
 
-@pytest.mark.parametrize("average", [EMA["ema"], lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)])
+@pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("ours", ["LoRARecovery", "Quantization"])
-def test_an_average_that_would_not_follow_a_changed_model_is_refused(make_trainer, ours, average):
+def test_weight_average_with_adapters_or_quantization_is_refused(make_trainer, ours, average):
     own = [dropping(), *([Quantization()] if ours == "Quantization" else []), LoRARecovery(rank=2, finish="adapter")]
     with pytest.raises(ScheduleError, match=f"{ours}: a weight average"):
         fit_foreign(make_trainer(average(), *own, max_steps=STEPS))
 
 
-def test_early_stopping_by_a_metric_of_the_modules_own(make_trainer):
+def test_early_stopping_by_a_module_metric_works_with_a_drop(make_trainer):
     """It stops where the run without a drop stops; a drop that it cuts off is told of."""
     found = []
     for own in ([], [dropping(quality_batches=0)]):
@@ -362,18 +366,18 @@ def test_early_stopping_by_a_metric_of_the_modules_own(make_trainer):
     assert found == [6, 6]
     stopping = EarlyStopping("val_loss", patience=1, min_delta=10.0)
     trainer = make_trainer(dropping(start=9), stopping, max_steps=30, val_check_interval=3)
-    with pytest.warns(UserWarning, match="ended at step 6, so that the drop at step 9 never happened"):
+    with pytest.warns(UserWarning, match="ended at step 6, so the drop at step 9 never happened"):
         fit_foreign(trainer)
 
 
 @pytest.mark.parametrize(("strict", "interval", "looks"), [(True, 5, [5, 10]), (False, 2, [4, 6])])
-def test_early_stopping_by_the_loss_after_a_drop(make_trainer, strict, interval, looks):
+def test_early_stopping_by_the_loss_after_a_drop_works(make_trainer, strict, interval, looks):
     """Rounds at 3, 6 and 9, none better than the one before by what is asked for."""
     drop = dropping(start=3, count=1, every_n_steps=3, rounds=4)
     losses = Watch(lambda trainer, _: trainer.callback_metrics.get("drop/loss_after"))
     stopping = EarlyStopping("drop/loss_after", patience=1, min_delta=10.0, strict=strict)
     trainer = make_trainer(drop, losses, stopping, max_steps=20, val_check_interval=interval)
-    with pytest.warns(UserWarning, match=f"ended at step {looks[1]}, so that the drop at step"):
+    with pytest.warns(UserWarning, match=f"ended at step {looks[1]}, so the drop at step"):
         fit_foreign(trainer, train=loader(20))
     assert trainer.global_step == looks[1]
     assert stopping.best_score == dict(losses.seen)[looks[0]]
@@ -390,12 +394,12 @@ WATCHERS = {
         {},
         r"after 4 steps.*every_n_train_steps\), drop sooner\.",
     ),
-    "at the end": (lambda: ModelCheckpoint(monitor="drop/loss_end"), {}, "monitor drop/loss_after instead"),
+    "at the end": (lambda: ModelCheckpoint(monitor="drop/loss_end"), {}, "Monitor drop/loss_after instead"),
 }
 
 
 @pytest.mark.parametrize("case", WATCHERS)
-def test_who_looks_for_a_metric_before_the_drop_is_refused_before_training(make_trainer, case):
+def test_monitor_that_looks_before_the_drop_is_refused_before_training(make_trainer, case):
     watcher, options, match = WATCHERS[case]
     seen = Watch(lambda *_: None)
     with pytest.raises(ScheduleError, match=match) as caught:
@@ -444,7 +448,7 @@ LOOKS = {  # an epoch has 6 batches
 
 
 @pytest.mark.parametrize("case", LOOKS)
-def test_who_looks_at_the_very_step_of_the_drop_may_and_one_step_before_may_not(make_trainer, case):
+def test_monitor_may_look_at_the_step_of_the_drop_but_not_one_before(make_trainer, case):
     """When it first looks, Lightning says in a run without a drop."""
     kind, arguments, options = LOOKS[case]
     options = {"enable_checkpointing": True, "max_steps": 20, **options}
@@ -473,7 +477,7 @@ NEVER = {
 
 
 @pytest.mark.parametrize("case", NEVER)
-def test_who_never_looks_is_let_be(make_trainer, case):
+def test_monitor_that_never_looks_is_allowed(make_trainer, case):
     watcher, options = NEVER[case]
     drop = dropping(start=8, quality_batches=0)
     fit_foreign(make_trainer(drop, watcher(), enable_checkpointing=True, **options))
@@ -483,7 +487,7 @@ def test_who_never_looks_is_let_be(make_trainer, case):
 METRICS = ["drop/loss_after", "drop/attention", "importance/attention_mean", "importance/mlp.1", "speed/decode_speedup"]
 
 
-def test_a_checkpoint_by_any_metric_that_the_callbacks_publish(make_trainer, tmp_path):
+def test_checkpoint_can_monitor_every_published_metric(make_trainer, tmp_path):
     """The best of those looked at, behind the drop at 3: rounds at 3, 5 and 7."""
     drop = dropping(start=3, count=1, every_n_steps=2, rounds=3)
     own = [RedundancyMonitor(1), drop, SpeedMonitor(8, 2, runs=1)]
@@ -546,7 +550,7 @@ def counted():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("how", COMPILED)
-def test_a_compiled_model_is_measured_and_dropped_as_the_same_run_without(make_trainer, tmp_path, counted, caplog, how):
+def test_compiled_model_is_measured_and_dropped_as_uncompiled(make_trainer, tmp_path, counted, caplog, how):
     """Measured at 3; one drop at 4; the graph of the dropped model is another one."""
     found = {}
     for name in ("plain", "compiled"):

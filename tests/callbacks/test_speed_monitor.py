@@ -44,7 +44,7 @@ def logged_steps(folder):
         return [int(row["step"]) for row in csv.DictReader(file) if row.get("speed/decode_speedup")]
 
 
-def test_measures_once_after_every_round_at_its_step(make_trainer, tmp_path, measured):
+def test_speed_monitor_measures_once_at_the_step_of_every_round(make_trainer, tmp_path, measured):
     drop = SublayerDrop(2, "attention", count=1, every_n_steps=2, rounds=2, quality_batches=0)
     monitor = SpeedMonitor(prompt_tokens=6, new_tokens=2, batch_size=3, runs=1, quality=None)
     trainer = make_trainer(drop, monitor, max_steps=8, csv=True)
@@ -78,7 +78,7 @@ def test_measures_once_after_every_round_at_its_step(make_trainer, tmp_path, mea
         assert phase.speedup.low <= phase.speedup.median <= phase.speedup.high
 
 
-def test_nothing_dropped_is_nothing_measured(make_trainer, tmp_path, measured):
+def test_speed_monitor_measures_nothing_without_a_drop(make_trainer, tmp_path, measured):
     trainer = make_trainer(SpeedMonitor(**PLAIN), max_steps=3)
     fit_foreign(trainer)
     assert measured == []
@@ -87,14 +87,14 @@ def test_nothing_dropped_is_nothing_measured(make_trainer, tmp_path, measured):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_listed_before_the_drop_it_measures_one_step_later(make_trainer, tmp_path, measured, order):
+def test_speed_monitor_listed_before_the_drop_measures_one_step_later(make_trainer, tmp_path, measured, order):
     callbacks = [SublayerDrop(3, count=2, quality_batches=0), SpeedMonitor(**PLAIN)]
     fit_foreign(make_trainer(*callbacks[::order], max_steps=6, csv=True))
     assert logged_steps(tmp_path / "run") == [3 if order == 1 else 4]
     assert len(measured) == 1
 
 
-def test_a_bypass_by_hand_is_measured_and_a_restore_ends_it(make_trainer, tmp_path, measured):
+def test_speed_monitor_measures_a_bypass_by_hand_until_its_restore(make_trainer, tmp_path, measured):
     class ByHand(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 2:
@@ -109,7 +109,7 @@ def test_a_bypass_by_hand_is_measured_and_a_restore_ends_it(make_trainer, tmp_pa
     assert monitor.report is None
 
 
-def test_training_does_not_notice(make_trainer):
+def test_speed_monitor_does_not_change_training(make_trainer):
     """Not with dropout, nor the scores that the second round is chosen by, whoever is listed first."""
     states = []
     for name in ("without", "behind", "before"):
@@ -165,7 +165,7 @@ def logged(folder, name):
 @pytest.mark.parametrize("speedup", [1.25, 0.9])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("quality", ["accuracy", "loss", "perplexity"])
-def test_sdr_is_points_of_quality_per_percent_of_speed(make_trainer, monkeypatch, quality, phase, speedup):
+def test_sdr_is_points_of_quality_lost_per_percent_of_speed_gained(make_trainer, monkeypatch, quality, phase, speedup):
     monkeypatch.setattr(speed_monitor, "measure_speed", lambda *_, **__: fake(speedup))
     monitor = SpeedMonitor(**SMALL, quality=quality, phase=phase)
     trainer = make_trainer(SublayerDrop(3, count=4), monitor, max_steps=5)
@@ -183,7 +183,7 @@ def test_sdr_is_points_of_quality_per_percent_of_speed(make_trainer, monkeypatch
         assert math.isnan(metrics["speed/sdr"])
 
 
-def test_the_figures_of_a_measurement_are_logged_and_what_was_not_predicted_is_not(make_trainer, monkeypatch):
+def test_speed_monitor_logs_all_figures_but_a_missing_prediction(make_trainer, monkeypatch):
     for predicted in (None, 1.5):
         report = fake(1.25, predicted)
         monkeypatch.setattr(speed_monitor, "measure_speed", lambda *_, report=report, **__: report)
@@ -197,7 +197,7 @@ def test_the_figures_of_a_measurement_are_logged_and_what_was_not_predicted_is_n
         assert not predicted or {metrics[name] for name in PREDICTED} == {1.5}
 
 
-def test_every_round_has_its_sdr_against_the_dense_model(make_trainer, tmp_path, faked):
+def test_sdr_of_every_round_compares_with_the_dense_model(make_trainer, tmp_path, faked):
     drop = SublayerDrop(2, count=2, every_n_steps=2, rounds=3, quality_batches=2)
     trainer = make_trainer(drop, SpeedMonitor(**SMALL, quality="loss"), max_steps=8, csv=True)
     fit_foreign(trainer)
@@ -225,9 +225,7 @@ ROUNDS = [(4, 2 / 30), (6, 4 / 30), (8, 6 / 40), (10, 8 / 40)]
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_metric_of_the_modules_gives_an_sdr_at_every_validation_behind_a_drop(
-    make_trainer, tmp_path, faked, mode, phase
-):
+def test_sdr_of_a_module_metric_is_logged_at_every_validation_after_a_drop(make_trainer, tmp_path, faked, mode, phase):
     drop = SublayerDrop(3, count=1, every_n_steps=4, rounds=2, quality_batches=0)
     monitor = SpeedMonitor(**SMALL, **{**OWN, "quality_mode": mode}, phase=phase)
     trainer = make_trainer(drop, monitor, max_steps=10, csv=True, val_check_interval=2, num_sanity_val_steps=1)
@@ -237,7 +235,7 @@ def test_a_metric_of_the_modules_gives_an_sdr_at_every_validation_behind_a_drop(
     assert logged(tmp_path / "run", "speed/sdr") == wanted
 
 
-def test_a_validation_between_a_drop_and_its_measurement_is_of_neither(make_trainer, tmp_path, faked):
+def test_sdr_ignores_a_validation_between_a_drop_and_its_measurement(make_trainer, tmp_path, faked):
     """Listed before SublayerDrop it measures one step later: at 5 and at 9."""
     drop = SublayerDrop(4, count=1, every_n_steps=4, rounds=2, quality_batches=0)
     trainer = make_trainer(SpeedMonitor(**SMALL, **OWN), drop, max_steps=12, csv=True, val_check_interval=2)
@@ -247,7 +245,7 @@ def test_a_validation_between_a_drop_and_its_measurement_is_of_neither(make_trai
 
 
 @pytest.mark.parametrize("at", [1, 3, 7, 9])
-def test_resumed_a_metric_of_the_modules_gives_the_same_sdr(make_trainer, tmp_path, text_data, faked, at):
+def test_sdr_of_a_module_metric_is_the_same_in_a_resumed_run(make_trainer, tmp_path, text_data, faked, at):
     """Cut before there is a dense value, at the drops, between them and the validations, and behind everything."""
 
     def run(name, ckpt_path=None):
@@ -272,7 +270,7 @@ def test_resumed_a_metric_of_the_modules_gives_the_same_sdr(make_trainer, tmp_pa
 
 
 @pytest.mark.parametrize("at", [6, 9, 10])
-def test_resumed_behind_the_last_validation_its_sdr_still_stands(make_trainer, tmp_path, faked, text_data, at):
+def test_sdr_is_kept_in_a_run_resumed_after_the_last_validation(make_trainer, tmp_path, faked, text_data, at):
     """Drops at 5 and 9, validations at 4 and 8: what is shown at the end is that of 8, also behind the second drop."""
 
     def run(name, ckpt_path=None):
@@ -304,20 +302,20 @@ def never(make_trainer, monitor, *callbacks, **settings):
     [
         ({"quality": "val_f1"}, "quality='val_f1', quality_mode=None.*'max' or 'min'.*accuracy, loss, perplexity"),
         ({"quality": "val_f1", "quality_mode": "best"}, "quality_mode='best'"),
-        ({"quality": "loss", "quality_mode": "max"}, "it is 'min'; leave quality_mode out"),
+        ({"quality": "loss", "quality_mode": "max"}, "'min' is better for this quality. Leave quality_mode out"),
         ({"phase": "training"}, "Unknown phase 'training'"),
     ],
 )
-def test_a_quality_without_a_meaning_is_refused(settings, match):
+def test_speed_monitor_refuses_invalid_quality_settings(settings, match):
     with pytest.raises(LayershedError, match=match):
         SpeedMonitor(**SMALL, **settings)
     assert SpeedMonitor(quality="loss", quality_mode="min").quality_mode == "min"
 
 
 @pytest.mark.parametrize("quality", ["loss", "perplexity"])
-def test_a_quality_that_nothing_will_measure_is_refused_before_training(make_trainer, quality):
+def test_speed_monitor_refuses_an_unmeasured_quality_before_training(make_trainer, quality):
     monitor = SpeedMonitor(**SMALL, quality=quality)
-    no_sdr = f"quality='{quality}'.*no SublayerDrop measures it"
+    no_sdr = f"quality='{quality}'.*no SublayerDrop measures the quality"
     with pytest.raises(MeasurementError, match=no_sdr):
         never(make_trainer, monitor)
     with pytest.raises(MeasurementError, match=no_sdr):
@@ -328,25 +326,25 @@ def test_a_quality_that_nothing_will_measure_is_refused_before_training(make_tra
         never(make_trainer, SpeedMonitor(**SMALL, **OWN), SublayerDrop(2, count=1), limit_val_batches=0)
 
 
-def test_where_nothing_measures_the_default_quality_it_says_so_once(make_trainer, faked):
+def test_speed_monitor_warns_once_if_nothing_measures_the_default_quality(make_trainer, faked):
     drop = SublayerDrop(2, count=1, quality_batches=0)
     trainer = make_trainer(drop, SpeedMonitor(**SMALL), max_steps=4)
-    with pytest.warns(UserWarning, match="there is no SDR, as no SublayerDrop measures it") as caught:
+    with pytest.warns(UserWarning, match="there is no SDR, as no SublayerDrop measures the quality") as caught:
         fit_foreign(trainer)
     assert len([warning for warning in caught if "SDR" in str(warning.message)]) == 1
     assert len(faked) == 1
     assert "speed/sdr" not in trainer.callback_metrics
 
 
-def test_what_was_dropped_by_hand_has_no_quality_and_it_says_so(make_trainer, faked):
+def test_speed_monitor_warns_that_a_drop_by_hand_has_no_sdr(make_trainer, faked):
     module = Foreign()
     bypass(module, find_sublayers(module)[:1])
-    with pytest.warns(UserWarning, match=r"not SublayerDrop dropped attention\.0.*no SDR"):
+    with pytest.warns(UserWarning, match=r"attention\.0 was not dropped by SublayerDrop.*no SDR"):
         fit_foreign(make_trainer(SublayerDrop(3, count=1), SpeedMonitor(**SMALL), max_steps=4), module)
     assert len(faked) == 2
 
 
-def test_a_metric_that_no_validation_logs_is_named_at_the_first_one(make_trainer, faked):
+def test_speed_monitor_refuses_an_unlogged_metric_at_the_first_validation(make_trainer, faked):
     monitor = SpeedMonitor(**SMALL, quality="val_f2", quality_mode="max")
     drop = SublayerDrop(3, count=1, quality_batches=0)
     trainer = make_trainer(drop, monitor, max_steps=8, val_check_interval=2, num_sanity_val_steps=1)
@@ -355,7 +353,7 @@ def test_a_metric_that_no_validation_logs_is_named_at_the_first_one(make_trainer
     assert trainer.global_step == 2
 
 
-def test_without_a_validation_before_the_drop_it_says_that_there_is_no_sdr(make_trainer, faked):
+def test_speed_monitor_warns_without_a_validation_before_the_drop(make_trainer, faked):
     drop = SublayerDrop(1, count=1, quality_batches=0)
     trainer = make_trainer(drop, SpeedMonitor(**SMALL, **OWN), max_steps=4, val_check_interval=2)
     with pytest.warns(UserWarning, match="quality='val_f1'.*no validation came before the drop"):
@@ -364,7 +362,7 @@ def test_without_a_validation_before_the_drop_it_says_that_there_is_no_sdr(make_
 
 
 @pytest.mark.parametrize("at", [2, 3, 5, 8])
-def test_a_resumed_run_does_not_measure_again(make_trainer, tmp_path, text_data, faked, at):
+def test_speed_monitor_does_not_measure_again_in_a_resumed_run(make_trainer, tmp_path, text_data, faked, at):
     """Cut before the drop, at it, between the two rounds and after both: the same figures at the end."""
 
     def run(name, ckpt_path=None):
@@ -394,12 +392,12 @@ def test_a_resumed_run_does_not_measure_again(make_trainer, tmp_path, text_data,
         ({"new_tokens": 0}, "new_tokens=0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_training(make_trainer, settings, match):
+def test_speed_monitor_refuses_unmeasurable_settings_before_training(make_trainer, settings, match):
     with pytest.raises(MeasurementError, match=match):
         never(make_trainer, SpeedMonitor(**{**PLAIN, **settings}))
 
 
-def test_measures_under_the_runs_precision(make_trainer):
+def test_speed_monitor_measures_under_the_runs_precision(make_trainer):
     dtypes = set()
 
     class Look(Foreign):
@@ -415,7 +413,7 @@ def test_measures_under_the_runs_precision(make_trainer):
     assert dtypes == {torch.bfloat16}
 
 
-def test_a_model_saved_without_sublayers_is_not_measured_and_says_so(make_trainer, tmp_path, measured):
+def test_speed_monitor_warns_and_skips_a_model_saved_without_sublayers(make_trainer, tmp_path, measured):
     class Removed(Foreign):
         def __init__(self):
             super().__init__()

@@ -53,7 +53,7 @@ SCOPES = {"attention": 2, "mlp": 2, "block": 1, "joint": 3}
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_running_drops_the_lowest_of_the_last_steps_and_trains_on_as_by_hand(make_trainer, scope):
+def test_running_drops_the_lowest_scores_and_trains_on_as_by_hand(make_trainer, scope):
     """Four steps of calibration before step 5; weights equal those of the loop by hand to the last bit."""
     drop = SublayerDrop(5, scope=scope, count=SCOPES[scope], calibration_batches=4, quality_batches=2)
     watch = Watch(bypassed)
@@ -77,7 +77,7 @@ def test_running_drops_the_lowest_of_the_last_steps_and_trains_on_as_by_hand(mak
 
 
 @pytest.mark.parametrize("metric", ["relative_magnitude", "angular"])
-def test_other_metrics_rank_by_their_own_formula(make_trainer, metric):
+def test_metric_ranks_sublayers_by_its_own_formula(make_trainer, metric):
     drop = SublayerDrop(3, count=4, metric=metric, quality_batches=0)
     fit_foreign(make_trainer(drop, max_steps=4))
     hand = HandRun()
@@ -106,7 +106,7 @@ def test_running_under_accumulation_scores_every_micro_batch_of_the_steps(make_t
 
 @pytest.mark.parametrize(("scope", "count"), [("joint", 3), ("block", 1)])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_pass_scores_the_model_at_the_step_on_the_splits_first_batches(make_trainer, split, scope, count):
+def test_calibration_pass_scores_the_model_on_the_splits_first_batches(make_trainer, split, scope, count):
     drop = SublayerDrop(4, scope=scope, count=count, calibrate_on=split, calibration_batches=2, quality_batches=0)
     module = fit_foreign(make_trainer(drop, max_steps=6))
     hand = HandRun()
@@ -174,7 +174,7 @@ def test_losses_around_the_drop_equal_an_evaluation_by_hand(make_trainer, tmp_pa
     assert {kind: trainer.callback_metrics[f"drop/{kind}"].item() for kind in counts} == counts
 
 
-def test_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path):
+def test_loss_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path):
     drop = SublayerDrop(2, count=1, every_n_steps=2, rounds=2, quality_batches=1)
     fit_foreign(make_trainer(drop, max_steps=6, csv=True))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -185,7 +185,7 @@ def test_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path
     assert steps == {"before": [2], "after": [2, 4], "end": [6]}
 
 
-def test_optimizer_forgets_the_parameters_and_its_schedule_goes_on(make_trainer):
+def test_optimizer_forgets_dropped_parameters_and_its_schedule_goes_on(make_trainer):
     def rates(trainer, _module):
         return trainer.optimizers[0].param_groups[0]["lr"], len(trainer.optimizers[0].param_groups[0]["params"])
 
@@ -211,7 +211,7 @@ def test_optimizer_forgets_the_parameters_and_its_schedule_goes_on(make_trainer)
     assert [count for _, (_, count) in with_drop.seen] == [whole] * 3 + [whole - len(gone)] * 6
 
 
-def test_dropped_weights_stay_as_they_were_and_the_others_learn(make_trainer):
+def test_dropped_weights_do_not_change_and_the_others_learn(make_trainer):
     def losses(trainer, _module):
         return trainer.callback_metrics["train_loss"].item()
 
@@ -264,11 +264,11 @@ def test_dropped_weights_stay_as_they_were_and_the_others_learn(make_trainer):
         ({"count": 1, "calibrate_on": "test"}, UnknownNameError, "'test'"),
     ],
 )
-def test_what_cannot_happen_is_refused_before_training(make_trainer, arguments, error, match):
+def test_sublayer_drop_refuses_impossible_arguments_before_training(make_trainer, arguments, error, match):
     refused(make_trainer, lambda: SublayerDrop(**{"start": 2, **arguments}), error, match)
 
 
-def test_a_start_after_the_last_epoch_is_refused(make_trainer):
+def test_sublayer_drop_refuses_a_start_after_the_last_epoch(make_trainer):
     """Two epochs of six batches, two per step: six steps."""
     kwargs = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}
     refused(make_trainer, lambda: SublayerDrop(6, count=1), ScheduleError, "ends after 6 optimizer steps", **kwargs)
@@ -277,7 +277,7 @@ def test_a_start_after_the_last_epoch_is_refused(make_trainer):
     assert [entry.step for entry in drop.plan.drops] == [5]
 
 
-def test_calibrating_on_data_that_is_not_there_is_refused(make_trainer):
+def test_sublayer_drop_refuses_to_calibrate_on_missing_data(make_trainer):
     def on(split):
         return lambda: SublayerDrop(2, count=1, calibrate_on=split)
 
@@ -287,7 +287,7 @@ def test_calibrating_on_data_that_is_not_there_is_refused(make_trainer):
     refused(make_trainer, on("train"), CalibrationError, "map-style", train=endless_train)
 
 
-def test_batches_that_are_no_text_are_refused_before_training(make_trainer):
+def test_sublayer_drop_refuses_batches_that_are_not_text_before_training(make_trainer):
     pictures = DataLoader([{"pixels": torch.zeros(3)}] * 4, batch_size=2)
     for split, arguments in (
         ("val", {"calibrate_on": "val", "quality_batches": 0}),
@@ -320,13 +320,13 @@ def test_protected_blocks_stay_in_every_round(make_trainer):
     assert sorted(keys(drop.plan)) == [(b, kind) for b in (0, 1, 3) for kind in ("attention", "mlp")]
 
 
-def test_ratio_is_of_all_candidates(make_trainer):
+def test_ratio_counts_all_candidates(make_trainer):
     drop = SublayerDrop(2, ratio=0.4, quality_batches=0)
     fit_foreign(make_trainer(drop, max_steps=4))
     assert len(drop.plan) == 3
 
 
-def test_another_schedule_by_overriding_should_drop(make_trainer):
+def test_overridden_should_drop_sets_the_drop_steps(make_trainer):
     class Mine(SublayerDrop):
         def should_drop(self, step):
             return step in (2, 3)
@@ -336,7 +336,7 @@ def test_another_schedule_by_overriding_should_drop(make_trainer):
     assert [entry.step for entry in drop.plan.drops] == [2, 3]
 
 
-def test_two_transformers_and_a_name(make_trainer):
+def test_sublayer_drop_takes_one_of_two_transformers_by_name(make_trainer):
     class Two(Foreign):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -349,7 +349,7 @@ def test_two_transformers_and_a_name(make_trainer):
     assert sorted(keys(drop.plan)) == [(s.block, s.kind) for s in bypassed_sublayers(module.net)]
 
 
-def test_mixed_precision_runs_and_measures_in_it(make_trainer):
+def test_sublayer_drop_measures_in_mixed_precision(make_trainer):
     """Quality runs under autocast, as training does."""
     dtypes = []
 
@@ -374,7 +374,7 @@ def test_mixed_precision_runs_and_measures_in_it(make_trainer):
     assert drop.quality["before"].loss == pytest.approx(loss, rel=2e-2)
 
 
-def test_gradient_checkpointing_drops_and_trains_as_without(make_trainer, text_data):
+def test_gradient_checkpointing_does_not_change_the_drop_or_training(make_trainer, text_data):
     found = []
     for name, on in (("with", True), ("without", False)):
         drop = SublayerDrop(4, count=3)
@@ -387,7 +387,7 @@ def test_gradient_checkpointing_drops_and_trains_as_without(make_trainer, text_d
     assert len(found[0][0]) == 3
 
 
-def test_a_step_that_is_passed_over_still_drops(make_trainer):
+def test_drop_step_that_a_batch_passes_over_still_drops(make_trainer):
     drop = SublayerDrop(5, count=2, calibration_batches=2)
     fit_foreign(make_trainer(drop, max_steps=12), Manual())
     assert [entry.step for entry in drop.plan.drops] == [6, 6]
@@ -408,7 +408,7 @@ TWICE = {**ONCE, "count": 2, "every_n_steps": 4, "rounds": 2}
         ({**ONCE, "calibrate_on": "val"}, (5,), {"max_steps": -1, "max_epochs": 2}),
     ],
 )
-def test_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_path, text_data, arguments, cuts, length):
+def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_path, text_data, arguments, cuts, length):
     """Before the window of calibration, in it, at the drop, after it; between the rounds of two. 8 batches an epoch."""
 
     def run(name, *callbacks, ckpt_path=None):
@@ -443,7 +443,7 @@ def test_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_path, text_
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(("start", "cuts"), [(15, (1, 2)), (12, (2,)), (8, (2,))])
-def test_a_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):
+def test_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):
     """Epochs of six steps; before the window of calibration, in it, at the drop, after it."""
 
     def run(name, ckpt_path=None):
@@ -474,7 +474,7 @@ def reference_of(state, dropped):
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_a_dropped_foreign_module_is_evaluated_dropped(make_trainer, tmp_path, weights_only):
+def test_dropped_foreign_checkpoint_is_evaluated_dropped(make_trainer, tmp_path, weights_only):
     drop = SublayerDrop(3, count=3)
     trainer = make_trainer(drop, max_steps=6)
     module = fit_foreign(trainer)
@@ -496,9 +496,7 @@ def test_a_checkpoint_of_a_dropped_foreign_module_is_evaluated_dropped(make_trai
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_of_our_own_module_is_the_dropped_model_without_any_callback(
-    make_trainer, tmp_path, text_data, weights_only
-):
+def test_causal_lm_checkpoint_is_the_dropped_model_without_callbacks(make_trainer, tmp_path, text_data, weights_only):
     drop = SublayerDrop(3, count=3)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only, every_n_train_steps=6)
     trainer = make_trainer(drop, checkpoint, max_steps=6, enable_checkpointing=True)
@@ -530,7 +528,7 @@ def test_a_checkpoint_of_our_own_module_is_the_dropped_model_without_any_callbac
     assert sorted(keys(drop.plan)) == [(s.block, s.kind) for s in bypassed_sublayers(loaded)]
 
 
-def test_a_checkpoint_from_before_the_drop_is_evaluated_dense(make_trainer, tmp_path):
+def test_checkpoint_from_before_the_drop_is_evaluated_dense(make_trainer, tmp_path):
     """Also in the trainer and with the module of the very run that dropped."""
     drop = SublayerDrop(4, count=3)
     trainer = make_trainer(drop, Save(tmp_path / "before.ckpt", 3), max_steps=6)
@@ -541,7 +539,7 @@ def test_a_checkpoint_from_before_the_drop_is_evaluated_dense(make_trainer, tmp_
     assert found["val_loss"] == pytest.approx(reference_of(state, [])[1], rel=1e-5)
 
 
-def test_a_modules_own_checkpoint_hooks_still_run_and_are_given_back(make_trainer, tmp_path):
+def test_module_checkpoint_hooks_still_run_and_are_restored(make_trainer, tmp_path):
     class Noting(Foreign):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["mine"] = 3
@@ -563,7 +561,7 @@ def test_a_modules_own_checkpoint_hooks_still_run_and_are_given_back(make_traine
         assert not {"on_save_checkpoint", "on_load_checkpoint"} & set(fresh.__dict__) or dropped
 
 
-def test_resuming_on_a_smaller_model_is_refused(make_trainer, tmp_path):
+def test_resuming_a_drop_on_a_smaller_model_is_refused(make_trainer, tmp_path):
     drop = SublayerDrop(2, "block", count=3)
     trainer = make_trainer(drop, max_steps=4)
     fit_foreign(trainer)
@@ -574,7 +572,7 @@ def test_resuming_on_a_smaller_model_is_refused(make_trainer, tmp_path):
         )
 
 
-def test_running_leaves_out_passes_of_nan_and_says_how_many(make_trainer):
+def test_running_leaves_out_nan_passes_and_warns_how_many(make_trainer):
     settings = {"count": 3, "calibration_batches": 3, "quality_batches": 0}
     plain, drop = SublayerDrop(4, **settings), SublayerDrop(4, **settings)
     fit_foreign(make_trainer(plain, max_steps=5))
@@ -583,7 +581,7 @@ def test_running_leaves_out_passes_of_nan_and_says_how_many(make_trainer):
     assert drop.plan == plain.plan
 
 
-def test_running_refuses_to_drop_where_every_pass_was_nan(make_trainer):
+def test_running_refuses_to_drop_if_every_pass_was_nan(make_trainer):
     drop = SublayerDrop(4, count=3, calibration_batches=2, quality_batches=0)
     module = Broken(alone=(2, 3))
     with pytest.raises(CalibrationError, match=r"2 of 2 forward passes left out.*nothing is left"):

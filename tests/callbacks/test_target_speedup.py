@@ -53,7 +53,7 @@ TARGETS = {"attention": {"decode": 1.3, "prefill": 1.1}, "mlp": {"decode": 1.1, 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("objective", ["importance", "speed"])
 @pytest.mark.parametrize("scope", ["attention", "mlp", "block", "joint"])
-def test_as_few_go_as_give_the_target_and_training_goes_on_as_by_hand(make_trainer, clock, scope, objective, phase):
+def test_target_speedup_drops_the_fewest_and_trains_on_as_by_hand(make_trainer, clock, scope, objective, phase):
     target = TARGETS.get(scope, {}).get(phase, 1.3)
     drop = SublayerDrop(
         5,
@@ -89,7 +89,7 @@ def test_as_few_go_as_give_the_target_and_training_goes_on_as_by_hand(make_train
         ("prefill", {"ratio": 0.4}, 3),
     ],
 )
-def test_the_objective_speed_ranks_by_importance_per_second(make_trainer, clock, phase, amount, number):
+def test_objective_speed_ranks_by_importance_per_second(make_trainer, clock, phase, amount, number):
     drop = SublayerDrop(
         5, calibration_batches=4, quality_batches=0, phase=phase, objective="speed", speed=FAST, **amount
     )
@@ -110,7 +110,7 @@ def test_the_objective_speed_ranks_by_importance_per_second(make_trainer, clock,
 
 
 @pytest.mark.parametrize("calibrate_on", ["running", "val"])
-def test_every_round_goes_a_part_of_the_way_with_importance_measured_anew(make_trainer, tmp_path, clock, calibrate_on):
+def test_target_speedup_rounds_share_the_way_and_measure_importance_anew(make_trainer, tmp_path, clock, calibrate_on):
     """The second sublayer overshoots the second round's aim, so that the third round drops nothing."""
     clock.decode = lambda _block, _kind: 16.0
     target, start, every = 1.3, 3, 2
@@ -159,7 +159,7 @@ def test_every_round_goes_a_part_of_the_way_with_importance_measured_anew(make_t
         ("block", (0,), [(block, kind) for block in (1, 2, 3) for kind in ("attention", "mlp")]),
     ],
 )
-def test_a_round_that_finds_nothing_left_to_drop_is_no_error(make_trainer, clock, scope, protect, every):
+def test_target_speedup_round_with_nothing_left_to_drop_is_no_error(make_trainer, clock, scope, protect, every):
     """Half of the way takes everything that may go, which is the whole of it."""
     clock.decode = lambda block, kind: 1000.0 if (block, kind) in every else 0.125
     target = clock.speedup(every)
@@ -173,7 +173,7 @@ def test_a_round_that_finds_nothing_left_to_drop_is_no_error(make_trainer, clock
     assert trainer.callback_metrics["drop/speedup"].item() == pytest.approx(target)
 
 
-def test_what_was_bypassed_before_counts_and_stays(make_trainer, clock):
+def test_target_speedup_counts_and_keeps_an_earlier_bypass(make_trainer, clock):
     """Enough of it, and nothing goes; too little, and the rest goes."""
     for factor, more in ((1.0, 0), (1.01, 1)):
         module = watched(clock)
@@ -190,7 +190,7 @@ def test_what_was_bypassed_before_counts_and_stays(make_trainer, clock):
         assert len(now) == 2 + more
 
 
-def test_scores_of_what_is_bypassed_already_do_not_bring_it_back(clock):
+def test_scores_of_bypassed_sublayers_do_not_restore_them(clock):
     """Such as those of the dense model: neither a search, nor a failed one, nor a check restores or drops it again."""
     model = watched(clock).net
     scores = {sublayer: 1.0 + sublayer.block for sublayer in find_sublayers(model)}
@@ -211,7 +211,7 @@ def test_scores_of_what_is_bypassed_already_do_not_bring_it_back(clock):
         drop_to_speedup(model, scores, 1.5, protect=(0, 1, 2, 3), settings=FAST)
 
 
-def test_protected_blocks_stay_however_slow(make_trainer, clock):
+def test_target_speedup_keeps_protected_blocks_however_slow(make_trainer, clock):
     clock.decode = lambda block, _kind: 32.0 if block in (0, 3) else 1.0
     target = clock.speedup([(block, kind) for block in (1, 2) for kind in ("attention", "mlp")])
     drop = SublayerDrop(2, protect=(0, -1), quality_batches=0, target_speedup=target, speed=FAST)
@@ -235,8 +235,8 @@ def test_protected_blocks_stay_however_slow(make_trainer, clock):
         ({"target_speedup": 1.3, "scope": "heads"}, SelectionError, "heads"),
         ({"target_speedup": 1.3, "phase": "training"}, UnknownNameError, "'training'.*decode, prefill"),
         ({"count": 1, "objective": "cost"}, UnknownNameError, "'cost'.*importance, speed"),
-        ({"target_speedup": 1.3, "protect": (0, 1, 2, 3)}, SelectionError, "all are protected, so that none"),
-        ({"target_speedup": 1.3, "scope": "cross_attention"}, SelectionError, "it has no sublayers"),
+        ({"target_speedup": 1.3, "protect": (0, 1, 2, 3)}, SelectionError, "all are protected"),
+        ({"target_speedup": 1.3, "scope": "cross_attention"}, SelectionError, "has no sublayers of this scope"),
         ({"target_speedup": 1.3, "protect": (4,)}, SelectionError, "no block 4"),
         ({"target_speedup": 1.3, "speed": SpeedSettings(120, 9)}, MeasurementError, "do not fit into the model's 128"),
         ({"count": 1, "objective": "speed", "speed": SpeedSettings(runs=0)}, MeasurementError, "runs=0"),
@@ -252,7 +252,7 @@ def test_protected_blocks_stay_however_slow(make_trainer, clock):
         ({"target_speedup": 1.3, "start": 6}, ScheduleError, "step 6 comes too late"),
     ],
 )
-def test_what_cannot_be_reached_is_refused_before_training(make_trainer, clock, arguments, error, match):
+def test_target_speedup_refuses_impossible_arguments_before_training(make_trainer, clock, arguments, error, match):
     """38 seconds a pass, 30 of them in the sublayers: 24 in the attentions, of block 0 5."""
     message = refused(
         make_trainer,
@@ -264,13 +264,13 @@ def test_what_cannot_be_reached_is_refused_before_training(make_trainer, clock, 
     assert message.endswith(".")
 
 
-def test_a_target_that_all_candidates_together_give_is_none_too_high(make_trainer, clock):
+def test_target_speedup_of_all_candidates_together_is_accepted(make_trainer, clock):
     drop = SublayerDrop(2, quality_batches=0, target_speedup=4.75, speed=FAST)
     fit_foreign(make_trainer(drop, max_steps=4), watched(clock))
     assert len(drop.plan) == 8
 
 
-def test_a_target_that_proves_out_of_reach_at_the_drop_says_what_was_reached(make_trainer, clock):
+def test_target_speedup_out_of_reach_at_the_drop_reports_what_was_reached(make_trainer, clock):
     class Warms(pl.Callback):
         def on_train_batch_start(self, *_):
             clock.rest = 62.0
@@ -284,7 +284,7 @@ def test_a_target_that_proves_out_of_reach_at_the_drop_says_what_was_reached(mak
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_speed_is_measured_under_the_runs_precision(make_trainer, clock):
+def test_target_speedup_is_measured_under_the_runs_precision(make_trainer, clock):
     seen = []
 
     class Look(Foreign):
@@ -305,13 +305,13 @@ def test_speed_is_measured_under_the_runs_precision(make_trainer, clock):
     assert set(seen) == {(2, torch.bfloat16)}
 
 
-def test_the_share_of_the_rounds_that_are_due():
+def test_share_due_is_the_part_of_the_rounds_reached():
     schedule = DropSchedule(start=4, every_n_steps=2, rounds=4)
     assert [schedule.share_due(step) for step in (3, 4, 5, 6, 8, 10, 99)] == [0.25, 0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert DropSchedule(start=4).share_due(4) == 1.0
 
 
-def test_another_schedule_by_overriding_should_drop_aims_at_the_whole_target(make_trainer, clock):
+def test_overridden_should_drop_aims_at_the_whole_target_speedup(make_trainer, clock):
     class Mine(SublayerDrop):
         def should_drop(self, step):
             return step in (1, 3)
@@ -327,7 +327,7 @@ TWICE = {**ONCE, "target_speedup": 2.5, "every_n_steps": 4, "rounds": 2}
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(("arguments", "cuts"), [(ONCE, (1, 4, 6, 9)), (TWICE, (6, 8, 11))])
-def test_resumed_equals_uninterrupted_and_measures_only_what_is_to_come(
+def test_target_speedup_resumed_equals_uninterrupted_without_repeated_measurements(
     make_trainer, tmp_path, text_data, clock, monkeypatch, arguments, cuts
 ):
     checks = []

@@ -179,7 +179,7 @@ def test_cross_attention_is_a_scope_of_its_own_and_part_of_joint():
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torchs_own_encoder_through_an_adapter(norm_first, monkeypatch):
     """In eval mode torch would fuse a whole layer, reading the weights of modules that a bypass replaces."""
-    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=norm_first), 3)
@@ -207,7 +207,7 @@ def test_next_token_quality_and_decoding_speed_are_refused_where_there_are_none(
 
 
 def test_a_model_of_ones_own_is_not_saved_as_a_hugging_face_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
     with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model; layershed\.remove"):

@@ -15,7 +15,7 @@ import layershed
 from layershed.callbacks import report
 from layershed.discovery import registry as adapters
 from layershed.discovery.find import dissect, find_sublayers, find_transformer
-from layershed.discovery.registry import SublayerAdapter, adapter_of, register_adapter
+from layershed.discovery.registry import SublayerAdapter, register_adapter, registered_adapter
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.planning.plan import Sublayer
 from layershed.surgery import bypass, bypassed_sublayers, restore
@@ -33,7 +33,7 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
 
 
 def build(model_class=GPT):
@@ -87,15 +87,15 @@ def test_subclasses_are_seen_too_and_an_adapter_of_their_own_counts_before():
     register_adapter(GPT, ADAPTER)
     assert find_sublayers(build(Larger)) == expected()
     register_adapter(Larger, own := SublayerAdapter(ADAPTER.inputs, blocks=("more",)))
-    assert adapter_of(build(Larger)) is own
-    assert adapter_of(build(GPT)) is ADAPTER
+    assert registered_adapter(build(Larger)) is own
+    assert registered_adapter(build(GPT)) is ADAPTER
     assert find_sublayers(build(GPT)) == expected()
 
 
 def test_the_last_adapter_of_a_class_counts():
     register_adapter(GPT, ADAPTER)
     register_adapter(GPT, last := SublayerAdapter(ADAPTER.inputs, ("h",)))
-    assert adapter_of(build()) is last
+    assert registered_adapter(build()) is last
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_inputs_are_asked_for_with_the_model_itself():
 
 @pytest.mark.parametrize("wrong", ["GPT", None, int, nn.Linear(2, 2), GPT(), list[int]])
 def test_adapter_for_no_class_of_modules_is_refused(wrong):
-    with pytest.raises(AdapterError, match=r"give the class of the model, a subclass of nn\.Module"):
+    with pytest.raises(AdapterError, match=r"not a subclass of nn\.Module\. Give the class of the model"):
         register_adapter(wrong, ADAPTER)
     assert adapters._ADAPTERS == {}
 
@@ -140,7 +140,7 @@ def test_a_class_that_nobody_registered_is_refused():
 
 def test_the_documentation_runs_as_written(monkeypatch):
     """docs/own_models.md, with the GPT above for the reader's own."""
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     text = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
     first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     gpt = GPT().eval()
@@ -155,7 +155,7 @@ def test_the_documentation_runs_as_written(monkeypatch):
 def test_callbacks_take_a_registered_model(monkeypatch, tmp_path):
     from layershed.callbacks import RedundancyMonitor, SublayerDrop
 
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
 
     class Task(pl.LightningModule):
@@ -190,7 +190,7 @@ def test_callbacks_take_a_registered_model(monkeypatch, tmp_path):
 
 def test_an_adapter_of_a_hugging_face_class_keeps_its_cache_right(monkeypatch, tokens):
     """Such as one whose forward pass must be fed something special."""
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     model = build_model("gpt2")
     model.__class__ = type("Mine", (type(model),), {})
     register_adapter(type(model), SublayerAdapter(lambda model: {"input_ids": torch.arange(4)[None]}))
@@ -211,7 +211,7 @@ class InPlaceBlock(Block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_that_writes_over_its_stream_is_proven_and_measured(dtype, monkeypatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     monkeypatch.setitem(GPT.__init__.__globals__, "Block", InPlaceBlock)
     register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_a_block_that_writes_over_its_stream_is_proven_and_measured(dtype, monke
 
 
 def test_torchs_padding_mask_of_keys_counts(monkeypatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     register_adapter(nn.TransformerEncoder, SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 16)}))
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -253,7 +253,7 @@ def test_torchs_padding_mask_of_keys_counts(monkeypatch):
 
 
 def test_a_report_of_a_model_without_a_config_names_its_class(monkeypatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_REGISTERED", {})
     register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
 
     class Task(pl.LightningModule):

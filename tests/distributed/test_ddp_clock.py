@@ -17,7 +17,7 @@ from tests.support.speed_targets import enough, queue
 from tests.support.ticking import Ticking, mlps_take_more
 
 
-def test_two_ranks_go_by_the_clock_of_the_first(ddp_folder):
+def test_ddp_target_speedup_uses_the_clock_of_rank_zero(ddp_folder):
     found = [torch.load(ddp_folder / "clock" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert same(*found)
     assert "x4.75" in found[0]["refused"]

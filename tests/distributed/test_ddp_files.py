@@ -28,7 +28,7 @@ def ranks(ddp_folder):
 
 
 @pytest.mark.parametrize("calibrate_on", ["running", "train"])
-def test_both_ranks_drop_the_same_and_hold_the_same_weights(ranks, calibrate_on):
+def test_ddp_ranks_drop_the_same_and_hold_equal_weights(ranks, calibrate_on):
     _, found = ranks
     first, second = (result["whole"] for result in found[calibrate_on])
     assert same(first["state"], second["state"])
@@ -39,7 +39,7 @@ def test_both_ranks_drop_the_same_and_hold_the_same_weights(ranks, calibrate_on)
 
 
 @pytest.mark.parametrize("calibrate_on", ["running", "train"])
-def test_two_ranks_are_one_run_over_the_batches_of_both(ranks, calibrate_on):
+def test_ddp_run_equals_one_process_over_the_batches_of_both(ranks, calibrate_on):
     """By hand in one process: each step averages the gradients of both ranks' batches."""
     _, found = ranks
     items = sequences(2 * BATCH * STEPS)
@@ -70,7 +70,7 @@ def test_two_ranks_are_one_run_over_the_batches_of_both(ranks, calibrate_on):
         torch.testing.assert_close(result["state"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_ranks_equal_uninterrupted_ones(ranks):
+def test_ddp_drop_resumed_equals_uninterrupted(ranks):
     """Cut within the window: every rank goes on with its own sums."""
     folder, found = ranks
     for result in found["running"]:
@@ -82,7 +82,7 @@ def test_resumed_ranks_equal_uninterrupted_ones(ranks):
     assert len(written[0].splitlines()) > 1 + 2 * 12
 
 
-def test_two_ranks_write_every_file_once_and_whole(ranks):
+def test_ddp_ranks_write_every_file_once_and_whole(ranks):
     folder, found = ranks
     assert {path.name for path in (folder / "running" / "whole").iterdir()} == FILES
     assert len(dropped_sublayers(load_pretrained(folder / "running" / "whole" / "pruned"))) == 3

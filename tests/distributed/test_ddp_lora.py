@@ -22,7 +22,7 @@ def of_both(folder, name, resumed):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_both_ranks_hold_the_same_weights_and_adapters_that_learned(ranks, name):
+def test_ddp_lora_ranks_hold_equal_weights_and_trained_adapters(ranks, name):
     first, second = of_both(ranks, name, False)
     assert same(first["state"], second["state"])
     assert first["losses"] != second["losses"]  # they did see different data
@@ -33,7 +33,7 @@ def test_both_ranks_hold_the_same_weights_and_adapters_that_learned(ranks, name)
 
 
 @pytest.mark.parametrize("name", CONTINUED)
-def test_resumed_ranks_equal_uninterrupted_ones(ranks, name):
+def test_ddp_lora_resumed_equals_uninterrupted(ranks, name):
     for resumed, whole in zip(of_both(ranks, name, True), of_both(ranks, name, False), strict=True):
         assert resumed["losses"] == whole["losses"][CUT:]
         assert same(resumed["state"], whole["state"])

@@ -26,12 +26,12 @@ def fsdp2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REPLICATED)
-def test_two_replicas_are_one_run(ddp, name):
+def test_ddp_check_holds_on_two_ranks(ddp, name):
     REPLICATED[name](ddp)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_two_shards_are_one_run(fsdp2, name):
+def test_fsdp2_check_holds_on_two_ranks(fsdp2, name):
     SHARDED[name](fsdp2)
 
 
@@ -43,7 +43,7 @@ def test_two_shards_are_one_run(fsdp2, name):
         (SHARDS, 1),
     ],
 )
-def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path, place, dies):
+def test_dead_rank_ends_the_other_with_an_error(tmp_path, place, dies):
     killed, other, seconds = seconds_to_follow("tests.support.ranks.deaths", tmp_path, place, str(dies), dies=dies)
     assert killed == -9, said(tmp_path)
     assert other == 1, said(tmp_path)

@@ -71,19 +71,19 @@ def trainer_with(strategy, *callbacks):
 
 @pytest.mark.parametrize("name", CHANGING)
 @pytest.mark.parametrize("strategy", [Elsewhere, Zero, Flat])
-def test_a_strategy_that_keeps_the_weights_elsewhere_is_refused(name, strategy):
+def test_strategy_that_holds_the_weights_is_refused(name, strategy):
     callback = CHANGING[name]()
     with pytest.raises(StrategyError, match=rf"^{name}: .*{strategy.__name__}.* use ModelParallelStrategy \(FSDP2\)"):
         callback.setup(trainer_with(strategy()), Foreign(), "fit")
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_replicas_are_not(name):
+def test_ddp_is_accepted(name):
     CHANGING[name]().setup(trainer_with(Replicas()), Foreign(), "fit")
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_split_sublayers_are_refused(name):
+def test_tensor_parallelism_is_refused(name):
     with pytest.raises(StrategyError, match=rf"^{name}: .*tensor_parallel_size=2.*set tensor_parallel_size=1"):
         CHANGING[name]().setup(trainer_with(Shards(2)), Foreign(), "fit")
 
@@ -96,9 +96,9 @@ def test_split_sublayers_are_refused(name):
         lambda: SublayerDrop(2, count=1, objective="speed"),
     ],
 )
-def test_the_speed_of_shards_is_not_measured(callback):
+def test_speed_of_sharded_weights_is_refused(callback):
     own = callback()
-    with pytest.raises(StrategyError, match="gathering shards would be measured; leave it out"):
+    with pytest.raises(StrategyError, match=r"gathering shards would be measured\. Leave it out"):
         own.on_fit_start(trainer_with(Shards(), own), Foreign())
 
 
@@ -111,14 +111,14 @@ def loading(path, module, *optimizers):
     return strategy.load_checkpoint(path)
 
 
-def test_quantized_weights_are_not_loaded_into_shards(tmp_path):
+def test_quantized_checkpoint_is_refused_under_fsdp2(tmp_path):
     note = {"dropped": None, "quantized": {"mode": "nf4"}, "adapters": None}
     torch.save({"state_dict": {}, "layershed": note}, tmp_path / "quantized.ckpt")
     with pytest.raises(CheckpointError, match="quantized, and ModelParallelStrategy cannot shard"):
         loading(tmp_path / "quantized.ckpt", Foreign())
 
 
-def test_a_file_without_an_optimizers_state_is_not_resumed_from(tmp_path):
+def test_single_file_with_stateless_optimizer_is_refused_under_fsdp2(tmp_path):
     """Of which Lightning asks for the first."""
     module = Foreign()
     for name, state in (("none", {}), ("some", {0: {"step": 1.0}})):
@@ -151,7 +151,7 @@ def trained():
 
 
 @READS
-def test_a_folder_whose_replacement_was_cut_off_is_found(tmp_path):
+def test_fsdp2_finds_shards_whose_replacement_was_cut_off(tmp_path):
     module, found = trained(), Foreign()
     folder_of(tmp_path / ".last.ckpt.former", module)
     loading(tmp_path / "last.ckpt", found)
@@ -160,7 +160,7 @@ def test_a_folder_whose_replacement_was_cut_off_is_found(tmp_path):
 
 
 @READS
-def test_a_folder_with_more_than_the_module_holds_is_refused_unless_loading_is_not_strict(tmp_path):
+def test_shards_with_unknown_weights_are_refused_if_loading_is_strict(tmp_path):
     """Of which torch reads what it is asked for and says nothing."""
     folder_of(tmp_path / "last.ckpt", Foreign())
     small = Foreign(num_hidden_layers=2)
@@ -170,14 +170,14 @@ def test_a_folder_with_more_than_the_module_holds_is_refused_unless_loading_is_n
     loading(tmp_path / "last.ckpt", small)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_fsdp2_refuses_a_path_that_is_no_checkpoint(tmp_path):
     torch.save([1], tmp_path / "list.ckpt")
     for path in (tmp_path, tmp_path / "none.ckpt", tmp_path / "list.ckpt"):
         with pytest.raises(CheckpointError, match=r"neither a checkpoint file nor a folder of shards with a meta\.pt"):
             loading(path, Foreign())
 
 
-def test_resharded_parameters_are_those_of_the_optimizer(tmp_path):
+def test_reshard_restores_the_optimizers_parameters(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         module = pl.LightningModule()
@@ -201,7 +201,7 @@ def test_resharded_parameters_are_those_of_the_optimizer(tmp_path):
         lambda groups: NAdam(groups, lr=0.1, weight_decay=0.1),
     ],
 )
-def test_to_complete_a_state_moves_nothing_else(make):
+def test_complete_state_changes_nothing_else(make):
     first, second, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
     optimizer = make([{"params": [first, frozen]}, {"params": [second], "lr": 0.2}])
     first.grad = torch.ones(3)
@@ -221,7 +221,7 @@ def test_to_complete_a_state_moves_nothing_else(make):
     assert complete_state(optimizer) == []
 
 
-def test_groups_without_parameters_are_away_and_come_back():
+def test_empty_param_groups_are_hidden_and_restored():
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = AdamW([{"params": [p], "lr": rate} for p, rate in zip(parameters, (0.1, 0.2), strict=True)])
     optimizer.param_groups[0]["params"].clear()

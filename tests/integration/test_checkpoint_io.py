@@ -29,7 +29,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_torch_reads_as_what_it_was(tmp_path):
+def test_torch_reads_an_atomic_checkpoint_unchanged(tmp_path):
     path = tmp_path / "new" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert names(path.parent) == ["last.ckpt"]
@@ -45,7 +45,7 @@ def test_what_is_written_torch_reads_as_what_it_was(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640  # as any file that is opened
 
 
-def test_the_file_is_on_the_disk_before_it_has_the_name_and_the_name_before_it_is_done(tmp_path, monkeypatch):
+def test_atomic_checkpoint_syncs_the_file_before_the_rename_and_then_the_folder(tmp_path, monkeypatch):
     path, calls = write(tmp_path / "last.ckpt", {"state_dict": {}}), []
     fsync, replace = os.fsync, os.replace
 
@@ -70,7 +70,7 @@ def test_the_file_is_on_the_disk_before_it_has_the_name_and_the_name_before_it_i
     ]
 
 
-def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path):
+def test_full_disk_keeps_the_former_checkpoint_and_raises(tmp_path):
     """The kernel refuses: no file of this process may be longer than 8 KiB."""
     path = write(tmp_path / "last.ckpt", {"state_dict": {"old": torch.ones(3)}})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -86,13 +86,13 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path):
     assert torch.load(path)["state_dict"]["old"].sum() == 3
 
 
-def test_what_cannot_be_saved_raises_what_torch_raises_and_leaves_nothing(tmp_path):
+def test_unpicklable_checkpoint_raises_torchs_error_and_leaves_no_file(tmp_path):
     with pytest.raises(AttributeError, match="local object"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "hook": lambda: None}, tmp_path / "last.ckpt")
     assert names(tmp_path) == []
 
 
-def test_the_next_write_takes_the_place_of_what_a_killed_one_left(tmp_path):
+def test_next_write_replaces_the_partial_file_of_a_killed_one(tmp_path):
     (tmp_path / ".last.ckpt.partial").write_bytes(b"half of it")
     callback = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     assert callback._find_last_checkpoints(pl.Trainer(logger=False, callbacks=[callback])) == set()
@@ -112,7 +112,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("name", TORN)
-def test_a_torn_file_is_refused_and_the_newest_intact_one_beside_it_named(tmp_path, name):
+def test_torn_checkpoint_is_refused_and_the_newest_intact_file_named(tmp_path, name):
     tear, why = TORN[name]
     path = write(tmp_path / "last.ckpt")
     path.write_bytes(tear(path.read_bytes()))
@@ -132,7 +132,7 @@ def test_a_torn_file_is_refused_and_the_newest_intact_one_beside_it_named(tmp_pa
         )
 
 
-def test_torch_itself_would_load_a_file_with_a_hole(tmp_path):
+def test_torch_itself_loads_a_file_with_a_hole(tmp_path):
     """Why the checksums are looked at."""
     path = write(tmp_path / "last.ckpt")
     path.write_bytes(TORN["a hole in a tensor"][0](path.read_bytes()))
@@ -150,7 +150,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_strangers_pickle_is_not_run(tmp_path, zipped):
+def test_untrusted_pickle_is_not_run(tmp_path, zipped):
     path, trace = tmp_path / "last.ckpt", tmp_path / "trace"
     torch.save({**CONTENT, "trap": Trap(trace)}, path, _use_new_zipfile_serialization=zipped)
     for refuse in (AtomicCheckpointIO().load_checkpoint, check_checkpoint):
@@ -161,7 +161,7 @@ def test_a_strangers_pickle_is_not_run(tmp_path, zipped):
     assert trace.exists()  # there was something to fear
 
 
-def test_it_stands_in_for_lightnings_own_and_for_nothing_else():
+def test_atomic_checkpoint_io_replaces_only_lightnings_own():
     class Own(TorchCheckpointIO):
         pass
 
@@ -190,7 +190,7 @@ def checksums():
 
 
 @pytest.mark.parametrize("reader", [True, False])
-def test_the_file_says_whether_it_has_checksums_not_the_setting_of_who_reads_it(tmp_path, checksums, reader):
+def test_checksums_are_checked_by_the_file_not_by_the_readers_setting(tmp_path, checksums, reader):
     checksums(False)
     path = write(tmp_path / "without.ckpt")
     checksums(True)
@@ -209,7 +209,7 @@ def test_the_file_says_whether_it_has_checksums_not_the_setting_of_who_reads_it(
             check_checkpoint(path)
 
 
-def test_the_checksums_of_a_file_are_gone_through_once_until_it_changes(tmp_path, monkeypatch):
+def test_checksums_are_checked_once_until_the_file_changes(tmp_path, monkeypatch):
     counted, testzip = [], zipfile.ZipFile.testzip
     monkeypatch.setattr(
         zipfile.ZipFile, "testzip", lambda archive: counted.append(archive.filename) or testzip(archive)
@@ -225,7 +225,7 @@ def test_the_checksums_of_a_file_are_gone_through_once_until_it_changes(tmp_path
     assert counted == [str(path)] * 2
 
 
-def test_a_file_that_may_not_be_read_is_refused_in_one_sentence_and_taken_once_it_may(tmp_path, monkeypatch):
+def test_unreadable_checkpoint_is_refused_and_loads_once_permitted(tmp_path, monkeypatch):
     path, other = write(tmp_path / "last.ckpt"), write(tmp_path / "step=1.ckpt", age=3)
     check_checkpoint(path)  # what was found then does not speak for now
     really = Path.open
@@ -248,7 +248,7 @@ def test_a_file_that_may_not_be_read_is_refused_in_one_sentence_and_taken_once_i
     assert damage_of(path) is None
 
 
-def test_a_url_is_left_to_lightning_but_its_pickle_is_not_run(monkeypatch):
+def test_url_checkpoint_is_read_by_lightning_without_running_its_pickle(monkeypatch):
     seen = []
     monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *words: seen.append(words))
     AtomicCheckpointIO().load_checkpoint("memory://somewhere/last.ckpt")
@@ -257,6 +257,6 @@ def test_a_url_is_left_to_lightning_but_its_pickle_is_not_run(monkeypatch):
 
 
 @pytest.mark.parametrize("refuse", [AtomicCheckpointIO().load_checkpoint, check_checkpoint])
-def test_a_folder_of_shards_is_no_file(refuse, tmp_path):
+def test_folder_of_shards_is_refused_as_a_checkpoint_file(refuse, tmp_path):
     with pytest.raises(CheckpointError, match=r"it is a folder.* layershed\.load_checkpoint\("):
         refuse(tmp_path)

@@ -45,7 +45,7 @@ def shuffled(batches=6, seed=0, **kwargs):
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
 @pytest.mark.parametrize("calibrate_on", ["running", "train", "val"])
 @pytest.mark.parametrize("own_generator", [False, True])
-def test_measuring_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
+def test_calibration_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
     """A run that measures much and one that measures little train alike, with dropout and shuffling."""
 
     class DropThese(SublayerDrop):
@@ -78,7 +78,7 @@ def test_measuring_moves_neither_loaders_nor_random_state(make_trainer, calibrat
     assert same(states[0], states[1])
 
 
-def test_stateful_loader_keeps_its_position(make_trainer, text_data):
+def test_stateful_loader_keeps_its_position_in_calibration(make_trainer, text_data):
     """Our own data: calibrating on the training split in mid-epoch reads the data beside the loader."""
     states = []
     for name, how, batches in (("little", "running", 0), ("much", "train", 4)):
@@ -91,7 +91,7 @@ def test_stateful_loader_keeps_its_position(make_trainer, text_data):
 
 
 @pytest.mark.parametrize("kind", ["iterable", "list", "dict", "none", "no limit"])
-def test_any_shape_of_validation_loaders(make_trainer, kind):
+def test_validation_batches_take_any_shape_of_loaders(make_trainer, kind):
     """Quality is measured on the first loader, and left out where there is none."""
     loaders = {
         "iterable": DataLoader(Lengthless(), batch_size=2),
@@ -140,7 +140,7 @@ def tokens(batches):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_train_batches_come_in_order_from_the_start_whatever_the_shuffling(make_trainer, drop_last):
+def test_train_batches_come_in_order_despite_shuffling(make_trainer, drop_last):
     items = sequences(7)
     take = Take(lambda trainer: calibration_batches(trainer, "train"))
     train = DataLoader(items, batch_size=2, shuffle=True, drop_last=drop_last)
@@ -150,7 +150,7 @@ def test_train_batches_come_in_order_from_the_start_whatever_the_shuffling(make_
     assert torch.equal(tokens(take.taken), wanted[:6] if drop_last else wanted)
 
 
-def test_train_batches_of_a_loader_with_a_batch_sampler_of_its_own(make_trainer):
+def test_train_batches_keep_the_size_of_a_batch_sampler(make_trainer):
     """Such as Lightning makes of torchdata's loader on several ranks."""
 
     class Batches(BatchSampler):
@@ -163,7 +163,7 @@ def test_train_batches_of_a_loader_with_a_batch_sampler_of_its_own(make_trainer)
     assert torch.equal(tokens(take.taken), torch.stack([item["input_ids"] for item in items[:4]]))
 
 
-def test_train_batches_of_less_than_one_batch(make_trainer):
+def test_train_batches_smaller_than_the_batch_size_are_scored(make_trainer):
     """Three sequences and a batch size of four: the run trains on them, and so they are scored."""
     drop = SublayerDrop(2, count=1, calibrate_on="train", quality_batches=0)
     fit_foreign(make_trainer(drop, max_steps=4), train=DataLoader(sequences(3), batch_size=4))
@@ -186,6 +186,6 @@ def test_validation_batches_begin_anew_every_time(make_trainer):
     ],
     ids=["iterable", "batch sampler", "list"],
 )
-def test_train_data_that_cannot_be_read_twice_is_refused_before_training(make_trainer, train):
+def test_train_data_that_cannot_be_read_twice_is_refused_for_calibration(make_trainer, train):
     with pytest.raises(CalibrationError, match="map-style"):
         fit_foreign(make_trainer(SublayerDrop(2, count=1, calibrate_on="train"), max_steps=4), train=train)

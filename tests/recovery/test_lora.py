@@ -447,7 +447,7 @@ def test_adapters_of_somebody_else_are_refused(llama):
 
 
 def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
-    monkeypatch.setattr(adapter, "_ADAPTERS", {})
+    monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     with pytest.raises(RecoveryError, match="GPT is none; recover it by full training"):
         inject_lora(GPT())

@@ -10,7 +10,7 @@ from torch import nn
 from layershed.discovery.branch_kinds import Make, is_attention, is_zero
 from layershed.discovery.branches import Branch, LeftAlone, Tap, branches_of
 from layershed.discovery.recording import Tape
-from layershed.discovery.registry import adapter_of
+from layershed.discovery.registry import registered_adapter
 from layershed.discovery.residual_stream import BlockFlow, follow_block
 from layershed.discovery.verification import Trial, sift
 from layershed.errors import UnprovenStructureError
@@ -19,13 +19,13 @@ from layershed.stand_ins.stand_in import RemovedModule, StandIn
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What discovery found.
+    """The result of discovery.
 
     Args:
         branches: The sublayers in forward order.
-        left_alone: What else the blocks add to their stream, and why it cannot be dropped.
-        blocks: By index, the block and where it takes X; None where it is left alone as a
-            whole, or only a part of a module.
+        left_alone: Everything else that the blocks add to their stream, and why it cannot be dropped.
+        blocks: By index, the block and where it takes X; None for a block that is left alone as a whole, or that is
+            only a part of a module.
         plain: Indices of the blocks that compute X plus their sublayers' branches and nothing else.
         tokens_first: Whether X is of shape (tokens, batch, hidden), as XLNet's is.
         paths: Paths of all blocks, in the order in which they run.
@@ -39,7 +39,7 @@ class Anatomy:
     paths: tuple[str, ...] = ()
 
     def copy(self) -> Anatomy:
-        """The same with stand-ins of its own, as those may be changed, and without what the recording holds."""
+        """The same with new stand-ins, as those are mutable, and without references to the recording."""
 
         def own(stand_ins: tuple[tuple[str, StandIn], ...]) -> tuple[tuple[str, StandIn], ...]:
             return tuple((path, replace(stand_in, own={})) for path, stand_in in stand_ins)
@@ -49,7 +49,7 @@ class Anatomy:
 
 
 def take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None) -> tuple[Anatomy, bool]:
-    """What the blocks consist of, and whether a branch in them gave nothing but zeros."""
+    """The anatomy of a recorded model, and whether a branch in it gave nothing but zeros."""
     branches: list[Branch] = []
     left_alone: list[LeftAlone] = []
     blocks: list[Tap | None] = []
@@ -99,12 +99,12 @@ def _block_paths(transformer: nn.Module, tape: Tape) -> Iterator[str]:
     """Paths of the blocks: members of the outermost lists in which attention ran, in the order in which those ran."""
     attention = {i for i in range(len(tape.operations)) if is_attention(tape, i)}
     found: dict[str, int] = {}
-    adapter = adapter_of(transformer)
+    registered = registered_adapter(transformer)
     for path, module in transformer.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found) or len(module._modules) == 0:
             continue
-        if adapter is not None and adapter.blocks:
-            if path not in adapter.blocks:
+        if registered is not None and registered.blocks:
+            if path not in registered.blocks:
                 continue
         elif not isinstance(module, nn.ModuleList | nn.Sequential):
             continue

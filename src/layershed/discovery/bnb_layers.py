@@ -1,6 +1,6 @@
 """bitsandbytes' linear layers, made safe to train around, to checkpoint and to load strictly.
 
-Import it only where weights are quantized: it imports bitsandbytes, which takes time and has something to say.
+Import it only where weights are quantized: it imports bitsandbytes, which is slow and logs messages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from layershed.discovery.probe import probing
 class Linear4bit(bnb.nn.Linear4bit):
     """A 4-bit linear map whose weight stays as it was stored.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks a weight in place at the first forward pass in eval mode without
-    gradients; after that, gradients through it and its state dict are silently wrong. Here it never does.
+    On a CPU with AVX512-BF16, bitsandbytes repacks a weight in place at the first forward pass in eval mode without
+    gradients. After that, its gradients and its state dict are silently wrong. This class never repacks.
     """
 
     weight: Any
@@ -36,7 +36,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"
         parts = {name.removeprefix(f"{key}."): name for name in state_dict if name.startswith(f"{key}.")}
-        # bitsandbytes would call these unexpected, and, if that is tolerated, keep the old ones
+        # bitsandbytes would report these as unexpected, and keep the old ones if that is tolerated
         device = self.weight.device
         statistics = {part: state_dict.pop(name).to(device, copy=True) for part, name in parts.items()}
         if statistics and key in state_dict:
@@ -67,7 +67,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
 
 
 def secure(model: nn.Module) -> None:
-    """Make the stock layers of bitsandbytes in a model, as transformers puts them there, into those above."""
+    """Turn bitsandbytes' own layers, which transformers puts into a model, into the classes above."""
     module: Any
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
@@ -79,12 +79,12 @@ def secure(model: nn.Module) -> None:
 
 
 def _unpack(module: Linear4bit) -> None:
-    """Undo the repacking of a stock layer that has run already; its scales were rounded to bfloat16 by it."""
+    """Undo the repacking of a layer of bitsandbytes that has run. Its scales stay rounded to bfloat16."""
     state = module.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         return
     if not state.original_nested:
-        # bitsandbytes' own way back forgets that it had turned these
+        # bitsandbytes transposes these and its inverse does not transpose them back
         state.absmax = state.absmax.T.reshape(-1).float().contiguous()
     weight, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
     module.weight.data, module.weight.quant_state, module.quant_state = weight, state, state
@@ -104,7 +104,7 @@ def _plain(module: Linear4bit | Linear8bitLt, x: Tensor) -> Tensor:
 
 
 class _Once(logging.Filter):
-    """Lets a message through once: bitsandbytes says it for every layer at every forward pass."""
+    """Lets a message through once. bitsandbytes logs it for every layer at every forward pass."""
 
     said = False
 

@@ -1,4 +1,4 @@
-"""What a branch is: attention, cross-attention, MLP, or something else that is left alone."""
+"""The kind of a branch: attention, cross-attention, MLP, or another one, which is left alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def kind_of(
 def is_attention(tape: Tape, operation: int) -> bool:
     """Whether an operation weighs tokens by a softmax: a fused attention, or a softmax over products of activations.
 
-    The router of experts has a softmax, too, yet over a product with its weights.
+    A router of experts has a softmax over a product with its weights, so it is no attention.
     """
     done = tape.operations[operation]
     if "attention" in done.name or "attn" in done.name:
@@ -119,10 +119,13 @@ def _extra_arguments(flow: BlockFlow, branch: BranchFlow) -> set[Key]:
 def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     """Whether a branch treats every token by itself.
 
-    It is computed again from another X. With the first and the last token swapped, so must be its own, which leaves the
-    number of tokens of every expert as it was; and when those two are altered, the ones between must stay. On fake
-    tensors it is enough that none of its operations is known to mix tokens; whoever built the skeleton asks again once
-    it holds weights.
+    The branch is computed again from two other X:
+
+    - The first and the last token are swapped. Its output must be swapped, too. Every expert keeps its token count.
+    - The first and the last token are altered. Its output for the tokens between them must stay.
+
+    Fake tensors have no numbers. There, none of its operations may be known to mix tokens, and the question is asked
+    again once the model holds weights.
     """
     tape = flow.tape
     if is_symbolic(tape.tensors[branch.value]):
@@ -131,16 +134,16 @@ def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     try:
         before = _by_token(replay(tape, branch.value, stream))
         swapped = _by_token(replay(tape, branch.value, {value: _swapped(tensor) for value, tensor in stream.items()}))
-    except Exception:  # whatever it raises: it cannot be told
+    except Exception:  # unknown counts as no
         return False
     size = before.abs().max().item()
     if size == 0:  # a branch that starts at zero
         return not any(_may_mix(flow, branch, operation) for operation in branch.cone)
-    # what is computed of a token alone may round otherwise among other tokens of its expert
+    # rounding of a token may depend on the other tokens of its expert
     tolerance = max(2 * torch.finfo(before.dtype).eps, 1e-5) * size
     if before.shape[0] < _MIDDLE or not _near(_swapped(swapped[None])[0], before, tolerance):
         return False
-    # small changes, too: a large one may send a token to other experts, which recorded sizes do not know
+    # small changes, too: a large one may send a token to other experts, for which recorded sizes do not fit
     for share in (1.0, 0.3, 0.1, 0.01, 0.001):
         altered = {value: _with_other_ends(tensor, share) for value, tensor in stream.items()}
         try:
@@ -166,7 +169,7 @@ def _swapped(tensor: Tensor) -> Tensor:
 
 
 def _may_mix(flow: BlockFlow, branch: BranchFlow, operation: int) -> bool:
-    """Whether an operation could mix tokens: a convolution, say, or a product of two activations."""
+    """Whether an operation could mix tokens, such as a convolution or a product of two activations."""
     done = flow.tape.operations[operation]
     factors = [value for value in done.reads[-3:] if _is_activation(flow, branch, value)]
     return done.name in _MIXING or (done.name in ("bmm", "baddbmm") and len(factors) > 1)

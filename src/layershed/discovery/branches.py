@@ -34,7 +34,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Branch:
-    """A sublayer with what surgery and calibration need to know about it.
+    """A sublayer with the facts that surgery and importance need.
 
     Args:
         sublayer: The sublayer.
@@ -42,9 +42,9 @@ class Branch:
             another one.
         entry: Where X can be read.
         exit: Where its output can be read.
-        scale: Y = X + scale * b, with b what is read at the exit; None if Y itself is read there.
-        stand_ins: By module path, what its own modules do once it is dropped.
-        support: By module path, what norms and the like do once every sublayer that uses them is dropped.
+        scale: Y = X + scale * b, where b is read at the exit; None if Y itself is read there.
+        stand_ins: By module path, the stand-ins for its own modules.
+        support: By module path, the stand-ins for norms and the like, used once every sublayer that needs them is gone.
         parts: Its terms in the data flow.
         overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
     """
@@ -62,7 +62,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Something that a block adds to its stream, or a whole block, that is not for dropping.
+    """A whole block, or a part of one, that cannot be dropped.
 
     Args:
         path: Path of its module.
@@ -201,7 +201,7 @@ class _Block:
         return Unfit("no module takes its X")
 
     def _exit(self, parts: list[BranchFlow]) -> tuple[Tap, float | None] | Unfit:
-        """Where b can be read, behind its dropout if it has one; else where Y can."""
+        """Where b can be read, after its dropout if it has one; otherwise where Y can be read."""
         last = parts[-1]
         calls = self._called_once()
         if len(parts) == 1 and last.norm is None and last.scale is not None:

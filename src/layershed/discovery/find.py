@@ -18,7 +18,7 @@ from layershed.discovery.branches import LeftAlone
 from layershed.discovery.finite import refuse_not_finite
 from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
 from layershed.discovery.proofs import Proofs, has_new_numbers, numbers_of
-from layershed.discovery.registry import adapter_of
+from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule
@@ -35,21 +35,22 @@ def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublay
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        The sublayers; those that were removed are absent, and so is what :func:`find_left_alone` names. Blocks count
-        from 0 in forward order, an encoder's before its decoder's.
+        The sublayers, without those that were removed and without what :func:`find_left_alone` names. Blocks are
+        counted from 0 in forward order, an encoder's before its decoder's.
 
     Raises:
         NoSublayersFoundError: If there is no transformer, or none with attention blocks.
-        AmbiguousModelError: If there are several transformers and none is named.
-        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; names it. If the weights hold NaN or
-            infinite values, so that it cannot be told; names the parameter. Such as do not show in what a block gives,
-            like those of the head or of a query (which fused attention may pass over), are not found.
+        AmbiguousModelError: If the module holds several transformers and none is named.
+        UnprovenStructureError: If Y = X + f(norm(X)) does not hold for a block; the error names the block. If the
+            output of a block holds NaN or infinite values; the error names the parameter that holds them. Values that
+            reach no block's output are not noticed: those of the head, of unused embedding rows, or of a query that
+            fused attention skips.
     """
     return tuple(branch.sublayer for branch in dissect(model, name=name).branches)
 
 
 def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftAlone, ...]:
-    """What the blocks hold beside their sublayers, such as the state-space mixers of a hybrid, and why it stays.
+    """The parts of the blocks that cannot be dropped, such as the state-space mixers of a hybrid, with the reasons.
 
     Args:
         model: As of :func:`find_sublayers`.
@@ -64,8 +65,8 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks.
 
-    The proof is made once for each state of a model, as long as the model lives; whether its numbers are finite is
-    asked again once they are others.
+    The proof is made once for each state of a model and kept as long as the model lives. When numbers in the weights
+    have changed, one plain forward pass checks that they are finite.
     """
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
@@ -102,16 +103,16 @@ def secure_quantized(model: nn.Module) -> None:
 
 
 def refuse_strangers(transformer: nn.Module) -> None:
-    """Refuse a model that the modelling file of a standalone folder made, with stand-ins of its own.
+    """Refuse a model whose stand-ins come from the modelling file of a standalone folder.
 
     Raises:
-        UnprovenStructureError: If it is one.
+        UnprovenStructureError: If it is such a model.
     """
     for module in transformer.modules():
         if type(module).__name__ == RemovedModule.__name__ and not isinstance(module, RemovedModule):
             raise UnprovenStructureError(
-                f"{type(transformer).__name__} comes from a standalone folder, by that folder's own modelling file; "
-                "load it by layershed.load_pretrained to go on with it here."
+                f"{type(transformer).__name__} was loaded by the modelling file of a standalone folder, with stand-ins "
+                "of its own. Load it with layershed.load_pretrained."
             )
 
 
@@ -121,7 +122,7 @@ def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> s
         return f"{name} has no sublayer left: every one was removed."
     if left_alone:
         return f"{name} has no sublayer to drop; {left_alone[0].path}, for one: {left_alone[0].reason}."
-    return f"{name} has no list of blocks with attention in them, so there is nothing to drop."
+    return f"{name} has no list of blocks with attention in them, so nothing can be dropped."
 
 
 def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
@@ -135,7 +136,7 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
 
     Raises:
         NoSublayersFoundError: If it holds none, or none under that name.
-        AmbiguousModelError: If it holds several; names them.
+        AmbiguousModelError: If it holds several; the error names them.
     """
     if name is not None:
         model = _submodule(model, name)
@@ -145,13 +146,13 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
             found[path] = transformer
     if not found:
         raise NoSublayersFoundError(
-            f"{type(model).__name__} holds no Hugging Face transformer (a PreTrainedModel), nor a module whose class "
-            "has a SublayerAdapter (register_adapter)."
+            f"{type(model).__name__} holds no Hugging Face transformer (PreTrainedModel) and no module whose class has "
+            "a SublayerAdapter. Register one: layershed.register_adapter."
         )
     if len(found) > 1:
         raise AmbiguousModelError(
-            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Say which: name= in "
-            "the functions, transformer= in the callbacks."
+            f"{type(model).__name__} holds {len(found)} transformers: {', '.join(found)}. Name one: name= in the "
+            "functions, transformer= in the callbacks."
         )
     return next(iter(found.values()))
 
@@ -171,7 +172,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _outermost_transformers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, PreTrainedModel) or adapter_of(module) is not None:
+    if isinstance(module, PreTrainedModel) or registered_adapter(module) is not None:
         yield path, module
         return
     for child_name, child in module.named_children():

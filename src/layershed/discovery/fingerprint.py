@@ -1,8 +1,13 @@
-"""All that can change what a probe finds in a model, as one value that compares quickly.
+"""Everything that can change the result of a probe, as one value that compares quickly.
 
-Two fingerprints are equal only if the probe would see the same objects in the same state: modules, their plain
-attributes, hooks, forwards of their own, parameters and buffers by identity, shape, dtype and device, the config, and
-torch's own modes. Left out is what a probe does not see: gradients, and the numbers in the weights.
+Two fingerprints are equal only if the probe would see the same objects in the same state:
+
+- modules with their classes, plain attributes, hooks and forwards,
+- parameters and buffers by identity, shape, dtype and device; buffers that are single numbers by value,
+- the config, the registered SublayerAdapter and torch's modes.
+
+The fingerprint leaves out gradients and the numbers in the weights. A hook counts by identity, not by the state of
+the object that it belongs to.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from layershed.discovery.registry import adapter_of
+from layershed.discovery.registry import registered_adapter
 
 _DEPTH = 3  # objects inside objects further down count by identity alone
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...), range, torch.dtype, torch.device, torch.Size}
@@ -44,10 +49,10 @@ _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Objects count by their id, which is free again once an object is gone: then the fingerprint is worth nothing.
+    """The state of a model. It is void once one of its objects is freed, as another object may get the same id.
 
     Args:
-        key: What compares.
+        key: The value to compare.
         objects: Weak references to all objects whose ids are in the key.
     """
 
@@ -60,10 +65,10 @@ class Fingerprint:
 
 
 def fingerprint(transformer: nn.Module) -> Fingerprint | None:
-    """The fingerprint of a model as it is now; take it where a probe would run.
+    """The fingerprint of a model in its present state. Call it where a probe would run.
 
     Returns:
-        None where an answer may depend on something that has no fingerprint.
+        None if the result of a probe may depend on something that has no fingerprint.
     """
     if _len_torch_function_stack() or _len_torch_dispatch_stack():
         return None
@@ -73,7 +78,7 @@ def fingerprint(transformer: nn.Module) -> Fingerprint | None:
         walk.add(dict(ALL_ATTENTION_FUNCTIONS))
         walk.hooks(torch_module._global_forward_hooks.values())
         walk.hooks(torch_module._global_forward_pre_hooks.values())
-        walk.add(adapter_of(transformer))
+        walk.add(registered_adapter(transformer))
         walk.add(transformer)
     except _NoFingerprintError:
         return None
@@ -97,7 +102,7 @@ def _modes(devices: Iterable[str]) -> tuple[Any, ...]:
 
 
 class _NoFingerprintError(Exception):
-    """An object was met that cannot be told from a later one at the same address."""
+    """The model holds an object that cannot be told from a later one at the same address."""
 
 
 class _Walk:
@@ -132,7 +137,7 @@ class _Walk:
             self._object(value)
 
     def hooks(self, functions: Iterable[Any]) -> None:
-        """Functions by identity, whatever object they belong to; what a closure holds that is plain, by value, too."""
+        """Functions by identity, and the plain values in their closures by value."""
         for function in functions:
             self._identify(function)
             for cell in getattr(function, "__closure__", None) or ():

@@ -11,25 +11,33 @@ from layershed.errors import UnprovenStructureError
 
 
 def refuse_not_finite(transformer: nn.Module, streams: Iterable[Tensor]) -> None:
-    """Refuse numbers that compare with nothing: what was left alone, or was not, may be so for no other reason."""
+    """Refuse streams with NaN or infinite values: with them the trials of a proof have arbitrary results.
+
+    Args:
+        transformer: The model.
+        streams: What its blocks return.
+
+    Raises:
+        UnprovenStructureError: If a stream holds such values; names the first parameter that does.
+    """
     if all(is_symbolic(stream) or _is_finite(stream) for stream in streams):
         return
     weights = transformer.named_parameters()
     found = [name for name, weight in weights if weight.is_floating_point() and not _is_finite(weight)]
     if not found:
         raise UnprovenStructureError(
-            f"{type(transformer).__name__} gives NaN or infinite values, and its parameters hold none; load it in a "
-            "wider precision (bfloat16, float32), or look at its buffers."
+            f"{type(transformer).__name__} gives NaN or infinite values, though its parameters hold none. Load it in a "
+            "wider precision (bfloat16, float32), or check its buffers."
         )
     more = f" and {len(found) - 1} more" if found[1:] else ""
     raise UnprovenStructureError(
-        f"The weights of {type(transformer).__name__} hold NaN or infinite values, in {found[0]}{more}; load some that "
-        "are finite, such as a checkpoint from before its loss became NaN."
+        f"The weights of {type(transformer).__name__} hold NaN or infinite values, in {found[0]}{more}. Load finite "
+        "weights, such as a checkpoint from before the loss became NaN."
     )
 
 
 def _is_finite(values: Tensor) -> bool:
-    if str(values.dtype).startswith("torch.float4"):  # has no other numbers, and an older torch does not have it
+    if str(values.dtype).startswith("torch.float4"):  # all its values are finite; older torch lacks this dtype
         return True
-    # of 8 bits torch tells it only for some formats; bfloat16 has the range of all of them
+    # torch's isfinite takes only some 8-bit formats; bfloat16 has the range of all of them
     return bool((values.bfloat16() if values.dtype.itemsize == 1 else values).isfinite().all())

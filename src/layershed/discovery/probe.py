@@ -1,4 +1,4 @@
-"""The forward pass that discovery looks at."""
+"""The small forward pass that discovery records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from layershed.discovery.recording import Tape, recording
-from layershed.discovery.registry import adapter_of
+from layershed.discovery.registry import registered_adapter
 from layershed.errors import UnprovenStructureError
 from layershed.stand_ins.install import lifted
 
@@ -64,25 +64,25 @@ def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
 
 @contextmanager
 def _explained(transformer: nn.Module) -> Iterator[None]:
-    """Whatever a forward pass raises, as an error that says what to do."""
+    """Turns any exception of a forward pass into an error that says what to do."""
     try:
         yield
     except Exception as error:
         name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
         raise UnprovenStructureError(
             f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
-            f"{first_line.rstrip('.')}). If it takes other inputs, say which: layershed.register_adapter({name}, "
+            f"{first_line.rstrip('.')}). If it takes other inputs, register them: layershed.register_adapter({name}, "
             "layershed.SublayerAdapter(lambda model: {...}))."
         ) from error
 
 
 def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
-    """Which slot of the KV cache each module fills, and with how many tokens of the probe's, by path.
+    """By module path, the slot of the KV cache that the module fills, and the number of probe tokens it stores.
 
-    Asked in a forward pass of its own, with the cache that the model makes for itself.
+    Runs a separate forward pass with the cache that the model makes for itself.
 
     Returns:
-        Empty for a model that makes none; None if the pass failed.
+        Empty for a model without a cache; None if the pass failed.
     """
     if "past_key_values" not in signature(transformer.forward).parameters:
         return {}
@@ -93,13 +93,13 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
         try:
             _forward(transformer, use_cache=True)
-        except Exception:  # whatever it raises: it does without a cache
+        except Exception:  # the model may not support a cache
             return None
     return watch.slots
 
 
 def filled_cache(transformer: nn.Module) -> Any:
-    """The KV cache as the model makes it for itself, filled with the few tokens of a probe.
+    """The KV cache that the model makes for itself, filled with the tokens of a probe.
 
     Raises:
         UnprovenStructureError: If the forward pass fails.
@@ -132,14 +132,14 @@ class _CacheWatch:
 
 
 def probing() -> bool:
-    """Whether the running forward pass is a probe, which nobody should measure."""
+    """Whether the running forward pass is a probe, which no measurement may count."""
     return _PROBING.get()
 
 
 @contextmanager
 def quietly(transformer: nn.Module) -> Iterator[None]:
-    """Within the context a forward pass is a probe: dense, eager, in eval mode, and nothing of it remains."""
-    # operations are not taken apart, and so not recorded as such, in inference mode
+    """Within the context a forward pass is a probe: dense, eager and in eval mode. It leaves no trace in the model."""
+    # in inference mode torch does not break operations down into those that the tape knows
     with (
         _marked(),
         torch.inference_mode(False),
@@ -163,7 +163,7 @@ def _marked() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; afterwards every module is back in the mode that it had itself."""
+    """Eval mode within the context; afterwards every module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -174,7 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Keeps compiled modules from running their compiled code, in which no module is called."""
+    """Makes compiled modules run eagerly, because compiled code calls no module."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -182,7 +182,7 @@ def eager(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the context FSDP2 keeps its weights together, which it else frees behind what a probe has recorded."""
+    """Within the context FSDP2 keeps its weights gathered; it would free tensors that the tape holds."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
     before = [None if group is None else group.post_forward_mesh_info for group in groups]
@@ -203,7 +203,7 @@ def _forward(transformer: nn.Module, **more: Any) -> Any:
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
         return transformer(**{**inputs, **more})
-    # bfloat16, which grouped matrix products of expert layers insist on without real data
+    # without real data, grouped matrix products of expert layers require bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
@@ -218,9 +218,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def example_inputs(transformer: nn.Module) -> Mapping[str, Any]:
     """Arguments of a small forward pass: a sequence of four tokens, an image or a stretch of sound."""
-    adapter = adapter_of(transformer)
-    if adapter is not None:
-        return adapter.inputs(transformer)
+    registered = registered_adapter(transformer)
+    if registered is not None:
+        return registered.inputs(transformer)
     assert isinstance(transformer, PreTrainedModel)
     known = signature(transformer.forward).parameters
     config, text = transformer.config, transformer.config.get_text_config()

@@ -1,6 +1,6 @@
-"""What was proven of a model stays known until something changes that a proof depends on.
+"""Remembers the proof of a model until something changes that the proof depends on.
 
-Kept outside the models, so that their copies, their pickles and their attributes know nothing of it.
+The memory is kept outside the models, so that copies, pickles and attributes of a model are not affected.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Proof(Generic[T]):
     """A proven answer.
 
     Args:
-        answer: What was found out.
-        state: The state of the model in which it was.
-        numbers: Which numbers its tensors held when they were last seen to be finite, or None if that cannot be told.
-        of_zeros: Whether a branch gave nothing but zeros, so that with other numbers the answer may be another one.
+        answer: The result.
+        state: The state of the model at that time.
+        numbers: The numbers of its tensors when they were last checked to be finite, or None if unknown.
+        of_zeros: Whether a branch gave nothing but zeros. Then the answer may change with the numbers.
     """
 
     answer: T
@@ -48,13 +48,13 @@ class Proofs(Generic[T]):
         self._known: WeakKeyDictionary[nn.Module, OrderedDict[tuple[object, ...], Proof[T]]] = WeakKeyDictionary()
 
     def find(self, transformer: nn.Module) -> tuple[Proof[T] | None, Callable[[T, bool], None]]:
-        """The proof for a model as it is now, and the way to leave one if there is none.
+        """The proof for a model in its present state, and a function that stores one.
 
         Args:
             transformer: The model, in the state in which a probe runs.
 
         Returns:
-            The proof or None, and a function that takes the answer and whether a branch gave nothing but zeros.
+            The proof or None. The function takes the answer, and whether a branch gave nothing but zeros.
         """
         state = fingerprint(transformer)
         if state is None:
@@ -81,14 +81,15 @@ class Proofs(Generic[T]):
 
 
 def has_new_numbers(transformer: nn.Module, proof: Proof[T]) -> bool:
-    """Whether a model may hold other numbers than those that were last seen to be finite."""
+    """Whether a model may hold other numbers than those that were last checked to be finite."""
     return proof.numbers is None or proof.numbers != numbers_of(transformer)
 
 
 def numbers_of(transformer: nn.Module) -> Numbers | None:
-    """What changes whenever torch writes into a parameter or a buffer, or None if there may be no such sign.
+    """A value that changes whenever torch writes into a parameter or a buffer, or None if there is none.
 
-    Sharded weights have none: after each gathering they stand elsewhere, and ranks must not come to differ.
+    Sharded weights have none: each gathering moves them, and all ranks must take the same path. Writes through
+    ``tensor.data`` or raw pointers are not seen.
     """
     if any(isinstance(module, FSDPModule) for module in transformer.modules()):
         return None

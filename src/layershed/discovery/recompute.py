@@ -1,4 +1,4 @@
-"""Computing a part of a recorded forward pass again, with other values: what would have been."""
+"""Repeats a part of a recorded forward pass with other values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from layershed.discovery.recording import Operation, Tape, Value
 
 
 def replay(tape: Tape, target: int, values: Mapping[int, Tensor]) -> Tensor:
-    """A recorded value, as it would have been if others had been different.
+    """A recorded value, computed again from other values.
 
     Args:
         tape: The recording.
         target: The value to compute again.
-        values: What to take in the place of recorded values.
+        values: Tensors that replace recorded values.
 
     Returns:
         The new tensor of the target.

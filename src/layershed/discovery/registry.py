@@ -1,4 +1,4 @@
-"""How a transformer that is not from Hugging Face says the little that cannot be seen: what to feed it."""
+"""Registered SublayerAdapters: the inputs of transformers that are not from Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from layershed.errors import AdapterError
 
 @dataclass(frozen=True)
 class SublayerAdapter:
-    """What discovery needs to know of a module class that is not a Hugging Face model.
+    """The inputs of a module class that is not a Hugging Face model.
 
-    Its sublayers are found, and their residual identity is proven, as those of any other model: from one forward pass.
+    Its sublayers are found and proven from one forward pass, as those of any other model.
 
     Args:
-        inputs: Given a model, the keyword arguments of a small forward pass: one sequence of four tokens, say.
-        blocks: Paths of the lists that hold its blocks; empty to look for them.
+        inputs: A function of the model that returns the keyword arguments of a small forward pass, such as one
+            sequence of four tokens.
+        blocks: Paths of the lists that hold its blocks; empty to search for them.
 
     Example:
         >>> class GPT(nn.Module): ...
@@ -30,24 +31,28 @@ class SublayerAdapter:
     blocks: tuple[str, ...] = ()
 
 
-_ADAPTERS: dict[type[nn.Module], SublayerAdapter] = {}
+_REGISTERED: dict[type[nn.Module], SublayerAdapter] = {}
 
 
 def register_adapter(module_class: type[nn.Module], adapter: SublayerAdapter) -> None:
-    """Let layershed see instances of a class, and of its subclasses, as transformers; the last adapter counts.
+    """Make layershed treat instances of a class and of its subclasses as transformers.
+
+    A later call for the same class replaces the SublayerAdapter.
 
     Args:
         module_class: The class of the whole transformer, not of a block.
-        adapter: What there is to say about it.
+        adapter: Its SublayerAdapter.
 
     Raises:
-        AdapterError: If that is no class of modules.
+        AdapterError: If ``module_class`` is not a subclass of ``nn.Module``.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
-        raise AdapterError(f"register_adapter({module_class!r}): give the class of the model, a subclass of nn.Module.")
-    _ADAPTERS[module_class] = adapter
+        raise AdapterError(
+            f"register_adapter({module_class!r}): not a subclass of nn.Module. Give the class of the model."
+        )
+    _REGISTERED[module_class] = adapter
 
 
-def adapter_of(module: nn.Module) -> SublayerAdapter | None:
-    """The adapter registered for a module's class, or for the nearest of its bases."""
-    return next((_ADAPTERS[base] for base in type(module).__mro__ if base in _ADAPTERS), None)
+def registered_adapter(module: nn.Module) -> SublayerAdapter | None:
+    """The SublayerAdapter registered for a module's class, or for the nearest of its bases."""
+    return next((_REGISTERED[base] for base in type(module).__mro__ if base in _REGISTERED), None)

@@ -1,8 +1,8 @@
-"""The residual stream of a block, read off a tape: which branches are added to it, where each reads it, what it costs.
+"""The residual stream of a block, read off a tape: the branches added to it, and where each of them reads it.
 
-A block's output is followed back through additions, scalings and changes of shape, all of them linear, to the block's
-input. What else comes in on the way are the branches: ``Y = X + b1 + b2 + ...``. Where a norm stands in the stream
-itself (post-LN) the way goes on behind it.
+A block's output is followed back to its input, through additions, scalings and changes of shape, which are linear.
+Everything else that is added on the way is a branch: ``Y = X + b1 + b2 + ...``. Where a norm stands in the stream
+(post-LN), the search goes on at the norm's input.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class BranchFlow:
         value: The term b.
         scale: What it is multiplied by before it joins, relative to the stream, or None if that is a tensor.
         before: Where in the stream it reads X.
-        after: The stream's value once it has joined, behind its own norm if there is one (post-LN).
+        after: The stream's value once it has joined, after its own norm if there is one (post-LN).
         join: The addition by which it joins.
         cone: The operations that compute it from X.
-        norm: The norm that stands in the stream right behind it, or None.
+        norm: The norm in the stream right after it, or None.
     """
 
     value: int
@@ -158,9 +158,7 @@ class _Follower:
                 todo += missing
                 continue
             todo.pop()
-            self._bases[current] = frozenset(leaf for part in parts for leaf in self._bases[part]) or frozenset(
-                {current}
-            )
+            self._bases[current] = frozenset[int]().union(*map(self._bases.__getitem__, parts)) or frozenset({current})
         return self._bases[value]
 
     def _base(self, value: int) -> int:
@@ -284,8 +282,8 @@ class _Follower:
 
     def _unproven(self, reason: str) -> UnprovenStructureError:
         return UnprovenStructureError(
-            f"{self.call.path}: Y = X + f(norm(X)) does not hold ({reason}); dropping a part of it could silently "
-            "change the model."
+            f"{self.call.path}: Y = X + f(norm(X)) does not hold ({reason}). Dropping a part of this block could "
+            "silently change the model."
         )
 
 

@@ -1,4 +1,4 @@
-"""Lightning's CheckpointIO, with checkpoints written whole or not at all."""
+"""A CheckpointIO for Lightning that writes each checkpoint whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from layershed.integration.lightning_private import replace_wrapped_checkpoint_i
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own checkpoint files, for runs that may be killed at any moment.
+    """Writes Lightning's checkpoint files safely in runs that may be killed at any moment.
 
-    - A local file is written beside the one that it replaces, synced to the disk, and renamed. Until then the former
+    - A local file is written beside the file that it replaces, synced to the disk, and renamed. Until then the former
       file stays. Lightning's own writer uses a temporary folder, which may be on another disk, and does not sync.
     - A torn file is refused with an error that names the newest intact file beside it.
-    - Anything remote is left to Lightning.
+    - Lightning itself reads and writes remote files.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; when that fails, the former one stays and nothing else.
+        """Write a checkpoint; if that fails, the former one stays and no partial file is left.
 
         Raises:
-            CheckpointError: If the disk is full, or nothing can be written to the folder.
+            CheckpointError: If the disk is full or the folder is not writable.
         """
         target = local_path(path)
         if target is None or storage_options is not None:
@@ -57,12 +57,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             path: Its path or URL.
-            map_location: Where the tensors go, as of ``torch.load``.
-            weights_only: False runs whatever the file's pickle asks for: only for files of people you trust.
+            map_location: Where the tensors go, as in ``torch.load``.
+            weights_only: False executes the file's pickle: use it only for files that you trust.
 
         Raises:
-            CheckpointError: If it is torn, a folder, or holds what only ``weights_only=False`` would load.
-            FileNotFoundError: If there is none.
+            CheckpointError: If the file is torn or a folder, or needs ``weights_only=False`` to load.
+            FileNotFoundError: If the file does not exist.
         """
         weights_only = weights_only is not False  # also for a URL, where Lightning's default would run the pickle
         target = local_path(path)
@@ -75,10 +75,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(strategy: Any) -> None:
-    """Put :class:`AtomicCheckpointIO` in place of Lightning's own, also inside a plugin that wraps it.
+    """Replace Lightning's own CheckpointIO by :class:`AtomicCheckpointIO`, also inside a plugin that wraps it.
 
     Args:
-        strategy: A Trainer's strategy. One that writes its checkpoints in a way of its own is left alone.
+        strategy: A Trainer's strategy. A strategy with its own way to write checkpoints stays as it is.
     """
     try:
         current = strategy.checkpoint_io

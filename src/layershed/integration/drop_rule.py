@@ -1,4 +1,4 @@
-"""What SublayerDrop drops at a step: so many sublayers, such a share, or as many as a measured speedup takes."""
+"""The rule by which SublayerDrop chooses: a count, a ratio, or as many as a measured speedup needs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from layershed.planning.selection import Objective, equal_scores, protected_subl
 
 @dataclass(frozen=True)
 class DropRule:
-    """How many go, and in which order. Arguments are those of SublayerDrop.
+    """How many sublayers to drop, and in which order. The arguments are those of SublayerDrop.
 
     Raises:
-        LayershedError: If they have no meaning.
+        LayershedError: If the arguments are invalid.
     """
 
     schedule: DropSchedule
@@ -46,13 +46,13 @@ class DropRule:
         )
         if self.ratio is not None and self.schedule.rounds > 1:
             raise SelectionError(
-                f"ratio={self.ratio}, rounds={self.schedule.rounds}: an iterative schedule takes count, per round, or "
-                "target_speedup."
+                f"ratio={self.ratio}, rounds={self.schedule.rounds}: an iterative schedule takes count (per round) or "
+                "target_speedup. Set one of these instead of ratio, or leave rounds out."
             )
 
     @property
     def measures_speed(self) -> bool:
-        """Whether the clock has a say."""
+        """Whether the rule depends on measured time."""
         return self.target_speedup is not None or self.objective == "speed"
 
     def check(self, pl_module: LightningModule, protect: Collection[Sublayer | int]) -> None:
@@ -68,8 +68,8 @@ class DropRule:
             select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=protect)
         elif not rank_sublayers(equal, self.scope, protect=protect):
             raise SelectionError(
-                f"target_speedup={self.target_speedup}, scope={self.scope!r}: it has no sublayers, or all "
-                "are protected, so that none may be dropped."
+                f"target_speedup={self.target_speedup}, scope={self.scope!r}: the model has no sublayers of "
+                "this scope, or all are protected. Set another scope, or protect fewer blocks."
             )
         if self.measures_speed:
             self.speed.check(find_transformer(pl_module, name=self.transformer))
@@ -77,7 +77,7 @@ class DropRule:
     def check_reachable(
         self, trainer: Trainer, pl_module: LightningModule, protect: Collection[Sublayer | int]
     ) -> None:
-        """Refuse, before training, a target that not even all candidates together give; rank 0's clock decides.
+        """Refuse, before training, a target that dropping all candidates does not reach; rank 0's clock decides.
 
         Raises:
             SpeedupError: If it is out of reach.
@@ -104,14 +104,14 @@ class DropRule:
         scores: ImportanceScores,
         protect: Collection[Sublayer | int],
     ) -> tuple[DropPlan, float | None]:
-        """What goes now, the same on every rank, and the speedup that was measured with it, if there is a target.
+        """The drop of this step, the same on every rank; with a target, also its measured speedup, else None.
 
-        Every round of an iterative schedule goes an equal part of the way to the target.
+        Every round of an iterative schedule covers an equal part of the way to the target.
 
         Raises:
-            SpeedupError: If the target is not reached, whatever goes.
+            SpeedupError: If dropping every candidate does not reach the target.
         """
-        # every rank has the same scores; rank 0's count all the same, as a last bit may differ between machines
+        # all ranks have the same scores, but a last bit may differ between machines: use rank 0's
         scores = trainer.strategy.broadcast(scores)
         if self.target_speedup is None:
             latency = self._latency(trainer, pl_module) if self.objective == "speed" else None
@@ -151,5 +151,5 @@ class DropRule:
 def resolve_protected(
     pl_module: LightningModule, protect: Collection[Sublayer | int], transformer: str | None
 ) -> tuple[Sublayer, ...]:
-    """What ``protect`` means on the whole model: a negative index must not wander as the last blocks go."""
+    """The sublayers of ``protect`` in the whole model: a negative index must not shift when blocks are dropped."""
     return tuple(protected_sublayers(find_sublayers(pl_module, name=transformer), protect))

@@ -1,8 +1,9 @@
-"""How FSDP2 (ModelParallelStrategy) writes and reads the checkpoints of a model that changes while it trains.
+"""How FSDP2 (ModelParallelStrategy) writes and reads the checkpoints of a model that changes during training.
 
-It reads weights and optimizer states in one go, once the optimizers are there and before any callback has its state. By
-then the model must have the checkpoint's structure, and the optimizers its parameters. It skips keys that it does not
-know, and so would evaluate the dense model: the weights of dropped sublayers therefore have other names.
+- Lightning reads weights and optimizer states together, after the optimizers are built and before any callback has its
+  state. By then the model must have the checkpoint's structure, and the optimizers its parameters.
+- Lightning skips unknown keys and would evaluate the dense model. The weights of dropped sublayers therefore have other
+  names.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ _UNSTARTED_KEY = "layershed_unstarted"
 
 
 class ShardedCheckpoints:
-    """Three methods in place of the strategy's own, for as long as a Trainer runs.
+    """Replaces three methods of the strategy while a Trainer runs.
 
     Args:
         trainer: The Trainer, whose strategy is ModelParallelStrategy.
-        pl_module: The module that is to change.
+        pl_module: The module that will change.
         transformer: Path of the transformer in it.
     """
 
@@ -55,14 +56,14 @@ class ShardedCheckpoints:
         self._unstarted: list[list[str]] = []
 
     def install(self) -> None:
-        """Put them in place, on this one strategy; :func:`give_back_strategy` undoes it."""
-        give_back_strategy(self.trainer)  # another callback may have put its own there
+        """Replace the methods on this one strategy; :func:`give_back_strategy` undoes it."""
+        give_back_strategy(self.trainer)  # another callback may have replaced them
         own = {"load_checkpoint": self.load, "optimizer_state": self.optimizer_state, "save_checkpoint": self.save}
         self.replaced = {name: vars(self.strategy)[name] for name in own if name in vars(self.strategy)}
         vars(self.strategy).update(own)
 
     def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Look at what is dropped before a weight is read."""
+        """Give the model the checkpoint's structure, then load the weights and the optimizer states."""
         trainer, strategy = self.trainer, self.strategy
         path = Path(strategy.broadcast(checkpoint_path))
         if trainer.is_global_zero:
@@ -75,12 +76,12 @@ class ShardedCheckpoints:
         if trainer.optimizers and not all(own["state"] for own in noted.get("optimizer_states", ())):
             raise CheckpointError(
                 f"ckpt_path={str(path)!r}: an optimizer without a state, such as SGD without momentum, cannot be "
-                "resumed from a single file under ModelParallelStrategy; give it momentum, or write folders "
+                "resumed from a single file under ModelParallelStrategy. Give it momentum, or write folders "
                 "(save_distributed_checkpoint=True)."
             )
         apply_structure(noted, self.pl_module, name=self.transformer)
         forget_parameters(trainer.optimizers, transformer)
-        # off again where LoRARecovery says that it had not begun; of the weights alone nobody says so
+        # LoRARecovery switches them off again if it had not begun; a checkpoint of weights alone does not say
         set_enabled(transformer, True)
         states = noted.get("callbacks", {})
         for callback in callbacks_of(trainer):
@@ -99,10 +100,10 @@ class ShardedCheckpoints:
         return content
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """A state of which everything can be read back."""
+        """An optimizer state that loads completely."""
         raw: Optimizer = raw_optimizer(optimizer)
         reshard(self.pl_module)
-        # shards are found by the number of their group; a whole state is found by names, and others read it, too
+        # shards are found by group number; a whole state is found by names, also by other readers
         groups = [raw] if saves_shards(self.strategy) else []
         completed = complete_state(raw)
         try:
@@ -116,7 +117,7 @@ class ShardedCheckpoints:
         return state
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Note which parameters had no state, and write a folder of shards whole or not at all."""
+        """Note the parameters without a state, and write a folder of shards whole or not at all."""
         if "optimizer_states" in checkpoint:
             checkpoint[_UNSTARTED_KEY], self._unstarted = self._unstarted, []
         strategy = self.strategy
@@ -129,7 +130,7 @@ class ShardedCheckpoints:
             write(strategy, checkpoint, beside, storage_options)
 
     def _load_shards(self, path: Path) -> None:
-        """As Lightning does it, but that nothing in the folder is executed."""
+        """As Lightning does it, but without executing anything in the folder."""
         model = self.strategy.model
         weights, strict = get_model_state_dict(model), self.pl_module.strict_loading
         read_sharded_weights(path, weights, strict=strict)
@@ -142,7 +143,7 @@ class ShardedCheckpoints:
 
 
 def give_back_strategy(trainer: Trainer) -> None:
-    """Give the strategy its own methods back."""
+    """Restore the strategy's own methods."""
     own = vars(trainer.strategy)
     for name, value in list(own.items()):
         owner = getattr(value, "__self__", None)
@@ -152,9 +153,9 @@ def give_back_strategy(trainer: Trainer) -> None:
 
 
 def withhold_weights(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
-    """In a checkpoint of FSDP2, give the weights of dropped sublayers names that a dense model does not have.
+    """Rename the weights of dropped sublayers in an FSDP2 checkpoint to names that a dense model does not have.
 
-    The module's own checkpoint hook does it, so that it holds for a checkpoint saved after the run, too.
+    The module's own checkpoint hook calls it, so it also applies to a checkpoint saved after the run.
     """
     weights = checkpoint.get("state_dict")
     trainer = trainer_of(pl_module)
@@ -172,9 +173,9 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def reshard(pl_module: LightningModule) -> None:
-    """Have the module's parameters be those that the optimizers hold.
+    """Make the module's parameters the objects that the optimizers hold.
 
-    After a forward pass without a backward one, FSDP2 leaves other objects in their places: the gathered weights.
+    After a forward pass without a backward pass, FSDP2 leaves the gathered weights in their places.
     """
     for module in pl_module.modules():
         if isinstance(module, FSDPModule):
@@ -182,7 +183,7 @@ def reshard(pl_module: LightningModule) -> None:
 
 
 def _read_notes(path: Path, weights_only: bool | None) -> Mapping[str, Any]:
-    """A checkpoint without its weights; of a single file they are mapped, not read."""
+    """A checkpoint without its weights; those of a single file are mapped, not read."""
     content: Any = None
     if (path / NOTES_FILE).is_file() or (path / INDEX_FILE).is_file():
         content = read_notes(path, weights_only=weights_only)
@@ -196,18 +197,19 @@ def _read_notes(path: Path, weights_only: bool | None) -> Mapping[str, Any]:
 
 
 def _check_loadable(noted: Mapping[str, Any], transformer: Any) -> None:
-    """Refuse what would have to be put in, or taken out, now that the weights are sharded."""
+    """Refuse a checkpoint whose structure the model cannot take once its weights are sharded."""
     structure = noted.get(CHECKPOINT_KEY) or {}
     if structure.get("quantized"):
         raise CheckpointError(
-            "The checkpoint's weights are quantized, and ModelParallelStrategy cannot shard such; load it in one "
+            "The checkpoint's weights are quantized, and ModelParallelStrategy cannot shard them. Load it in one "
             "process."
         )
     found, present = structure.get("adapters"), lora_settings(transformer)
     if found == present:
         return
     raise CheckpointError(
-        f"The checkpoint {'has no' if found is None else 'has recovery'} adapters and this run "
-        f"{'has none' if present is None else 'has some'} of their settings; under ModelParallelStrategy they cannot "
-        "change once the weights are sharded: list the LoRARecovery that the interrupted run had, or none."
+        f"The checkpoint {'has no adapters' if found is None else 'has recovery adapters'}, and this run "
+        f"{'has none' if present is None else 'has adapters of other settings'}. Under ModelParallelStrategy adapters "
+        "cannot change once the weights are sharded. List the LoRARecovery of the interrupted run, or none if it had "
+        "none."
     )

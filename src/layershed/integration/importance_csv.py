@@ -1,6 +1,7 @@
-"""importance.csv: appended to and never held; a checkpoint notes how far it went, and a resumed run goes on from there.
+"""importance.csv: rows are appended and not kept in memory.
 
-Rows that were written after the checkpoint belong to steps that the resumed run takes anew, and are dropped.
+A checkpoint notes the file's length, and a resumed run continues from there. Later rows are deleted, because the
+resumed run takes their steps again.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ _LONGEST_ROW = 1 << 16
 
 
 def begin(path: Path) -> None:
-    """Write the header, over whatever is there."""
+    """Write the header; an existing file is overwritten."""
     with explained(path):
         path.write_bytes(HEADER)
 
 
 def append(path: Path, rows: Iterable[str]) -> None:
-    """Write rows behind those that are there; all of them, or none."""
+    """Append rows, all of them or none."""
     before = path.stat().st_size if path.exists() else None
     with explained(path):
         try:
@@ -40,7 +41,7 @@ def append(path: Path, rows: Iterable[str]) -> None:
 
 
 def note(path: Path) -> dict[str, Any]:
-    """Where the file is, how long, and its last row, as primitives for a checkpoint; on the disk before that is."""
+    """The file's path, length and last row, as primitives for a checkpoint; the file is synced to the disk first."""
     if not path.exists():
         begin(path)
     with path.open("rb+") as file:
@@ -52,15 +53,15 @@ def note(path: Path) -> dict[str, Any]:
 
 
 def take_up(noted: dict[str, Any], path: Path, checkpoint: str | os.PathLike[str] | None) -> bool:
-    """Make a file what it was when the checkpoint was written, from that file itself or from the one that is noted.
+    """Restore the file to its content at the checkpoint, from itself or from the noted file.
 
     Args:
-        noted: What :func:`note` gave.
+        noted: The result of :func:`note`.
         path: The file of this run.
-        checkpoint: Where the checkpoint is; if it was moved with its run directory, the file is in that.
+        checkpoint: Path of the checkpoint; if it was moved with its run directory, the file is searched there.
 
     Returns:
-        Whether the file was found, and holds what it held then.
+        Whether a file with the noted content was found.
     """
     for source in _places(noted, checkpoint):
         try:
@@ -69,7 +70,7 @@ def take_up(noted: dict[str, Any], path: Path, checkpoint: str | os.PathLike[str
                     continue
                 if path.exists() and os.path.samefile(source, path):
                     os.truncate(path, noted["bytes"])
-                    os.utime(path)  # it belongs to this run, also if no row was to be dropped
+                    os.utime(path)  # marks it as this run's file, even if no row was deleted
                 else:
                     _copy(file, path, noted["bytes"])
                 return True
@@ -79,7 +80,7 @@ def take_up(noted: dict[str, Any], path: Path, checkpoint: str | os.PathLike[str
 
 
 def _places(noted: dict[str, Any], checkpoint: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where the file may be; a checkpoint from a stranger cannot name one that is called otherwise."""
+    """Where the file may be; an untrusted checkpoint cannot name a file of another name."""
     if Path(noted["file"]).name == IMPORTANCE_FILE:
         yield Path(noted["file"])
     if checkpoint is not None:
@@ -87,7 +88,7 @@ def _places(noted: dict[str, Any], checkpoint: str | os.PathLike[str] | None) ->
 
 
 def _holds(file: BinaryIO, noted: dict[str, Any]) -> bool:
-    """Whether a file begins with what was there when it was noted, by its header, its length and the last row."""
+    """Whether a file begins with the noted content, judged by its header, its length and the last noted row."""
     size, last = noted["bytes"], noted["last"].encode()
     if file.read(len(HEADER)) != HEADER or file.seek(0, os.SEEK_END) < size or len(last) > size:
         return False

@@ -1,4 +1,4 @@
-"""Batches for calibration and quality, without touching the loaders that training draws from."""
+"""Batches for calibration and quality, without moving the loaders of the training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from layershed.integration.rng import own_generators
 
 
 def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
-    """Batches of the train or val split, from its start, in order; each rank its own share.
+    """Batches of the train or val split, from its start, in order; each rank gets its own share.
 
     Raises:
-        CalibrationError: If there is no such loader, or the train loader's data cannot be read a second time.
+        CalibrationError: If the loader is missing, or the train loader's data cannot be read a second time.
     """
     if split == "val":
         batches = validation_batches(trainer)
         if batches is None:
-            raise CalibrationError("calibrate_on='val': the run has no validation data; use 'running' or 'train'.")
+            raise CalibrationError("calibrate_on='val': the run has no validation data. Use 'running' or 'train'.")
         return batches
     set_up_train_loader(trainer)
     return _read_again(trainer, trainer.train_dataloader)
@@ -45,31 +45,31 @@ def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
 
 
 def check_text(batches: Iterator[Any] | None, instead: str) -> None:
-    """Refuse, before training starts, batches that a language model cannot be run on from outside the module.
+    """Refuse, before training, batches that are not a language model's inputs.
 
     Args:
-        batches: What would be read later, or None.
-        instead: What to set where they are of another kind.
+        batches: The batches that will be read later, or None.
+        instead: The setting that avoids reading them, for the message.
 
     Raises:
-        CalibrationError: If the first batch is no text.
+        CalibrationError: If the first batch is not text.
     """
     first = None if batches is None else next(batches, None)
     if first is not None and as_inputs(first) is None:
         raise CalibrationError(
-            f"A batch is {describe(first)}, and neither a mapping with input_ids nor token ids of shape "
-            f"(batch, tokens); set {instead}."
+            f"A batch is {describe(first)}. It is neither a mapping with input_ids nor token ids of shape "
+            f"(batch, tokens). Set {instead}."
         )
 
 
 def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
-    """A second, sequential reader of a train loader's data: iterating the loader itself would move its position."""
-    # with a batch sampler of its own (Lightning gives torchdata's loader one) a loader leaves its batch size to it
+    """A second, sequential reader of the train loader's data; iterating the loader itself would move its position."""
+    # a loader with its own batch sampler has no batch size (Lightning gives torchdata's loader one)
     batching = loader if getattr(loader, "batch_sampler", None) is None else loader.batch_sampler
     size = getattr(batching, "batch_size", None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
         raise CalibrationError(
-            "calibrate_on='train' needs a DataLoader over a map-style dataset; use 'running' or 'val'."
+            "calibrate_on='train' needs a DataLoader over a map-style dataset. Use 'running' or 'val'."
         )
     sampler: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
@@ -85,7 +85,7 @@ def _read_again(trainer: Trainer, loader: Any) -> Iterator[Any]:
 
 
 def _isolated(loader: Any) -> Iterator[Any]:
-    """Iterate without moving any random state that training and validation draw from."""
+    """Iterate without moving the random states of training and validation."""
     iterator, end = None, object()
     while True:
         # around every batch: a shuffling sampler draws with the first one, a random transform with each
@@ -99,7 +99,7 @@ def _isolated(loader: Any) -> Iterator[Any]:
 
 @contextmanager
 def _kept(loader: Any) -> Iterator[None]:
-    """Put the loader's own generators back to where they were."""
+    """Restore the states of the loader's own generators."""
     generators = own_generators(loader)
     states = [generator.get_state() for generator in generators]
     yield

@@ -1,6 +1,6 @@
-"""The rows of ``metrics.csv`` in a run that may be killed, for ExactResume.
+"""Keeps the rows of ``metrics.csv`` in a run that may be killed, for ExactResume.
 
-CSVLogger empties the file whenever a metric of a new name comes, and deletes it when a resumed run opens it.
+CSVLogger empties the file whenever a metric has a new name, and deletes it when a resumed run opens it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ROWS_KEY = "layershed_rows"
 
 
 def keep_rows(logger: Logger) -> ExperimentWriter | None:
-    """Have a CSVLogger rewrite its header atomically; any other logger is left alone.
+    """Make a CSVLogger rewrite its header atomically; any other logger stays as it is.
 
-    By itself it reads all rows, empties the file, and writes them anew under the longer header. Our callbacks bring new
-    names all through a run, and a kill in between loses every row.
+    CSVLogger itself reads all rows, empties the file, and writes them under the longer header. Our callbacks log new
+    names throughout a run, and a kill in between would lose every row.
 
     Returns:
         The writer that was changed, for :func:`give_back_header_rewrite`.
     """
     writer = logger.experiment if isinstance(logger, CSVLogger) else None
-    if not isinstance(writer, ExperimentWriter):  # on the other ranks it is a dummy
+    if not isinstance(writer, ExperimentWriter):  # a dummy on the other ranks
         return None
     file = local_path(writer.metrics_file_path)
     if file is None:
@@ -48,7 +48,7 @@ def keep_rows(logger: Logger) -> ExperimentWriter | None:
 
 
 def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Note how many rows there are, and give the file a second name: CSVLogger deletes the first one as it opens."""
+    """Note the number of rows, and give the file a second name: CSVLogger deletes the first when it opens."""
     noted = []
     for _, file in _files(trainer):
         try:
@@ -56,30 +56,30 @@ def note_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             if len(lines) > 1:
                 noted.append({"file": str(file), "rows": len(lines) - 1, "last": _values(lines[0], lines[-1])})
                 _keep(file)
-        except OSError as error:  # such as another run in the same folder, which is no reason to end this one
+        except OSError as error:  # e.g. another run in the same folder: no reason to end this run
             rank_zero_warn(
-                f"The rows of {str(file)!r} could not be kept for a resumed run ({error.strerror or error}); give "
-                "every run a folder of its own."
+                f"The rows of {str(file)!r} could not be kept for a resumed run ({error.strerror or error}). Give "
+                "every run its own folder."
             )
     if noted:
         checkpoint[ROWS_KEY] = noted
 
 
 def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Have the file hold the rows up to the checkpoint, and no others: later ones are logged anew.
+    """Restore the rows up to the checkpoint, and no others: later rows are logged again.
 
-    - The logger of a resumed run deletes its file before any callback is called. The rows then come back from the
-      second name; a warning says if they are lost.
-    - The run's folder may have been copied or moved since: the file that is kept in it counts, not its path. In a new
-      folder nothing is brought back.
+    - The logger of a resumed run deletes its file before any callback is called. The rows are then read from the second
+      name. A warning says if they are lost.
+    - The run's folder may have been copied or moved. The second name in the folder counts, not the noted path. A new
+      folder gets no rows.
     """
     noted = checkpoint.get(ROWS_KEY, [])
     for writer, file in _files(trainer):
         kept = _kept(file)
         present = _lines(file) if file.is_file() else []
-        if _fitting(present, noted):  # the same logger goes on
+        if _fitting(present, noted):  # the same logger continues
             before, since = present, []
-        else:  # of this run there may be rows already, which a module logged as it was set up
+        else:  # the module may have logged rows of this run during setup
             before, since = _lines(kept) if kept.is_file() else [], present
         count = _fitting(before, noted)
         if count:
@@ -88,13 +88,13 @@ def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             _write(file, writer.metrics_keys, rows)
         elif noted and (kept.is_file() or any(each["file"] == str(file) for each in noted)):
             rank_zero_warn(
-                f"CSVLogger deleted {str(file)!r} as it opened, and with it the rows before step "
-                f"{checkpoint['global_step']}; resume with a version of its own, such as CSVLogger(version=None)."
+                f"CSVLogger deleted {str(file)!r} when it opened it, with the rows before step "
+                f"{checkpoint['global_step']}. To keep them, resume with a new version: CSVLogger(version=None)."
             )
 
 
 def _fitting(lines: Sequence[str], noted: Sequence[dict[str, Any]]) -> int:
-    """How many rows of a file are those before the checkpoint; 0 where it is another run's."""
+    """The number of the file's rows before the checkpoint; 0 if the file is another run's."""
     return max((each["rows"] for each in noted if _is_row(lines, each["rows"], each["last"])), default=0)
 
 
@@ -112,20 +112,20 @@ def _kept(file: Path) -> Path:
 
 
 def _keep(file: Path) -> None:
-    """Give the file a second name by a link, which costs no room; later rows stand after those that are noted."""
+    """Give the file a second name by a hard link, which takes no space; later rows follow the noted ones."""
     kept = _kept(file)
-    # a name of its own: opening a link that a killed run left for writing would empty the rows
+    # a unique name: writing to a link that a killed run left would empty the file
     beside = kept.with_name(f"{kept.name}.{uuid4().hex}")
     try:
         try:
             os.link(file, beside)
-        except FileExistsError:  # of a network that asked twice
+        except FileExistsError:  # a network file system that repeated the request
             pass
         except OSError:  # a file system without links
             shutil.copyfile(file, beside)
         os.replace(beside, kept)
     finally:
-        beside.unlink(missing_ok=True)  # of two names of one file, replace leaves both
+        beside.unlink(missing_ok=True)  # replace leaves both if they are two names of one file
 
 
 def _is_row(lines: Sequence[str], number: int, values: dict[str, str]) -> bool:
@@ -137,7 +137,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _values(header: str, line: str) -> dict[str, str]:
-    """The values of a row, without the empty columns that later names added."""
+    """The values of a row, without the empty columns of later names."""
     return {name: value for name, value in next(csv.DictReader([header, line])).items() if value}
 
 

@@ -1,13 +1,13 @@
-"""What was still to come at a checkpoint's step, so that interrupted equals uninterrupted: what ExactResume is made of.
+"""Does in a resumed run the work that was still due at the checkpoint's step; ExactResume is built on it.
 
-A checkpoint that is written at the end of a batch comes before three things that belong to that batch:
+A checkpoint at the end of a batch is written before three parts of that batch:
 
 - the row of this step's metrics,
 - the validation that is due there,
 - after the last batch, the end of the epoch and of training.
 
-Lightning takes all of them for done. A run that was killed right after the checkpoint has not done them. Nor does
-Lightning keep the state of the random number generators, which dropout draws from.
+Lightning treats all of them as done, but a run that is killed right after the checkpoint has not done them. Lightning
+also does not save the states of the random number generators, which dropout uses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIT_LOOP, _EPOCH_LOOP = ("run", "on_advance_start", "advance"), ("reset",)
 
 
 def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Note in a checkpoint what is still to come; call it on every rank of a fit."""
+    """Save in a checkpoint the work that is still due; call it on every rank of a fit."""
     own = {**random_states(), "loaders": loader_states(private.train_loaders(trainer))}
     checkpoint[RANDOM_KEY] = of_every_rank(own, trainer)
     if not trainer.training or private.batch_has_ended(trainer):
@@ -49,11 +49,11 @@ def note_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Log the row that was to come, and have the fit loop do the rest; before Lightning reads the loops' state."""
+    """Log the row that was due, and let the fit loop do the rest; call it before Lightning loads the loops' state."""
     noted = checkpoint.get(PROGRESS_KEY) or {}
     if noted.get("metrics"):
         metrics = dict(noted["metrics"])
-        step = int(metrics.pop("step", noted["step"]))  # a metric of this name takes its place, as in Lightning
+        step = int(metrics.pop("step", noted["step"]))  # a metric called "step" replaces the step, as in Lightning
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": noted["epoch"], **metrics}, step=step)
             logger.save()
@@ -64,17 +64,17 @@ def take_up_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def give_back_loops(trainer: Trainer) -> None:
-    """Give the loops of a Trainer their own methods back."""
+    """Restore the own methods of a Trainer's loops."""
     for loop, names in zip(private.fit_loops(trainer), (_FIT_LOOP, _EPOCH_LOOP), strict=True):
         private.give_back_loop_methods(loop, names)
 
 
 class _Resumption:
-    """Stands in the fit loop's ``run`` once: after the loops' state is there, before Lightning sees nothing left to do.
+    """Replaces the fit loop's ``run`` once: after the loops' state is loaded, before Lightning finds nothing to do.
 
     Args:
         trainer: The Trainer.
-        noted: What was still to come.
+        noted: The work that was still due.
         random: The random states of every rank.
     """
 
@@ -83,7 +83,7 @@ class _Resumption:
         self.loop, self.batches = private.fit_loops(trainer)
 
     def install(self) -> None:
-        """Put the methods in place, each of which gives its place back when it is called."""
+        """Replace the loop's methods; each one restores the original when it is called."""
         private.replace_loop_method(self.loop, "run", self.run)
         private.replace_loop_method(self.loop, "on_advance_start", self.start_epoch)
 
@@ -97,7 +97,7 @@ class _Resumption:
             self._warn_of_an_open_epoch()
         validates = bool(self.noted.get("validates"))
         only_ends = bool(self.noted) and not validates and private.last_batch_reached(trainer)
-        if only_ends:  # Lightning leaves out the hooks, and then takes the loader's end for that of the next epoch
+        if only_ends:  # Lightning skips the hooks, and takes the loader's end for the next epoch's end
             private.complete_batch(trainer)
             private.replace_loop_method(loop, "advance", self.end_batches)
         if private.nothing_left_to_train(trainer):
@@ -116,13 +116,13 @@ class _Resumption:
         self.loop.on_advance_start()
 
     def end_batches(self) -> None:
-        """``fit_loop.advance`` of an epoch of which all batches are done."""
+        """``fit_loop.advance`` in an epoch whose batches are all done."""
         private.give_back_loop_methods(self.loop, ["advance"])
         private.end_batches(self.trainer)
 
     def _draw_on(self) -> None:
         private.give_back_loop_methods(self.loop, ["on_advance_start"])
-        if len(self.random) == self.trainer.world_size:  # another number of ranks has no states to go on with
+        if len(self.random) == self.trainer.world_size:  # else the saved states are of other ranks
             own = self.random[self.trainer.global_rank]
             set_random_states(own)
             set_loader_states(own["loaders"], private.train_loaders(self.trainer))
@@ -139,14 +139,14 @@ class _Resumption:
             )
         if done and not all(private.is_stateful(loader) for loader in private.train_loaders(trainer)):
             rank_zero_warn(
-                f"The run is resumed after {done} batches of an epoch, and the train loader has no state: it starts "
+                f"The run is resumed after {done} batches of an epoch, but the train loader has no state: it starts "
                 "from its first batch again. Use a loader with state_dict and load_state_dict, such as "
                 "torchdata.stateful_dataloader.StatefulDataLoader."
             )
             private.replace_loop_method(self.batches, "reset", self.reset_quietly)
 
     def reset_quietly(self) -> None:
-        """``epoch_loop.reset``, without Lightning's own warning of the same loader."""
+        """``epoch_loop.reset``, without Lightning's own warning about the same loader."""
         private.give_back_loop_methods(self.batches, ["reset"])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")

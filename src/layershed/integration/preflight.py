@@ -1,4 +1,4 @@
-"""What the callbacks refuse before training: a wrong order, a step that never comes, a metric that comes too late."""
+"""What the callbacks refuse before training: a wrong order, an unreachable step, a metric that comes too late."""
 
 from __future__ import annotations
 
@@ -26,91 +26,92 @@ _WITH_THE_DROP = (DROP, SPEED)
 
 
 def check_order(trainer: Trainer) -> None:
-    """Refuse, before training, callbacks of this package in an order that loses more than it need.
+    """Refuse, before training, callbacks of this package in a wrong order.
 
-    A drop decided on the model as it is, then the quantization, then adapters that learn to make up for both; whatever
-    is saved comes last.
+    The drop is decided on the original weights. Then come the quantization, the adapters that recover the loss of both,
+    and the export.
 
     Raises:
-        ScheduleError: If one is listed before, or acts before, one that must come first.
+        ScheduleError: If a callback is listed or acts before one that must come first.
     """
     ours = [(callback, callback.place) for callback in callbacks_of(trainer) if isinstance(callback, Placed)]
     for (first, place), (second, later) in pairwise(ours):
         if place > later:
             raise ScheduleError(
-                f"The order is {ORDER}: list {_name(second)} before {_name(first)} among the callbacks."
+                f"{_name(first)} is listed before {_name(second)}, but the order is {ORDER}. List {_name(second)} "
+                f"before {_name(first)}."
             )
     acting = [callback for callback, place in ours if place <= _LORA]
     steps = [(callback, callback.first_step if isinstance(callback, ActsAtStep) else None) for callback in acting]
-    # none of their own: at the drop, or at once if that has happened before
+    # a callback without a step acts at the drop, or at once if the drop has happened before
     drop = next((step for _, step in steps[:1] if step is not None and ours[0][1] == _DROP), 0)
     due = [(callback, drop if step is None else step) for callback, step in steps]
     for (first, step), (second, then) in pairwise(due):
         if step > then:
             raise ScheduleError(
-                f"The order is {ORDER}: {_name(second)} acts at step {then}, before {_name(first)} at step {step}; "
-                "give it the same step or a later one."
+                f"{_name(second)} acts at step {then}, before {_name(first)} at step {step}, but the order is {ORDER}. "
+                f"Set the start of {_name(second)} to step {step} or later."
             )
 
 
 def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None:
-    """Refuse a step that this run does not reach, or that a resumed run has passed.
+    """Refuse a start step that this run does not reach, or that a resumed run has passed.
 
     Raises:
-        ScheduleError: If what is to happen then would never happen.
+        ScheduleError: If the callback would never start.
     """
     if start is None:
         return
     limit = trainer.estimated_stepping_batches  # sets the train loader up
     if limit != float("inf") and start >= limit:
         raise ScheduleError(
-            f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so that it would never happen; "
-            "let it start before."
+            f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so it would never start. "
+            "Set an earlier start, or train longer."
         )
     if start < trainer.global_step:
         raise ScheduleError(
-            f"{_name(callback)}(start={start}): the checkpoint stands at step {trainer.global_step} and has passed it "
-            "without; let it start later."
+            f"{_name(callback)}(start={start}): the checkpoint at step {trainer.global_step} is past the start, and "
+            "the callback has not acted. Set a later start."
         )
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Refuse to change the modules of a model of which somebody else holds a copy.
+    """Refuse to change the modules of a model that a weight average holds a copy of.
 
     Raises:
         ScheduleError: If weights are averaged.
     """
     if any(isinstance(other, _AVERAGES) for other in callbacks_of(trainer)):
         raise ScheduleError(
-            f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model, which would not "
-            "get its adapters or quantized weights; leave one of the two out."
+            f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model. The copy would "
+            "not get the adapters or quantized weights. Leave one of the two out."
         )
 
 
 def check_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a weight average behind a callback that measures the model when training is over.
+    """Refuse a weight average that is listed after a callback that measures the model at the end of training.
 
     Raises:
-        ScheduleError: If the weights would be replaced right after.
+        ScheduleError: If the weights would be replaced after the measurement.
     """
     ours = callbacks_of(trainer)
     for other in ours[ours.index(callback) :]:
         if isinstance(other, _AVERAGES):
             raise ScheduleError(
-                f"{_name(callback)}: {_name(other)} puts the averaged weights in when training is over, and behind it "
-                "in the list drop/loss_end would be that of others; list it before."
+                f"{_name(callback)}: {_name(other)} is listed after it and replaces the weights at the end of "
+                f"training, so drop/loss_end would be that of other weights. List {_name(other)} before it."
             )
 
 
 def check_monitors(trainer: Trainer, first_step: int) -> None:
-    """Refuse, before training, early stopping and checkpoints by a metric that is not there when they first look.
+    """Refuse, before training, early stopping and checkpoints by a metric that is missing when they first look.
 
     Args:
         trainer: The Trainer, once its loaders are set up.
         first_step: The step of the first drop.
 
     Raises:
-        ScheduleError: If so.
+        ScheduleError: If the metric comes after the first look, or only at the end of training.
     """
     for watcher in callbacks_of(trainer):
         monitor = str(getattr(watcher, "monitor", None))
@@ -118,26 +119,26 @@ def check_monitors(trainer: Trainer, first_step: int) -> None:
             continue
         named = f"{type(watcher).__name__}(monitor={monitor!r})"
         if monitor.endswith("_end"):
-            raise ScheduleError(f"{named}: it is measured when training is over; monitor {monitor[:-4]}_after instead.")
+            raise ScheduleError(f"{named}: it is measured when training is over. Monitor {monitor[:-4]}_after instead.")
         look = _first_look(trainer, watcher)
         if look < first_step:
             lenient = ", or set strict=False" if isinstance(watcher, EarlyStopping) else ""
             raise ScheduleError(
-                f"{named}: it first looks after {look} steps, and the metric comes with the drop, at step "
-                f"{first_step}; let it look later (val_check_interval, every_n_epochs, every_n_train_steps), drop "
+                f"{named}: it first looks after {look} steps, but the metric comes with the drop, at step "
+                f"{first_step}. Let it look later (val_check_interval, every_n_epochs, every_n_train_steps), drop "
                 f"sooner{lenient}."
             )
 
 
 def _insists(watcher: Any) -> bool:
-    """Whether it cannot do without its metric."""
+    """Whether it fails without its metric."""
     if isinstance(watcher, EarlyStopping):
         return bool(watcher.strict)
     return isinstance(watcher, ModelCheckpoint) and watcher.save_top_k != 0
 
 
 def _first_look(trainer: Any, watcher: Any) -> float:
-    """The optimizer steps before it, infinite where nobody can tell or it never looks."""
+    """The optimizer steps before its first look; infinite if unknown or if it never looks."""
     stops = isinstance(watcher, EarlyStopping)
     steps, nth = (0, 1) if stops else checkpoint_interval(watcher)
     if steps:
@@ -157,7 +158,7 @@ def _first_validation(trainer: Any, nth: int) -> float:
     if trainer.check_val_every_n_epoch is not None:
         epochs = math.lcm(nth, trainer.check_val_every_n_epoch)
         return (length * (epochs - 1) if epochs > 1 else 0) + interval
-    # it is counted across epochs
+    # val_check_interval counts across epochs
     if length == math.inf:
         return interval if nth == 1 else math.inf
     ends = (interval * number for number in range(1, length * nth + 1))
@@ -165,7 +166,7 @@ def _first_validation(trainer: Any, nth: int) -> float:
 
 
 def _steps(trainer: Any, batches: float) -> float:
-    """Every epoch's last batch takes a step, also if that gathers fewer than the others."""
+    """The optimizer steps of so many batches; an epoch's last batch always takes one, even if it gathers fewer."""
     length, gathered = trainer.num_training_batches, trainer.accumulate_grad_batches
     if length == math.inf:
         return batches if batches == math.inf else batches // gathered
@@ -174,13 +175,13 @@ def _steps(trainer: Any, batches: float) -> float:
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer, which sets them in a way that type checkers do not see."""
+    """The callbacks of a trainer; type checkers do not see the attribute."""
     found: list[Callback] = getattr(trainer, "callbacks", [])
     return found
 
 
 def waits_for_nothing(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether nothing is dropped, and no SublayerDrop is there to drop anything."""
+    """Whether nothing is dropped and no SublayerDrop is listed."""
     drops = any(isinstance(callback, Drops) for callback in callbacks_of(trainer))
     return not drops and not dropped_sublayers(pl_module)
 

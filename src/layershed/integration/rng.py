@@ -29,7 +29,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """The inverse of :func:`random_states`; with other devices than then, those of the devices stay as they are."""
+    """The inverse of :func:`random_states`; with another number of CUDA devices, their states stay as they are."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(("MT19937", *states["numpy"]))
@@ -39,10 +39,10 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader and its samplers were given, each once."""
+    """The generators of a loader and its samplers, each once."""
     batching = getattr(loader, "batch_sampler", None)
     samplers = [getattr(each, "sampler", None) for each in (loader, batching)]
-    # of several processes, Lightning wraps them
+    # with several processes, Lightning wraps the samplers
     wrapped = [wrapped_sampler(sampler) for sampler in samplers]
     owners = (loader, batching, *samplers, *wrapped)
     found = (getattr(owner, "generator", None) for owner in owners)
@@ -50,12 +50,12 @@ def own_generators(loader: Any) -> list[torch.Generator]:
 
 
 def loader_states(loaders: list[Any]) -> list[torch.Tensor]:
-    """The states of the generators that loaders without a state of their own were given."""
+    """The states of the generators of loaders that have no state of their own."""
     return [generator.get_state() for generator in _without_state(loaders)]
 
 
 def set_loader_states(states: list[torch.Tensor], loaders: list[Any]) -> None:
-    """The inverse of :func:`loader_states`; other loaders than then stay as they are."""
+    """The inverse of :func:`loader_states`; loaders of another kind stay as they are."""
     generators = _without_state(loaders)
     if [len(state) for state in states] == [len(generator.get_state()) for generator in generators]:
         for generator, state in zip(generators, states, strict=True):
@@ -69,9 +69,9 @@ def _without_state(loaders: list[Any]) -> list[torch.Generator]:
 def of_every_rank(own: T, trainer: Trainer) -> list[T]:
     """The values of all ranks of the trainer, in their order; call it on every rank.
 
-    - A trainer of one process asks nobody: a process group may belong to somebody else.
-    - A rank that has raised an error and saves once more (ModelCheckpoint's save_on_exception) asks nobody: the others
-      would not answer.
+    - A trainer of one process does not communicate: an existing process group may have another owner.
+    - A rank that saves after an error (ModelCheckpoint's save_on_exception) does not communicate: the other ranks would
+      not answer.
     """
     alone = trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED
     if alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):

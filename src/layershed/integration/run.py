@@ -1,4 +1,4 @@
-"""What the callbacks agree on: the run directory with its files, and how metrics are published."""
+"""What all callbacks share: the run directory, its files, and the way to publish metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_FILE = "report.html"
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """The directory of this run: the first logger's, or the trainer's root; the same on every rank."""
+    """The run directory, the same on every rank: the first logger's, or the trainer's root."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,9 +31,9 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Log metrics at the current step, in any hook: to every logger, and where other callbacks can monitor them.
+    """Log metrics at the current step, in any hook, to every logger and for monitoring by other callbacks.
 
-    ``pl_module.log`` is refused in most hooks, and reaches the loggers only every ``log_every_n_steps``.
+    Most hooks refuse ``pl_module.log``, and it reaches the loggers only every ``log_every_n_steps``.
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=trainer.global_step)
@@ -41,17 +41,17 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def show(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Put metrics where other callbacks can monitor them; for those of a resumed run, which are logged already."""
+    """Let other callbacks monitor metrics that are logged already, such as those of a resumed run."""
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def current_drop(pl_module: LightningModule) -> tuple[Sublayer, ...]:
-    """What is bypassed now, without a probe: cheap enough for every step."""
+    """The sublayers that are bypassed now, without a probe; cheap enough for every step."""
     return bypassed_sublayers(pl_module) if next(overridden(pl_module), None) else ()
 
 
 def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
-    """This rank's part of the running sums of every rank; on another number of ranks the first one takes everything."""
+    """This rank's part of the sums of every rank; if the number of ranks has changed, rank 0 takes them all."""
     if len(shares) == trainer.world_size:
         return shares[trainer.global_rank]
     scale = 1.0 if trainer.is_global_zero else 0.0
@@ -60,21 +60,21 @@ def own_share(trainer: Trainer, shares: Sequence[Sums]) -> Sums:
 
 
 def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
-    """What is dropped now: the plan with its scores if SublayerDrop left one in this run, else the bare sublayers."""
+    """The current drop: the plan with scores if SublayerDrop wrote one in this run, else without scores."""
     gone, dropped = removed_sublayers(pl_module), dropped_sublayers(pl_module)
     if not dropped:
         return None
     path = directory / PLAN_FILE
     plan = DropPlan.load(path) if path.is_file() else None
-    # the file may be of an earlier run in the same directory, or the user has bypassed more by hand; what the model
-    # lacked from the start, having been saved without it, stands in no plan of this run
+    # The file may be from an earlier run in the same directory, or the user has bypassed more by hand. No plan of this
+    # run lists the sublayers that the model was saved without.
     if plan is not None and tuple(sorted((*gone, *plan))) == dropped:
         return DropPlan((*(Drop(sublayer) for sublayer in gone), *plan.drops), plan.scope, plan.metric)
     return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """DistributedDataParallel fixed at its construction which gradients it waits for: build it anew."""
+    """Build DistributedDataParallel anew: it fixes at construction which gradients it waits for."""
     if isinstance(trainer.strategy, DDPStrategy):
         for parameter in pl_module.parameters():
             parameter.grad = None
@@ -83,19 +83,19 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 class StepCounter:
-    """Tells which optimizer steps a batch takes: none or one by accumulation, several by manual optimization."""
+    """Counts the optimizer steps of a batch: none or one with accumulation, several with manual optimization."""
 
     def __init__(self) -> None:
         self._last = 0
-        self.stride = 1  # of the last batch that took any
+        self.stride = 1  # steps of the last batch that took any
 
     def start(self, trainer: Trainer, stride: int | None = None) -> None:
-        """Begin counting at the trainer's current step, in a resumed run with the stride that it had."""
+        """Begin counting at the trainer's current step; a resumed run passes its former stride."""
         self._last = trainer.global_step
         self.stride = stride or self.stride
 
     def coming(self, trainer: Trainer) -> range:
-        """The steps of the coming batch, if it takes as many as the last one that took any."""
+        """The steps of the next batch, if it takes as many as the last batch that took any."""
         return range(trainer.global_step + 1, trainer.global_step + 1 + self.stride)
 
     def taken(self, trainer: Trainer) -> range:

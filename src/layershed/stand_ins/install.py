@@ -1,8 +1,8 @@
-"""Stand-ins on single module instances: how a bypassed sublayer costs nothing and keeps its weights.
+"""Puts stand-ins on module instances: a bypassed sublayer costs no compute and keeps its weights.
 
-A stand-in is an attribute ``forward`` of the instance, so that state-dict keys, the block's own forward and its
-gradient-checkpointing wrapper stay as they are. All state of a bypass lives in it, on the model itself: deepcopy and
-pickle carry it along, and nothing has to be kept elsewhere.
+A stand-in is the attribute ``forward`` of an instance. State-dict keys, the block's own forward and its
+gradient-checkpointing wrapper do not change. The stand-in holds all state of a bypass, so deepcopy and pickle carry it
+along.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from layershed.stand_ins.stand_in import StandIn
 
 @dataclass
 class _Note:
-    """Replaces ``extra_repr``, so that ``print(model)`` shows what happened."""
+    """Replaces ``extra_repr``, so that ``print(model)`` shows the bypass."""
 
     text: str
 
@@ -26,7 +26,7 @@ class _Note:
         return self.text
 
 
-WITHHELD = " (dropped)"  # behind the name of a module, in the checkpoints of :func:`withheld`
+WITHHELD = " (dropped)"  # ends the name of a module in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
 _HOOKS = (
     "_forward_hooks",
@@ -70,7 +70,7 @@ def uninstall(module: nn.Module) -> None:
 
 
 def keep_out(module: nn.Module) -> None:
-    """Hang a hook on a module that does nothing; :func:`uninstall` takes it off.
+    """Register a hook that does nothing; :func:`uninstall` removes it.
 
     torch's fused encoder layer reads the weights of its parts without calling them, unless one of them has a hook.
     """
@@ -97,7 +97,7 @@ def overridden(model: nn.Module) -> Iterator[tuple[nn.Module, StandIn]]:
 
 @contextmanager
 def lifted(model: nn.Module) -> Iterator[None]:
-    """Within the context every forward is the original one; what was trainable is not changed."""
+    """Within the context every module runs its original forward; parameters stay frozen."""
     carried = list(overridden(model))
     for module, override in carried:
         _clear(module, override)
@@ -110,7 +110,7 @@ def lifted(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
-    """Within the context the stand-ins run, and nothing else of the model is touched."""
+    """Within the context the stand-ins run; nothing else in the model changes."""
     modules = {model.get_submodule(path): stand_in for path, stand_in in stand_ins.items()}
     for module, stand_in in modules.items():
         _set(module, stand_in)
@@ -122,9 +122,9 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[
 
 
 def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put another module in a module's place, which takes over its stand-in, its mode and the hooks on it.
+    """Replace a module by another one, which takes over its stand-in, its mode and its hooks.
 
-    Whoever watches or bypasses the place goes on doing so.
+    A bypass and the hooks of watchers go on working.
     """
     old = model.get_submodule(path)
     new.train(old.training)
@@ -138,7 +138,7 @@ def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let the hooks of one module run on another one; the handles that remove them go on working."""
+    """Move the hooks of one module to another one; the handles that remove them go on working."""
     for name in _HOOKS:
         if old.__dict__.get(name) is not None and (name == "_is_full_backward_hook" or old.__dict__[name]):
             new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]
@@ -159,10 +159,10 @@ def _clear(module: nn.Module, override: StandIn) -> None:
 
 @contextmanager
 def withheld(model: nn.Module) -> Iterator[None]:
-    """Within the context overridden modules go by names that no dense model has, and so do their parameters.
+    """Within the context overridden modules, and so their parameters, have names that no dense model has.
 
-    A checkpoint that is written within it lacks what a dense model asks for; what reads it must be bypassed alike, and
-    within such a context, too.
+    A checkpoint written within it lacks keys that a dense model requires. A model that loads it must have the same
+    bypass and be within this context, too.
     """
     parents = [parent for parent in model.modules() if any(map(_overridden, parent._modules.values()))]
     for parent in parents:
@@ -179,7 +179,7 @@ def _overridden(module: nn.Module | None) -> bool:
 
 
 def _rename(parent: nn.Module, name_of: Callable[[str, nn.Module | None], str]) -> None:
-    # all of them anew: their order is that of the parameters, by which optimizer states are told apart
+    # rebuild all: their order is that of the parameters, which identifies optimizer states
     children = {name_of(name, child): child for name, child in parent._modules.items()}
     parent._modules.clear()
     parent._modules.update(children)

@@ -1,6 +1,6 @@
-"""What runs in the place of a module that was dropped. Needs torch and transformers and nothing of layershed.
+"""The stand-in that runs instead of a dropped module. Imports torch and transformers, but not layershed.
 
-This very file also goes, as text, into folders that load without layershed.
+The text of this file is copied into folders that load without layershed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ UNKNOWN_SLOT = -1
 
 @dataclass
 class StandIn:
-    """Stands in for a module: hands on the hidden states that came in, or zeros of their shape.
+    """Runs instead of a module. Returns the hidden states that it is given, or zeros of their shape.
 
     Args:
         sublayer: The sublayer that is dropped.
-        zero: Whether its branch contributes zero; else the hidden states pass through.
-        core: Whether it stands for the sublayer's own module, and not for a norm or the like that only it uses.
-        argument: Where the hidden states stand in the call: a position or a name.
-        echoes: None where the module returns a tensor; where it returns a tuple, for each of its further places the
-            argument that it returns there unchanged, or None.
-        given: Where tensors stood in the call when the structure was proven. Another one of the shape of the hidden
-            states, as of XLNet's second stream, is an error: nothing is known of it.
-        layer_idx: Its slot in the KV cache, which must still see the tokens pass, or None; ``UNKNOWN_SLOT`` if it has
-            one that could not be found out.
-        stride: How many of its hidden states go with one token in the cache; more than one where a model predicts
-            several tokens ahead (ProphetNet).
+        zero: Whether it returns zeros; otherwise it returns the hidden states.
+        core: Whether it replaces the sublayer's own module; otherwise a norm or the like that only the sublayer uses.
+        argument: Position or name of the hidden states in the call.
+        echoes: None if the module returns a tensor. If it returns a tuple: for each further place, the argument that it
+            returns there unchanged, or None.
+        given: Positions and names of the tensors in the call when the structure was proven. Another tensor of the shape
+            of the hidden states, such as XLNet's second stream, is an error.
+        layer_idx: Its slot in the KV cache, which must still count the tokens, or None without a cache;
+            ``UNKNOWN_SLOT`` if the slot could not be determined.
+        stride: Its number of hidden states per token in the cache; above 1 in models that predict several tokens ahead
+            (ProphetNet).
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
         as_list: Whether the module returns a list and not a tuple.
         frozen: Names of the module's parameters that were trainable before.
@@ -59,7 +59,7 @@ class StandIn:
         return str(getattr(self.sublayer, "name", self.sublayer))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module would return if its branch contributed nothing; advances the KV cache."""
+        """Return what the module would return if its branch contributed nothing, and advance the KV cache."""
         hidden = _argument(self.argument, args, kwargs)
         if not isinstance(hidden, Tensor):
             hidden = first_tensor(args, kwargs)
@@ -69,8 +69,7 @@ class StandIn:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             if cache is not None and self.layer_idx == UNKNOWN_SLOT:
                 raise NotImplementedError(
-                    f"The KV cache cannot be told of the tokens that pass the dropped {self.label}; run the model with "
-                    "use_cache=False."
+                    f"Cannot advance the KV cache past dropped {self.label}: its slot is unknown. Use use_cache=False."
                 )
             if cache is not None:
                 advance_cache(cache, self.layer_idx, hidden, hidden.shape[1] // self.stride)
@@ -82,24 +81,24 @@ class StandIn:
         return list(returned) if self.as_list else returned
 
     def _refuse_strangers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # the tests in this order, and no dict of all arguments: this runs in every decoding step
+        # cheap tests first and no dict of all arguments: this runs in every decoding step
         for key, value in chain(enumerate(args), kwargs.items()):
             if not isinstance(value, Tensor) or key in self.given:
                 continue
             if value.shape == hidden.shape and value.is_floating_point():
                 raise NotImplementedError(
-                    f"{self.label} is dropped, and its module gets a second stream of hidden states ({key!r}), which "
-                    "it did not when the model's structure was proven; what would become of that is not known."
+                    f"{self.label} is dropped, but its module gets a second stream of hidden states ({key!r}), which "
+                    "was absent when the model's structure was proven. Restore {self.label} to use this stream."
                 )
 
 
 class RemovedModule(nn.Module):
-    """What stands where a removed module stood: no parameters, the same call, the same plain attributes.
+    """Takes the place of a removed module: no parameters, the same call, the same plain attributes.
 
     Args:
-        stand_in: What it does when it is called.
-        module: The module that it replaces; its plain attributes stay readable, and so does the dtype of its weights,
-            as blocks ask for them.
+        stand_in: Runs when it is called.
+        module: The module that it replaces. Its plain attributes and the dtype of its weights stay readable, because
+            blocks read them.
     """
 
     def __init__(self, stand_in: StandIn, module: nn.Module | None = None) -> None:
@@ -141,16 +140,16 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> None:
-    """Tell the KV cache that its layer saw so many tokens of ``hidden``, (batch, tokens, hidden), storing no keys.
+    """Make a layer of the KV cache count tokens of ``hidden``, (batch, tokens, hidden), without storing keys.
 
-    A model reads its position from the cache's first layer: if that attention is dropped and stays silent, cached
-    decoding goes wrong without an error. The placeholder has one head of size 1, or the shape that a cache allocated
-    in advance (static) demands.
+    A model reads its position from the cache's first layer. If that attention is dropped and counts no tokens, cached
+    decoding is wrong without an error. The placeholder has one head of size 1, or the shape that a cache allocated in
+    advance (static) requires.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if isinstance(layer, DummyLayer):  # it reads the keys of another layer and has none to see pass
+    if isinstance(layer, DummyLayer):  # it reads the keys of another layer and stores none
         return
     stored = getattr(layer, "keys", None)
     if type(layer) is not DynamicLayer or stored is None or stored.ndim != 4 or getattr(cache, "offloading", False):
@@ -160,7 +159,7 @@ def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> 
         if type(layer) is not DynamicLayer:
             return
         stored, tokens = layer.keys, 0
-    # the length is all that is asked for: one element of memory behind it, however many tokens pass
+    # only the length is read: one element of memory for any number of tokens
     batch, heads, seen, size = stored.shape
     layer.keys = layer.values = hidden.new_zeros(()).expand(batch, heads, seen + tokens, size)
 

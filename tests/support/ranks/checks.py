@@ -307,7 +307,7 @@ def other_adapters_are_refused(shards, found):
     for rank in found.ranks:
         assert "has no adapters" in rank["refused", shards]["lora"]
         assert "has recovery adapters" in rank["refused", shards]["drop"]
-        assert all("list the LoRARecovery" in text for text in rank["refused", shards].values())
+        assert all("List the LoRARecovery" in text for text in rank["refused", shards].values())
 
 
 def checks_of_sharded(which):
