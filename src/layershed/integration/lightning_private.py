@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -100,11 +101,22 @@ def is_stateful(loader: object) -> bool:
     return isinstance(loader, _Stateful)
 
 
+def set_up_resumed_train_loader(trainer: Trainer) -> None:
+    """Build the train loader if it is not there yet, but leave its position to :func:`load_loader_states`.
+
+    Lightning would move it at once, in the order of a sampler's first epoch.
+    """
+    loop: Any = trainer.fit_loop
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    loop.setup_data()
+    loop._combined_loader_states_to_load = states
+
+
 def load_loader_states(trainer: Trainer) -> None:
-    """Give the train loaders the positions that the checkpoint holds.
+    """Give the train loaders the positions that the checkpoint holds, in the order of the epoch that is open.
 
     Lightning does not where the loaders were set up before the checkpoint was read (to count the steps), and between
-    two epochs.
+    two epochs. A sampler such as DistributedSampler must know the epoch before the loader moves to its position.
     """
     loop: Any = trainer.fit_loop
     states, loader = loop._combined_loader_states_to_load, loop._combined_loader
@@ -112,6 +124,8 @@ def load_loader_states(trainer: Trainer) -> None:
         return
     if between_epochs(trainer) and len(states) != sum(is_stateful(each) for each in loader.flattened):
         return  # a new epoch may have other loaders
+    for each in loader.flattened:
+        _set_sampler_epoch(each, loop.epoch_progress.current.processed)
     loader._load_state_dicts(states)
     loop._combined_loader_states_to_load = []
     iter(loop._data_fetcher)

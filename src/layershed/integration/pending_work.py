@@ -91,7 +91,7 @@ class _Resumption:
         """``fit_loop.run``."""
         trainer, loop = self.trainer, self.loop
         private.give_back_loop_methods(loop, ["run"])
-        private.set_up_train_loader(trainer)
+        private.set_up_resumed_train_loader(trainer)
         private.load_loader_states(trainer)
         if private.resumes_training(trainer):
             self._warn_of_an_open_epoch()
