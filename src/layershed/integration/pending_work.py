@@ -125,7 +125,7 @@ class _Resumption:
         if len(self.random) == self.trainer.world_size:  # else the saved states are of other ranks
             own = self.random[self.trainer.global_rank]
             set_random_states(own)
-            set_loader_states(own["loaders"], private.train_loaders(self.trainer))
+            set_loader_states(own.get("loaders", []), private.train_loaders(self.trainer))
 
     def _warn_of_an_open_epoch(self) -> None:
         trainer, done = self.trainer, private.batches_done(self.trainer)
