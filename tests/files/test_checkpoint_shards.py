@@ -12,12 +12,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.serialization import _get_layout
 
 from layershed.errors import CheckpointError
 from layershed.files import checkpoint_shards as shards
 from layershed.files.checkpoint_shards import mend, read_notes, read_shards, replacing_shards
+from layershed.files.shard_index import read_index
 
 pytestmark = [
     # torch speaks of what it assumes without a process group
@@ -234,7 +241,7 @@ def test_what_lightning_did_not_add_is_refused(path):
         read_notes(path)
 
 
-@pytest.mark.parametrize("kind", [PosixPath, Metadata, _get_layout])
+@pytest.mark.parametrize("kind", [PosixPath, Metadata, TensorProperties, _MEM_FORMAT_ENCODING, _get_layout])
 def test_an_index_changes_no_class(path, kind):
     write(path, 1)
     named = pickle.dumps(kind, protocol=0).split(b"p0")[0]
@@ -246,6 +253,29 @@ def test_an_index_changes_no_class(path, kind):
     with pytest.raises(CheckpointError, match=r"it would change .*nothing of it was run"):
         read_notes(path)
     assert vars(kind).get("name") is before
+
+
+def test_an_index_changes_no_member_of_an_enum(path):
+    """Made by a call, so that the pickle could hold the one member that all of torch uses."""
+    write(path, 1)
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    named = pickle.dumps(_MEM_FORMAT_ENCODING, protocol=0).split(b"p0")[0]
+    (path / ".metadata").write_bytes(named + b"(I0\ntR(dV_value_\nI1\nsb.")
+    before = dict(vars(member))
+    with pytest.raises(CheckpointError, match=r"it would change .*nothing of it was run"):
+        read_notes(path)
+    assert vars(member) == before
+
+
+def test_an_index_read_here_equals_what_torch_reads(path):
+    write(path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    found = read_index(path)
+    # torch's reader keeps the path as a path of this system
+    assert (found.state_dict_metadata, found.storage_data) == (index.state_dict_metadata, index.storage_data)
+    assert (found.planner_data, found.version) == (index.planner_data, index.version)
+    assert {type(key) for key in found.storage_data} == {MetadataIndex}
+    assert str(found.storage_meta.checkpoint_id) == str(index.storage_meta.checkpoint_id)
 
 
 def test_a_shard_runs_nothing(path):

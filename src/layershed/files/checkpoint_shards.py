@@ -1,8 +1,14 @@
 """Folders of shards, as torch.distributed.checkpoint writes them: whole or not at all, and read without running a line.
 
-Such a folder has the shards of every rank (``*.distcp``), a pickle that says what is where in them (``.metadata``), and
-what Lightning adds to it (``meta.pt``). torch runs whatever the pickles ask for; a stranger's checkpoint may ask for
-anything.
+Such a folder holds:
+
+- ``*.distcp``: the shards of every rank, tensors beside pickles of everything else,
+- ``.metadata``: a pickle that says what is where in them (see :mod:`layershed.files.shard_index`),
+- ``meta.pt``: what Lightning adds.
+
+Anybody may have written it, and torch by itself runs what its pickles ask for. Here the pickles in the shards and in
+``meta.pt`` are read with ``weights_only=True``, which knows tensors and plain values. ``read_notes(path,
+weights_only=False)`` is the one exception, for ``meta.pt`` alone: the user has said that they trust the writer.
 """
 
 from __future__ import annotations
@@ -15,39 +21,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed
-from torch.distributed.checkpoint import metadata as kinds
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import read_checkpoint, sync, system_error, unwritten
+from layershed.files.shard_index import INDEX_FILE, read_index
 
-NOTES_FILE, INDEX_FILE = "meta.pt", ".metadata"
-_InPython: Any = pickle._Unpickler  # the one in C would set attributes of a class, too
-_PLAIN = (
-    Metadata,
-    kinds.BytesStorageMetadata,
-    kinds.ChunkStorageMetadata,
-    kinds.MetadataIndex,
-    kinds.StorageMeta,
-    kinds.TensorProperties,
-    kinds.TensorStorageMetadata,
-    _StorageInfo,
-)
-_INDEX_CLASSES = {
-    *((kind.__module__, kind.__name__) for kind in (*_PLAIN, kinds._MEM_FORMAT_ENCODING)),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
-}
+NOTES_FILE = "meta.pt"
 
 
 @contextmanager
@@ -124,7 +113,7 @@ def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, 
 
 def keys_of(path: Path, part: str) -> set[str]:
     """The keys of a part of a checkpoint, such as those of ``state_dict``."""
-    return {key for top, key, *_ in _read_index(path).planner_data.values() if top == part}
+    return {key for top, key, *_ in read_index(path).planner_data.values() if top == part}
 
 
 def read_shards(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
@@ -179,7 +168,7 @@ def _damage(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"it has no {name}"
     try:
-        index = _read_index(path)
+        index = read_index(path)
         ends: dict[str, int] = {}
         for place in index.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -192,40 +181,9 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _read_index(path: Path) -> Metadata:
-    with (path / INDEX_FILE).open("rb") as file:
-        index = _Unpickler(file).load()
-    if not isinstance(index, Metadata):
-        raise CheckpointError("torch did not write it")
-    for name in {place.relative_path for place in index.storage_data.values()}:
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise CheckpointError(f"it leads to {name!r}, out of the folder")
-    return index
-
-
-class _Unpickler(_InPython):
-    """Knows the classes of an index and nothing else."""
-
-    dispatch: ClassVar = {**_InPython.dispatch}
-
-    def find_class(self, module: str, name: str) -> Any:
-        kind = getattr(torch, name, None) if module == "torch" else None
-        if (module, name) in _INDEX_CLASSES or isinstance(kind, torch.dtype):
-            return super().find_class(module, name)
-        raise CheckpointError(f"it asks for {module}.{name}, and nothing of it was run")
-
-    def load_build(self) -> None:
-        changed = self.stack[-2]
-        if type(changed) not in _PLAIN:
-            raise CheckpointError(f"it would change {changed!r}, and nothing of it was run")
-        super().load_build()
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _read_index(Path(self.path))
+        return read_index(Path(self.path))
 
 
 class _Planner(DefaultLoadPlanner):

@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import read_checkpoint
-from layershed.files.checkpoint_shards import INDEX_FILE, NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.files.checkpoint_shards import NOTES_FILE, mend, read_notes, read_shards, replacing_shards
+from layershed.files.shard_index import INDEX_FILE
 from layershed.integration.lightning_private import raw_optimizer, saves_shards, trainer_of
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import LoadsShards

@@ -90,19 +90,6 @@ def set_up_val_loaders(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
 
 
-def estimated_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run, possibly infinite, without setting the train loader up for good.
-
-    Lightning sets the train loader up to count them, once. A resumed run would then go on without the loader's
-    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
-    """
-    loop = trainer.fit_loop
-    known = loop._combined_loader
-    steps = trainer.estimated_stepping_batches
-    loop._combined_loader = known
-    return steps
-
-
 def train_loaders(trainer: Trainer) -> list[Any]:
     """The train loaders as one flat list; empty before they are set up."""
     loader = trainer.fit_loop._combined_loader
