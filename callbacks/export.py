@@ -26,7 +26,7 @@ class Export(Callback):
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
     """
 
-    place = 5  # in the order drop, quantize, LoRA, export
+    layershed_place = 5  # in the order drop, quantize, LoRA, export
 
     def __init__(self, folder: str = "pruned", transformer: str | None = None) -> None:
         self.folder, self.transformer = folder, transformer

@@ -83,7 +83,7 @@ class LoRARecovery(Callback):
         StrategyError: Before training, if the model cannot change under the Trainer's strategy.
     """
 
-    place = 3  # in the order drop, quantize, LoRA, export
+    layershed_place = 3  # in the order drop, quantize, LoRA, export
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class LoRARecovery(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the learning rates and the strategy."""
         self._rates.detach()
-        give_back_strategy(trainer)
+        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """The step at which it began and the optimizer's parameters, as primitives."""

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
-from layershed.integration.fsdp_checkpoints import give_back_strategy
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
@@ -79,7 +78,7 @@ class Quantization(Callback):
         self._done = False
 
     @property
-    def place(self) -> int:
+    def layershed_place(self) -> int:
         """Its place in the order drop, quantize, LoRA, export; with start='end', after the merge."""
         return 4 if self.start == "end" else 2
 
@@ -95,17 +94,20 @@ class Quantization(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save in every checkpoint how the model is quantized."""
-        fit_strategy(trainer, self, pl_module, self.transformer)
-        carry_structure(pl_module, self.transformer)
         if is_sharded(trainer):
             raise QuantizationError(
                 "Quantization: bitsandbytes cannot quantize weights that ModelParallelStrategy shards. Leave it out, "
                 "and quantize the exported model (layershed.quantize)."
             )
+        fit_strategy(trainer, self, pl_module, self.transformer)
+        carry_structure(pl_module, self.transformer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the strategy's methods, and the hooks of a module that is in its original state."""
-        give_back_strategy(trainer)
+        """Restore the hooks of a module that is in its original state."""
+        leave_structure(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an error."""
         leave_structure(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

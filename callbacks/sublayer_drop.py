@@ -103,7 +103,7 @@ class SublayerDrop(Callback):
         StrategyError: Before training, if the model cannot change under the Trainer's strategy.
     """
 
-    place = 1  # in the order drop, quantize, LoRA, export
+    layershed_place = 1  # in the order drop, quantize, LoRA, export
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ class SublayerDrop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the model and restore the strategy's methods, after an error too."""
         self.on_fit_end(trainer, pl_module)
-        give_back_strategy(trainer)
+        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
@@ -793,3 +793,23 @@ def test_second_exact_resume_changes_nothing(make_trainer, tmp_path):
     again, more = fit(2, "again", ckpt_path=tmp_path / "cut.ckpt")
     assert same(again, whole)
     assert more.items() <= rows.items()
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_epoch_of_a_distributed_sampler_is_resumed_in_its_own_order(make_trainer, tmp_path):
+    """The second epoch of four batches, after its second one: another order than that of the first epoch."""
+    items, path = sequences(4 * BATCH), tmp_path / "6.ckpt"
+
+    class Noting(Foreign):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["input_ids"].tolist())
+            return super().training_step(batch, batch_idx)
+
+    found = {}
+    for name, more, ckpt_path in (("whole", [Save(path, 6)], None), ("resumed", [], path)):
+        seen = found[name] = []
+        sampler = DistributedSampler(items, num_replicas=1, rank=0, seed=5)
+        trainer = make_trainer(ExactResume(), *more, name=name, max_steps=8)
+        trainer.fit(Noting(), StatefulDataLoader(items, BATCH, sampler=sampler), val_loader(), ckpt_path=ckpt_path)
+    assert found["resumed"] == found["whole"][6:]
+    assert sorted(map(str, found["whole"][4:])) != sorted(map(str, found["whole"][:4])), "else the epoch has no part"

@@ -13,7 +13,7 @@ from layershed.callbacks import Export, RedundancyMonitor, SpeedMonitor, Sublaye
 from layershed.errors import ExportError
 from layershed.files import atomic as folders
 from layershed.integration.importance_csv import append
-from layershed.planning.plan import DropPlan
+from layershed.planning.plan import Drop, DropPlan
 from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import write_report
 from tests.support.bad_input.damage import ON, SPEED
@@ -57,7 +57,7 @@ def small():
 
 
 def dropped(model):
-    plan = DropPlan(tuple(ls.plan.Drop(sublayer) for sublayer in ls.find_sublayers(model)[:1]))
+    plan = DropPlan(tuple(Drop(sublayer) for sublayer in ls.find_sublayers(model)[:1]))
     ls.bypass(model, plan)
     return plan
 

@@ -11,6 +11,7 @@ import yaml
 from layershed.callbacks import ExactResume
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.lightning_cli import LayershedCLI
+from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError
 from tests.support.command_line import DATA, DROPPING, FIT, KEEP, TRAINER, callbacks, run
 
@@ -259,11 +260,8 @@ def test_fit_resumes_exactly_whether_its_config_lists_the_callback_or_not(entrie
     assert [type(callback) for callback in seen[0].callbacks].count(ExactResume) == 1
 
 
-def test_no_other_command_changes_how_checkpoints_are_written(monkeypatch):
-    seen = []
-    monkeypatch.setattr(LayershedCLI, "validate", lambda self, **_: seen.append(self.trainer), False)
-    assert run(["validate", *FIT[1:]]) == 0
-    assert not any(isinstance(callback, ExactResume) for callback in seen[0].callbacks)
+def test_our_trainer_writes_whole_checkpoints():
+    assert type(Trainer(accelerator="cpu", logger=False).strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
 
 
 def test_a_damaged_one_is_refused_with_the_name_of_the_intact_one(capsys):

@@ -130,7 +130,7 @@ def test_the_inputs_are_asked_for_with_the_model_itself():
 def test_adapter_for_no_class_of_modules_is_refused(wrong):
     with pytest.raises(AdapterError, match=r"not a subclass of nn\.Module\. Give the class of the model"):
         register_adapter(wrong, ADAPTER)
-    assert adapters._ADAPTERS == {}
+    assert adapters._REGISTERED == {}
 
 
 def test_a_class_that_nobody_registered_is_refused():

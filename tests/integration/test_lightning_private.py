@@ -135,13 +135,6 @@ def test_set_up_val_loaders(asked):
     assert asked("on_fit_start", ask, max_steps=1) == [(None, True)]
 
 
-def test_estimated_steps_leaves_the_train_loader_to_be_set_up(asked):
-    def ask(trainer):
-        return private.estimated_steps(trainer), trainer.train_dataloader
-
-    assert asked("on_fit_start", ask, max_steps=-1, max_epochs=3) == [(3 * EPOCH, None)]
-
-
 def test_train_loaders_and_is_stateful(asked):
     def ask(trainer):
         return [private.is_stateful(loader) for loader in private.train_loaders(trainer)]

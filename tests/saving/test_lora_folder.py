@@ -101,7 +101,7 @@ def test_the_plan_beside_it_keeps_its_scores(tokens, tmp_path):
 
 
 def test_nothing_to_save_and_nothing_to_load_is_said(llama, tmp_path):
-    with pytest.raises(RecoveryError, match="carries no recovery adapters"):
+    with pytest.raises(RecoveryError, match="carries no LoRA adapters"):
         ls.save_adapter(llama, tmp_path / "adapter")
     with pytest.raises(ExportError, match="holds no readable LoRA adapter"):
         ls.load_adapter(llama, tmp_path)
@@ -169,7 +169,7 @@ def test_a_standalone_folder_takes_no_adapters(tmp_path):
 def test_an_adapter_is_not_loaded_onto_adapters(llama, tmp_path):
     ls.inject_lora(llama)
     ls.save_adapter(llama, tmp_path / "adapter")
-    with pytest.raises(RecoveryError, match="recovery adapters already"):
+    with pytest.raises(RecoveryError, match="LoRA adapters already"):
         ls.load_adapter(llama, tmp_path / "adapter")
 
 

@@ -32,7 +32,7 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
     root = Path(trainer.get("default_root_dir") or "runs")
     verdicts: dict[Path, str] = {}
     for path, barred in _candidates(root, trainer):
-        damage = barred or _damage(path)
+        damage = barred or _why_skipped(path)
         if damage is None:
             return path
         if path not in verdicts:
@@ -101,7 +101,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(ages, key=lambda path: (bool(re.match(r"last(-v\d+)?$", path.stem)), ages[path]), reverse=True)
 
 
-def _damage(path: Path) -> str | None:
+def _why_skipped(path: Path) -> str | None:
     try:
         os.stat(path)
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from layershed.cli.plan import predict_plan
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable, next_version
 from layershed.cli.score import score
+from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.performance.benchmark import Benchmark, QualityName
 from layershed.performance.prediction import Prediction
 from layershed.performance.stopwatch import SpeedSettings
@@ -56,6 +57,7 @@ class Trainer(pl.Trainer):
             super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise TrainerError(f"trainer: {error}") from error
+        keep_checkpoints_whole(self.strategy)  # validate and test, too, answer a damaged one in a sentence
 
     def score(
         self, model: CausalLM, datamodule: TextData, metric: str = "cosine", batches: int = 16

@@ -7,7 +7,8 @@ ones included, and on a skeleton without any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from threading import RLock
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -15,15 +16,17 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.anatomy import Anatomy, take_apart
 from layershed.discovery.branches import LeftAlone
+from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
 from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
-from layershed.discovery.proofs import Proofs, has_new_numbers, numbers_of
+from layershed.discovery.proofs import Proofs
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule
 
 _PROOFS: Proofs[Anatomy] = Proofs()
+_LOCK = RLock()  # a probe puts hooks on the model and takes them off again
 
 
 def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
@@ -65,32 +68,31 @@ def find_left_alone(model: nn.Module, *, name: str | None = None) -> tuple[LeftA
 def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     """As :func:`find_sublayers`, with the modules around each sublayer and everything else in the blocks.
 
-    The proof is made once for each state of a model and kept as long as the model lives. When numbers in the weights
-    have changed, one plain forward pass checks that they are finite.
+    The proof is made once for each state of a model and kept as long as the model lives. With a known proof, one plain
+    forward pass checks that the numbers are finite.
     """
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
     secure_quantized(transformer)
-    with gathered(transformer), quietly(transformer):
-        proof, keep = _PROOFS.find(transformer)
-        if proof is None:
-            anatomy = _prove(transformer, keep)
-        else:
-            anatomy = proof.answer
-            if has_new_numbers(transformer, proof):
-                refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
-                proof.numbers = numbers_of(transformer)
+    with _LOCK, gathered(transformer), quietly(transformer):
+        state = fingerprint(transformer)
+        anatomy = None if state is None else _PROOFS.find(transformer, state)
+        if anatomy is None:
+            anatomy = _prove(transformer, state)
+        else:  # no counter of torch's tells of every write: fused optimizers and tensor.data pass it by
+            refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
     return anatomy.copy()
 
 
-def _prove(transformer: nn.Module, keep: Callable[[Anatomy, bool], None]) -> Anatomy:
+def _prove(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
     tape, slots = run_probe(transformer), watch_cache(transformer)
     anatomy, of_zeros = take_apart(transformer, tape, slots)
     outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]
     refuse_not_finite(transformer, [tape.tensors[output] for output in outputs if output is not None])
-    keep(anatomy, of_zeros)
+    if state is not None and not of_zeros:  # a branch that is zero for now may turn out to mix tokens
+        _PROOFS.keep(transformer, state, anatomy)
     return anatomy
 
 

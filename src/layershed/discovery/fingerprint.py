@@ -6,8 +6,8 @@ Two fingerprints are equal only if the probe would see the same objects in the s
 - parameters and buffers by identity, shape, dtype and device; buffers that are single numbers by value,
 - the config, the registered SublayerAdapter and torch's modes.
 
-The fingerprint leaves out gradients and the numbers in the weights. A hook counts by identity, not by the state of
-the object that it belongs to.
+The fingerprint leaves out gradients and the numbers in the weights. It does not notice two
+changes: what a hook's own object switches on or off, and a method other than ``forward`` that is exchanged on a class.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _UNSEEN = {
     "_load_state_dict_post_hooks",
 }
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
+# what a transformer that is a LightningModule itself belongs to
+_OWNERS = {"_trainer", "_fabric"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class _Walk:
             kind = type(value)
             if kind in _PLAIN:
                 key += (name, kind, value)
-            elif name not in _UNSEEN and (kind not in _CONTAINERS or value):
+            elif name not in _UNSEEN and name not in _OWNERS and (kind not in _CONTAINERS or value):
                 key.append(name)
                 if name in _HOOKS:
                     self.hooks(value.values())

@@ -35,7 +35,7 @@ def run_probe(transformer: nn.Module) -> Tape:
     Raises:
         UnprovenStructureError: If the forward pass fails.
     """
-    with quietly(transformer), recording(transformer) as tape, _explained(transformer):
+    with quietly(transformer), recording(transformer) as tape, _as_structure_error(transformer):
         _forward(transformer)
     return tape
 
@@ -55,7 +55,7 @@ def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
 
     if any(parameter.is_meta for parameter in transformer.parameters()):
         return found
-    with quietly(transformer), ExitStack() as hooks, _explained(transformer):
+    with quietly(transformer), ExitStack() as hooks, _as_structure_error(transformer):
         for path in paths:
             hooks.callback(transformer.get_submodule(path).register_forward_hook(note).remove)
         _forward(transformer)
@@ -63,7 +63,7 @@ def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
 
 
 @contextmanager
-def _explained(transformer: nn.Module) -> Iterator[None]:
+def _as_structure_error(transformer: nn.Module) -> Iterator[None]:
     """Turns any exception of a forward pass into an error that says what to do."""
     try:
         yield
@@ -104,7 +104,7 @@ def filled_cache(transformer: nn.Module) -> Any:
     Raises:
         UnprovenStructureError: If the forward pass fails.
     """
-    with quietly(transformer), _explained(transformer):
+    with quietly(transformer), _as_structure_error(transformer):
         return getattr(_forward(transformer, use_cache=True), "past_key_values", None)
 
 

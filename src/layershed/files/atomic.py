@@ -24,7 +24,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         ExportError: If the disk is full, or nothing can be written there.
     """
     folder = Path(folder)
-    with explained(folder):
+    with as_export_error(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             fresh = Path(beside) / folder.name
@@ -42,9 +42,9 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     # not tempfile: its files are private to the user
     beside = path.with_name(f".{path.name}.partial")
-    with explained(path):
+    with as_export_error(path):
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(text, encoding="utf-8", newline="")
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def as_export_error(path: Path) -> Iterator[None]:
     """Turn what goes wrong on the disk into an error of one sentence.
 
     Raises:

@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
         CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
     """
     options = {"map_location": "cpu", "weights_only": True, **options}
-    damage = _damage(path)
+    damage = _torn_file(path)
     if damage is None:
         whole = zipfile.is_zipfile(path)
         try:
@@ -126,7 +126,7 @@ def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it can be resumed from."""
-    damage = _damage(path)
+    damage = _torn_file(path)
     if damage is not None:
         return damage
     try:
@@ -140,7 +140,7 @@ def intact_beside(path: Path) -> Iterator[Path]:
     """The other checkpoints in its folder that can be resumed from, the newest first."""
     others = (other for other in newest_first(path.parent) if not other.samefile(path))
     # of a damaged one nothing is asked, or each would name the others in turn
-    return (other for other in others if _damage(other) is None and zipfile.is_zipfile(other))
+    return (other for other in others if _torn_file(other) is None and zipfile.is_zipfile(other))
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -184,18 +184,18 @@ def refuse_folder(path: Path) -> None:
         )
 
 
-def _damage(path: Path) -> str | None:
+def _torn_file(path: Path) -> str | None:
     """What can be told from the bytes alone, without looking at what they mean."""
     try:
         with path.open("rb") as file:  # every time: who may read it can change, and the file does not
             found = os.fstat(file.fileno())
-        return _damage_of_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+        return _torn_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError as error:
         return f"{UNREADABLE} ({error.strerror or error})"
 
 
 @lru_cache(maxsize=256)
-def _damage_of_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | None:
+def _torn_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | None:
     """All bytes are read for it: of a file that has not changed since only once, however many ask."""
     if size == 0:
         return "it is empty"

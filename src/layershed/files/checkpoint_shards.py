@@ -82,7 +82,7 @@ def mend(path: Path) -> None:
     """Finish a replacement that was cut off between its two renames: by then the new folder is whole."""
     beside, former = _beside(path)
     if not os.path.lexists(path) and os.path.lexists(former):
-        (beside if _damage(beside) is None else former).rename(path)
+        (beside if _missing_part(beside) is None else former).rename(path)
 
 
 def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, Any]:
@@ -95,10 +95,10 @@ def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, 
     Raises:
         CheckpointError: If a part is missing or cut off, or holds what would have to be run.
     """
-    damage = _damage(path)
+    damage = _missing_part(path)
     if damage is not None:
         others = sorted(
-            (other for other in path.parent.glob("[!.]*/") if other != path and _damage(other) is None),
+            (other for other in path.parent.glob("[!.]*/") if other != path and _missing_part(other) is None),
             key=lambda other: other.stat().st_mtime_ns,
         )
         hint = (
@@ -162,7 +162,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _damage(path: Path) -> str | None:
+def _missing_part(path: Path) -> str | None:
     """What is missing of a folder of shards, by the lengths in its index; of what is there not every byte is read."""
     for name in (NOTES_FILE, INDEX_FILE):
         if not (path / name).is_file():

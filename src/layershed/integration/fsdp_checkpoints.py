@@ -209,7 +209,7 @@ def _check_loadable(noted: Mapping[str, Any], transformer: Any) -> None:
     if found == present:
         return
     raise CheckpointError(
-        f"The checkpoint {'has no adapters' if found is None else 'has recovery adapters'}, and this run "
+        f"The checkpoint {'has no adapters' if found is None else 'has LoRA adapters'}, and this run "
         f"{'has none' if present is None else 'has adapters of other settings'}. Under ModelParallelStrategy adapters "
         "cannot change once the weights are sharded. List the LoRARecovery of the interrupted run, or none if it had "
         "none."

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from layershed.files.atomic import explained
+from layershed.files.atomic import as_export_error
 from layershed.integration.run import IMPORTANCE_FILE
 
 HEADER = b"step,block,kind,metric,value\n"
@@ -21,14 +21,14 @@ _LONGEST_ROW = 1 << 16
 
 def begin(path: Path) -> None:
     """Write the header; an existing file is overwritten."""
-    with explained(path):
+    with as_export_error(path):
         path.write_bytes(HEADER)
 
 
 def append(path: Path, rows: Iterable[str]) -> None:
     """Append rows, all of them or none."""
     before = path.stat().st_size if path.exists() else None
-    with explained(path):
+    with as_export_error(path):
         try:
             with path.open("ab") as file:
                 file.writelines([*([HEADER] if before is None else []), *(f"{row}\n".encode() for row in rows)])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -89,19 +90,6 @@ def set_up_val_loaders(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
 
 
-def estimated_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run, possibly infinite, without setting the train loader up for good.
-
-    Lightning sets the train loader up to count them, once. A resumed run would then go on without the loader's
-    position, which is not known yet. So the loader is forgotten, and set up again when training starts.
-    """
-    loop = trainer.fit_loop
-    known = loop._combined_loader
-    steps = trainer.estimated_stepping_batches
-    loop._combined_loader = known
-    return steps
-
-
 def train_loaders(trainer: Trainer) -> list[Any]:
     """The train loaders as one flat list; empty before they are set up."""
     loader = trainer.fit_loop._combined_loader
@@ -113,11 +101,22 @@ def is_stateful(loader: object) -> bool:
     return isinstance(loader, _Stateful)
 
 
+def set_up_resumed_train_loader(trainer: Trainer) -> None:
+    """Build the train loader if it is not there yet, but leave its position to :func:`load_loader_states`.
+
+    Lightning would move it at once, in the order of a sampler's first epoch.
+    """
+    loop: Any = trainer.fit_loop
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    loop.setup_data()
+    loop._combined_loader_states_to_load = states
+
+
 def load_loader_states(trainer: Trainer) -> None:
-    """Give the train loaders the positions that the checkpoint holds.
+    """Give the train loaders the positions that the checkpoint holds, in the order of the epoch that is open.
 
     Lightning does not where the loaders were set up before the checkpoint was read (to count the steps), and between
-    two epochs.
+    two epochs. A sampler such as DistributedSampler must know the epoch before the loader moves to its position.
     """
     loop: Any = trainer.fit_loop
     states, loader = loop._combined_loader_states_to_load, loop._combined_loader
@@ -125,6 +124,8 @@ def load_loader_states(trainer: Trainer) -> None:
         return
     if between_epochs(trainer) and len(states) != sum(is_stateful(each) for each in loader.flattened):
         return  # a new epoch may have other loaders
+    for each in loader.flattened:
+        _set_sampler_epoch(each, loop.epoch_progress.current.processed)
     loader._load_state_dicts(states)
     loop._combined_loader_states_to_load = []
     iter(loop._data_fetcher)

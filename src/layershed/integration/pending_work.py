@@ -91,7 +91,7 @@ class _Resumption:
         """``fit_loop.run``."""
         trainer, loop = self.trainer, self.loop
         private.give_back_loop_methods(loop, ["run"])
-        private.set_up_train_loader(trainer)
+        private.set_up_resumed_train_loader(trainer)
         private.load_loader_states(trainer)
         if private.resumes_training(trainer):
             self._warn_of_an_open_epoch()
@@ -125,7 +125,7 @@ class _Resumption:
         if len(self.random) == self.trainer.world_size:  # else the saved states are of other ranks
             own = self.random[self.trainer.global_rank]
             set_random_states(own)
-            set_loader_states(own["loaders"], private.train_loaders(self.trainer))
+            set_loader_states(own.get("loaders", []), private.train_loaders(self.trainer))
 
     def _warn_of_an_open_epoch(self) -> None:
         trainer, done = self.trainer, private.batches_done(self.trainer)

@@ -19,7 +19,7 @@ from layershed.integration.metric_names import DROP, SPEED
 from layershed.integration.protocols import ActsAtStep, Drops, Placed
 from layershed.surgery import dropped_sublayers
 
-ORDER = "drop, quantize, LoRA, recover, export"
+ORDER = "drop, quantize, LoRA, export"
 _DROP, _LORA = 1, 3
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 _WITH_THE_DROP = (DROP, SPEED)
@@ -34,7 +34,7 @@ def check_order(trainer: Trainer) -> None:
     Raises:
         ScheduleError: If a callback is listed or acts before one that must come first.
     """
-    ours = [(callback, callback.place) for callback in callbacks_of(trainer) if isinstance(callback, Placed)]
+    ours = [(callback, callback.layershed_place) for callback in callbacks_of(trainer) if isinstance(callback, Placed)]
     for (first, place), (second, later) in pairwise(ours):
         if place > later:
             raise ScheduleError(

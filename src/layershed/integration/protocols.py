@@ -14,7 +14,7 @@ class Placed(Protocol):
     """Has a place in the order drop (1), quantize (2), LoRA (3), quantize at the end (4), export (5)."""
 
     @property
-    def place(self) -> int:
+    def layershed_place(self) -> int:
         """The place."""
 
 

@@ -54,7 +54,7 @@ def weight_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def adapter_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of recovery adapters, which cost nothing once they are merged."""
+    """The weights of LoRA adapters, which cost nothing once they are merged."""
     for layer in adapted_modules(transformer).values():
         for name, parameter in layer.named_parameters():
             if not name.startswith("base_layer."):

@@ -133,7 +133,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         transformer.__dict__[_TRAINABLE] = _trainable_names(transformer)
     elif present["settings"] != settings:
         raise RecoveryError(
-            f"The model carries recovery adapters of other settings: {present['settings']}, not {settings}; merge or "
+            f"The model carries LoRA adapters of other settings: {present['settings']}, not {settings}; merge or "
             "remove them first."
         )
     wanted = sorted(targets - adapted_modules(transformer).keys())
@@ -302,7 +302,7 @@ def _dropped_names(transformer: nn.Module) -> Iterator[tuple[StandIn, dict[str, 
 def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
     layers = adapted_modules(transformer)
     if not layers:
-        raise RecoveryError(f"{what}: {type(transformer).__name__} carries no recovery adapters.")
+        raise RecoveryError(f"{what}: {type(transformer).__name__} carries no LoRA adapters.")
     return layers
 
 

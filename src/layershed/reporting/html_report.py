@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.errors import DataError
-from layershed.files.atomic import explained, write_text
+from layershed.files.atomic import as_export_error, write_text
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count, short_number
 from layershed.performance.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
 from layershed.planning.plan import DropPlan
@@ -187,7 +187,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         plan_metric=printable(record.plan.metric or "") if record.plan else "",
         panels=PANELS,
     )
-    with explained(path):
+    with as_export_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)
     return path

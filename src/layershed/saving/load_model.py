@@ -65,7 +65,7 @@ def _from_scratch(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ModelError(f"config: transformers knows no model_type {model_type!r}{hint}")
-    with _explained("config: no causal language model can be built from it"):
+    with _as_model_error("config: no causal language model can be built from it"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=dtype)
 
 
@@ -76,7 +76,7 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
             f"config: pretrained={source!r} is of model_type {config.model_type!r}, not {fields['model_type']!r}; "
             "another architecture could not take its weights."
         )
-    with _explained(f"pretrained={source!r}: the model could not be loaded"):
+    with _as_model_error(f"pretrained={source!r}: the model could not be loaded"):
         if not lacks_sublayers(config):
             if _without_weights():
                 _refuse_quantized(config, source)
@@ -98,7 +98,7 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
 def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     if not path.is_file():
         raise ModelError(f"pretrained={str(path)!r}: there is no such GGUF file.")
-    with _explained(f"pretrained={str(path)!r}: the model could not be loaded"):
+    with _as_model_error(f"pretrained={str(path)!r}: the model could not be loaded"):
         try:
             if _without_weights():
                 return _skeleton(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **fields), dtype)
@@ -140,7 +140,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _as_model_error(what: str) -> Iterator[None]:
     """Turn any error of the Hugging Face libraries into a ModelError of one sentence."""
     try:
         yield

@@ -47,7 +47,7 @@ _PREFIX = "base_model.model."  # peft's, for the model inside a PeftModel
 def save_adapter(
     model: nn.Module, folder: str | Path, *, plan: DropPlan | None = None, name: str | None = None
 ) -> Path:
-    """Write the recovery adapters for ``peft.PeftModel.from_pretrained(base, folder)``, with the base's drop plan.
+    """Write the LoRA adapters for ``peft.PeftModel.from_pretrained(base, folder)``, with the base's drop plan.
 
     Of a model that FSDP2 shards, call it on every rank; the first one writes.
 
@@ -68,7 +68,7 @@ def save_adapter(
     transformer = find_transformer(model, name=name)
     check_adapter_folder(folder)
     if not _running(transformer):
-        raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no recovery adapters.")
+        raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no LoRA adapters.")
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers and the model lacks {len(dropped)}.")
@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ExportError(f"load_adapter: {str(folder)!r} holds no readable LoRA adapter ({error}).") from None
     if adapted_modules(transformer):
-        raise RecoveryError("load_adapter: the model carries recovery adapters already; merge or remove them first.")
+        raise RecoveryError("load_adapter: the model carries LoRA adapters already; merge or remove them first.")
     unknown = [name for name in _NOT_KNOWN if fields.get(name) not in (None, "none", {}, [], False)]
     if unknown:
         raise RecoveryError(

@@ -12,16 +12,15 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
 
 from layershed.errors import CheckpointError, OptimizerError, RecoveryError, ScheduleError
-from layershed.integration.lightning_private import estimated_steps
 from layershed.integration.preflight import waits_for_nothing
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation
 from layershed.saving.checkpoint import apply_structure, write_structure
 from layershed.saving.load_model import build_model
-
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+from layershed.training.lr_schedule import Schedule, share_of_peak
 
 
 class CausalLM(pl.LightningModule):
@@ -36,7 +35,7 @@ class CausalLM(pl.LightningModule):
         config: Fields of the model's config, ``model_type`` among them, for training from scratch; with
             ``pretrained``, fields to override. None without ``pretrained`` is a 12-block Llama over bytes.
         optimizer: Optimizer class and its arguments.
-        schedule: Learning-rate schedule over the whole run, by its name in ``transformers.get_scheduler``.
+        schedule: Learning-rate schedule over the whole run; the formulas are those of ``transformers.get_scheduler``.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         dtype: Weights as ``float32``, ``bfloat16`` or ``float16``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
@@ -71,6 +70,7 @@ class CausalLM(pl.LightningModule):
         if warmup_steps < 0:
             raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): it must not be negative.")
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self._total_steps = math.inf  # until training starts; the rate before the first step does not depend on it
         # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
         if gradient_checkpointing:
@@ -118,27 +118,29 @@ class CausalLM(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what is trainable, and its schedule by step."""
-        # imported here: it imports peft and bitsandbytes, whose AdamW would make torch's ambiguous on a command line
-        from transformers import get_scheduler
-
-        steps = estimated_steps(self.trainer)
-        endless = not 0 <= steps < math.inf
-        if endless and not self.schedule.startswith("constant"):
-            raise ScheduleError(
-                f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
-                "max_epochs, or take a constant schedule."
-            )
+        if self.trainer.max_epochs == -1:
+            self._count_steps()
         try:
             optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         except ValueError as error:  # torch's optimizers say so of every number out of range
             raise OptimizerError(f"CausalLM(optimizer=...): its arguments are refused ({error}).") from error
-        scheduler = get_scheduler(
-            self.schedule,
-            optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=None if endless else int(steps),
+        scheduler = LambdaLR(
+            optimizer, lambda step: share_of_peak(self.schedule, step, self.warmup_steps, self._total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Learn the length of the run: from here on Lightning knows the length of the train loader."""
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        steps = self.trainer.estimated_stepping_batches
+        self._total_steps = steps if 0 <= steps < math.inf else math.inf
+        if self._total_steps == math.inf and not self.schedule.startswith("constant"):
+            raise ScheduleError(
+                f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
+                "max_epochs, or take a constant schedule."
+            )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of torch; what does not fit is told in one sentence."""

@@ -306,7 +306,7 @@ def former_shards_are_left(folder):
 def other_adapters_are_refused(shards, found):
     for rank in found.ranks:
         assert "has no adapters" in rank["refused", shards]["lora"]
-        assert "has recovery adapters" in rank["refused", shards]["drop"]
+        assert "has LoRA adapters" in rank["refused", shards]["drop"]
         assert all("List the LoRARecovery" in text for text in rank["refused", shards].values())
 
 

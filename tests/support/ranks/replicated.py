@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.callbacks import ExactResume, LoRARecovery, Quantization, RedundancyMonitor, SublayerDrop
@@ -136,11 +136,12 @@ def resumed_within_an_epoch(folder, own):
             callbacks=[dropping(), ExactResume(), *([Save(path, 6)] if which == "whole" else [])],
         )
         items = sequences(2 * BATCH * 4)
-        sampler = DistributedSampler(items, 2, int(os.environ["RANK"]), seed=5) if own else None
+        # Lightning knows torch's RandomSampler, but not that of torchdata, which shuffle=True would bring
+        sampler = DistributedSampler(items, 2, int(os.environ["RANK"]), seed=5) if own else RandomSampler(items)
         module = Seen()
         trainer.fit(
             module,
-            StatefulDataLoader(items, BATCH, shuffle=not own, sampler=sampler),
+            StatefulDataLoader(items, BATCH, sampler=sampler),
             loader(2, 2 * BATCH, seed=100),
             ckpt_path=None if which == "whole" else path,
         )
