@@ -22,15 +22,10 @@ from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, 
 from layershed.performance.speed import SpeedReport
 from layershed.quality import Quality
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
-from layershed.reporting.figures import MOST_COLUMNS, drop_steps
-from layershed.reporting.html_report import (
-    LossPoint,
-    RunRecord,
-    measured_steps,
-    read_importance,
-    summary_table,
-    write_report,
-)
+from layershed.reporting.figures import MOST_COLUMNS, LossPoint, RunRecord, drop_steps
+from layershed.reporting.html_report import write_report
+from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.summary import summary_table
 
 
 class Report(Callback):

@@ -1,4 +1,4 @@
-"""Quantizing a model in memory with bitsandbytes, without reloading it, and the way back.
+"""Quantize a model in memory with bitsandbytes, without reloading it, and dequantize it.
 
 NF4 and FP4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) keep a weight in blocks of 64 as 4-bit codes with a scale
 for each; double quantization quantizes the scales as well. LLM.int8() (arXiv 2208.07339) keeps 8 bits a weight, and a
@@ -24,7 +24,7 @@ from layershed.stand_ins.install import exchange
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-Mode = Literal["nf4", "fp4", "int8"]
+QuantizationMode = Literal["nf4", "fp4", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -39,13 +39,13 @@ class Quantized:
         skip_modules: Names of what is not quantized.
     """
 
-    mode: Mode
+    mode: QuantizationMode
     double_quant: bool
     compute_dtype: ComputeDtype
     skip_modules: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As primitives."""
+        """The fields as primitives."""
         return {**asdict(self), "skip_modules": list(self.skip_modules)}
 
     @classmethod
@@ -53,7 +53,7 @@ class Quantized:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            QuantizationError: If the content is no such thing.
+            QuantizationError: If the content does not describe a quantization.
         """
         try:
             found = cls(**{**content, "skip_modules": tuple(content["skip_modules"])})
@@ -65,32 +65,33 @@ class Quantized:
 
 def quantize(
     model: nn.Module,
-    mode: Mode = "nf4",
+    mode: QuantizationMode = "nf4",
     *,
     double_quant: bool = True,
     compute_dtype: ComputeDtype | None = None,
     skip_modules: Sequence[str] = (),
     name: str | None = None,
 ) -> Quantized:
-    """Quantize the linear maps of a model in place, on the device where they are.
+    """Quantize the linear maps of a model in place, on their present device.
 
-    What is dropped stays so. Embeddings, norms and the output embedding keep their precision, and so do experts that
-    are no linear modules. Quantized weights are frozen.
+    - Dropped sublayers stay dropped.
+    - Embeddings, norms, the output embedding and experts that are no linear modules keep their precision.
+    - Quantized weights are frozen.
 
     Args:
         model: A Hugging Face transformer, or a module that holds one.
         mode: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: Quantize the scales of 4-bit weights, too: 0.37 bits a weight less. Not for int8.
         compute_dtype: Dtype of the products with 4-bit weights; None for the model's own.
-        skip_modules: Further modules to leave alone, by the end or the beginning of their paths, as upstream's
-            ``llm_int8_skip_modules``: ``["down_proj"]``, ``["model.layers.2"]``.
+        skip_modules: Further modules to leave as they are, by the end or the beginning of their paths, such as
+            ``["down_proj"]`` or ``["model.layers.2"]``; upstream's ``llm_int8_skip_modules``.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        What was done.
+        The quantization of the model.
 
     Raises:
-        QuantizationError: If it is quantized already, carries adapters, is no Hugging Face model, or has nothing to
+        QuantizationError: If the model is quantized already, carries LoRA, is not from Hugging Face, or has nothing to
             quantize.
     """
     transformer = find_transformer(model, name=name)
@@ -111,14 +112,14 @@ def quantize(
 
 
 def check_mode(mode: str, compute_dtype: str | None = None) -> None:
-    """Refuse options that have no meaning, without a model.
+    """Refuse invalid options; no model is needed.
 
     Raises:
-        UnknownNameError: If there is no such mode or dtype.
-        QuantizationError: If the mode has no use for a compute dtype.
+        UnknownNameError: If the mode or the dtype does not exist.
+        QuantizationError: If the mode does not use a compute dtype.
     """
-    if mode not in get_args(Mode):
-        raise UnknownNameError("quantization mode", mode, get_args(Mode))
+    if mode not in get_args(QuantizationMode):
+        raise UnknownNameError("quantization mode", mode, get_args(QuantizationMode))
     if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
         raise UnknownNameError("compute dtype", str(compute_dtype), get_args(ComputeDtype))
     if compute_dtype is not None and mode == "int8":
@@ -128,10 +129,10 @@ def check_mode(mode: str, compute_dtype: str | None = None) -> None:
 
 
 def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, name: str | None = None) -> None:
-    """Refuse, before anything else is done, a model that :func:`quantize` could not quantize.
+    """Refuse a model that :func:`quantize` cannot quantize; call it before anything else is done.
 
     Raises:
-        QuantizationError: If it is no Hugging Face model, or something to skip is not there.
+        QuantizationError: If the model is not from Hugging Face, or a module to skip does not exist.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -151,14 +152,14 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
 
 
 def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
-    """As :func:`quantize`, with everything decided."""
-    # imported here, for they import bitsandbytes
+    """Quantize exactly as described, without the checks of :func:`quantize`."""
+    # imported here, because they import bitsandbytes
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     config = _upstream_config(how)
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    # upstream's own list: the output embedding and what is tied to it, and what must stay in float32
+    # upstream's own list: the output embedding, modules tied to it, and modules that must stay in float32
     left = quantizer.get_modules_to_not_convert(transformer, None, transformer._keep_in_fp32_modules)
     config.llm_int8_skip_modules = sorted({*left, *how.skip_modules})
     paths = [
@@ -196,16 +197,17 @@ def quantization_of(model: nn.Module, *, name: str | None = None) -> Quantized |
 
 
 def dequantize(model: nn.Module, *, name: str | None = None) -> None:
-    """Turn quantized weights into ordinary ones of the same values; adapters stay, and merge exactly afterwards.
+    """Turn quantized weights into ordinary ones of the same values; LoRA stays, and can then be merged exactly.
 
-    In the dtype that 4-bit weights were quantized from, and that of the model for 8-bit ones, which may round them.
+    4-bit weights get the dtype that they were quantized from. 8-bit weights get the dtype of the model, which may round
+    them.
 
     Args:
         model: A transformer, or a module that holds one.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Raises:
-        QuantizationError: If it is not quantized.
+        QuantizationError: If the model is not quantized.
     """
     transformer: Any = find_transformer(model, name=name)
     if quantization_of(transformer) is None:
@@ -213,11 +215,11 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     secure_quantized(transformer)
-    # peft's modules for quantized weights are of other classes: out, and in again
-    adapters = lora_settings(transformer)
+    # peft has other classes for quantized weights: LoRA is removed here, and injected again below
+    lora = lora_settings(transformer)
     learned = {path: layer.state_dict() for path, layer in adapted_modules(transformer).items()}
-    off = any(layer.disable_adapters for layer in adapted_modules(transformer).values())
-    if adapters is not None:
+    switched_off = any(layer.disable_adapters for layer in adapted_modules(transformer).values())
+    if lora is not None:
         remove_lora(transformer)
     for path, module in list(transformer.named_modules()):
         if isinstance(module, Linear4bit | Linear8bitLt):
@@ -225,16 +227,16 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         transformer.__dict__.pop(attribute, None)
     del transformer.config.quantization_config
-    if adapters is not None:
-        inject_at(transformer, set(adapters["targets"]), adapters["settings"])
+    if lora is not None:
+        inject_at(transformer, set(lora["targets"]), lora["settings"])
         for path, layer in adapted_modules(transformer).items():
             own = {key: value for key, value in learned[path].items() if not key.startswith("base_layer.")}
-            layer.load_state_dict(own, strict=False, assign=True)  # in the precision that they were learned in
-        set_enabled(transformer, not off)
+            layer.load_state_dict(own, strict=False, assign=True)  # in the dtype of their training
+        set_enabled(transformer, not switched_off)
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers that are saved, with the scales of quantized ones."""
+    """Bytes of all saved parameters and buffers, including the scales of quantized weights."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
@@ -269,7 +271,7 @@ def _quantized(module: Any, how: Quantized) -> nn.Module:
         new.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
     new.bias = module.bias
     new.source_trainable = module.weight.requires_grad
-    new.source_cls = type(module)  # upstream's name for it; tells Conv1D, which keeps its weight transposed
+    new.source_cls = type(module)  # upstream's name; marks Conv1D, whose weight is transposed
     return new
 
 

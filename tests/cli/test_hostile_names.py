@@ -11,7 +11,7 @@ from layershed.cli import console
 from layershed.cli.main import main
 from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.reporting.figures import RunRecord
-from layershed.reporting.html_report import summary_table
+from layershed.reporting.summary import summary_table
 from tests.support.bad_input.damage import ON, SPEED
 
 pytestmark = pytest.mark.usefixtures("own_seed")

@@ -24,20 +24,12 @@ from layershed.errors import DataError, ExportError
 from layershed.performance.speed import Interval, PhaseSpeed, SpeedReport
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import Quality
-from layershed.reporting import figures
+from layershed.reporting import figures, importance_file, summary
 from layershed.reporting import html_report as report
-from layershed.reporting.html_report import (
-    ImportancePoint,
-    LossPoint,
-    RunRecord,
-    importance_heatmap,
-    loss_figure,
-    measured_steps,
-    read_importance,
-    summary_rows,
-    summary_table,
-    write_report,
-)
+from layershed.reporting.figures import ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
+from layershed.reporting.html_report import write_report
+from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.summary import summary_rows, summary_table
 
 STEPS = range(40, 201, 40)
 DROPPED = {("attention", 1): 120, ("attention", 2): 120, ("mlp", 2): 120}
@@ -596,7 +588,7 @@ def test_hostile_names_stay_text_in_a_real_browser(record, speed, tmp_path):
     assert title == f"{HOSTILE}?? - layershed report"
 
 
-@pytest.mark.parametrize("module", [report, figures])
+@pytest.mark.parametrize("module", [report, figures, importance_file, summary])
 def test_no_model_and_no_global_state(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]

@@ -29,7 +29,8 @@ from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import DropPlan, Scope
 from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
 from layershed.reporting.figures import RunRecord
-from layershed.reporting.html_report import summary_table, write_report
+from layershed.reporting.html_report import write_report
+from layershed.reporting.summary import summary_table
 from layershed.saving.pretrained import save_pretrained
 from layershed.surgery import bypass, dropped_sublayers
 from layershed.training.causal_lm import CausalLM

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, whatever happens while they are written."""
+"""Writing folders and files whole or not at all, whatever interrupts the writing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from layershed.errors import ExportError
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the given one's place at the end; after an error the old one is still there.
+    """Give a fresh folder to fill. It replaces the given folder at the end; after an error the old one is still there.
 
     Args:
-        folder: Where it shall stand; its parents are made.
+        folder: The folder to replace; its parents are created.
 
     Raises:
         ExportError: If the disk is full, or nothing can be written there.
@@ -34,7 +34,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: a reader, and a killed run, never see half of it.
+    """Write a file whole or not at all: no reader sees half of it, and no killed run leaves half.
 
     Raises:
         ExportError: If the disk is full, or nothing can be written there.
@@ -53,7 +53,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def as_export_error(path: Path) -> Iterator[None]:
-    """Turn what goes wrong on the disk into an error of one sentence.
+    """Turn an error of the disk into an error of one sentence.
 
     Raises:
         ExportError: If the disk is full, or nothing can be written there.
@@ -71,18 +71,18 @@ def as_export_error(path: Path) -> Iterator[None]:
 
 
 def check_free(folder: str | Path, *, mark: str, what: str, apart: Path | None = None) -> None:
-    """Refuse, before anything is computed, a place where something else would be destroyed.
+    """Refuse a place where something else would be destroyed; call it before anything is computed.
 
     Args:
-        folder: Where something is to be written.
-        mark: Name of a file that only what may be replaced has, beside safetensors weights.
-        what: What it would be, for the message.
-        apart: A folder that must not lie inside: that of the run, whose other files would go.
+        folder: The folder to be written.
+        mark: A file name. A folder with this file and safetensors weights may be replaced.
+        what: What the folder is to hold, for the message.
+        apart: A folder that must not lie inside: that of the run, whose other files would be lost.
 
     Raises:
-        ExportError: If it exists and is neither an empty folder nor one with that mark.
+        ExportError: If the folder exists, is not empty and has no such mark.
     """
-    # resolved, as a path can lead through folders that are not there yet, and out of them again
+    # resolved: a path can lead into folders that do not exist yet, and out of them again
     there = Path(folder).resolve()
     if apart is not None and apart.resolve().is_relative_to(there):
         raise ExportError(f"{str(folder)!r} is the run directory, or holds it; give the {what} a folder of its own.")
@@ -96,7 +96,7 @@ def check_free(folder: str | Path, *, mark: str, what: str, apart: Path | None =
 
 
 def refuse_source(folder: Path, source: str | None) -> None:
-    """Refuse to write a dropped model over the one that it came from.
+    """Refuse to write a dropped model over the model that it came from.
 
     Raises:
         ExportError: If the folder is where the model was loaded from.
@@ -106,17 +106,17 @@ def refuse_source(folder: Path, source: str | None) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """What is wrong with the disk; None for any other error."""
+    """The disk's reason, or None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # safetensors and tokenizers, written in Rust, have errors of their own, with the system's number in them
+    # safetensors and tokenizers are written in Rust: their own errors quote the system's number
     code = re.search(r"\bos error (\d+)\b|\bcode: (\d+)\b", str(error))
     number = int(code[1] or code[2]) if code else 0
     return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS) else None
 
 
 def _swap(fresh: Path, folder: Path, previous: Path) -> None:
-    """Put a folder in place of another, or leave the other where it was."""
+    """Replace a folder by another, or leave it where it was."""
     replaced = folder.exists()
     if replaced:
         folder.rename(previous)

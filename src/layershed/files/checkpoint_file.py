@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, and refused in one sentence when they are torn."""
+"""Checkpoint files: written whole or not at all; a torn one is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ UNREADABLE = "it cannot be read"
 
 
 def write_atomically(target: Path, content: Any) -> None:
-    """``torch.save``, whole or not at all: the file has its former content until the new one is on the disk."""
-    # the same name every time: what a killed writer has left is written over, and no search for *.ckpt finds it
+    """``torch.save``, whole or not at all: the file keeps its former content until the new content is on the disk."""
+    # one fixed name: the rest that a killed writer left is overwritten, and no search for *.ckpt finds it
     beside = target.with_name(f".{target.name}.partial")
     try:
         with beside.open("wb") as file:
@@ -38,7 +38,7 @@ def write_atomically(target: Path, content: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk, so that they outlive a power cut."""
+    """Flush a file, or the names in a folder, to the disk, so that they survive a power cut."""
     with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
         opened = os.open(path, os.O_RDONLY)
         try:
@@ -48,14 +48,14 @@ def sync(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, **options: Any) -> Any:
-    """``torch.load`` of a file that may be torn, or a stranger's.
+    """``torch.load`` for a file that may be torn or come from a stranger.
 
     Args:
         path: A local file.
         options: As of ``torch.load``; ``weights_only`` is True unless given.
 
     Raises:
-        CheckpointError: If the file is torn, or holds what only ``weights_only=False`` would load.
+        CheckpointError: If the file is torn, or only ``weights_only=False`` would load it.
     """
     options = {"map_location": "cpu", "weights_only": True, **options}
     damage = _torn_file(path)
@@ -65,9 +65,9 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
             return torch.load(path, **options)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever torch and pickle raise for bytes that mean nothing to them
+        except Exception as error:  # torch and pickle raise errors of many kinds for damaged bytes
             if whole and (not options["weights_only"] or "allocate memory" in str(error)):
-                raise  # not for what the file is
+                raise  # the file is not at fault
             if "unsupported global" in str(error).lower() or (whole and isinstance(error, pickle.UnpicklingError)):
                 raise CheckpointError(
                     f"The checkpoint {str(path)!r} holds more than tensors and plain values, and nothing of it was "
@@ -85,20 +85,20 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
 
 
 def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> None:
-    """Refuse, before anything is built, what could not be resumed from or evaluated.
+    """Refuse a checkpoint that cannot be resumed from or evaluated; call it before anything is built.
 
     Args:
-        path: Where it should be.
-        resumed: Whether a run shall go on from it, which takes more than weights.
+        path: The checkpoint.
+        resumed: Whether a run will resume from it, which takes more than weights.
         options: As of :func:`read_checkpoint`.
 
     Raises:
-        CheckpointError: If there is no such file, it is torn, or Lightning did not write it.
+        CheckpointError: If the file is missing, torn, or not written by Lightning.
     """
     refuse_folder(path)
     if not path.is_file():
         raise CheckpointError(f"ckpt_path={str(path)!r}: there is no such file.")
-    # the weights were read once for their checksums; mapped, they are not brought to memory, too
+    # the weights were read once for their checksums; mapping avoids a copy in memory
     content = read_checkpoint(path, mmap=zipfile.is_zipfile(path), **options)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"ckpt_path={str(path)!r}: it is not a checkpoint that Lightning wrote.")
@@ -112,10 +112,10 @@ def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> No
 
 
 def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
-    """The options of the model that a checkpoint notes.
+    """The options of the model that a checkpoint records.
 
     Raises:
-        CheckpointError: If there is one that is not known: it may ask for a class, of anywhere.
+        CheckpointError: If one is unknown: it may name any class to import.
     """
     noted = read_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("hyper_parameters", {})
     options = {name: value for name, value in noted.items() if name != "_instantiator"}
@@ -139,7 +139,7 @@ def damage_of(path: Path) -> str | None:
 def intact_beside(path: Path) -> Iterator[Path]:
     """The other checkpoints in its folder that can be resumed from, the newest first."""
     others = (other for other in newest_first(path.parent) if not other.samefile(path))
-    # of a damaged one nothing is asked, or each would name the others in turn
+    # damaged ones are skipped without an error, or each error would name the others in turn
     return (other for other in others if _torn_file(other) is None and zipfile.is_zipfile(other))
 
 
@@ -150,14 +150,14 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """What the operating system said; torch raises something of its own while it closes a file that took no more."""
+    """The operating system's error inside another: torch raises its own while it closes a file on a full disk."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def unwritten(path: Path, reason: OSError) -> CheckpointError:
-    """The error of a checkpoint for which there is no room, or no right."""
+    """The error of a checkpoint that cannot be written: no room, or no permission."""
     before = "the former one stays as it was" if path.exists() else "nothing is left of it"
     return CheckpointError(
         f"The checkpoint {str(path)!r} could not be written ({reason.strerror or reason}), and {before}; make room "
@@ -185,9 +185,9 @@ def refuse_folder(path: Path) -> None:
 
 
 def _torn_file(path: Path) -> str | None:
-    """What can be told from the bytes alone, without looking at what they mean."""
+    """What is wrong with the bytes of a file, without interpreting them; None if nothing is."""
     try:
-        with path.open("rb") as file:  # every time: who may read it can change, and the file does not
+        with path.open("rb") as file:  # opened every time: permissions can change while the file does not
             found = os.fstat(file.fileno())
         return _torn_bytes(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError as error:
@@ -196,7 +196,7 @@ def _torn_file(path: Path) -> str | None:
 
 @lru_cache(maxsize=256)
 def _torn_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | None:
-    """All bytes are read for it: of a file that has not changed since only once, however many ask."""
+    """Cached, because all bytes are read: once for each version of a file."""
     if size == 0:
         return "it is empty"
     with path.open("rb") as file:
@@ -215,11 +215,11 @@ def _torn_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | Non
 
 
 def _torn_part(archive: zipfile.ZipFile) -> str | None:
-    """The first part that is not what its checksum says; torch writes checksums, and does not look at them."""
+    """The first part whose checksum is wrong; torch writes checksums and never reads them."""
     parts = archive.infolist()
     if any(part.CRC for part in parts):
         return archive.testzip()
-    # written under torch.serialization.set_crc32_options(False): all are zero, and say nothing
+    # written under torch.serialization.set_crc32_options(False): all checksums are zero
     for part in parts:
-        archive.open(part).close()  # looks whether the part stands where the index has it
+        archive.open(part).close()  # fails if the part is not where the index says
     return None

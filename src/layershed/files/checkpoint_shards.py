@@ -41,7 +41,7 @@ NOTES_FILE = "meta.pt"
 
 @contextmanager
 def replacing_shards(path: Path, *, leads: bool, wait: Callable[[], object]) -> Iterator[Path]:
-    """A folder that every rank fills, and that takes the given one's place at the end; until then the former one stays.
+    """Give a folder for every rank to fill. It replaces the given folder at the end; until then the former one stays.
 
     Args:
         path: The checkpoint, on a file system that all ranks share.
@@ -79,21 +79,21 @@ def replacing_shards(path: Path, *, leads: bool, wait: Callable[[], object]) -> 
 
 
 def mend(path: Path) -> None:
-    """Finish a replacement that was cut off between its two renames: by then the new folder is whole."""
+    """Finish a replacement that was interrupted between its two renames: the new folder is whole then."""
     beside, former = _beside(path)
     if not os.path.lexists(path) and os.path.lexists(former):
         (beside if _missing_part(beside) is None else former).rename(path)
 
 
 def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, Any]:
-    """What a folder of shards holds beside weights and optimizer states.
+    """Read what a folder of shards holds beside weights and optimizer states.
 
     Args:
         path: The folder.
-        weights_only: False runs whatever the pickles in ``meta.pt`` ask for, and nothing else's.
+        weights_only: False runs whatever the pickle in ``meta.pt`` asks for. The other files never run anything.
 
     Raises:
-        CheckpointError: If a part is missing or cut off, or holds what would have to be run.
+        CheckpointError: If a part is missing or cut off, or would have to run code.
     """
     damage = _missing_part(path)
     if damage is not None:
@@ -121,11 +121,11 @@ def read_shards(path: Path, state: dict[str, Any], *, alone: bool = False) -> No
 
     Args:
         path: The folder.
-        state: The tensors to fill and whatever else there is, under the names that they were saved by.
-        alone: Whether this process reads by itself; else every rank of the process group, if there is one, calls it.
+        state: The tensors and other values to fill, under the names that they were saved with.
+        alone: Whether this process reads by itself. Otherwise every rank of the process group must call it.
 
     Raises:
-        CheckpointError: If one of them is not in the checkpoint, has another shape, or would have to be run.
+        CheckpointError: If one is missing from the checkpoint, has another shape, or would have to run code.
     """
     options = {"no_dist": True} if alone and torch.distributed.is_initialized() else {}
     try:
@@ -144,14 +144,14 @@ def read_shards(path: Path, state: dict[str, Any], *, alone: bool = False) -> No
 
 
 def _reasons(error: BaseException) -> list[BaseException]:
-    """What went wrong, on whichever rank it did."""
+    """The errors of all ranks."""
     if isinstance(error, CheckpointException):
         return [reason for reason, _ in error.failures.values()]
     return [error] if isinstance(error, Exception) else []
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where the new one is written, and where the former one waits for it; no search for *.ckpt finds either."""
+    """Where the new folder is written and where the former one waits; no search for *.ckpt finds either."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
 
 
@@ -163,7 +163,7 @@ def _delete(path: Path) -> None:
 
 
 def _missing_part(path: Path) -> str | None:
-    """What is missing of a folder of shards, by the lengths in its index; of what is there not every byte is read."""
+    """What is missing from a folder of shards, judged by the lengths in its index, without reading every byte."""
     for name in (NOTES_FILE, INDEX_FILE):
         if not (path / name).is_file():
             return f"it has no {name}"
@@ -172,7 +172,7 @@ def _missing_part(path: Path) -> str | None:
         ends: dict[str, int] = {}
         for place in index.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    except Exception as error:  # whatever unpickling raises for bytes that mean nothing to it
+    except Exception as error:  # unpickling raises errors of many kinds for damaged bytes
         return f"its {INDEX_FILE} cannot be read ({error})"
     for name, end in ends.items():
         size = (path / name).stat().st_size if (path / name).is_file() else 0
@@ -194,7 +194,7 @@ class _Planner(DefaultLoadPlanner):
             raise CheckpointError(
                 f"{read_item.dest_index.fqn} holds more than tensors and plain values, and nothing of it was run."
             ) from error
-        # torch would run whatever the stranger's bytes ask for: it gets bytes of ours
+        # torch would run whatever the stranger's bytes ask for, so it gets bytes of ours
         own = io.BytesIO()
         torch.save(content, own)
         own.seek(0)

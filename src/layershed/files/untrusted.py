@@ -1,4 +1,4 @@
-"""What a model folder says, looked at before any library acts upon it: it may be damaged, or a stranger's."""
+"""Checks of a model folder before any library acts on it: it may be damaged, or come from a stranger."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 
 
 def vet_folder(source: str | Path) -> None:
-    """Refuse a local model folder that asks for what is outside of it, or for a model that nobody can build.
+    """Refuse a local model folder that names files outside it, or describes a model that cannot be built.
 
     Args:
-        source: A folder; anything else is left to the hub.
+        source: A folder; any other name is left to the hub.
 
     Raises:
-        ExportError: If so.
+        ExportError: If the folder does.
     """
     folder = Path(source)
     if not (folder / "config.json").is_file():
@@ -32,7 +32,7 @@ def vet_folder(source: str | Path) -> None:
     if (problem := problem_of(fields)) is not None:
         raise ExportError(f"The config.json in {str(source)!r} is not valid ({problem}).")
     if (folder / "adapter_config.json").is_file():
-        # transformers would put it into the model unasked, from what the file says, modules to import included
+        # transformers would load the adapter unasked, and import any module that its file names
         raise ExportError(
             f"{str(source)!r} holds a model and an adapter of peft in one; merge the adapter (merge_and_unload()), or "
             "move it out."
@@ -46,7 +46,7 @@ def vet_folder(source: str | Path) -> None:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
         ExportError: If it does not.
@@ -62,7 +62,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def problem_of(fields: Mapping[str, Any]) -> str | None:
-    """Why no model can be built from the fields of a config, or None; what is not looked at, transformers looks at."""
+    """Why no model can be built from the fields of a config, or None; transformers checks the other fields."""
     for inner in _mappings(fields):
         for name in _SIZES:
             value = inner.get(name)
@@ -82,16 +82,16 @@ def problem_of(fields: Mapping[str, Any]) -> str | None:
 
 
 def refuse_unfitting(report: Mapping[str, Any], own: Iterable[str], source: str) -> None:
-    """Refuse weights that do not fit their model: what is missing would be made up at random.
+    """Refuse weights that do not fit their model: transformers would fill missing ones with random numbers.
 
     Args:
-        report: What transformers says of the loading.
+        report: The loading report of transformers.
         own: Names of the model's weights.
         source: Where the weights came from.
 
     Raises:
-        ModelError: If weights are missing or of other shapes, or there are some of further blocks. What else is left
-            over, such as the head of another task, does no harm.
+        ModelError: If weights are missing, have other shapes, or belong to further blocks. Other surplus weights, such
+            as the head of another task, do no harm.
     """
     blocks = {re.sub(r"\d+", "*", name) for name in own}
     left_over = [key for key in report["unexpected_keys"] if re.search(r"\.\d+\.", key)]

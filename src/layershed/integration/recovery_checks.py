@@ -13,7 +13,8 @@ from layershed.integration.preflight import callbacks_of, waits_for_nothing
 from layershed.integration.protocols import Quantizes
 from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
-from layershed.recovery.lora import inject_lora, lora_arguments, lora_settings, set_enabled
+from layershed.recovery.lora import inject_lora, lora_settings, set_enabled
+from layershed.recovery.lora_options import lora_arguments
 from layershed.recovery.optimizer_groups import Layout, forget_parameters, restore_layout
 
 

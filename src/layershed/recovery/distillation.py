@@ -1,4 +1,4 @@
-"""Self-distillation: a dropped model learns from itself as it was, with the bypass lifted and the adapters off.
+"""Self-distillation: a dropped model learns from itself before the drop, with the bypass lifted and LoRA off.
 
 No second model is held. As long as only adapters are trained, the teacher is exactly the model before the drop.
 """
@@ -95,7 +95,7 @@ def self_distillation_loss(
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
-        A scalar with gradients. Without anything dropped or adapted the plain LM loss, as there is nothing to learn.
+        A scalar with gradients. If nothing is dropped or adapted, the plain LM loss: the teacher is the student.
 
     Raises:
         RecoveryError: If an argument has no meaning, or the model does not predict the next token.
@@ -129,7 +129,7 @@ def self_distillation(
 
 
 def check_teacher(model: nn.Module, *, name: str | None = None) -> None:
-    """Refuse, before training, a model that has no teacher in it.
+    """Refuse a model that cannot be its own teacher; call it before training.
 
     Raises:
         PlanError: If a sublayer was removed.
@@ -147,7 +147,7 @@ def _language_model(model: nn.Module, name: str | None) -> nn.Module:
 
 
 def _teacher(transformer: nn.Module, inputs: Mapping[str, Tensor], wants_hidden: bool) -> Any:
-    """What the model gave before the drop; no dropout, no gradients."""
+    """The output of the model before the drop, without dropout and gradients."""
     with torch.no_grad(), evaluating(transformer), dense(transformer), adapters_off(transformer):
         return transformer(**inputs, use_cache=False, output_hidden_states=wants_hidden)
 
@@ -169,14 +169,14 @@ def _inputs(batch: Any, transformer: nn.Module) -> tuple[dict[str, Tensor], Tens
 
 
 def _counted(labels: Tensor) -> Tensor:
-    """Places whose next token is predicted, shape (batch, tokens); the last one predicts nothing."""
+    """Positions whose next token counts, shape (batch, tokens); the last position predicts nothing."""
     counted = torch.zeros_like(labels, dtype=torch.bool)
     counted[:, :-1] = labels[:, 1:] != -100
     return counted
 
 
 def _kl(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    # summed first and masked then: picking the counted logits would copy them, and scatter their gradients
+    # summed first, masked afterwards: selecting the counted logits would copy them and scatter their gradients
     scale = 1 / temperature
     log_q, log_p = (log_softmax(z.float() if scale == 1 else z.float() * scale, -1) for z in (student, teacher))
     by_token = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

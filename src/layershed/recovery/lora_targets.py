@@ -1,4 +1,4 @@
-"""Where adapters go: the linear maps of a dropped model that still run, all or those beside what was dropped."""
+"""Where LoRA goes: all linear maps of a dropped model that still run, or only those next to dropped sublayers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Placement = Literal["all", "neighbours"]
 
 
 def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], placement: Placement) -> set[str]:
-    """Paths of the modules to adapt: those chosen, which still run; arguments as of :func:`~layershed.inject_lora`.
+    """Paths of the chosen modules that still run; arguments as of :func:`~layershed.inject_lora`.
 
     Raises:
-        RecoveryError: If a name is not there, or the weight is tied to another module's.
+        RecoveryError: If a name does not exist, or its weight is tied to another module's.
     """
     linear = set(_linear_modules(transformer))
     if isinstance(target_modules, str):
@@ -44,7 +44,7 @@ def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], plac
 
 
 def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
-    """Merged into a weight that two modules share, an adapter would change the other one, too."""
+    """Refuse shared weights: merging an adapter into one module would change the other too."""
     holders: dict[int, int] = {}
     for module in transformer.modules():
         for parameter in module.parameters(recurse=False):
@@ -89,7 +89,7 @@ def _neighbours(transformer: nn.Module) -> set[str]:
 
 
 def no_target(transformer: nn.Module, target_modules: str | Sequence[str], placement: str) -> str:
-    """Why there is nothing to adapt, as a sentence."""
+    """The sentence that says why there is nothing to adapt."""
     if placement == "neighbours" and not dropped_sublayers(transformer):
         return "placement='neighbours': nothing is dropped, so that nothing stands beside a dropped sublayer."
     return (

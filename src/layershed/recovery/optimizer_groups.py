@@ -1,6 +1,6 @@
-"""What an optimizer is told when the model changes under it: what to forget, what to take over, and how fast to go.
+"""Optimizers follow a model that changes: parameters leave, others join, and the learning rate is scaled.
 
-All of it in place, because learning-rate schedulers hold on to the very group objects: the schedule goes on.
+All changes are in place, because learning-rate schedulers keep references to the group objects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Layout = list[list[list[str]]]
 def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -> None:
     """Take the parameters of bypassed sublayers out of the optimizers, with their state, in place.
 
-    Doing it twice changes nothing.
+    A second call changes nothing.
 
     Args:
         optimizers: The run's optimizers.
@@ -36,7 +36,7 @@ def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -
 
 
 def forget_quantized(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Take quantized weights out, and what they were before, which is no parameter of the module any more."""
+    """Take out quantized weights and their originals, which are no parameters of the module any more."""
     trainable = {id(parameter) for parameter in module.parameters() if parameter.is_floating_point()}
     _forget(optimizers, lambda parameter: id(parameter) not in trainable)
 
@@ -46,14 +46,14 @@ def hand_over(
 ) -> None:
     """Make optimizers train the adapters of a transformer instead of its frozen weights.
 
-    What stands outside the transformer goes on with its state. An adapter joins the group that held the weight it
-    belongs to, or, where that was in none, the first group with anything of the transformer.
+    Parameters outside the transformer keep their state. An adapter joins the group that held its weight. If no group
+    held it, the adapter joins the first group that holds a parameter of the transformer.
 
     Args:
         optimizers: The run's optimizers.
         module: The LightningModule.
         transformer: The transformer in it, with adapters injected and everything else frozen.
-        origin: Where the weights stood before any of them left; None for where they stand.
+        origin: The groups of the weights before any of them left; None for the present groups.
     """
     if not optimizers:
         return
@@ -84,16 +84,16 @@ def hand_over(
 
 
 def layout_of(optimizers: Iterable[Optimizer], module: nn.Module) -> Layout:
-    """Which parameters stand in which group, by name."""
+    """The names of the parameters in each group."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[[names.get(id(p), "") for p in group["params"]] for group in o.param_groups] for o in optimizers]
 
 
 def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: Layout) -> None:
-    """Bring the groups of fresh optimizers into the layout of those of an interrupted run, before their state comes.
+    """Give fresh optimizers the groups of an interrupted run; call it before their state is loaded.
 
     Raises:
-        CheckpointError: If there are other optimizers or groups, or a parameter is not there.
+        CheckpointError: If the number of optimizers or groups differs, or a parameter does not exist.
     """
     parameters = dict(module.named_parameters())
     if [len(groups) for groups in layout] != [len(optimizer.param_groups) for optimizer in optimizers]:
@@ -110,9 +110,9 @@ def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: L
 
 
 def complete_state(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Give every trainable parameter some state, as torch's distributed checkpoints expect it of all or of none.
+    """Give every trainable parameter a state: torch's distributed checkpoints need one for all parameters or for none.
 
-    What the new states hold means nothing; let go of them once the checkpoint is written.
+    The new states hold no information. Delete them once the checkpoint is written.
 
     Returns:
         The parameters that had none.
@@ -123,13 +123,13 @@ def complete_state(optimizer: Optimizer) -> list[nn.Parameter]:
     ]
     if any(lacking):
         with _step_of_no_length(optimizer, lacking):
-            type(optimizer).step(optimizer)  # not the instance's, in which a schedule counts
+            type(optimizer).step(optimizer)  # not the instance's own step: a scheduler counts its calls
     return [parameter for held in lacking for parameter in held]
 
 
 @contextmanager
 def _step_of_no_length(optimizer: Optimizer, held: Sequence[Sequence[nn.Parameter]]) -> Iterator[None]:
-    """Within the context the groups hold these parameters alone, all gradients are zero and so is the learning rate."""
+    """Within the context the groups hold only these parameters; all gradients and learning rates are zero."""
     groups = optimizer.param_groups
     before = [{**group, "params": list(group["params"])} for group in groups]
     gradients = [(parameter, parameter.grad) for own in held for parameter in own]
@@ -150,7 +150,7 @@ def _step_of_no_length(optimizer: Optimizer, held: Sequence[Sequence[nn.Paramete
 
 @contextmanager
 def without_empty_groups(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Within the context no optimizer has a group without parameters, which torch's distributed checkpoints mix up."""
+    """Within the context no optimizer has an empty group: torch's distributed checkpoints confuse empty groups."""
     kept = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
     for optimizer, groups in kept:
         optimizer.param_groups[:] = [group for group in groups if group["params"]]
@@ -158,16 +158,16 @@ def without_empty_groups(optimizers: Iterable[Optimizer]) -> Iterator[None]:
         yield
     finally:
         for optimizer, groups in kept:
-            # what was loaded stands in new groups
+            # loading a state makes new group objects
             full = iter(optimizer.param_groups[:])
             optimizer.param_groups[:] = [next(full) if group["params"] else group for group in groups]
 
 
 class LearningRateFactor:
-    """Scales the learning rates of optimizers during their steps only: whatever schedule runs goes on beside it.
+    """Scales the learning rates of optimizers during their steps only, so that any schedule goes on unchanged.
 
     Args:
-        factor: Gives the factor of the step at hand.
+        factor: Returns the factor of the current step.
     """
 
     def __init__(self, factor: Callable[[], float]) -> None:
@@ -183,7 +183,7 @@ class LearningRateFactor:
             self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def detach(self) -> None:
-        """Leave the optimizers alone, also after a step that an error cut short."""
+        """Stop scaling, also after a step that an error interrupted."""
         self._put_back()
         for handle in self._handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""What is kept of a long run: curves and pictures that stay small, however many steps there were."""
+"""Curves and pictures that stay small in a long run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 class ThinnedCurve:
-    """A curve that grows point by point, of which every second point goes whenever there are too many.
+    """A curve that grows point by point; when it has too many points, every second one is removed.
 
-    What goes depends on nothing but the points that came, so that a resumed run keeps the same. The first, the last,
-    and those around a mark stay.
+    The choice depends only on the points added so far, so that a resumed run keeps the same ones. The first point, the
+    last one and those next to a mark stay.
 
     Args:
-        most: How many points may be held, those around marks apart.
+        most: The most points to keep, not counting those next to marks.
     """
 
     def __init__(self, most: int = 500) -> None:
         self.most = most
-        # step, value and the number of the point, from 0; no number where it is to stay
+        # step, value and the number of the point, from 0; None if the point must stay
         self._points: list[tuple[int, float, int | None]] = []
         self._seen, self._stride, self._marked = 0, 1, False
 
@@ -33,9 +33,9 @@ class ThinnedCurve:
         return self._points[-1][0] if self._points else None
 
     def add(self, step: int, value: float) -> None:
-        """Take in the next point."""
+        """Add the next point."""
         if self._points and not self._stays(self._points[-1]):
-            self._points.pop()  # it was there as the last one
+            self._points.pop()  # it was kept only as the last point
         self._points.append((step, value, None if self._marked else self._seen))
         self._seen, self._marked = self._seen + 1, False
         if len(self._points) > self.most and sum(number is not None for _, _, number in self._points) > self.most:
@@ -43,7 +43,7 @@ class ThinnedCurve:
             self._points = [point for point in self._points[:-1] if self._stays(point)] + self._points[-1:]
 
     def mark(self) -> None:
-        """Have the last point stay, and the next one."""
+        """Keep the last point, and the next one."""
         if self._points:
             step, value, _ = self._points[-1]
             self._points[-1] = (step, value, None)
@@ -54,7 +54,7 @@ class ThinnedCurve:
         return number is None or number % self._stride == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as primitives."""
+        """The whole state as primitives."""
         points = [list(point) for point in self._points]
         return {"points": points, "seen": self._seen, "stride": self._stride, "marked": self._marked}
 
@@ -65,18 +65,18 @@ class ThinnedCurve:
 
 
 def shown_steps(steps: Sequence[int], around: Iterable[int], most: int) -> list[int]:
-    """Steps at equal distances, the first and the last among them, and those next to each of ``around``.
+    """Choose steps at equal distances, including the first and the last, and those next to each of ``around``.
 
     Args:
-        steps: What there is, ascending.
-        around: Steps of which what was just before, at and just behind is to be seen.
-        most: How many are few enough to take them all, and how many are taken at most, those around apart.
+        steps: All steps, ascending.
+        around: Steps to show with their neighbours: the step before, the step itself and the step after.
+        most: The most steps to choose, not counting those of ``around``.
     """
     if len(steps) <= most:
         return list(steps)
     stride = math.ceil((len(steps) - 1) / (most - 1))
     taken = {*steps[::stride], steps[-1]}
     for step in around:
-        before, behind = bisect_left(steps, step), bisect_right(steps, step)
-        taken.update(steps[max(before - 1, 0) : behind + 1])
+        left, right = bisect_left(steps, step), bisect_right(steps, step)
+        taken.update(steps[max(left - 1, 0) : right + 1])
     return sorted(taken)

@@ -95,13 +95,13 @@ def importance_heatmap(
 ) -> Figure:
     """Draw importance over training: blocks by steps, one panel per kind, on one colour scale.
 
-    A sublayer has no importance once it is dropped; its cells are hatched. Cells without a value for any other reason
-    stay white. The colour scale is logarithmic where the values span more than two decades. A single measurement has
-    no axis of steps. Of more than ``MOST_COLUMNS`` measurements some are left out at equal distances, none of them next
-    to a drop.
+    - A dropped sublayer has no importance; its cells are hatched. Cells without a value for other reasons stay white.
+    - The colour scale is logarithmic if the values span more than two decades.
+    - A single measurement has no axis of steps.
+    - Of more than ``MOST_COLUMNS`` measurements some are left out at equal distances, but none next to a drop.
 
     Args:
-        points: The importances, all of one metric; of two for the same cell the later one counts.
+        points: The importances, all of one metric. The later of two for the same cell counts.
         plan: What was dropped and when.
         stacked: Put the panels above one another, for a phone.
 
@@ -192,12 +192,12 @@ def drop_steps(plan: DropPlan | None) -> list[int]:
 
 
 def _dropped_at(plan: DropPlan | None) -> dict[tuple[str, int], float]:
-    """Step from which each (kind, block) is gone; minus infinity for a drop outside training."""
+    """The step at which each (kind, block) was dropped; minus infinity for a drop outside training."""
     gone: dict[tuple[str, int], float] = {}
     for drop in plan.drops if plan else ():
         gone[drop.sublayer.kind, drop.sublayer.block] = -math.inf if drop.step is None else drop.step
     for kind, block in [key for key in gone if key[0] == "attention"]:
-        if ("mlp", block) in gone:  # only then does the block do nothing
+        if ("mlp", block) in gone:  # only without both does the block do nothing
             gone["block", block] = max(gone[kind, block], gone["mlp", block])
     return gone
 
@@ -207,7 +207,7 @@ def _column_edges(
 ) -> list[float]:
     """Edges of the columns: halfway between two measurements, or at the drop that lies between them.
 
-    A measurement at the very step of a drop came first if what was dropped still has a value there.
+    A measurement at the step of a drop was made before the drop if the dropped sublayer has a value there.
     """
     drops = sorted({step for step in dropped.values() if math.isfinite(step)})
     before = {step: any((*key, step) in cells for key, at in dropped.items() if at == step) for step in drops}
@@ -252,8 +252,8 @@ def _style_panel(axes: Axes, title: str, blocks: list[int], steps: list[int]) ->
 def _mark_drops(axes: Axes, labels: Mapping[int, str], underlay: str | None = None) -> list[Artist]:
     """A dashed line at each drop, named above the axes.
 
-    Where the names would run into each other only the steps are written, on end; what is returned, for a legend, then
-    holds one line that says what they are.
+    If the names would overlap, only the steps are written, vertically, and the returned list holds one line for a
+    legend that explains them.
     """
     if not labels:
         return []
@@ -278,7 +278,7 @@ def _mark_drops(axes: Axes, labels: Mapping[int, str], underlay: str | None = No
 
 
 def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool) -> None:
-    # The bar is 0.13 inch thick however long it gets.
+    # The bar is 0.13 inch thick at any length.
     length = 3.0 if stacked else figure.get_figheight() - 1.4
     where: dict[str, Any] = {"location": "bottom" if stacked else "right", "aspect": length / 0.13}
     bar = figure.colorbar(mesh, ax=panels, fraction=0.05, pad=0.02, **where)

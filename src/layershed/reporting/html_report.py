@@ -1,160 +1,22 @@
-"""The report of a run: a table for the terminal, and one self-contained HTML file. No model, no torch."""
+"""The report of a run as one self-contained HTML file. No model, no torch."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
-from layershed.errors import DataError
 from layershed.files.atomic import as_export_error, write_text
-from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count, short_number
-from layershed.performance.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+from layershed.formatting import counts_of, printable, short_number
+from layershed.performance.speed import SpeedReport
 from layershed.planning.plan import DropPlan
-from layershed.quality import Quality
-from layershed.reporting.figures import PANELS, ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
-
-__all__ = [
-    "ImportancePoint",
-    "LossPoint",
-    "RunRecord",
-    "importance_heatmap",
-    "loss_figure",
-    "measured_steps",
-    "read_importance",
-    "summary_rows",
-    "summary_table",
-    "write_report",
-]
-
-_COLUMNS = ["step", "block", "kind", "metric", "value"]
-_MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
-
-
-def measured_steps(path: str | Path) -> dict[str, list[int]]:
-    """When the RedundancyMonitor callback measured, from its file, whatever the length of that.
-
-    Args:
-        path: A CSV file with the header ``step,block,kind,metric,value``.
-
-    Returns:
-        The steps, ascending, by metric.
-
-    Raises:
-        DataError: If there is no such file, or a line is malformed; names the line.
-    """
-    found: dict[str, set[int]] = {}
-
-    def take(row: list[str]) -> None:
-        step, _, _, metric, _ = _fields(row)
-        found.setdefault(metric, set()).add(step)
-
-    _read(path, take)
-    return {metric: sorted(steps) for metric, steps in found.items()}
-
-
-def read_importance(path: str | Path, steps: Mapping[str, Container[int]] | None = None) -> tuple[ImportancePoint, ...]:
-    """Read the importances that the RedundancyMonitor callback wrote.
-
-    Args:
-        path: A CSV file with the header ``step,block,kind,metric,value``.
-        steps: Those to read, by metric; None for all.
-
-    Returns:
-        The points, in the order of the file.
-
-    Raises:
-        DataError: If there is no such file, or a line is malformed; names the line.
-    """
-    points: list[ImportancePoint] = []
-
-    def take(row: list[str]) -> None:
-        if steps is None or len(row) != len(_COLUMNS) or int(row[0]) in steps.get(row[3], ()):
-            points.append(ImportancePoint(*_fields(row)))
-
-    _read(path, take)
-    return tuple(points)
-
-
-def _read(path: str | Path, take: Callable[[list[str]], None]) -> None:
-    """Hand on every row but the header."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                if (header := next(reader, None)) != _COLUMNS:
-                    raise ValueError(f"the header must be {','.join(_COLUMNS)}, got {header}")
-                for row in reader:
-                    if row:
-                        take(row)
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, csv.Error) as error:
-                raise DataError(f"{path}, line {max(reader.line_num, 1)}: {error}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Importance: cannot read {str(path)!r}: {error}.") from None
-
-
-def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """What a run comes down to, as (label, value); a row is there only if its value is known.
-
-    Args:
-        record: The run.
-
-    Returns:
-        Rows for the terminal and for the HTML report, in ASCII so that any terminal can show them.
-
-    Example:
-        >>> summary_rows(RunRecord("gpt2"))
-        [('Sublayers dropped', 'nothing was dropped')]
-    """
-    rows = [(f"Validation loss {words}", _quality(record.quality[key])) for key, words in _moments(record, *_MOMENTS)]
-    if record.plan:
-        rows.append(("Sublayers dropped", counts_of(record.plan)))
-    elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
-        rows.append(("Sublayers dropped", "nothing was dropped"))
-    if speed := record.speed:
-        before, after = speed.parameters_dense, speed.parameters_dropped
-        cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
-        rows += [
-            ("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}"),
-            ("Prefill speed", str(speed.prefill)),
-            ("Decode speed", str(speed.decode)),
-            ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
-            ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
-            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}"),
-        ]
-        if "before" in record.quality:
-            moments = _moments(record, "after", "end")
-            rows += [(f"SDR {words}", _sdr(record, key, speed.decode)) for key, words in moments]
-    return rows
-
-
-def summary_table(record: RunRecord) -> Table:
-    """The same rows as a table for the terminal.
-
-    Args:
-        record: The run.
-
-    Returns:
-        A table for ``rich.print``. Names are shown as they are: neither markup nor control codes in them act.
-    """
-    table = Table(title=Text(printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in summary_rows(record):
-        table.add_row(Text(label), Text(value))
-    return table
+from layershed.reporting.figures import PANELS, RunRecord, importance_heatmap, loss_figure
+from layershed.reporting.summary import summary_rows
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
@@ -162,7 +24,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 
     Args:
         record: The run.
-        path: Where to write; folders are made as needed, and a file that is there is replaced in one step.
+        path: Where to write. Folders are created as needed, and an existing file is replaced in one step.
 
     Returns:
         The path.
@@ -258,10 +120,6 @@ def _speed(speed: SpeedReport) -> dict[str, object]:
     return {"phases": {"Prefill": speed.prefill, "Decode": speed.decode}, "setting": setting}
 
 
-def _moments(record: RunRecord, *keys: str) -> Iterator[tuple[str, str]]:
-    return ((key, _MOMENTS[key]) for key in keys if key in record.quality)
-
-
 def _lede(plan: DropPlan | None) -> str:
     if not plan:
         return "No sublayer was dropped."
@@ -270,41 +128,6 @@ def _lede(plan: DropPlan | None) -> str:
     if len(steps) > 1:
         when = f" in {len(steps)} rounds from step {steps[0]:,} to step {steps[-1]:,}"
     return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {counts_of(plan)}."
-
-
-def _fields(row: list[str]) -> tuple[int, int, str, str, float]:
-    """Those of an :class:`ImportancePoint`."""
-    if len(row) != len(_COLUMNS):
-        raise ValueError(f"expected {len(_COLUMNS)} fields, got {len(row)}")
-    number, place, kind, metric, value = row
-    if kind not in PANELS:
-        raise ValueError(f"kind must be one of {', '.join(PANELS)}, got {kind!r}")
-    step, block = int(number), int(place)
-    fields = (step, block, kind, metric, float(value))
-    if step < 0 or block < 0:
-        raise ValueError(f"step and block must not be negative, got {step} and {block}")
-    return fields
-
-
-def _quality(quality: Quality) -> str:
-    return f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
-
-
-def _sizes(before: float, after: float) -> str:
-    return f"{short_bytes(before)} -> {short_bytes(after)}{_in_brackets(before, after)}"
-
-
-def _in_brackets(before: float, after: float) -> str:
-    return f" ({change_of(before, after)})" if before else ""
-
-
-def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
-    points_lost = 100 * (record.quality["before"].accuracy - record.quality[moment].accuracy)
-    ratio = speedup_degradation_ratio(points_lost, decode.speedup.median)
-    if math.isnan(ratio):
-        return "undefined (no speed gained)"
-    doubt = "" if decode.measurable else " (speedup not measurable)"
-    return f"{round(ratio, 2) + 0.0:.2f} points of next-token accuracy per % of decode speed{doubt}"
 
 
 def _typeset(text: str) -> str:

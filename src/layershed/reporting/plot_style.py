@@ -1,4 +1,4 @@
-"""How the pictures look: colours, type, and a figure without pyplot, so that there is no global state."""
+"""The look of the pictures: colours, type, and figures without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Axes for lines: a light grid behind them, and no frame on top and on the right."""
+    """Style axes for lines: a light grid under the lines, and no frame at the top and on the right."""
     axes.set_facecolor("white")
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)

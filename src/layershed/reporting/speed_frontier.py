@@ -14,7 +14,7 @@ from layershed.performance.intervals import Interval
 from layershed.planning.plan import Scope
 from layershed.reporting.plot_style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
 
-# Okabe and Ito's colours, which the colour-blind tell apart; and markers, for print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and markers for print in black and white.
 _STYLES: dict[Scope, tuple[str, str]] = {
     "attention": ("#0072b2", "o"),
     "cross_attention": ("#e69f00", "v"),
@@ -22,7 +22,7 @@ _STYLES: dict[Scope, tuple[str, str]] = {
     "joint": ("#009e73", "D"),
     "block": ("#cc79a7", "^"),
 }
-# Where the count stands: Joint Layer Drop begins with attentions, and one would be written over the other.
+# Scopes whose count stands below the point: Joint Layer Drop starts with attentions, and the counts would overlap.
 _BELOW: set[Scope] = {"joint", "mlp"}
 _NAMES: dict[Scope, str] = {
     "attention": "Attention Drop",
@@ -57,18 +57,18 @@ def frontier_figure(
 ) -> Figure:
     """Draw quality against measured speedup, prefill beside decode.
 
-    Every scope has a line that begins at the dense model, at a speedup of 1; its points stand in the order of their
-    counts, with horizontal bars for the 95 % intervals of the speedup.
+    Every scope has a line. It begins at the dense model, at a speedup of 1, and follows the points by count. Horizontal
+    bars show the 95 % intervals of the speedup.
 
     Args:
         points: The dropped models.
         dense: Quality of the dense model.
-        label: What the quality is, with its unit.
-        title: Of the whole figure.
-        log_scale: Whether quality spans so much that only a logarithmic axis shows it.
+        label: Name of the quality, with its unit.
+        title: Title of the whole figure.
+        log_scale: Whether the axis of quality is logarithmic.
 
     Returns:
-        The figure; each panel has one line per scope, in the order in which the scopes come.
+        The figure; each panel has one line per scope, in the order of ``points``.
     """
     figure = new_figure((10.0, 4.4))
     panels = figure.subplots(1, 2, sharey=True)

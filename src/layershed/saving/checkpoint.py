@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint says about a model's structure: what is dropped, quantized and adapted."""
+"""The structure of a model in a Lightning checkpoint: what is dropped, quantized and adapted by LoRA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import keys_of, mend, read_notes, read_shards
 from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
-from layershed.recovery.lora import checked_settings, inject_at, lora_settings, remove_lora
+from layershed.recovery.lora import inject_at, lora_settings, remove_lora
+from layershed.recovery.lora_options import checked_settings
 from layershed.stand_ins.install import WITHHELD, withheld
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
@@ -25,20 +26,20 @@ _MARK = "layershed: "
 
 
 def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = None) -> None:
-    """Turn a module into what a Lightning checkpoint holds: its drops, quantization and adapters, and all its weights.
+    """Bring a module to the state of a Lightning checkpoint: drops, quantization, LoRA and all weights.
 
-    For a LightningModule that knows nothing of layershed, or any other module with the same names inside; a Trainer
-    with SublayerDrop among its callbacks, and CausalLM, do it by themselves.
+    For a LightningModule that knows nothing of layershed, or any other module with the same names inside. Not needed
+    with CausalLM, or with a Trainer that has SublayerDrop among its callbacks: they do it by themselves.
 
     Args:
-        module: What was trained, built anew; where loading fails, it may be half loaded.
-        path: A checkpoint, whole or of the weights alone, or a folder of shards that FSDP2 wrote; nothing in it is
+        module: The module that was trained, built anew. If loading fails, it may be half loaded.
+        path: A checkpoint file, also one of the weights alone, or a folder of shards that FSDP2 wrote. Nothing in it is
             executed.
         name: Path of the transformer inside ``module``, needed where it holds more than one.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it does not fit the module.
-        AmbiguousModelError: If the module holds more than one transformer and none is named.
+        CheckpointError: If the checkpoint is missing, or does not fit the module.
+        AmbiguousModelError: If the module holds several transformers and none is named.
     """
     path = Path(path)
     mend(path)
@@ -72,7 +73,7 @@ def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = 
     Args:
         path: The folder.
         weights: What is filled.
-        strict: Whether the folder must hold nothing else, as torch by itself would not notice.
+        strict: Whether the folder must hold nothing else; torch by itself does not check that.
         alone: As of :func:`read_shards`.
 
     Raises:
@@ -90,16 +91,16 @@ def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = 
 def write_structure(
     checkpoint: dict[str, Any], model: nn.Module, *, name: str | None = None, callback: str | None = None
 ) -> None:
-    """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
+    """Record in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
 
-    Among the weights it leaves a mark, too, whose name says what to do: whoever loads them strictly and knows nothing
-    of the note is stopped by it, and does not get the dense model in silence.
+    It also adds a mark to the weights, a key whose name says what to do. A strict load that ignores the record fails on
+    this key, instead of giving the dense model in silence.
 
     Args:
         checkpoint: The checkpoint that is being written.
         model: The module that holds the transformer.
         name: Path of the transformer inside it, needed where it holds more than one.
-        callback: Which callback the mark advises; None for that which does such things to a model.
+        callback: The callback that the mark advises; None for the one that makes such changes.
     """
     drops = tuple(Drop(sublayer) for sublayer in bypassed_sublayers(model))
     transformer = _transformer(model, name)
@@ -118,16 +119,16 @@ def write_structure(
 
 
 def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: str | None = None) -> None:
-    """Bring the model into the state that a checkpoint notes, so that its weights fit strictly.
+    """Bring the model to the structure that a checkpoint records, so that its weights fit strictly.
 
     Args:
-        checkpoint: A checkpoint that :func:`write_structure` has seen, or any other; the mark among its weights is
-            taken out, and what FSDP2 withheld has its own name again.
+        checkpoint: A checkpoint with or without a record of :func:`write_structure`. The mark is removed from its
+            weights, and weights that FSDP2 withheld get their own names back.
         model: The module that holds the transformer.
         name: Path of the transformer inside it, needed where it holds more than one.
 
     Raises:
-        CheckpointError: If the checkpoint says what this model cannot become.
+        CheckpointError: If this model cannot get the recorded structure.
     """
     noted = checkpoint.get(CHECKPOINT_KEY) or dict.fromkeys(_PARTS)
     if not isinstance(noted, Mapping) or noted.keys() != _PARTS:
@@ -151,7 +152,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
     except (LayershedError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint's structure does not fit this model: {error}") from error
-    if any(noted.values()):  # of a checkpoint that has lost its note the mark stays, and stops whoever loads it
+    if any(noted.values()):  # if the record is lost, the mark stays, and a strict load fails on it
         weights = checkpoint.get("state_dict", {})
         _take_marks(weights)
         for key in [key for key in weights if WITHHELD in key]:
@@ -171,7 +172,7 @@ def _take_marks(weights: dict[str, Any]) -> None:
 
 
 def _mark(drops: tuple[Drop, ...], quantized: Quantized | None, adapters: object, advised: str | None) -> str:
-    """What stands among the unexpected keys when somebody loads the weights without their structure."""
+    """The key that a strict load reports as unexpected if it ignores the structure."""
     parts, callback = [], "LoRARecovery"
     if adapters is not None:
         parts.append("adapters are added")
@@ -200,7 +201,7 @@ def _nothing(_checkpoint: object) -> None:
 
 
 def _transformer(model: nn.Module, name: str | None) -> Any:
-    """The transformer, or None where there is none, or several and no name: nothing can have been done to it then."""
+    """The transformer, or None if there is none, or several and no name: nothing can have been changed then."""
     try:
         return find_transformer(model, name=name)
     except LayershedError:

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from layershed.discovery.find import secure_quantized
 from layershed.errors import LayershedError, ModelError
 from layershed.files.untrusted import problem_of, refuse_unfitting
-from layershed.saving.pretrained import lacks_sublayers, load_config, load_pretrained, load_skeleton
+from layershed.saving.pretrained import load_pretrained
+from layershed.saving.skeleton import lacks_sublayers, load_config, load_skeleton
 
 QUICKSTART_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -36,10 +37,10 @@ QUICKSTART_CONFIG: dict[str, Any] = {
 def build_model(
     pretrained: str | None = None, config: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal language model; the arguments are those of :class:`CausalLM`.
+    """Build or load a causal language model; the arguments are those of :class:`CausalLM`.
 
-    Within ``with torch.device("meta"):`` it is a skeleton: only the config is read, and no weight is allocated. What a
-    saved folder lacks is bypassed in its skeleton, so that the dense model is there to compare with.
+    Within ``with torch.device("meta"):`` it is a skeleton: only the config is read, and no weight is allocated. In the
+    skeleton of a saved folder the dropped sublayers are bypassed, so that it can be compared with the dense model.
 
     Raises:
         ModelError: If it cannot be built.
@@ -105,7 +106,7 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
             model = _loaded(path.parent, str(path), {**fields, "gguf_file": path.name, "dtype": dtype})
         except ImportError:
             raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
-    # the weights are dequantized: what is left of the file's quantization would forbid saving
+    # the weights are dequantized; transformers would still refuse to save them as quantized ones
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
@@ -113,8 +114,8 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
 
 
 def _loaded(place: str | Path, source: str, options: dict[str, Any]) -> PreTrainedModel:
-    """A model all of whose weights were there: transformers would make up the others at random, and go on."""
-    # mismatched shapes are reported then, and refused
+    """Load a model and refuse missing weights: transformers would fill them with random numbers and go on."""
+    # so mismatched shapes are reported, and refused
     asked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     model, report = AutoModelForCausalLM.from_pretrained(place, **asked)
     refuse_unfitting(report, model.state_dict(), source)
@@ -126,11 +127,11 @@ def _without_weights() -> bool:
 
 
 def _refuse_quantized(config: PreTrainedConfig, source: str) -> None:
-    """A skeleton's weights would be taken for whole ones."""
+    """A skeleton would count quantized weights as full ones."""
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"pretrained={source!r}: its weights are quantized, and no skeleton of it can be planned for; give the "
-            "model that it was quantized from."
+            f"pretrained={source!r}: its weights are quantized, so that no plan can be made from its skeleton; give "
+            "the model that it was quantized from."
         )
 
 

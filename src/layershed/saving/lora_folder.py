@@ -1,4 +1,4 @@
-"""Recovery adapters on disk, in peft's own format, with the drop plan of the base that they belong to."""
+"""LoRA on disk, in peft's own format, with the drop plan of its base model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,8 @@ from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
 from layershed.planning.plan import Drop, DropPlan
-from layershed.recovery.lora import (
-    ADAPTER,
-    SETTINGS,
-    adapted_modules,
-    checked_settings,
-    inject_at,
-    peft_config_of,
-    settings_of,
-)
+from layershed.recovery.lora import ADAPTER, adapted_modules, inject_at, peft_config_of
+from layershed.recovery.lora_options import SETTINGS, checked_settings, settings_of
 from layershed.stand_ins.install import overridden
 from layershed.surgery import dropped_sublayers
 
@@ -49,12 +42,12 @@ def save_adapter(
 ) -> Path:
     """Write the LoRA adapters for ``peft.PeftModel.from_pretrained(base, folder)``, with the base's drop plan.
 
-    Of a model that FSDP2 shards, call it on every rank; the first one writes.
+    If FSDP2 shards the model, call it on every rank; the first one writes.
 
     Args:
         model: A transformer with adapters of :func:`~layershed.recovery.lora.inject_lora`, or a module that holds one.
         folder: Where to write; an existing folder is replaced only if it holds an adapter.
-        plan: The drop plan, with its scores; None notes what is dropped.
+        plan: The drop plan, with its scores; None records what is dropped, without scores.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
@@ -63,7 +56,7 @@ def save_adapter(
     Raises:
         RecoveryError: If there are no adapters.
         ExportError: If the folder holds something else.
-        PlanError: If the plan is not what is dropped from the model.
+        PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = find_transformer(model, name=name)
     check_adapter_folder(folder)
@@ -81,7 +74,7 @@ def save_adapter(
     config.base_model_name_or_path = getattr(transformer, "name_or_path", "") or None
     weights = _weights(transformer)
     if holds_shards(transformer) and torch.distributed.get_rank():
-        return Path(folder)  # gathering takes all ranks, writing one
+        return Path(folder)  # all ranks gather, one writes
     with replacing(folder) as fresh:
         config.save_pretrained(str(fresh))
         save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -91,7 +84,7 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
-    """Put saved adapters into the base that they were trained on; everything else of it is frozen.
+    """Load saved LoRA into the base that it was trained on; the rest of the base is frozen.
 
     Args:
         model: The dropped transformer, without adapters, or a module that holds it.
@@ -110,7 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         fields = read_mapping(folder / CONFIG_FILE)
         if fields.get("peft_type") != "LORA":
             raise ValueError(f"its peft_type is {fields.get('peft_type')!r}")
-        # not peft's own way: it would act upon every field, and ask the hub where there is no such folder
+        # not by peft's own loader: it acts on every field, and asks the hub if the folder is missing
         config = LoraConfig(**{name: fields[name] for name in SETTINGS if name in fields})
         if isinstance(config.lora_dropout, int):
             config.lora_dropout = float(config.lora_dropout)
@@ -141,14 +134,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         raise RecoveryError(f"load_adapter: the adapter is for {(strangers or ['nothing'])[0]!r}, which is not there.")
     _, settings = checked_settings({"targets": targets, "settings": settings_of(config)})
     wrong = next((key for key in sorted(weights) if ".lora_A." in key and weights[key].shape[0] != settings["r"]), None)
-    if wrong is not None:  # before as much memory is asked for
+    if wrong is not None:  # refused before so much memory is allocated
         raise RecoveryError(f"load_adapter: {wrong} has the rank {weights[wrong].shape[0]}, not r={settings['r']}.")
     inject_at(transformer, targets, settings)
     _load_weights(transformer, weights)
 
 
 def check_adapter_folder(folder: str | Path, *, apart: Path | None = None) -> None:
-    """Refuse, before anything is computed, a place where :func:`save_adapter` would destroy something else.
+    """Refuse a place where :func:`save_adapter` would destroy something else; call it before anything is computed.
 
     Args:
         folder: Where it would write.
@@ -163,7 +156,7 @@ def check_adapter_folder(folder: str | Path, *, apart: Path | None = None) -> No
 def _weights(transformer: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    # of no embeddings: they are not trained, and to look for changes in them peft would ask the hub
+    # without embeddings: they are not trained, and peft would ask the hub whether they changed
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, save_embedding_layers=False)
     kept = tuple(f"{path}.lora_" for path in _running(transformer))
     return {
@@ -172,18 +165,18 @@ def _weights(transformer: nn.Module) -> dict[str, Tensor]:
 
 
 def _running(transformer: nn.Module) -> list[str]:
-    """Paths of the adapted modules outside dropped sublayers: what is dropped later is not in the saved base."""
+    """Paths of the adapted modules outside dropped sublayers, which are not in the saved base."""
     dropped = {id(inner) for module, _ in overridden(transformer) for inner in module.modules()}
     return [path for path, layer in adapted_modules(transformer).items() if id(layer) not in dropped]
 
 
 def holds_shards(transformer: nn.Module) -> bool:
-    """Whether this rank holds but shards of the weights."""
+    """Whether this rank holds only shards of the weights."""
     return any(isinstance(parameter, DTensor) for parameter in transformer.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which this rank may hold but a shard; to be asked for on every rank."""
+    """The whole of a tensor of which this rank may hold only a shard; call it on every rank."""
     found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found.detach()
 

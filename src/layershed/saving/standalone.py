@@ -1,4 +1,4 @@
-"""A modelling file for those who do not have layershed: the stand-ins, and which modules they stand in for."""
+"""A modelling file for users without layershed: the stand-ins, and the modules that they replace."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
     """Add a modelling file to a saved folder, and name it in the config's ``auto_map``.
 
     Args:
-        folder: What ``save_pretrained`` of transformers wrote.
-        transformer: The model that was saved.
+        folder: A folder that ``save_pretrained`` of transformers wrote.
+        transformer: The saved model.
 
     Raises:
-        ExportError: If its class is not one that transformers hands out by its name.
+        ExportError: If transformers has no class of that name, or another one.
     """
     base, body = type(transformer).__name__, type(transformer.base_model).__name__
     if not _is_upstream(transformer):
@@ -41,7 +41,7 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
     (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # any other auto class would make up at random what was dropped, and mention it in a report at most
+    # any other auto class would fill the dropped parts with random weights, and at most mention it in a report
     config["auto_map"] = {}
     for auto, mapping in _mappings():
         given = next((name for name in classes if _hands_out(mapping, name)), None)

@@ -1,0 +1,61 @@
+"""Options of LoRA, checked without a model, and as peft's LoraConfig and checkpoints have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from layershed.errors import RecoveryError, UnknownNameError
+from layershed.recovery.lora_targets import Placement
+
+if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time
+    from peft import LoraConfig
+
+# fields of peft's LoraConfig that must agree for two sets of adapters to be of one kind
+SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bool, "use_dora": bool}
+
+
+def lora_arguments(*, rank: int, alpha: int, dropout: float, rslora: bool, dora: bool, **_: Any) -> dict[str, Any]:
+    """Options of :func:`~layershed.inject_lora` under peft's names, without those that only say where adapters go."""
+    return dict(zip(SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
+
+
+def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str) -> None:
+    """Refuse invalid options of :func:`~layershed.inject_lora`; no model is needed.
+
+    Raises:
+        RecoveryError: If a number is out of range or no target is given.
+        UnknownNameError: If there is no such placement.
+    """
+    if rank < 1 or alpha < 1:
+        raise RecoveryError(f"rank={rank}, alpha={alpha}: both must be at least 1.")
+    if not 0 <= dropout < 1:
+        raise RecoveryError(f"dropout={dropout}: it must be in [0, 1).")
+    if placement not in get_args(Placement):
+        raise UnknownNameError("placement of adapters", placement, get_args(Placement))
+    if target_modules != "all-linear" and (isinstance(target_modules, str) or not target_modules):
+        raise RecoveryError(
+            f"target_modules={target_modules!r}: give 'all-linear', or a list of ends of module paths, such as "
+            "['q_proj', 'v_proj']."
+        )
+
+
+def settings_of(config: LoraConfig) -> dict[str, Any]:
+    """The fields of peft's config that must agree between two sets of adapters."""
+    return {field: getattr(config, field) for field in SETTINGS}
+
+
+def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
+    """Check targets and settings from :func:`~layershed.recovery.lora.lora_settings`: they may be a stranger's.
+
+    Raises:
+        RecoveryError: If they are of another form.
+    """
+    try:
+        targets, settings = set(content["targets"]), dict(content["settings"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise RecoveryError(f"This does not describe adapters: {error}.") from None
+    fit = settings.keys() == SETTINGS.keys() and all(type(settings[f]) is kind for f, kind in SETTINGS.items())
+    if not fit or not targets or not all(isinstance(path, str) for path in targets):
+        raise RecoveryError(f"This does not describe adapters: {settings}.")
+    return targets, settings

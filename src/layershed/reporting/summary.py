@@ -1,0 +1,94 @@
+"""What a run comes down to: a few rows for the HTML report, and the same rows as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
+from layershed.performance.speed import PhaseSpeed, speedup_degradation_ratio
+from layershed.quality import Quality
+from layershed.reporting.figures import RunRecord
+
+_MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
+
+
+def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """Summarize a run as rows of (label, value), for the known values only.
+
+    Args:
+        record: The run.
+
+    Returns:
+        Rows for the terminal and for the HTML report, in ASCII so that any terminal can show them.
+
+    Example:
+        >>> summary_rows(RunRecord("gpt2"))
+        [('Sublayers dropped', 'nothing was dropped')]
+    """
+    rows = [(f"Validation loss {words}", _quality(record.quality[key])) for key, words in _moments(record, *_MOMENTS)]
+    if record.plan:
+        rows.append(("Sublayers dropped", counts_of(record.plan)))
+    elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
+        rows.append(("Sublayers dropped", "nothing was dropped"))
+    if speed := record.speed:
+        before, after = speed.parameters_dense, speed.parameters_dropped
+        cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+        rows += [
+            ("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}"),
+            ("Prefill speed", str(speed.prefill)),
+            ("Decode speed", str(speed.decode)),
+            ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
+            ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
+            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}"),
+        ]
+        if "before" in record.quality:
+            moments = _moments(record, "after", "end")
+            rows += [(f"SDR {words}", _sdr(record, key, speed.decode)) for key, words in moments]
+    return rows
+
+
+def summary_table(record: RunRecord) -> Table:
+    """Put the rows of :func:`summary_rows` into a table for the terminal.
+
+    Args:
+        record: The run.
+
+    Returns:
+        A table for ``rich.print``. Names are shown literally: markup and control codes in them have no effect.
+    """
+    table = Table(title=Text(printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in summary_rows(record):
+        table.add_row(Text(label), Text(value))
+    return table
+
+
+def _moments(record: RunRecord, *keys: str) -> Iterator[tuple[str, str]]:
+    return ((key, _MOMENTS[key]) for key in keys if key in record.quality)
+
+
+def _quality(quality: Quality) -> str:
+    return f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
+
+
+def _sizes(before: float, after: float) -> str:
+    return f"{short_bytes(before)} -> {short_bytes(after)}{_in_brackets(before, after)}"
+
+
+def _in_brackets(before: float, after: float) -> str:
+    return f" ({change_of(before, after)})" if before else ""
+
+
+def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
+    points_lost = 100 * (record.quality["before"].accuracy - record.quality[moment].accuracy)
+    ratio = speedup_degradation_ratio(points_lost, decode.speedup.median)
+    if math.isnan(ratio):
+        return "undefined (no speed gained)"
+    doubt = "" if decode.measurable else " (speedup not measurable)"
+    return f"{round(ratio, 2) + 0.0:.2f} points of next-token accuracy per % of decode speed{doubt}"
