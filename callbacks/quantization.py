@@ -18,7 +18,7 @@ from layershed.integration.run import StepCounter, current_drop, publish, rewrap
 from layershed.integration.strategies import fit_strategy, is_sharded
 from layershed.quantization import (
     ComputeDtype,
-    Mode,
+    QuantizationMode,
     check_mode,
     check_quantizable,
     quantization_of,
@@ -58,7 +58,7 @@ class Quantization(Callback):
 
     def __init__(
         self,
-        mode: Mode = "nf4",
+        mode: QuantizationMode = "nf4",
         start: int | Literal["end"] | None = None,
         double_quant: bool = True,
         compute_dtype: ComputeDtype | None = None,

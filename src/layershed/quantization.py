@@ -24,7 +24,7 @@ from layershed.stand_ins.install import exchange
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-Mode = Literal["nf4", "fp4", "int8"]
+QuantizationMode = Literal["nf4", "fp4", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -39,7 +39,7 @@ class Quantized:
         skip_modules: Names of what is not quantized.
     """
 
-    mode: Mode
+    mode: QuantizationMode
     double_quant: bool
     compute_dtype: ComputeDtype
     skip_modules: tuple[str, ...]
@@ -65,7 +65,7 @@ class Quantized:
 
 def quantize(
     model: nn.Module,
-    mode: Mode = "nf4",
+    mode: QuantizationMode = "nf4",
     *,
     double_quant: bool = True,
     compute_dtype: ComputeDtype | None = None,
@@ -117,8 +117,8 @@ def check_mode(mode: str, compute_dtype: str | None = None) -> None:
         UnknownNameError: If there is no such mode or dtype.
         QuantizationError: If the mode has no use for a compute dtype.
     """
-    if mode not in get_args(Mode):
-        raise UnknownNameError("quantization mode", mode, get_args(Mode))
+    if mode not in get_args(QuantizationMode):
+        raise UnknownNameError("quantization mode", mode, get_args(QuantizationMode))
     if compute_dtype is not None and compute_dtype not in get_args(ComputeDtype):
         raise UnknownNameError("compute dtype", str(compute_dtype), get_args(ComputeDtype))
     if compute_dtype is not None and mode == "int8":
