@@ -21,6 +21,7 @@ from tests.support.hand_written import GPT
 from tests.support.lora import ARCHITECTURES, dropped, learn, logits, maps, pick
 from tests.support.models import build_model
 from tests.support.rounding import EVEN, rounded
+from tests.support.thinned import crossed
 
 MODES = ["nf4", "fp4", "int8"]
 
@@ -33,6 +34,9 @@ def architecture(request):
 @pytest.fixture(params=MODES)
 def mode(request):
     return request.param
+
+
+on_each = pytest.mark.parametrize(("architecture", "mode"), crossed(ARCHITECTURES, MODES))
 
 
 def by_hand(architecture, mode, *gone, **overrides):
@@ -64,7 +68,7 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("architecture", "mode", "double_quant"), crossed(ARCHITECTURES, MODES, [True, False]))
 def test_weights_are_stored_as_bitsandbytes_rounds_them(architecture, mode, double_quant):
     plain, model = build_model(architecture), build_model(architecture)
     done = quantize(model, mode, double_quant=double_quant)
@@ -79,6 +83,7 @@ def test_weights_are_stored_as_bitsandbytes_rounds_them(architecture, mode, doub
             assert module.weight.quant_state.nested == double_quant
 
 
+@on_each
 def test_linear_maps_but_the_head_are_quantized_and_frozen_and_nothing_else_is_touched(architecture, mode):
     plain, model = build_model(architecture), build_model(architecture)
     quantize(model, mode)
@@ -108,7 +113,7 @@ def test_what_is_to_be_skipped_keeps_its_class_and_its_weights(architecture, ski
         assert torch.equal(model.get_submodule(path).weight, plain.get_submodule(path).weight)
 
 
-@pytest.mark.parametrize("mode", ["nf4", "fp4"])
+@pytest.mark.parametrize(("architecture", "mode"), crossed(ARCHITECTURES, ["nf4", "fp4"]))
 def test_a_4_bit_model_computes_what_rounded_weights_do(architecture, mode, tokens):
     model = build_model(architecture)
     quantize(model, mode)
@@ -124,16 +129,16 @@ def test_an_8_bit_model_computes_nearly_what_rounded_weights_do(architecture, to
     assert (logits(model, tokens) - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("architecture", "sizes"),
-    [
-        ("llama", {"hidden_size": 36, "intermediate_size": 49}),
-        ("gpt2", {"hidden_size": 36, "n_inner": 25}),
-        ("opt", {"hidden_size": 36, "ffn_dim": 29}),
-    ],
-)
-def test_sizes_that_are_no_multiples_of_a_block_run(architecture, sizes, mode, tokens):
+ODD = {
+    "llama": {"hidden_size": 36, "intermediate_size": 49},
+    "gpt2": {"hidden_size": 36, "n_inner": 25},
+    "opt": {"hidden_size": 36, "ffn_dim": 29},
+}
+
+
+@pytest.mark.parametrize(("architecture", "mode"), crossed(list(ODD), MODES))
+def test_sizes_that_are_no_multiples_of_a_block_run(architecture, mode, tokens):
+    sizes = ODD[architecture]
     model = build_model(architecture, **sizes)
     quantize(model, mode)
     expected = logits(by_hand(architecture, mode, **sizes), tokens)
@@ -142,6 +147,7 @@ def test_sizes_that_are_no_multiples_of_a_block_run(architecture, sizes, mode, t
     assert all(gradient.isfinite().all() for gradient in gradients(model, tokens).values())
 
 
+@on_each
 def test_sublayers_are_the_same_and_what_is_bypassed_stays_so(architecture, mode, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     found, bypassed = ls.find_sublayers(model), ls.bypassed_sublayers(model)
@@ -330,8 +336,9 @@ def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(d
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("source_ran", [False, True])
-@pytest.mark.parametrize("target_ran", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "mode", "source_ran", "target_ran"), crossed(ARCHITECTURES, MODES, [True, False], [True, False])
+)
 def test_a_quantized_state_loads_strictly_into_another_quantized_model(
     architecture, mode, source_ran, target_ran, tokens
 ):
@@ -375,7 +382,7 @@ def test_a_state_that_lacks_a_weight_is_refused_as_torch_does(mode):
         model.load_state_dict(state)
 
 
-@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(("architecture", "mode", "ran"), crossed(ARCHITECTURES, MODES, [True, False]))
 def test_a_copy_of_a_quantized_model_computes_the_same(architecture, mode, ran, tokens):
     model = dropped(architecture, (1, "attention"))
     quantize(model, mode)
@@ -389,6 +396,7 @@ def test_a_copy_of_a_quantized_model_computes_the_same(architecture, mode, ran, 
     assert quantization_of(twin).mode == mode
 
 
+@on_each
 def test_adapters_in_a_quantized_model_start_from_what_it_computes(architecture, mode, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     quantize(model, mode)
@@ -486,6 +494,7 @@ def test_dequantizing_an_8_bit_model_keeps_what_was_learned(tokens):
     torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
 
 
+@on_each
 def test_a_dequantized_model_is_a_plain_one_with_rounded_weights(architecture, mode, tokens):
     plain, model = build_model(architecture), build_model(architecture)
     quantize(model, mode)
@@ -506,7 +515,7 @@ def test_a_dequantized_model_is_a_plain_one_with_rounded_weights(architecture, m
     assert quantization_of(model).mode == mode
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mode", "dtype"), crossed(MODES, [torch.bfloat16, torch.float16]))
 def test_a_dequantized_model_has_the_dtype_it_had(mode, dtype, tokens):
     model = build_model("llama").to(dtype)
     done = quantize(model, mode)
@@ -517,7 +526,7 @@ def test_a_dequantized_model_has_the_dtype_it_had(mode, dtype, tokens):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("mode", "double_quant"), crossed(MODES, [True, False]))
 def test_how_a_model_is_quantized_can_be_told_and_repeated(mode, double_quant, tokens):
     model, other = build_model("llama"), build_model("llama")
     assert quantization_of(model) is None

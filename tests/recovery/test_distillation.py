@@ -18,6 +18,7 @@ from layershed.recovery.distillation import Distillation, check_teacher, self_di
 from layershed.recovery.lora import adapted_modules, inject_lora
 from tests.support.lora import ARCHITECTURES, learn, pick
 from tests.support.models import build_model
+from tests.support.thinned import crossed
 
 GONE = ((1, "attention"), (2, "mlp"))
 
@@ -91,9 +92,7 @@ def snapshot(model):
     )
 
 
-@pytest.mark.parametrize("kind", ["kl", "hidden", "both"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize(("kind", "temperature", "weight"), crossed(["both", "kl", "hidden"], [2.0, 1.0], [0.3, 1.0]))
 def test_loss_and_gradients_are_those_of_the_formula(kind, temperature, weight, batch):
     teacher, student = pair()
     reference = copy.deepcopy(student)
@@ -110,7 +109,10 @@ def test_loss_and_gradients_are_those_of_the_formula(kind, temperature, weight, 
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("left_out", [(), ("labels",), ("attention_mask",), ("labels", "attention_mask")])
+@pytest.mark.parametrize(
+    ("architecture", "left_out"),
+    crossed(ARCHITECTURES, [(), ("labels",), ("attention_mask",), ("labels", "attention_mask")]),
+)
 def test_labels_and_mask_are_heeded_where_they_are_given(architecture, left_out, batch):
     teacher, student = pair(architecture)
     given = {name: value for name, value in batch.items() if name not in left_out}
@@ -150,7 +152,7 @@ def test_a_batch_is_not_written_to(batch):
     assert all(torch.equal(batch[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", ["kl", "both"])
+@pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl"]))
 def test_the_teacher_is_the_original_while_adapters_are_trained(architecture, kind, batch):
     teacher, student = pair(architecture)
     inject_lora(student)
@@ -177,7 +179,7 @@ def test_adapters_alone_have_a_teacher_too(llama, batch):
     torch.testing.assert_close(self_distillation_loss(llama, batch), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["kl", "hidden", "both"])
+@pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl", "hidden"]))
 def test_without_a_drop_it_is_the_plain_loss(architecture, kind, batch):
     model = build_model(architecture)
     calls = []
@@ -192,7 +194,7 @@ def test_without_a_drop_it_is_the_plain_loss(architecture, kind, batch):
     assert found.loss.requires_grad
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("architecture", "adapted"), crossed(ARCHITECTURES, [True, False]))
 def test_the_model_is_left_as_it_was(architecture, adapted, batch):
     _, model = pair(architecture)
     if adapted:
@@ -256,7 +258,7 @@ def test_the_teacher_draws_no_random_numbers(tokens):
     assert torch.equal(found.lm, alone)
 
 
-@pytest.mark.parametrize("kind", ["kl", "both"])
+@pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl"]))
 def test_no_gradient_reaches_what_is_bypassed(architecture, kind, batch):
     _, student = pair(architecture)
     frozen = {name for name, p in student.named_parameters() if not p.requires_grad}

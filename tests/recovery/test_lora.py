@@ -19,6 +19,7 @@ from tests.support.models import build_model
 from tests.support.runs import (
     same,
 )
+from tests.support.thinned import crossed, one_of
 from tests.support.trainable import backward, frozen_with_gradient, trainable
 
 
@@ -101,7 +102,7 @@ def test_targets_are_chosen_by_the_ends_of_their_paths(ends):
         ([(1, "attention"), (1, "mlp"), (2, "attention")], (), (0, 2)),
     ],
 )
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("architecture", one_of(["llama", "opt", "gpt2"]))
 def test_neighbours_are_the_nearest_sublayers_that_run(architecture, gone, attention, mlp):
     model = dropped(architecture, *gone)
     inject_lora(model, placement="neighbours")
@@ -172,8 +173,9 @@ def test_the_seed_decides_and_the_global_random_state_is_not_moved(architecture)
     assert not any(value.any() for name, value in drawn[0].items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 4**0.5)])
-def test_adapters_are_low_rank_changes_of_the_weights(architecture, tokens, rslora, scale):
+@pytest.mark.parametrize(("architecture", "rslora"), crossed(ARCHITECTURES, [True, False]))
+def test_adapters_are_low_rank_changes_of_the_weights(architecture, rslora, tokens):
+    scale = 6 / 4**0.5 if rslora else 6 / 4
     model, by_hand = (dropped(architecture, (1, "attention")) for _ in range(2))
     inject_lora(model, rank=4, alpha=6, rslora=rslora)
     learned = values(learn(model))
@@ -210,7 +212,7 @@ def test_dora_starts_as_the_model_and_merges(architecture, tokens):
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("end", [merge_lora, remove_lora])
+@pytest.mark.parametrize(("architecture", "end"), crossed(ARCHITECTURES, [merge_lora, remove_lora]))
 def test_afterwards_the_model_is_a_plain_one_again(architecture, end, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     plain, bypassed = logits(model, tokens), ls.bypassed_sublayers(model)
@@ -316,7 +318,7 @@ def test_a_hook_hung_on_an_adapted_module_outlives_merging(tokens):
     assert seen == [1]
 
 
-@pytest.mark.parametrize("end", [merge_lora, remove_lora])
+@pytest.mark.parametrize(("architecture", "end"), crossed(ARCHITECTURES, [merge_lora, remove_lora]))
 def test_what_is_dropped_after_injection_stays_so_when_the_adapters_go(architecture, end, tokens):
     model = build_model(architecture)
     inject_lora(model)

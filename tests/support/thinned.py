@@ -1,0 +1,22 @@
+"""Cross products of parameters, of which the default run takes a row and a column."""
+
+import itertools
+
+import pytest
+
+
+def crossed(*axes):
+    """All combinations for ``pytest.mark.parametrize``; those that leave the first value of two axes or more are slow.
+
+    So the default run has every value of every axis, beside the first values of the others.
+    """
+    found = []
+    for values in itertools.product(*axes):
+        others = sum(value != axis[0] for value, axis in zip(values, axes, strict=True))
+        found.append(pytest.param(*values, marks=pytest.mark.slow if others > 1 else ()))
+    return found
+
+
+def one_of(values):
+    """Values for ``pytest.mark.parametrize``, all but the first of them slow."""
+    return [value if value == values[0] else pytest.param(value, marks=pytest.mark.slow) for value in values]
