@@ -161,7 +161,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
             parameter.requires_grad_(False)
     for parameter in transformer.parameters():
         if not parameter.requires_grad:
-            parameter.grad = None  # nobody would zero it any more, and whoever clips by norm would count it
+            parameter.grad = None  # else nothing zeroes it any more, and clipping by norm counts it
     config = peft_config_of(transformer)
     config.target_modules = set(targets)
     return config

@@ -1,4 +1,4 @@
-"""What an optimizer is told when the model changes under it: what to forget, what to take over, and how fast to go.
+"""Optimizers when the model changes: which parameters they forget, which they take over, and at which learning rate.
 
 All of it in place, because learning-rate schedulers hold on to the very group objects: the schedule goes on.
 """

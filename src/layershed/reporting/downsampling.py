@@ -69,7 +69,7 @@ def shown_steps(steps: Sequence[int], around: Iterable[int], most: int) -> list[
 
     Args:
         steps: What there is, ascending.
-        around: Steps of which what was just before, at and just behind is to be seen.
+        around: Steps whose points just before, at and just after are kept.
         most: How many are few enough to take them all, and how many are taken at most, those around apart.
     """
     if len(steps) <= most:

@@ -92,8 +92,8 @@ def write_structure(
 ) -> None:
     """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
 
-    Among the weights it leaves a mark, too, whose name says what to do: whoever loads them strictly and knows nothing
-    of the note is stopped by it, and does not get the dense model in silence.
+    It also adds a mark to the weights. Loading them strictly without the note fails, with an error that holds the mark's
+    name, and that name says what to do. So nobody gets the dense model in silence.
 
     Args:
         checkpoint: The checkpoint that is being written.
@@ -151,7 +151,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         raise CheckpointError(f"The checkpoint's dropped sublayers do not fit this model: {error}") from None
     except (LayershedError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint's structure does not fit this model: {error}") from error
-    if any(noted.values()):  # of a checkpoint that has lost its note the mark stays, and stops whoever loads it
+    if any(noted.values()):  # a checkpoint that has lost its note keeps the mark, so that loading it fails
         weights = checkpoint.get("state_dict", {})
         _take_marks(weights)
         for key in [key for key in weights if WITHHELD in key]:
