@@ -92,8 +92,8 @@ def write_structure(
 ) -> None:
     """Note in a Lightning checkpoint what is bypassed, quantized and adapted, as plain primitives.
 
-    It also adds a mark to the weights. Loading them strictly without the note fails, with an error that holds the mark's
-    name, and that name says what to do. So nobody gets the dense model in silence.
+    It also adds a mark to the weights. Loading them strictly without the note fails, with an error that holds the name
+    of the mark, and that name says what to do. So nobody gets the dense model in silence.
 
     Args:
         checkpoint: The checkpoint that is being written.
