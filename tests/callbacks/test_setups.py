@@ -447,7 +447,12 @@ LOOKS = {  # an epoch has 6 batches
 }
 
 
-@pytest.mark.parametrize("case", LOOKS)
+QUICK = {"stopping", "stopping, accumulated", "saving, validation", "saving, across epochs"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in LOOKS]
+)
 def test_monitor_may_look_at_the_step_of_the_drop_but_not_one_before(make_trainer, case):
     """When it first looks, Lightning says in a run without a drop."""
     kind, arguments, options = LOOKS[case]

@@ -215,7 +215,7 @@ def test_a_config_behind_it_that_would_take_it_back_is_refused(command, asked, c
     Path("left.yaml").write_text("ckpt_path: null\n")
     assert run([command, *FIT[1:], *asked, "--config=left.yaml"]) == 1
     told = capsys.readouterr().err.strip()
-    assert told.endswith("a --config behind it, as a run leaves one, says null; put --config first.")
+    assert told.endswith("a later --config resets ckpt_path to null. Put --config before --ckpt_path.")
     assert "\n" not in told
 
 

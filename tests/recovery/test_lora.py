@@ -457,7 +457,7 @@ def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("end", [merge_lora, remove_lora])
 def test_without_adapters_there_is_nothing_to_end(llama, end):
-    with pytest.raises(RecoveryError, match=f"{end.__name__}: LlamaForCausalLM carries no recovery adapters"):
+    with pytest.raises(RecoveryError, match=f"{end.__name__}: LlamaForCausalLM carries no LoRA adapters"):
         end(llama)
 
 

@@ -135,7 +135,7 @@ class LayershedCLI(LightningCLI):
         path = str(config.get("ckpt_path") or "best")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
             raise CheckpointError(
-                f"ckpt_path={asked!r}: a --config behind it, as a run leaves one, says null; put --config first."
+                f"ckpt_path={asked!r}: a later --config resets ckpt_path to null. Put --config before --ckpt_path."
             )
         if path == "last":
             found = resolve_last(self.config.subcommand, config.trainer)

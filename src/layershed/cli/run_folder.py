@@ -49,7 +49,7 @@ def check_writable(folder: Path) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r}.")
     try:
-        # whoever may write everywhere still cannot write into /proc, nor where the disk is full
+        # even root cannot write into /proc, nor where the disk is full
         with tempfile.TemporaryDirectory(dir=there) as trial:
             (Path(trial) / "trial").write_bytes(bytes(4096))
     except OSError as error:

@@ -4,7 +4,7 @@ Threat model:
 
 - Anybody may have written the folder: a colleague, a hub, an attacker.
 - torch reads the index with a plain ``pickle.load``. A pickle can import any function, call it with any arguments, and
-  set attributes of any class that it can name. So whoever writes the index can run what they like.
+  set attributes of any class that it can name. So the writer of the index can run anything.
 - Here the pickle reaches nothing of Python's or torch's but dtypes, which nothing can change. For each name in
   ``_MAKERS`` it gets a class of ours, made for this one read, whose instances only note what the pickle asks for. Any
   other name is an error. When the pickle is read, the notes of known classes become torch's own objects.

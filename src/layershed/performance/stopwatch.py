@@ -123,7 +123,7 @@ class EventClock:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind everything that is in the stream."""
+        """An event after everything that is in the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event

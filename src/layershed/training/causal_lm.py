@@ -143,7 +143,7 @@ class CausalLM(pl.LightningModule):
             )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of torch; what does not fit is told in one sentence."""
+        """As of torch; the error for weights that do not fit is one sentence."""
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
