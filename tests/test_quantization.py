@@ -69,7 +69,7 @@ def same(state, other):
 
 
 @pytest.mark.parametrize(("architecture", "mode", "double_quant"), crossed(ARCHITECTURES, MODES, [True, False]))
-def test_weights_are_stored_as_bitsandbytes_rounds_them(architecture, mode, double_quant):
+def test_quantized_weights_are_stored_as_bitsandbytes_rounds_them(architecture, mode, double_quant):
     plain, model = build_model(architecture), build_model(architecture)
     done = quantize(model, mode, double_quant=double_quant)
     assert done.double_quant == (double_quant and mode != "int8")
@@ -84,7 +84,7 @@ def test_weights_are_stored_as_bitsandbytes_rounds_them(architecture, mode, doub
 
 
 @on_each
-def test_linear_maps_but_the_head_are_quantized_and_frozen_and_nothing_else_is_touched(architecture, mode):
+def test_quantize_changes_and_freezes_only_linear_maps_without_the_head(architecture, mode):
     plain, model = build_model(architecture), build_model(architecture)
     quantize(model, mode)
     expected = maps(architecture, range(4), range(4))
@@ -104,7 +104,7 @@ def test_linear_maps_but_the_head_are_quantized_and_frozen_and_nothing_else_is_t
         ("gpt2", ["c_fc", "mlp.c_proj"], maps("gpt2", (), range(4))),
     ],
 )
-def test_what_is_to_be_skipped_keeps_its_class_and_its_weights(architecture, skip, left):
+def test_skipped_modules_keep_their_class_and_weights(architecture, skip, left):
     plain, model = build_model(architecture), build_model(architecture)
     quantize(model, skip_modules=skip)
     assert quantized_paths(model) == maps(architecture, range(4), range(4)) - left
@@ -137,7 +137,7 @@ ODD = {
 
 
 @pytest.mark.parametrize(("architecture", "mode"), crossed(list(ODD), MODES))
-def test_sizes_that_are_no_multiples_of_a_block_run(architecture, mode, tokens):
+def test_quantized_sizes_that_are_no_multiple_of_a_block_work(architecture, mode, tokens):
     sizes = ODD[architecture]
     model = build_model(architecture, **sizes)
     quantize(model, mode)
@@ -148,7 +148,7 @@ def test_sizes_that_are_no_multiples_of_a_block_run(architecture, mode, tokens):
 
 
 @on_each
-def test_sublayers_are_the_same_and_what_is_bypassed_stays_so(architecture, mode, tokens):
+def test_quantize_keeps_sublayers_and_bypass(architecture, mode, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     found, bypassed = ls.find_sublayers(model), ls.bypassed_sublayers(model)
     quantize(model, mode)
@@ -179,7 +179,7 @@ def test_restoring_and_removing_work_on_quantized_weights(mode, tokens):
     assert quantized_paths(model) == maps("llama", (0, 2, 3), (0, 1, 3))
 
 
-def test_what_was_removed_before_stays_so(mode, tokens):
+def test_sublayers_removed_before_quantize_stay_removed(mode, tokens):
     model, bypassed = build_model("llama"), build_model("llama")
     gone = pick(model, (1, "attention"), (2, "mlp"))
     ls.remove(model, gone)
@@ -190,7 +190,7 @@ def test_what_was_removed_before_stays_so(mode, tokens):
     assert ls.removed_sublayers(model) == tuple(gone)
 
 
-def test_the_mode_of_the_model_and_hooks_on_its_maps_are_kept(mode, tokens):
+def test_quantize_and_dequantize_keep_training_modes_and_hooks(mode, tokens):
     model, seen = build_model("opt").train(), []
     model.model.decoder.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -207,7 +207,7 @@ def test_the_mode_of_the_model_and_hooks_on_its_maps_are_kept(mode, tokens):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_evaluation_changes_neither_gradients_nor_the_state(mode, tokens):
+def test_evaluating_a_quantized_model_keeps_gradients_and_state(mode, tokens):
     """bitsandbytes repacks 4-bit weights then, on CPUs with AVX512-BF16, and backpropagates through what is packed."""
     model = dropped("llama", (1, "attention"), **EVEN)
     quantize(model, mode)
@@ -238,7 +238,7 @@ def test_gradients_through_4_bit_weights_are_those_through_rounded_ones(tokens):
 
 
 @pytest.mark.skipif(not functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16")
-def test_stock_layers_do_repack_which_secure_prevents():
+def test_secure_prevents_the_repacking_of_stock_layers():
     stock, ours = nn.Sequential(bnb.nn.Linear4bit(64, 64)).eval(), nn.Sequential(bnb.nn.Linear4bit(64, 64)).eval()
     secure(ours)
     for model in (stock, ours):
@@ -263,7 +263,7 @@ def with_stock_layers(model, mode):
     return model
 
 
-def test_secured_stock_layers_are_ours(mode, tokens):
+def test_secured_stock_layers_equal_our_quantized_ones(mode, tokens):
     ours = build_model("llama", **EVEN)
     quantize(ours, mode)
     stock = with_stock_layers(build_model("llama", **EVEN), mode)
@@ -288,7 +288,7 @@ def loaded(mode, tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
 
 
-def test_quantizing_in_memory_is_what_transformers_does_on_loading(loaded, mode, tokens):
+def test_quantize_equals_quantization_by_transformers_on_loading(loaded, mode, tokens):
     model = build_model("llama", **EVEN)
     done = quantize(model, mode)
     assert same(loaded.state_dict(), model.state_dict())
@@ -298,7 +298,7 @@ def test_quantizing_in_memory_is_what_transformers_does_on_loading(loaded, mode,
         quantize(loaded)
 
 
-def test_looking_for_sublayers_finds_all_and_changes_no_weight_of_a_loaded_model(loaded, mode):
+def test_find_sublayers_changes_no_weight_of_a_model_quantized_on_loading(loaded, mode):
     dense = build_model("llama", **EVEN)
     before = [module.weight.detach().clone() for module in loaded.modules() if isinstance(module, nn.Linear)]
     assert ls.find_sublayers(loaded) == ls.find_sublayers(dense)
@@ -307,7 +307,7 @@ def test_looking_for_sublayers_finds_all_and_changes_no_weight_of_a_loaded_model
 
 
 @pytest.mark.parametrize("mode", ["nf4"])
-def test_adapters_in_a_loaded_model_have_the_right_gradients_after_an_evaluation(loaded, tokens):
+def test_lora_gradients_in_a_model_quantized_on_loading_are_right_after_an_evaluation(loaded, tokens):
     reference = by_hand("llama", "nf4", **EVEN)
     for each in (loaded, reference):
         inject_lora(each)
@@ -321,7 +321,7 @@ def test_adapters_in_a_loaded_model_have_the_right_gradients_after_an_evaluation
 
 @pytest.mark.skipif(not functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16")
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_stock_layers_that_have_run_already_are_unpacked_when_they_are_secured(double_quant, tokens):
+def test_stock_layers_that_have_run_are_unpacked_by_secure(double_quant, tokens):
     ours = build_model("llama", **EVEN)
     quantize(ours, double_quant=double_quant)
     stock = copy.deepcopy(ours)
@@ -361,7 +361,7 @@ def test_a_quantized_state_loads_strictly_into_another_quantized_model(
     assert same(state, before)
 
 
-def test_what_was_loaded_is_no_view_of_the_state_it_came_from(mode, tokens):
+def test_loaded_quantized_weights_share_no_memory_with_the_state(mode, tokens):
     source, target = build_model("llama"), build_model("llama")
     quantize(source, mode)
     quantize(target, mode)
@@ -373,7 +373,7 @@ def test_what_was_loaded_is_no_view_of_the_state_it_came_from(mode, tokens):
     assert torch.equal(logits(target, tokens), before)
 
 
-def test_a_state_that_lacks_a_weight_is_refused_as_torch_does(mode):
+def test_quantized_model_refuses_a_state_that_lacks_a_weight(mode):
     model = build_model("llama")
     quantize(model, mode)
     state = dict(model.state_dict())
@@ -397,7 +397,7 @@ def test_a_copy_of_a_quantized_model_computes_the_same(architecture, mode, ran, 
 
 
 @on_each
-def test_adapters_in_a_quantized_model_start_from_what_it_computes(architecture, mode, tokens):
+def test_lora_in_a_quantized_model_starts_at_its_logits(architecture, mode, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     quantize(model, mode)
     before = logits(model, tokens)
@@ -444,7 +444,7 @@ def test_merging_into_quantized_weights_is_refused_unless_forced(mode, tokens):
     ("architecture", "mode", "dora"),
     [*((name, "nf4", False) for name in ARCHITECTURES), ("llama", "fp4", False), ("llama", "nf4", True)],
 )
-def test_dequantized_and_merged_is_what_the_quantized_model_computes(architecture, mode, dora, tokens):
+def test_dequantized_and_merged_model_equals_the_quantized_one_with_lora(architecture, mode, dora, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     bypassed = ls.bypassed_sublayers(model)
     quantize(model, mode)
@@ -464,7 +464,7 @@ def test_dequantized_and_merged_is_what_the_quantized_model_computes(architectur
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_was_dropped_with_its_adapters_comes_back_from_dequantizing_and_merging(mode, tokens):
+def test_sublayer_dropped_with_its_adapters_survives_dequantize_and_merge(mode, tokens):
     model, reference = build_model("llama"), by_hand("llama", mode)
     quantize(model, mode)
     for each in (model, reference):
@@ -483,7 +483,7 @@ def test_what_was_dropped_with_its_adapters_comes_back_from_dequantizing_and_mer
         torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_dequantizing_an_8_bit_model_keeps_what_was_learned(tokens):
+def test_dequantize_of_an_8_bit_model_keeps_trained_lora(tokens):
     model, reference = build_model("llama"), by_hand("llama", "int8")
     quantize(model, "int8")
     for each in (model, reference):
@@ -495,7 +495,7 @@ def test_dequantizing_an_8_bit_model_keeps_what_was_learned(tokens):
 
 
 @on_each
-def test_a_dequantized_model_is_a_plain_one_with_rounded_weights(architecture, mode, tokens):
+def test_dequantized_model_is_plain_with_rounded_weights(architecture, mode, tokens):
     plain, model = build_model(architecture), build_model(architecture)
     quantize(model, mode)
     logits(model, tokens)
@@ -516,7 +516,7 @@ def test_a_dequantized_model_is_a_plain_one_with_rounded_weights(architecture, m
 
 
 @pytest.mark.parametrize(("mode", "dtype"), crossed(MODES, [torch.bfloat16, torch.float16]))
-def test_a_dequantized_model_has_the_dtype_it_had(mode, dtype, tokens):
+def test_dequantized_model_has_its_former_dtype(mode, dtype, tokens):
     model = build_model("llama").to(dtype)
     done = quantize(model, mode)
     if mode != "int8":
@@ -527,7 +527,7 @@ def test_a_dequantized_model_has_the_dtype_it_had(mode, dtype, tokens):
 
 
 @pytest.mark.parametrize(("mode", "double_quant"), crossed(MODES, [True, False]))
-def test_how_a_model_is_quantized_can_be_told_and_repeated(mode, double_quant, tokens):
+def test_quantization_of_a_model_can_be_read_and_repeated(mode, double_quant, tokens):
     model, other = build_model("llama"), build_model("llama")
     assert quantization_of(model) is None
     dtype = None if mode == "int8" else "bfloat16"
@@ -543,7 +543,7 @@ def test_how_a_model_is_quantized_can_be_told_and_repeated(mode, double_quant, t
     assert torch.equal(logits(other, tokens), logits(model, tokens))
 
 
-def test_products_are_computed_in_the_dtype_that_is_asked_for(tokens):
+def test_quantized_products_use_the_compute_dtype(tokens):
     model, reference = build_model("llama"), by_hand("llama", "nf4")
     quantize(model, compute_dtype="bfloat16")
     expected = logits(reference, tokens)
@@ -555,7 +555,7 @@ def test_products_are_computed_in_the_dtype_that_is_asked_for(tokens):
     torch.testing.assert_close(logits(model, tokens), rounding, rtol=1e-3, atol=1e-3)
 
 
-def test_twice_is_refused(llama, mode):
+def test_quantizing_twice_is_refused(llama, mode):
     quantize(llama, mode)
     state = kept(llama.state_dict())
     with pytest.raises(QuantizationError, match=r"quantized already; call layershed\.dequantize"):
@@ -563,20 +563,20 @@ def test_twice_is_refused(llama, mode):
     assert same(llama.state_dict(), state)
 
 
-def test_a_model_with_adapters_is_refused(llama):
+def test_quantizing_a_model_with_lora_is_refused(llama):
     inject_lora(llama)
     with pytest.raises(QuantizationError, match="carries adapters; the order is drop, quantize, LoRA"):
         quantize(llama)
     assert quantized_paths(llama) == set()
 
 
-def test_an_unknown_mode_is_refused(llama):
+def test_unknown_quantization_mode_is_refused(llama):
     with pytest.raises(UnknownNameError, match=r"quantization mode 'nf5'\. Did you mean 'nf4'.*fp4, int8, nf4"):
         quantize(llama, "nf5")
     assert quantized_paths(llama) == set()
 
 
-def test_nothing_to_quantize_is_refused_and_leaves_the_model_plain(llama, tokens):
+def test_quantizing_nothing_is_refused_and_leaves_the_model_plain(llama, tokens):
     before = logits(llama, tokens)
     with pytest.raises(QuantizationError, match="LlamaForCausalLM has no linear map to quantize"):
         quantize(llama, skip_modules=["model"])
@@ -584,12 +584,12 @@ def test_nothing_to_quantize_is_refused_and_leaves_the_model_plain(llama, tokens
     assert torch.equal(logits(llama, tokens), before)
 
 
-def test_a_plain_model_cannot_be_dequantized(llama):
+def test_dequantizing_a_plain_model_is_refused(llama):
     with pytest.raises(QuantizationError, match="dequantize: LlamaForCausalLM is not quantized"):
         dequantize(llama)
 
 
-def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
+def test_quantize_refuses_a_model_outside_hugging_face(monkeypatch):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     with pytest.raises(QuantizationError, match="GPT is no Hugging Face model"):

@@ -77,7 +77,7 @@ def path(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("marker")), "something was run"
 
 
-def test_what_was_written_is_read_and_nothing_else_is_left(path):
+def test_shards_written_are_read_back_and_leave_no_other_file(path):
     write(path, 1)
     assert holds(path) == 1
     write(path, 2)
@@ -85,14 +85,14 @@ def test_what_was_written_is_read_and_nothing_else_is_left(path):
     assert os.listdir(path.parent) == ["last.ckpt"]
 
 
-def test_a_file_makes_room_for_a_folder(path):
+def test_shard_folder_replaces_a_checkpoint_file(path):
     path.parent.mkdir()
     path.write_text("a checkpoint of one file")
     write(path, 1)
     assert holds(path) == 1
 
 
-def test_other_ranks_fill_and_never_rename(path):
+def test_ranks_that_do_not_lead_fill_shards_and_never_rename(path):
     said = []
     with replacing_shards(path, leads=False, wait=lambda: said.append("waits")) as beside:
         assert said == ["waits"], "the folder of a former try is away by then"
@@ -102,7 +102,7 @@ def test_other_ranks_fill_and_never_rename(path):
 
 
 @pytest.mark.parametrize("place", ["in a shard", "before meta.pt"])
-def test_a_checkpoint_that_is_killed_while_it_is_written_leaves_the_former_one(path, place):
+def test_shards_killed_while_written_leave_the_former_checkpoint(path, place):
     write(path, 1)
     beside = path.with_name(".last.ckpt.partial")
     if place == "in a shard":
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_killed_while_it_is_written_leaves_the_former_one(p
 
 
 @pytest.mark.parametrize(("done", "left"), [(0, 1), (1, 2), (2, 2)])
-def test_a_checkpoint_that_is_killed_at_a_rename_leaves_the_former_or_the_new_one(path, done, left, monkeypatch):
+def test_shards_killed_at_a_rename_leave_a_whole_checkpoint(path, done, left, monkeypatch):
     """Those that are done of: the former one aside, the new one in its place, the former one deleted."""
     write(path, 1)
     steps = iter([True] * done)
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_killed_at_a_rename_leaves_the_former_or_the_new_on
     assert os.listdir(path.parent) == ["last.ckpt"]
 
 
-def test_when_it_fails_the_former_one_stays_and_nothing_else(path):
+def test_failed_shard_writing_leaves_only_the_former_checkpoint(path):
     write(path, 1)
 
     def fail():
@@ -161,7 +161,7 @@ def test_when_it_fails_the_former_one_stays_and_nothing_else(path):
 
 
 @pytest.mark.parametrize("place", [FileSystemWriter, FileSystem])
-def test_a_full_disk_is_told_in_one_sentence(path, place, monkeypatch):
+def test_full_disk_while_writing_shards_is_one_sentence(path, place, monkeypatch):
     """While the shards are written, or their index."""
 
     def full(*_, **__):
@@ -180,7 +180,7 @@ def test_a_full_disk_is_told_in_one_sentence(path, place, monkeypatch):
     assert os.listdir(path.parent) == ["last.ckpt"]
 
 
-def test_a_link_gives_way_and_what_it_names_stays(path):
+def test_shard_folder_replaces_a_link_and_not_its_target(path):
     """As ModelCheckpoint(save_last="link") makes it."""
     write(path.with_name("1.ckpt"), 1)
     path.symlink_to("1.ckpt")
@@ -200,7 +200,7 @@ TEARS = {
 
 
 @pytest.mark.parametrize("said", TEARS)
-def test_a_torn_one_is_refused_and_the_newest_intact_one_named(path, said):
+def test_torn_shard_folder_is_refused_naming_the_newest_intact_one(path, said):
     write(path, 3)
     for step in (1, 2):
         write(path.with_name(f"{step}.ckpt"), step)
@@ -214,7 +214,7 @@ def test_a_torn_one_is_refused_and_the_newest_intact_one_named(path, said):
         read_notes(path)
 
 
-def test_an_index_runs_nothing(path):
+def test_hostile_shard_index_runs_nothing(path):
     write(path, 1)
     (path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match=r"asks for pathlib.*touch.*nothing of it was run"):
@@ -223,7 +223,7 @@ def test_an_index_runs_nothing(path):
         read_shards(path, {"state_dict": {"weight": torch.zeros(3, 5)}})
 
 
-def test_what_lightning_adds_runs_nothing_unless_it_is_asked_to(path):
+def test_hostile_meta_pt_runs_only_with_weights_only_false(path):
     write(path, 1)
     torch.save({"state": Evil()}, path / "meta.pt")
     for asked in (None, True):
@@ -234,7 +234,7 @@ def test_what_lightning_adds_runs_nothing_unless_it_is_asked_to(path):
     Path("marker").unlink()
 
 
-def test_what_lightning_did_not_add_is_refused(path):
+def test_meta_pt_that_holds_no_mapping_is_refused(path):
     write(path, 1)
     torch.save([1], path / "meta.pt")
     with pytest.raises(CheckpointError, match=r"meta\.pt that Lightning did not write"):
@@ -242,7 +242,7 @@ def test_what_lightning_did_not_add_is_refused(path):
 
 
 @pytest.mark.parametrize("kind", [PosixPath, Metadata, TensorProperties, _MEM_FORMAT_ENCODING, _get_layout])
-def test_an_index_changes_no_class(path, kind):
+def test_hostile_shard_index_changes_no_class(path, kind):
     write(path, 1)
     named = pickle.dumps(kind, protocol=0).split(b"p0")[0]
     state = (
@@ -255,7 +255,7 @@ def test_an_index_changes_no_class(path, kind):
     assert vars(kind).get("name") is before
 
 
-def test_an_index_changes_no_member_of_an_enum(path):
+def test_hostile_shard_index_changes_no_enum_member(path):
     """Made by a call, so that the pickle could hold the one member that all of torch uses."""
     write(path, 1)
     member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
@@ -267,7 +267,7 @@ def test_an_index_changes_no_member_of_an_enum(path):
     assert vars(member) == before
 
 
-def test_an_index_read_here_equals_what_torch_reads(path):
+def test_shard_index_equals_what_torch_reads(path):
     write(path, 1)
     index = pickle.loads((path / ".metadata").read_bytes())
     found = read_index(path)
@@ -278,7 +278,7 @@ def test_an_index_read_here_equals_what_torch_reads(path):
     assert str(found.storage_meta.checkpoint_id) == str(index.storage_meta.checkpoint_id)
 
 
-def test_a_shard_runs_nothing(path):
+def test_hostile_shard_runs_nothing(path):
     """Whatever is no tensor stands in it as a pickle, which torch would run."""
     path.mkdir(parents=True)
     evil = io.BytesIO()
@@ -293,7 +293,7 @@ def test_a_shard_runs_nothing(path):
     Path("marker").unlink()
 
 
-def test_an_index_leads_to_no_file_outside(path):
+def test_shard_index_that_names_a_file_outside_is_refused(path):
     write(path, 1)
     index = pickle.loads((path / ".metadata").read_bytes())
     for place in index.storage_data.values():
@@ -306,7 +306,7 @@ def test_an_index_leads_to_no_file_outside(path):
 
 
 @pytest.mark.parametrize("name", [7, "", ".."])
-def test_nor_to_what_is_no_name(path, name):
+def test_shard_index_with_a_name_of_no_file_is_refused(path, name):
     write(path, 1)
     index = pickle.loads((path / ".metadata").read_bytes())
     next(iter(index.storage_data.values())).relative_path = name
@@ -318,7 +318,7 @@ def test_nor_to_what_is_no_name(path, name):
 @pytest.mark.parametrize(
     ("asked", "said"), [({"head": torch.zeros(2)}, "head"), ({"weight": torch.zeros(2, 5)}, "do not fit")]
 )
-def test_what_is_not_there_is_not_made_up(path, asked, said):
+def test_weights_missing_from_shards_are_refused(path, asked, said):
     write(path, 1)
     with pytest.raises(CheckpointError, match=f"do not fit.*{said}|{said}.*"):
         read_shards(path, {"state_dict": asked})

@@ -93,7 +93,7 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize(("kind", "temperature", "weight"), crossed(["both", "kl", "hidden"], [2.0, 1.0], [0.3, 1.0]))
-def test_loss_and_gradients_are_those_of_the_formula(kind, temperature, weight, batch):
+def test_distillation_loss_and_gradients_follow_the_formula(kind, temperature, weight, batch):
     teacher, student = pair()
     reference = copy.deepcopy(student)
     settings = {"weight": weight, "temperature": temperature, "kind": kind}
@@ -113,7 +113,7 @@ def test_loss_and_gradients_are_those_of_the_formula(kind, temperature, weight, 
     ("architecture", "left_out"),
     crossed(ARCHITECTURES, [(), ("labels",), ("attention_mask",), ("labels", "attention_mask")]),
 )
-def test_labels_and_mask_are_heeded_where_they_are_given(architecture, left_out, batch):
+def test_distillation_uses_labels_and_mask_if_given(architecture, left_out, batch):
     teacher, student = pair(architecture)
     given = {name: value for name, value in batch.items() if name not in left_out}
     found = self_distillation(student, given, Distillation(0.3, 2.0, "both"))
@@ -126,7 +126,7 @@ def test_labels_and_mask_are_heeded_where_they_are_given(architecture, left_out,
     assert found.teacher_seconds > 0
 
 
-def test_what_stands_in_the_padding_does_not_matter(batch):
+def test_distillation_ignores_the_content_of_padding(batch):
     _, student = pair()
     padded = batch["attention_mask"] == 0
     other = {**batch, **{name: batch[name].masked_fill(padded, 50) for name in ("input_ids", "labels")}}
@@ -136,7 +136,7 @@ def test_what_stands_in_the_padding_does_not_matter(batch):
         torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
 
 
-def test_plain_token_ids_are_a_batch(architecture, tokens):
+def test_distillation_takes_plain_token_ids(architecture, tokens):
     teacher, student = pair(architecture)
     before = tokens.clone()
     expected, *_ = plain(teacher, student, {"input_ids": tokens})
@@ -144,7 +144,7 @@ def test_plain_token_ids_are_a_batch(architecture, tokens):
     assert torch.equal(tokens, before)
 
 
-def test_a_batch_is_not_written_to(batch):
+def test_distillation_does_not_change_the_batch(batch):
     _, student = pair()
     before = copy.deepcopy(batch)
     self_distillation_loss(student, batch)
@@ -153,7 +153,7 @@ def test_a_batch_is_not_written_to(batch):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl"]))
-def test_the_teacher_is_the_original_while_adapters_are_trained(architecture, kind, batch):
+def test_teacher_is_the_original_model_while_lora_is_trained(architecture, kind, batch):
     teacher, student = pair(architecture)
     inject_lora(student)
     learn(student)
@@ -171,7 +171,7 @@ def test_the_teacher_is_the_original_while_adapters_are_trained(architecture, ki
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
 
 
-def test_adapters_alone_have_a_teacher_too(llama, batch):
+def test_lora_without_a_drop_has_the_original_model_as_teacher(llama, batch):
     teacher = copy.deepcopy(llama)
     inject_lora(llama)
     learn(llama)
@@ -180,7 +180,7 @@ def test_adapters_alone_have_a_teacher_too(llama, batch):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl", "hidden"]))
-def test_without_a_drop_it_is_the_plain_loss(architecture, kind, batch):
+def test_distillation_without_drop_or_lora_is_the_plain_loss(architecture, kind, batch):
     model = build_model(architecture)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -195,7 +195,7 @@ def test_without_a_drop_it_is_the_plain_loss(architecture, kind, batch):
 
 
 @pytest.mark.parametrize(("architecture", "adapted"), crossed(ARCHITECTURES, [True, False]))
-def test_the_model_is_left_as_it_was(architecture, adapted, batch):
+def test_distillation_leaves_the_model_as_it_was(architecture, adapted, batch):
     _, model = pair(architecture)
     if adapted:
         inject_lora(model, dropout=0.1)
@@ -207,7 +207,7 @@ def test_the_model_is_left_as_it_was(architecture, adapted, batch):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_the_model_is_left_as_it_was_when_teacher_or_student_raises(failing, batch):
+def test_distillation_leaves_the_model_as_it_was_after_an_error(failing, batch):
     _, model = pair("gpt2")
     inject_lora(model, dropout=0.1)
     model.train()
@@ -233,7 +233,7 @@ def test_the_model_is_left_as_it_was_when_teacher_or_student_raises(failing, bat
         ("llama", {"attention_dropout": 0.5}),
     ],
 )
-def test_the_teacher_has_no_dropout_and_the_student_has(architecture, dropout, tokens):
+def test_only_the_student_has_dropout(architecture, dropout, tokens):
     teacher, student = pair(architecture, **dropout)
     student.train()
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_the_teacher_has_no_dropout_and_the_student_has(architecture, dropout, t
     assert not torch.allclose(seen[1], seen[3], atol=1e-2)
 
 
-def test_the_teacher_draws_no_random_numbers(tokens):
+def test_teacher_draws_no_random_numbers(tokens):
     _, student = pair("gpt2", resid_pdrop=0.5)
     student.train()
     torch.manual_seed(0)
@@ -259,7 +259,7 @@ def test_the_teacher_draws_no_random_numbers(tokens):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl"]))
-def test_no_gradient_reaches_what_is_bypassed(architecture, kind, batch):
+def test_distillation_sends_no_gradient_to_bypassed_sublayers(architecture, kind, batch):
     _, student = pair(architecture)
     frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
     assert any("layers.1." in name or "h.1." in name for name in frozen)
@@ -269,7 +269,7 @@ def test_no_gradient_reaches_what_is_bypassed(architecture, kind, batch):
     assert reached.keys() == {name for name, _ in student.named_parameters()} - frozen
 
 
-def test_a_student_that_follows_its_gradient_comes_nearer_to_the_teacher(batch):
+def test_student_that_follows_its_gradient_approaches_the_teacher(batch):
     teacher, student = pair()
     inject_lora(student)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2)
@@ -281,7 +281,7 @@ def test_a_student_that_follows_its_gradient_comes_nearer_to_the_teacher(batch):
     assert plain(teacher, student, batch, 1.0)[0].item() < 0.9 * before
 
 
-def test_inside_of_another_module_it_is_found_by_its_name(batch):
+def test_distillation_finds_the_transformer_by_its_name(batch):
     teacher, student = pair()
     outer = nn.ModuleDict({"net": student, "other": build_model("gpt2")})
     expected, *_ = plain(teacher, student, batch)
@@ -302,7 +302,7 @@ def test_a_quantized_model_is_its_own_teacher(batch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_in_half_precision_compares_in_single(tokens):
+def test_distillation_of_a_bfloat16_model_compares_in_float32(tokens):
     teacher, student = (model.bfloat16() for model in pair())
     with torch.no_grad():
         outputs = (model(input_ids=tokens, use_cache=False).logits for model in (teacher, student))
@@ -312,7 +312,7 @@ def test_a_model_in_half_precision_compares_in_single(tokens):
 
 
 @pytest.mark.parametrize("check", [check_teacher, lambda model: self_distillation_loss(model, torch.ones(1, 4).long())])
-def test_what_was_removed_cannot_teach(llama, check):
+def test_model_with_removed_sublayers_has_no_teacher(llama, check):
     ls.remove(llama, pick(llama, *GONE))
     with pytest.raises(PlanError, match=r"attention\.1, mlp\.2 were removed and have no weights"):
         check(llama)
@@ -320,7 +320,7 @@ def test_what_was_removed_cannot_teach(llama, check):
 
 @pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM])
 @pytest.mark.parametrize("check", [check_teacher, lambda model: self_distillation_loss(model, torch.ones(1, 4).long())])
-def test_a_model_that_does_not_predict_the_next_token_is_refused(model_class, check):
+def test_distillation_refuses_a_model_without_next_token_prediction(model_class, check):
     config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     model = model_class(config)
     ls.bypass(model, ls.find_sublayers(model)[:1])
@@ -328,7 +328,7 @@ def test_a_model_that_does_not_predict_the_next_token_is_refused(model_class, ch
         check(model)
 
 
-def test_a_dropped_model_passes_the_check(architecture):
+def test_bypassed_model_passes_the_check_of_its_teacher(architecture):
     _, student = pair(architecture)
     before = snapshot(student)
     assert check_teacher(student) is None
@@ -347,7 +347,7 @@ def test_a_dropped_model_passes_the_check(architecture):
         ({"kind": "hiden"}, UnknownNameError, "kind of distillation 'hiden'. Did you mean 'hidden'"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(options, error, message, llama, tokens):
+def test_invalid_distillation_settings_are_refused(options, error, message, llama, tokens):
     with pytest.raises(error, match=message):
         Distillation(**options)
     with pytest.raises(error, match=message):
@@ -362,7 +362,7 @@ def test_settings_without_a_meaning_are_refused(options, error, message, llama, 
         ([[1, 2]], "a list"),
     ],
 )
-def test_what_is_no_batch_of_text_is_refused(batch, message, llama):
+def test_distillation_refuses_a_batch_without_token_ids(batch, message, llama):
     with pytest.raises(RecoveryError, match=message):
         self_distillation_loss(llama, batch)
 

@@ -28,7 +28,7 @@ def architecture(request):
     return request.param
 
 
-def test_injection_leaves_the_logits_as_they_were_and_adapts_all_that_runs(architecture, tokens):
+def test_injection_keeps_the_logits_and_adapts_all_linear_maps_that_run(architecture, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     before, found = logits(model, tokens), ls.find_sublayers(model)
     config = inject_lora(model)
@@ -38,14 +38,14 @@ def test_injection_leaves_the_logits_as_they_were_and_adapts_all_that_runs(archi
     assert ls.find_sublayers(model) == found
 
 
-def test_the_targets_are_all_linear_maps_outside_of_what_is_dropped_but_the_head(architecture):
+def test_all_linear_targets_every_linear_map_but_the_head(architecture):
     plain = build_model(architecture)
     paths = {path for path, module in plain.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
     inject_lora(plain)
     assert set(adapted_modules(plain)) == paths == maps(architecture, attention=range(4), mlp=range(4))
 
 
-def test_only_adapters_outside_of_what_is_dropped_are_trainable(architecture):
+def test_only_adapters_outside_dropped_sublayers_are_trainable(architecture):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     inject_lora(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -58,7 +58,7 @@ def test_only_adapters_outside_of_what_is_dropped_are_trainable(architecture):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
 
 
-def test_the_head_is_adapted_where_it_is_asked_for(llama, tokens):
+def test_head_is_adapted_if_named_as_target(llama, tokens):
     before = logits(llama, tokens)
     inject_lora(llama, target_modules=["lm_head"])
     assert set(adapted_modules(llama)) == {"lm_head"}
@@ -69,7 +69,7 @@ def test_the_head_is_adapted_where_it_is_asked_for(llama, tokens):
     torch.testing.assert_close(logits(llama, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_head_and_transposed_maps_can_be_adapted_together(tokens):
+def test_head_and_transposed_maps_can_be_adapted_together(tokens):
     model = build_model("gpt2", tie_word_embeddings=False)
     inject_lora(model, target_modules=["c_attn", "lm_head"])
     expected = logits(learn(model), tokens)
@@ -77,7 +77,7 @@ def test_the_head_and_transposed_maps_can_be_adapted_together(tokens):
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_that_is_tied_to_the_embedding_is_refused():
+def test_tied_head_is_refused_as_lora_target():
     """Merging would change the embedding as well, and with it the model."""
     model = build_model("gpt2")
     with pytest.raises(RecoveryError, match="tied"):
@@ -86,7 +86,7 @@ def test_a_head_that_is_tied_to_the_embedding_is_refused():
 
 
 @pytest.mark.parametrize("ends", [["q_proj"], ["self_attn.q_proj", "down_proj"]])
-def test_targets_are_chosen_by_the_ends_of_their_paths(ends):
+def test_lora_targets_are_chosen_by_the_ends_of_their_paths(ends):
     model = dropped("llama", (1, "attention"))
     inject_lora(model, target_modules=ends)
     running = maps("llama", attention=(0, 2, 3), mlp=range(4))
@@ -103,13 +103,13 @@ def test_targets_are_chosen_by_the_ends_of_their_paths(ends):
     ],
 )
 @pytest.mark.parametrize("architecture", one_of(["llama", "opt", "gpt2"]))
-def test_neighbours_are_the_nearest_sublayers_that_run(architecture, gone, attention, mlp):
+def test_neighbours_placement_adapts_the_nearest_sublayers_that_run(architecture, gone, attention, mlp):
     model = dropped(architecture, *gone)
     inject_lora(model, placement="neighbours")
     assert set(adapted_modules(model)) == maps(architecture, attention, mlp)
 
 
-def test_neighbours_of_what_was_removed_are_the_same():
+def test_neighbours_placement_is_the_same_after_remove():
     model = build_model("llama")
     ls.remove(model, pick(model, (1, "attention"), (2, "attention")))
     inject_lora(model, placement="neighbours")
@@ -117,7 +117,7 @@ def test_neighbours_of_what_was_removed_are_the_same():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-def test_a_second_injection_adds_what_is_missing_and_leaves_the_rest_alone(architecture, tokens):
+def test_second_injection_adds_missing_adapters_and_keeps_the_others(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     inject_lora(model, placement="neighbours")
     first = values(learn(model))
@@ -133,7 +133,7 @@ def test_a_second_injection_adds_what_is_missing_and_leaves_the_rest_alone(archi
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(second)
 
 
-def test_a_second_injection_keeps_the_adapters_of_what_is_dropped_meanwhile():
+def test_second_injection_keeps_adapters_of_sublayers_dropped_meanwhile():
     model = build_model("llama")
     inject_lora(model)
     first = values(learn(model))
@@ -145,7 +145,7 @@ def test_a_second_injection_keeps_the_adapters_of_what_is_dropped_meanwhile():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-def test_adapters_of_what_is_dropped_meanwhile_do_not_train_until_it_is_restored(architecture):
+def test_adapters_of_dropped_sublayers_train_only_after_restore(architecture):
     model = build_model(architecture)
     first = MAPS[architecture][0][0]
     inject_lora(model, target_modules=[first])
@@ -159,7 +159,7 @@ def test_adapters_of_what_is_dropped_meanwhile_do_not_train_until_it_is_restored
     assert trainable == {*maps(architecture, (0, 2, 3), range(4)), own}
 
 
-def test_the_seed_decides_and_the_global_random_state_is_not_moved(architecture):
+def test_injection_depends_on_its_seed_and_keeps_the_global_random_state(architecture):
     drawn = []
     for seed, noise in ((3, 0), (3, 99), (4, 0)):
         model = build_model(architecture)
@@ -174,7 +174,7 @@ def test_the_seed_decides_and_the_global_random_state_is_not_moved(architecture)
 
 
 @pytest.mark.parametrize(("architecture", "rslora"), crossed(ARCHITECTURES, [True, False]))
-def test_adapters_are_low_rank_changes_of_the_weights(architecture, rslora, tokens):
+def test_lora_equals_a_low_rank_change_of_the_weights(architecture, rslora, tokens):
     scale = 6 / 4**0.5 if rslora else 6 / 4
     model, by_hand = (dropped(architecture, (1, "attention")) for _ in range(2))
     inject_lora(model, rank=4, alpha=6, rslora=rslora)
@@ -213,7 +213,7 @@ def test_dora_starts_as_the_model_and_merges(architecture, tokens):
 
 
 @pytest.mark.parametrize(("architecture", "end"), crossed(ARCHITECTURES, [merge_lora, remove_lora]))
-def test_afterwards_the_model_is_a_plain_one_again(architecture, end, tokens):
+def test_merged_or_removed_lora_leaves_a_plain_model(architecture, end, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     plain, bypassed = logits(model, tokens), ls.bypassed_sublayers(model)
     classes, keys = [(path, type(m)) for path, m in model.named_modules()], list(model.state_dict())
@@ -234,7 +234,7 @@ def test_afterwards_the_model_is_a_plain_one_again(architecture, end, tokens):
     assert set(adapted_modules(model)) == maps(architecture, attention=(0, 2, 3), mlp=(0, 1, 3))
 
 
-def test_switched_off_adapters_do_nothing_and_come_back_even_after_an_error(architecture, tokens):
+def test_adapters_off_gives_plain_logits_and_ends_after_an_error(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     plain = logits(model, tokens)
     inject_lora(model)
@@ -253,7 +253,7 @@ def test_switched_off_adapters_do_nothing_and_come_back_even_after_an_error(arch
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
 
 
-def test_the_dense_model_without_adapters_is_the_original(architecture, tokens):
+def test_dense_model_with_adapters_off_equals_the_original(architecture, tokens):
     model = build_model(architecture)
     original = logits(model, tokens)
     ls.bypass(model, pick(model, (1, "attention"), (2, "mlp")))
@@ -267,7 +267,7 @@ def test_the_dense_model_without_adapters_is_the_original(architecture, tokens):
     ("architecture", "path"), [("opt", "model.decoder.layers.1.fc2"), ("gpt2", "transformer.h.1.mlp.c_proj")]
 )
 @pytest.mark.parametrize("with_kwargs", [False, True])
-def test_hooks_on_a_linear_map_go_on_seeing_what_the_block_gets(architecture, path, with_kwargs, tokens):
+def test_forward_hooks_on_adapted_maps_see_the_adapted_output(architecture, path, with_kwargs, tokens):
     model, seen = build_model(architecture), []
     module = model.get_submodule(path)
 
@@ -297,7 +297,7 @@ def test_hooks_on_a_linear_map_go_on_seeing_what_the_block_gets(architecture, pa
     assert len(counted) == 2
 
 
-def test_a_hook_can_be_taken_off_while_the_adapters_are_in(tokens):
+def test_hook_can_be_removed_from_an_adapted_map(tokens):
     model, seen = build_model("opt"), []
     handle = model.model.decoder.layers[0].fc2.register_forward_hook(lambda *_: seen.append(1))
     inject_lora(model)
@@ -307,7 +307,7 @@ def test_a_hook_can_be_taken_off_while_the_adapters_are_in(tokens):
     assert seen == [1]
 
 
-def test_a_hook_hung_on_an_adapted_module_outlives_merging(tokens):
+def test_hook_on_an_adapted_module_survives_merging(tokens):
     model, seen = build_model("opt"), []
     inject_lora(model)
     handle = model.model.decoder.layers[0].fc2.register_forward_hook(lambda *_: seen.append(1))
@@ -319,7 +319,7 @@ def test_a_hook_hung_on_an_adapted_module_outlives_merging(tokens):
 
 
 @pytest.mark.parametrize(("architecture", "end"), crossed(ARCHITECTURES, [merge_lora, remove_lora]))
-def test_what_is_dropped_after_injection_stays_so_when_the_adapters_go(architecture, end, tokens):
+def test_sublayers_dropped_after_injection_stay_dropped_after_merge_or_remove(architecture, end, tokens):
     model = build_model(architecture)
     inject_lora(model)
     learn(model)
@@ -334,7 +334,7 @@ def test_what_is_dropped_after_injection_stays_so_when_the_adapters_go(architect
     torch.testing.assert_close(logits(model, tokens), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_sublayer_dropped_with_its_adapters_comes_back_with_them(architecture, tokens):
+def test_sublayer_dropped_with_its_adapters_is_restored_with_them(architecture, tokens):
     model = build_model(architecture)
     inject_lora(model)
     adapted = logits(learn(model), tokens)
@@ -346,7 +346,7 @@ def test_a_sublayer_dropped_with_its_adapters_comes_back_with_them(architecture,
     assert [p.requires_grad for p in model.parameters()] == trainable
 
 
-def test_what_is_restored_after_merging_has_merged_weights(architecture, tokens):
+def test_sublayer_restored_after_merging_has_merged_weights(architecture, tokens):
     model = build_model(architecture)
     inject_lora(model)
     adapted = logits(learn(model), tokens)
@@ -356,7 +356,7 @@ def test_what_is_restored_after_merging_has_merged_weights(architecture, tokens)
     torch.testing.assert_close(logits(model, tokens), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_of_adapters_follows_the_mode_of_the_model(tokens):
+def test_lora_dropout_follows_the_training_mode(tokens):
     model, without = build_model("llama"), build_model("llama")
     inject_lora(model, dropout=0.5)
     inject_lora(without)
@@ -371,7 +371,7 @@ def test_dropout_of_adapters_follows_the_mode_of_the_model(tokens):
     assert not torch.equal(logits(late, tokens), logits(late, tokens))
 
 
-def test_a_copy_carries_its_own_adapters(architecture, tokens):
+def test_copied_model_has_its_own_adapters(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     inject_lora(model)
     adapted = logits(learn(model), tokens)
@@ -382,7 +382,7 @@ def test_a_copy_carries_its_own_adapters(architecture, tokens):
     torch.testing.assert_close(logits(twin, tokens), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_and_nothing_else_learn(architecture, tokens):
+def test_only_adapters_learn(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     inject_lora(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -394,7 +394,7 @@ def test_adapters_and_nothing_else_learn(architecture, tokens):
     assert moved == {f"{path}.lora_B.recovery.weight" for path in maps(architecture, (0, 2, 3), range(4))}
 
 
-def test_inside_of_a_lightning_module_the_transformer_alone_is_frozen(llama):
+def test_injection_freezes_only_the_transformer_of_a_module(llama):
     outer = nn.ModuleDict({"net": llama, "probe": nn.Linear(2, 2)})
     inject_lora(outer)
     assert len(adapted_modules(llama)) == 28
@@ -421,34 +421,34 @@ def test_inside_of_a_lightning_module_the_transformer_alone_is_frozen(llama):
         ({"placement": "neighbours"}, RecoveryError, "nothing is dropped"),
     ],
 )
-def test_options_without_a_meaning_are_refused_and_nothing_is_changed(llama, options, error, message):
+def test_invalid_lora_options_are_refused_and_change_nothing(llama, options, error, message):
     names = [name for name, p in llama.named_parameters() if p.requires_grad]
     with pytest.raises(error, match=message):
         inject_lora(llama, **options)
     assert [name for name, p in llama.named_parameters() if p.requires_grad] == names
 
 
-def test_a_target_that_is_dropped_everywhere_is_unknown():
+def test_lora_target_that_is_dropped_everywhere_is_refused():
     model = build_model("llama")
     ls.bypass(model, [s for s in ls.find_sublayers(model) if s.kind == "attention"])
     with pytest.raises(RecoveryError, match="named 'q_proj'; there are down_proj, gate_proj, lm_head, up_proj"):
         inject_lora(model, target_modules=["q_proj"])
 
 
-def test_nothing_to_adapt_is_an_error():
+def test_injection_without_any_target_is_refused():
     model = dropped("mixtral", *((i, "attention") for i in range(4)))
     with pytest.raises(RecoveryError, match="nothing to adapt in MixtralForCausalLM"):
         inject_lora(model)
 
 
-def test_adapters_of_somebody_else_are_refused(llama):
+def test_injection_over_foreign_adapters_is_refused(llama):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama)
     with pytest.raises(RecoveryError, match=r"carries adapters of peft already \(default\)"):
         inject_lora(llama)
     assert adapted_modules(llama) == {}
 
 
-def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
+def test_injection_refuses_a_model_outside_hugging_face(monkeypatch):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
     with pytest.raises(RecoveryError, match="GPT is none; recover it by full training"):
@@ -456,13 +456,13 @@ def test_a_model_that_is_not_from_hugging_face_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("end", [merge_lora, remove_lora])
-def test_without_adapters_there_is_nothing_to_end(llama, end):
+def test_merge_and_remove_without_lora_are_refused(llama, end):
     with pytest.raises(RecoveryError, match=f"{end.__name__}: LlamaForCausalLM carries no LoRA adapters"):
         end(llama)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(architecture, tokens):
+def test_adapter_with_nan_is_not_merged_and_no_other_is(architecture, tokens):
     model = build_model(architecture)
     plain = logits(model, tokens)
     inject_lora(model)
@@ -479,7 +479,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged_and_nothing_else_is(archite
     assert torch.equal(logits(model, tokens), plain)
 
 
-def test_injection_leaves_no_gradient_on_what_it_freezes(llama, tokens):
+def test_injection_clears_gradients_of_frozen_weights(llama, tokens):
     backward(llama, tokens)
     assert all(parameter.grad is not None for parameter in llama.parameters())
     ls.inject_lora(llama)
@@ -489,7 +489,7 @@ def test_injection_leaves_no_gradient_on_what_it_freezes(llama, tokens):
 
 @pytest.mark.parametrize("undo", [ls.merge_lora, ls.remove_lora])
 @pytest.mark.parametrize("bypassed", ["never", "before", "after"])
-def test_what_was_trainable_before_the_adapters_is_so_again_and_nothing_more(undo, bypassed):
+def test_merge_and_remove_restore_exactly_the_trainable_parameters(undo, bypassed):
     model, plain = build_model(), build_model()
     for own in (model, plain):
         own.model.embed_tokens.requires_grad_(False)
@@ -513,7 +513,7 @@ def test_what_was_trainable_before_the_adapters_is_so_again_and_nothing_more(und
 
 
 @pytest.mark.parametrize("options", [{"alpha": 32}, {"rank": 2}])
-def test_injecting_again_with_other_options_is_refused_and_changes_nothing(llama, options):
+def test_second_injection_with_other_options_is_refused_and_changes_nothing(llama, options):
     ls.inject_lora(llama, target_modules=["q_proj"])
     before = copy.deepcopy(dict(llama.state_dict())), lora_settings(llama), trainable(llama)
     with pytest.raises(RecoveryError, match="other settings"):
@@ -523,7 +523,7 @@ def test_injecting_again_with_other_options_is_refused_and_changes_nothing(llama
 
 
 @pytest.mark.parametrize("change", [ls.quantize, ls.inject_lora])
-def test_a_backward_hook_on_a_linear_map_is_still_called(llama, tokens, change):
+def test_backward_hook_on_an_adapted_map_is_still_called(llama, tokens, change):
     calls = []
     llama.model.layers[1].mlp.down_proj.register_full_backward_hook(lambda *_: calls.append(1))
     change(llama)

@@ -101,7 +101,7 @@ def test_every_adapter_joins_the_group_of_its_weight_and_frozen_weights_are_gone
     assert {id(p) for p in optimizer.state} == {id(run.get_parameter(name)) for name in expected["head"]}
 
 
-def test_with_biases_in_another_group_adapters_go_where_the_weight_was():
+def test_adapter_joins_the_group_of_its_weight_and_not_of_its_bias():
     run = Run("opt")
     norms = [p for p in run.parameters() if p.ndim == 1]
     others = [p for p in run.parameters() if p.ndim > 1]
@@ -113,7 +113,7 @@ def test_with_biases_in_another_group_adapters_go_where_the_weight_was():
     assert names_of(run, optimizer.param_groups[1]) == ["before.weight", *adapters, "head.weight"]
 
 
-def test_what_stands_outside_keeps_its_very_state_and_groups_stay_the_same_objects():
+def test_hand_over_keeps_outside_state_and_group_objects():
     run = Run()
     optimizer = stepped(run)
     outside = [*run.before.parameters(), *run.head.parameters()]
@@ -133,7 +133,7 @@ def test_what_stands_outside_keeps_its_very_state_and_groups_stay_the_same_objec
         assert state["exp_avg"].abs().sum() > 0
 
 
-def test_a_weight_in_no_group_sends_its_adapter_to_the_first_group_of_the_transformer():
+def test_adapter_of_a_weight_in_no_group_joins_the_first_group_of_the_transformer():
     run = Run()
     groups = [run.head.parameters(), run.net.lm_head.parameters(), run.net.model.norm.parameters()]
     optimizer = AdamW([{"params": list(group)} for group in groups])
@@ -158,7 +158,7 @@ def test_adapters_stay_with_the_optimizer_of_their_weight():
     assert not first.state
 
 
-def test_without_an_optimizer_there_is_nothing_to_hand_over():
+def test_hand_over_without_optimizers_does_nothing():
     run = Run()
     inject_lora(run.net)
     before = copy.deepcopy(run.state_dict())
@@ -166,7 +166,7 @@ def test_without_an_optimizer_there_is_nothing_to_hand_over():
     assert all(torch.equal(value, before[name]) for name, value in run.state_dict().items())
 
 
-def test_a_second_injection_adds_what_is_new_and_keeps_the_state_of_the_first():
+def test_hand_over_after_a_second_injection_keeps_the_first_state():
     run = Run()
     optimizer = stepped(run)
     switch(run, [optimizer], target_modules=["q_proj"])
@@ -181,7 +181,7 @@ def test_a_second_injection_adds_what_is_new_and_keeps_the_state_of_the_first():
     assert sum(".up_proj.lora_" in name for name in held) == 8
 
 
-def test_steps_after_the_switch_are_those_of_fresh_optimizers_on_the_adapters():
+def test_steps_after_hand_over_equal_those_of_fresh_optimizers():
     """The head's own goes on from where it was; weights of the transformer do not move."""
     run = Run()
     optimizer = stepped(run)
@@ -226,7 +226,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_go_on_as_if_nothing_had_happened(schedule):
+def test_learning_rate_schedules_go_on_after_hand_over(schedule):
     def run(switched):
         module = Run()
         optimizer = four_groups(module)
@@ -248,7 +248,7 @@ def test_schedules_go_on_as_if_nothing_had_happened(schedule):
         assert state.get(key) == reference.get(key)
 
 
-def test_the_layout_of_a_run_is_brought_back_on_fresh_optimizers_whose_state_then_fits():
+def test_restored_layout_lets_an_optimizer_state_load():
     run = Run()
     optimizer = stepped(run)
     switch(run, [optimizer])
@@ -271,7 +271,7 @@ def test_the_layout_of_a_run_is_brought_back_on_fresh_optimizers_whose_state_the
     assert all(torch.equal(p, named[name]) for name, p in fresh.named_parameters())
 
 
-def test_a_layout_tells_names_by_optimizer_and_group():
+def test_layout_lists_names_by_optimizer_and_group():
     run = Run()
     first, second = SGD(run.before.parameters(), lr=1.0), AdamW([{"params": [p]} for p in run.head.parameters()])
     assert layout_of([first, second], run) == [[["before.weight", "before.bias"]], [["head.weight"], ["head.bias"]]]
@@ -286,14 +286,14 @@ def test_a_layout_tells_names_by_optimizer_and_group():
         ([[["head.weight"], ["head.scale"]]], r"'head\.scale', which the model lacks"),
     ],
 )
-def test_a_layout_of_other_optimizers_is_refused(layout, match):
+def test_layout_of_other_optimizers_is_refused(layout, match):
     run = Run()
     optimizer = AdamW([{"params": [p]} for p in run.head.parameters()])
     with pytest.raises(CheckpointError, match=match):
         restore_layout([optimizer], run, layout)
 
 
-def test_quantized_weights_leave_and_everything_else_keeps_its_place_and_state():
+def test_quantized_weights_leave_the_optimizer_and_others_keep_their_state():
     run = Run()
     optimizer = stepped(run)
     quantize(run.net)
@@ -323,7 +323,7 @@ def flat(module):
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
 @pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
-def test_a_factor_makes_the_step_of_an_optimizer_with_that_learning_rate(make, factor):
+def test_learning_rate_factor_equals_a_scaled_learning_rate(make, factor):
     run, reference = Run(), Run()
     optimizer = four_groups(run, make)
     slow = four_groups(reference, make)
@@ -341,7 +341,7 @@ def test_a_factor_makes_the_step_of_an_optimizer_with_that_learning_rate(make, f
     assert not torch.equal(flat(run), before)
 
 
-def test_a_factor_may_change_with_every_step_and_schedules_do_not_see_it():
+def test_learning_rate_factor_may_change_and_schedules_do_not_see_it():
     factors = [1.0, 0.5, 0.25, 2.0, 1.0, 0.1]
     coming = iter(factors)
     parameters = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
@@ -361,7 +361,7 @@ def test_a_factor_may_change_with_every_step_and_schedules_do_not_see_it():
     assert schedules[0].state_dict() == schedules[1].state_dict()
 
 
-def test_several_optimizers_step_with_the_factor_each_and_one_that_is_not_attached_without():
+def test_learning_rate_factor_scales_every_attached_optimizer_and_no_other():
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
     optimizers = [SGD([p], lr=lr) for p, lr in zip(parameters, (1.0, 2.0, 4.0), strict=True)]
     LearningRateFactor(lambda: 0.5).attach(optimizers[:2])
@@ -371,7 +371,7 @@ def test_several_optimizers_step_with_the_factor_each_and_one_that_is_not_attach
     assert [p[0].item() for p in parameters] == [-0.5, -1.0, -4.0]
 
 
-def test_rates_that_are_tensors_are_put_back_as_the_same_objects():
+def test_learning_rate_factor_puts_tensor_rates_back_as_the_same_objects():
     parameter, rate = nn.Parameter(torch.zeros(3)), torch.tensor(0.5)
     optimizer = AdamW([parameter], lr=rate, foreach=False)
     LearningRateFactor(lambda: 0.5).attach([optimizer])
@@ -387,7 +387,7 @@ def failing():
 
 
 @pytest.mark.parametrize("then", ["detach", "step"])
-def test_a_closure_that_raised_leaves_no_scaled_rate_behind(then):
+def test_closure_that_raised_leaves_no_scaled_learning_rate(then):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = SGD([parameter], lr=1.0)
     rates = LearningRateFactor(lambda: 0.5)
@@ -403,7 +403,7 @@ def test_a_closure_that_raised_leaves_no_scaled_rate_behind(then):
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_attached_twice_scales_once_and_detached_not_at_all():
+def test_learning_rate_factor_attached_twice_scales_once():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = SGD([parameter], lr=1.0)
     rates = LearningRateFactor(lambda: 0.5)

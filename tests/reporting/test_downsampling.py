@@ -24,7 +24,7 @@ def curve_of(count, most=10, marks=()):
 
 @given(st.integers(0, 200), st.integers(4, 20), st.sets(st.integers(0, 200), max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_a_curve_stays_short_and_keeps_what_matters(count, most, marks):
+def test_thinned_curve_stays_short_and_keeps_ends_and_marks(count, most, marks):
     curve, longest = curve_of(count, most, marks)
     kept = [int(value) for _, value in curve]
     assert list(curve) == [(3 * number, float(number)) for number in kept], "points are left out, not changed"
@@ -38,7 +38,7 @@ def test_a_curve_stays_short_and_keeps_what_matters(count, most, marks):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 11, 12, 57, 58, 300])
-def test_a_curve_that_is_stored_midway_goes_on_as_if_it_had_not_been(cut):
+def test_thinned_curve_restored_midway_goes_on_the_same(cut):
     whole, _ = curve_of(301, marks={56, 57})
     first, _ = curve_of(cut, marks={56, 57})
     second = ThinnedCurve(10)
@@ -51,7 +51,7 @@ def test_a_curve_that_is_stored_midway_goes_on_as_if_it_had_not_been(cut):
     assert second.last_step == 900
 
 
-def test_an_empty_curve():
+def test_empty_curve_has_no_points_and_no_last_step():
     curve = ThinnedCurve()
     assert (list(curve), curve.last_step) == ([], None)
     curve.mark()
@@ -65,7 +65,7 @@ def test_an_empty_curve():
     st.integers(2, 30),
 )
 @settings(max_examples=60, deadline=None)
-def test_shown_steps(steps, around, most):
+def test_shown_steps_keep_both_ends_and_neighbours_of_drops(steps, around, most):
     steps = sorted(steps)
     shown = shown_steps(steps, around, most)
     assert shown == sorted(set(shown) & set(steps))

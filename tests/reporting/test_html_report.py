@@ -140,18 +140,18 @@ def test_summary_rows_are_ascii_for_any_terminal(record):
         ),
     ],
 )
-def test_sdr_says_when_the_speedup_does_not_carry_it(record, speed, speedup, expected):
+def test_sdr_says_if_no_speed_was_gained(record, speed, speedup, expected):
     slow = replace(speed, decode=PhaseSpeed(400.0, 400.0, speedup))
     assert dict(summary_rows(replace(record, speed=slow)))["SDR right after the drop"] == expected
 
 
-def test_sdr_of_no_change_has_no_sign(record):
+def test_sdr_of_no_change_has_no_minus_sign(record):
     before = record.quality["before"]
     same = replace(record, quality={"before": before, "after": replace(before, accuracy=before.accuracy + 1e-7)})
     assert dict(summary_rows(same))["SDR right after the drop"].startswith("0.00 points")
 
 
-def test_rows_are_there_only_if_known(record, speed):
+def test_summary_has_rows_only_for_known_values(record, speed):
     def labels(record):
         return [label for label, _ in summary_rows(record)]
 
@@ -165,7 +165,7 @@ def test_rows_are_there_only_if_known(record, speed):
     assert ("Sublayers dropped", "nothing was dropped") in summary_rows(RunRecord("gpt2", speed=same))
 
 
-def test_numbers_of_small_and_large_models(speed):
+def test_summary_shortens_numbers_of_small_and_large_models(speed):
     small = replace(speed, parameters_dense=12_345, parameters_dropped=10_000, kv_bytes_dense=0, kv_bytes_dropped=0)
     rows = dict(
         summary_rows(RunRecord("m", speed=replace(small, decode=PhaseSpeed(4.125, 5.5, Interval(1.3, 1.2, 1.4)))))
@@ -195,7 +195,7 @@ def write_csv(path, rows):
     return path
 
 
-def test_importance_csv_round_trip(tmp_path):
+def test_importance_csv_is_read_as_written(tmp_path):
     points = (*make_points(kinds=("attention", "mlp", "block")), ImportancePoint(1, 0, "mlp", 'a "b", c', math.inf))
     rows = [(p.step, p.block, p.kind, p.metric, p.value) for p in points]
     assert (
@@ -203,7 +203,7 @@ def test_importance_csv_round_trip(tmp_path):
     )
 
 
-def test_importance_csv_without_measurements(tmp_path):
+def test_importance_csv_without_measurements_has_no_points(tmp_path):
     path = tmp_path / "i.csv"
     path.write_text("step,block,kind,metric,value\n")
     assert read_importance(str(path)) == ()
@@ -232,7 +232,7 @@ def test_malformed_importance_csv_names_the_line(tmp_path, text, message):
         read_importance(path)
 
 
-def test_steps_of_an_importance_csv(tmp_path):
+def test_measured_steps_and_chosen_steps_of_an_importance_csv(tmp_path):
     header = ("step", "block", "kind", "metric", "value")
     rows = [(step, block, "mlp", "cosine", step / 10) for step in (7, 3, 5) for block in (0, 1)]
     rows += [(step, 0, "mlp", "angular", 0.5) for step in (4, 3)]
@@ -251,7 +251,7 @@ def test_steps_of_an_importance_csv(tmp_path):
         measured_steps(path)
 
 
-def test_importance_csv_that_cannot_be_read(tmp_path):
+def test_unreadable_importance_csv_is_refused(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read_importance(tmp_path / "none.csv")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
@@ -293,7 +293,7 @@ def test_heatmap_holds_the_points_and_nothing_where_dropped(stacked):
     assert len({id(mesh.norm) for mesh, _ in panels.values()}) == 1, "the panels share one colour scale"
 
 
-def test_heatmap_of_a_long_run_has_columns_enough_and_all_those_next_to_a_drop():
+def test_heatmap_of_a_long_run_keeps_the_columns_next_to_a_drop():
     """5,001 measurements; what is drawn is what was measured at that step, and the hatching begins at the drop."""
     points = [
         ImportancePoint(step, block, "mlp", "cosine", 0.1 + step / 1e5 + block)
@@ -317,7 +317,7 @@ def test_heatmap_of_a_long_run_has_columns_enough_and_all_those_next_to_a_drop()
     assert [whole[step] for step in steps] == values[0].tolist()
 
 
-def test_the_page_says_how_often_it_was_measured_not_how_much_is_drawn(tmp_path):
+def test_page_gives_the_number_of_measurements_and_not_of_columns(tmp_path):
     record = RunRecord("m", importance=make_points(), measured={"cosine": 20_000})
     page = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "measured 20000 times from step 40 to step 200" in page
@@ -335,7 +335,7 @@ def test_heatmap_hatches_from_the_drop_and_marks_it():
     assert [text.get_text() for text in axes.texts] == ["drop at 120"]
 
 
-def test_heatmap_scale():
+def test_heatmap_scale_is_logarithmic_over_two_decades():
     narrow = importance_heatmap(make_points())
     wide = importance_heatmap((*make_points(scale=0.1), ImportancePoint(40, 0, "mlp", "cosine", -1e-9)))
     labels = [figure.axes[-1].get_ylabel() for figure in (narrow, wide)]
@@ -372,14 +372,14 @@ def test_heatmap_columns_end_where_a_drop_is(points, dropped, edges):
     assert all(low <= step <= high for step in dropped.values() if step is not None)
 
 
-def test_heatmap_of_nothing_or_of_two_metrics():
+def test_heatmap_of_nothing_or_of_two_metrics_is_refused():
     with pytest.raises(DataError, match=r"one metric, got 0"):
         importance_heatmap([])
     with pytest.raises(DataError, match=r"one metric, got 2: \['angular', 'cosine'\]"):
         importance_heatmap([*make_points(), ImportancePoint(1, 0, "mlp", "angular", 0.1)])
 
 
-def test_pictures_survive_what_a_diverged_run_leaves():
+def test_pictures_of_a_diverged_run_are_drawn():
     points = [ImportancePoint(1, 0, "mlp", "cosine", value) for value in (math.inf, math.nan)]
     importance_heatmap(points).draw_without_rendering()
     losses = (LossPoint(1, "train", math.nan), LossPoint(2, "train", math.inf))
@@ -403,14 +403,14 @@ def test_losses_before_and_after_a_drop_at_the_same_step_keep_their_order():
     assert line.get_xydata().tolist() == [[10, 2.9], [10, 2.0], [20, 3.0]]
 
 
-def test_many_drops_are_told_apart():
+def test_labels_of_many_drops_do_not_overlap():
     plan = make_plan({("mlp", block): 10 * block for block in range(1, 41)})
     axes = loss_figure(RunRecord("m", losses=(LossPoint(0, "val", 3.0),), plan=plan)).axes[0]
     assert len(axes.texts) == 14, "every third of 40 is labelled"
     assert all(text.get_rotation() == 90 and text.get_text().isdigit() for text in axes.texts)
 
 
-def test_a_single_measurement_has_no_axis_of_steps_and_a_legend_only_for_what_is_hatched():
+def test_heatmap_of_a_single_measurement_has_no_axis_of_steps():
     points = [ImportancePoint(0, block, kind, "cosine", 0.1) for block in range(2) for kind in ("attention", "mlp")]
     plan = DropPlan((Drop(Sublayer(1, "mlp", "layers.1.mlp"), score=0.1),), scope="mlp", metric="cosine")
     figure = importance_heatmap(points, plan)
@@ -421,7 +421,7 @@ def test_a_single_measurement_has_no_axis_of_steps_and_a_legend_only_for_what_is
     assert all(axes.get_xlabel() == "optimizer step" and axes.get_xticks().size for axes in later.axes[:2])
 
 
-def test_the_page_of_a_single_measurement_says_importance(tmp_path):
+def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):
     points = (ImportancePoint(0, 0, "mlp", "cosine", 0.1),)
     page = write_report(RunRecord("m", importance=points), tmp_path / "report.html").read_text(encoding="utf-8")
     assert headings(page)[1] == "Importance"
@@ -458,7 +458,7 @@ def test_page_has_every_section(page, record):
 
 
 @pytest.mark.parametrize("missing", HEADINGS)
-def test_a_missing_section_is_one_sentence(record, tmp_path, missing):
+def test_missing_section_of_the_page_is_one_sentence(record, tmp_path, missing):
     importance = tuple(point for point in record.importance if point.block == 0)  # fewer points draw faster
     kept = {"importance": importance, "losses": record.losses[:1]}
     nothing = {"importance": (), "losses": (), "speed": None, "plan": None}
@@ -467,7 +467,7 @@ def test_a_missing_section_is_one_sentence(record, tmp_path, missing):
     assert [key for key, words in SUPPLIERS.items() if words in text] == [missing]
 
 
-def test_page_of_an_empty_record(tmp_path):
+def test_page_of_an_empty_record_lists_what_is_missing(tmp_path):
     text = write_report(RunRecord("gpt2"), tmp_path / "new" / "folder" / "r.html").read_text()
     assert headings(text) == ["Summary", "Not in this report"]
     assert "nothing was dropped" in text
@@ -490,7 +490,7 @@ def test_page_needs_nothing_outside_itself_and_runs_no_script(page):
     assert "default-src 'none'" in page
 
 
-def test_pictures_decode(page):
+def test_pictures_of_the_page_decode_in_two_sizes(page):
     sizes = []
     for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
@@ -513,7 +513,7 @@ def test_page_is_accessible(page):
     assert all(attributes.get("aria-labelledby") in ids for attributes in elements.of("section"))
 
 
-def test_plan_table_in_order_with_unknown_fields(tmp_path):
+def test_plan_table_keeps_the_order_and_marks_unknown_fields(tmp_path):
     drops = (Drop(Sublayer(7, "mlp", "h.7.mlp"), 0.01234, 1200), Drop(Sublayer(3, "attention", "h.3.attn")))
     text = write_report(RunRecord("m", plan=DropPlan(drops)), tmp_path / "r.html").read_text()
     body = text[text.index('id="plan"') :]
@@ -522,21 +522,21 @@ def test_plan_table_in_order_with_unknown_fields(tmp_path):
     assert "Chosen by hand." in body
 
 
-def test_one_heat_map_for_each_metric(tmp_path):
+def test_page_has_one_heatmap_for_each_metric(tmp_path):
     points = [ImportancePoint(1, 0, "mlp", metric, 0.1) for metric in ("cosine", "angular")]
     text = write_report(RunRecord("m", tuple(points)), tmp_path / "r.html").read_text()
     assert re.findall(r"Metric: (\w+)\.", text) == ["cosine", "angular"]
     assert len(Elements(text).of("img")) == 2
 
 
-def test_same_record_same_bytes(tmp_path):
+def test_page_of_the_same_record_has_the_same_bytes(tmp_path):
     record = RunRecord("m", losses=(LossPoint(1, "train", 2.0),))
     assert (
         write_report(record, tmp_path / "a.html").read_bytes() == write_report(record, tmp_path / "b.html").read_bytes()
     )
 
 
-def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
+def test_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
     path = write_report(RunRecord("old"), tmp_path / "r.html")
 
     def fail(source, target):
@@ -589,7 +589,7 @@ def test_hostile_names_stay_text_in_a_real_browser(record, speed, tmp_path):
 
 
 @pytest.mark.parametrize("module", [report, figures, importance_file, summary])
-def test_no_model_and_no_global_state(module):
+def test_reporting_imports_no_model_library_and_no_pyplot(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
     imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

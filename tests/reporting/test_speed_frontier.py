@@ -57,7 +57,7 @@ def figure():
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_every_scope_has_a_line_from_the_dense_model_through_its_counts(figure, phase):
+def test_frontier_has_a_line_per_scope_from_the_dense_model_on(figure, phase):
     found = lines(panels(figure)[phase])
     assert list(found) == list(LINES[phase])
     for name, (x, y) in LINES[phase].items():
@@ -65,7 +65,7 @@ def test_every_scope_has_a_line_from_the_dense_model_through_its_counts(figure, 
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_bars_are_the_intervals_of_the_speedup(figure, phase):
+def test_frontier_bars_are_the_intervals_of_the_speedup(figure, phase):
     bars = [c for c in panels(figure)[phase].collections if isinstance(c, LineCollection)]
     for bar, (name, (x, y)) in zip(bars, LINES[phase].items(), strict=True):
         assert same_color(bar.get_color()[0][:3], lines(panels(figure)[phase])[name].get_color())
@@ -74,7 +74,7 @@ def test_the_bars_are_the_intervals_of_the_speedup(figure, phase):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_every_point_is_marked_and_says_how_many_were_dropped(figure, phase):
+def test_frontier_points_show_how_many_were_dropped(figure, phase):
     axes = panels(figure)[phase]
     texts = {(text.xy, text.get_text()) for text in axes.texts if isinstance(text, Annotation)}
     assert texts == {((getattr(p, phase).median, p.quality), str(p.count)) for p in POINTS}
@@ -84,7 +84,7 @@ def test_every_point_is_marked_and_says_how_many_were_dropped(figure, phase):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_dense_model_is_a_star_on_the_line_of_no_speedup(figure, phase):
+def test_frontier_shows_the_dense_model_as_a_star_at_speedup_one(figure, phase):
     axes = panels(figure)[phase]
     (star,) = (line for line in axes.lines if line.get_label() == "dense")
     assert (list(star.get_xdata()), list(star.get_ydata()), star.get_marker()) == ([1], [DENSE], "*")
@@ -92,7 +92,7 @@ def test_the_dense_model_is_a_star_on_the_line_of_no_speedup(figure, phase):
     assert [list(line.get_ydata()) for line in upright] == [[0, 1]], "from the bottom to the top of the panel"
 
 
-def test_the_panels_say_what_they_show(figure):
+def test_frontier_panels_are_labelled(figure):
     assert list(panels(figure)) == ["prefill", "decode"]
     for phase, axes in panels(figure).items():
         assert axes.get_xlabel() == f"measured {phase} speedup (dropped / dense), 95 % interval"
@@ -104,7 +104,7 @@ def test_the_panels_say_what_they_show(figure):
     assert [text.get_text() for text in legend.get_texts()] == ["Attention Drop", "Block Drop", "dense"]
 
 
-def test_a_logarithmic_axis_is_shared_by_both_panels():
+def test_frontier_panels_share_a_logarithmic_axis():
     points = [point("mlp", 1, 12.0, 1.1, 1.1), point("mlp", 2, 4000.0, 1.2, 1.3)]
     figure = frontier_figure(points, 11.0, "perplexity", log_scale=True)
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "log"]
@@ -112,21 +112,21 @@ def test_a_logarithmic_axis_is_shared_by_both_panels():
     assert figure.get_suptitle() == ""
 
 
-def test_every_scope_can_be_told_from_every_other_without_colours_and_without_marks():
+def test_frontier_scopes_differ_in_colour_and_in_marker():
     points = [point(scope, 1, 50.0 + i, 1.1, 1.1 + i / 10) for i, scope in enumerate(SCOPES)]
     found = lines(frontier_figure(points, DENSE, "accuracy (%)").axes[0]).values()
     assert len(found) == len({line.get_label() for line in found}) == len(SCOPES)
     assert len({line.get_marker() for line in found}) == len({to_hex(line.get_color()) for line in found}) == 5
 
 
-def test_a_sweep_of_one_drop_is_a_line_with_one_mark():
+def test_frontier_of_one_drop_is_a_line_with_one_mark():
     figure = frontier_figure([point("joint", 3, 58.0, 1.25, 1.5)], DENSE, "accuracy (%)")
     for axes, speedup in zip(figure.axes, (1.25, 1.5), strict=True):
         (line,) = lines(axes).values()
         assert line.get_xydata().tolist() == [[1, DENSE], [speedup, 58.0]]
 
 
-def test_nothing_is_cut_off(figure):
+def test_frontier_cuts_no_text_off(figure):
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height()
     texts = [text for axes in figure.axes for text in (*axes.texts, axes.xaxis.label, axes.yaxis.label)]
@@ -138,7 +138,7 @@ def test_nothing_is_cut_off(figure):
             assert 0 <= box.y0 < box.y1 <= height, text
 
 
-def test_where_joint_drops_what_attention_drops_both_can_be_seen():
+def test_frontier_shows_joint_and_attention_points_at_the_same_place():
     points = [point(scope, count, 60.0 - count, 1 + count / 10, 1 + count / 9) for scope in SCOPES for count in (1, 2)]
     figure = frontier_figure([p for p in points if p.scope in ("attention", "joint")], DENSE, "accuracy (%)")
     figure.canvas.draw()
@@ -151,7 +151,7 @@ def test_where_joint_drops_what_attention_drops_both_can_be_seen():
         assert joint.get_markerfacecolor() == "none"
 
 
-def test_it_is_written_as_a_picture():
+def test_frontier_is_written_as_a_picture():
     file = io.BytesIO()
     frontier_figure(POINTS, DENSE, "accuracy (%)").savefig(file, format="png")
     file.seek(0)

@@ -74,7 +74,7 @@ def test_many_more_plans_give_the_references_logits(data):
 
 @settings(max_examples=25, deadline=None)
 @given(block=st.integers(-2, 6), kind=st.sampled_from(["attention", "mlp", "cross_attention"]), index=st.integers(0, 3))
-def test_a_sublayer_that_is_none_is_an_error_and_changes_nothing(block, kind, index):
+def test_bypass_of_an_unknown_sublayer_is_refused_and_changes_nothing(block, kind, index):
     tried = case("jamba", 3)
     path = ("model.layers.0.mamba", "model.layers.1.self_attn", "model.layers.2.feed_forward", "lm_head")[index]
     sublayer = ls.Sublayer(block, kind, path)

@@ -41,7 +41,7 @@ VARIANTS = [*((name, {}) for name in ARCHITECTURES), ("llama", {"rslora": True})
 
 @of_peft
 @pytest.mark.parametrize(("architecture", "options"), VARIANTS, ids=str)
-def test_pefts_own_loader_gives_the_same_model(architecture, options, tokens, tmp_path):
+def test_peft_loads_a_saved_adapter_to_the_same_logits(architecture, options, tokens, tmp_path):
     model = adapted(architecture, **options)
     ls.save_adapter(model, tmp_path / "adapter")
     base = dropped(build_model(architecture), NAMES)
@@ -50,7 +50,7 @@ def test_pefts_own_loader_gives_the_same_model(architecture, options, tokens, tm
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_our_own_loader_gives_the_same_model(architecture, tokens, tmp_path):
+def test_load_adapter_gives_the_same_logits(architecture, tokens, tmp_path):
     model = adapted(architecture)
     ls.save_adapter(model, tmp_path / "adapter")
     base = dropped(build_model(architecture), NAMES)
@@ -59,7 +59,7 @@ def test_our_own_loader_gives_the_same_model(architecture, tokens, tmp_path):
 
 
 @of_peft
-def test_what_is_dropped_after_the_adapters_came_is_not_saved(tokens, tmp_path):
+def test_adapters_of_sublayers_dropped_after_injection_are_not_saved(tokens, tmp_path):
     model = adapted(names={"attention.1"})
     dropped(model, {"mlp.2"})
     ls.save_adapter(model, tmp_path / "adapter")
@@ -71,7 +71,7 @@ def test_what_is_dropped_after_the_adapters_came_is_not_saved(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("names", [set(), {"attention.1"}, {"attention.1", "mlp.3"}], ids=["none", "one", "other"])
-def test_a_base_with_another_plan_is_refused(names, tmp_path):
+def test_adapter_is_refused_on_a_base_with_another_plan(names, tmp_path):
     ls.save_adapter(adapted(), tmp_path / "adapter")
     base = build_model()
     if names:
@@ -81,7 +81,7 @@ def test_a_base_with_another_plan_is_refused(names, tmp_path):
     assert not any("lora_" in name for name, _ in base.named_parameters())
 
 
-def test_an_adapter_of_a_dense_base_does_not_go_onto_a_dropped_one(tmp_path):
+def test_adapter_of_a_dense_base_is_refused_on_a_dropped_one(tmp_path):
     model = build_model()
     ls.inject_lora(model)
     ls.save_adapter(model, tmp_path / "adapter")
@@ -89,7 +89,7 @@ def test_an_adapter_of_a_dense_base_does_not_go_onto_a_dropped_one(tmp_path):
         ls.load_adapter(dropped(build_model(), NAMES), tmp_path / "adapter")
 
 
-def test_the_plan_beside_it_keeps_its_scores(tokens, tmp_path):
+def test_plan_saved_beside_an_adapter_keeps_its_scores(tokens, tmp_path):
     model = build_model()
     plan = ls.drop_sublayers(model, [tokens], "attention", count=2)
     ls.inject_lora(model)
@@ -100,14 +100,14 @@ def test_the_plan_beside_it_keeps_its_scores(tokens, tmp_path):
         ls.save_adapter(model, tmp_path / "other", plan=plan)
 
 
-def test_nothing_to_save_and_nothing_to_load_is_said(llama, tmp_path):
+def test_saving_or_loading_an_adapter_that_is_missing_is_refused(llama, tmp_path):
     with pytest.raises(RecoveryError, match="carries no LoRA adapters"):
         ls.save_adapter(llama, tmp_path / "adapter")
     with pytest.raises(ExportError, match="holds no readable LoRA adapter"):
         ls.load_adapter(llama, tmp_path)
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_adapter_is_not_saved_over_a_foreign_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ExportError, match="holds no saved adapter"):
         ls.save_adapter(adapted(), tmp_path)
@@ -131,7 +131,7 @@ def test_a_damaged_or_foreign_adapter_is_refused(what, tmp_path):
         ls.load_adapter(dropped(build_model(), NAMES), tmp_path / "adapter")
 
 
-def test_the_config_says_what_peft_needs_and_no_path_of_ours(tmp_path):
+def test_adapter_config_has_the_fields_of_peft_and_no_local_path(tmp_path):
     ls.save_adapter(adapted(), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "CAUSAL_LM", 4)
@@ -142,7 +142,9 @@ def test_the_config_says_what_peft_needs_and_no_path_of_ours(tmp_path):
     ("architecture", "gone", "adapters", "mode"),
     crossed(ARCHITECTURES, ["bypass", "remove", "dense"], [True, False], ["nf4", "fp4", "int8", None]),
 )
-def test_a_folder_gives_back_the_quantized_and_adapted_model(architecture, gone, adapters, mode, tokens, tmp_path):
+def test_saved_folder_restores_drops_quantization_and_lora_exactly(
+    architecture, gone, adapters, mode, tokens, tmp_path
+):
     model = build_model(architecture)
     if gone != "dense":
         getattr(ls, gone)(model, [s for s in ls.find_sublayers(model) if s.name in NAMES])
@@ -161,12 +163,12 @@ def test_a_folder_gives_back_the_quantized_and_adapted_model(architecture, gone,
     assert not [key for key in base if "lora_" in key or "base_layer" in key]
 
 
-def test_a_standalone_folder_takes_no_adapters(tmp_path):
+def test_standalone_saving_refuses_unmerged_lora(tmp_path):
     with pytest.raises(ExportError, match="merge them first"):
         ls.save_pretrained(adapted(), tmp_path / "saved", standalone=True)
 
 
-def test_an_adapter_is_not_loaded_onto_adapters(llama, tmp_path):
+def test_loading_an_adapter_over_lora_is_refused(llama, tmp_path):
     ls.inject_lora(llama)
     ls.save_adapter(llama, tmp_path / "adapter")
     with pytest.raises(RecoveryError, match="LoRA adapters already"):
@@ -174,7 +176,7 @@ def test_an_adapter_is_not_loaded_onto_adapters(llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-def test_an_adapter_with_an_alpha_of_its_own_for_a_module_is_refused_by_name(llama, tmp_path):
+def test_adapter_with_an_alpha_pattern_is_refused_by_name(llama, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64})
     peft.get_peft_model(build_model(), config).save_pretrained(str(tmp_path), save_embedding_layers=False)
     before = trainable(llama)

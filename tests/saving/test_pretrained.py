@@ -88,7 +88,7 @@ def contents(folder):
     [*((name, None) for name in MODULES), ("llama", True), ("gpt2", False)],
     ids=lambda value: str(value),
 )
-def test_what_is_saved_comes_back_exactly_after_bypass_and_after_remove(model_type, tied, tokens, tmp_path):
+def test_saved_model_loads_exactly_after_bypass_and_after_remove(model_type, tied, tokens, tmp_path):
     model = build_model(model_type, **({} if tied is None else {"tie_word_embeddings": tied}))
     kept = {
         ON_DISK.get((model_type, name), name): parameter.detach().clone()
@@ -120,7 +120,7 @@ def test_bypassed_beside_removed_saves_both_as_dropped(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_the_dense_model_comes_back_whole(model_type, tokens, tmp_path):
+def test_saved_dense_model_loads_whole(model_type, tokens, tmp_path):
     model = build_model(model_type)
     save_pretrained(model, tmp_path / "out")
     assert not json.loads((tmp_path / "out/config.json").read_text()).get("per_layer_config")
@@ -134,21 +134,21 @@ def test_the_dense_model_comes_back_whole(model_type, tokens, tmp_path):
     ("model_type", "kinds"),
     [("llama", "attention"), ("llama", "mlp"), ("gpt2", "attention"), ("phi", "attention and mlp")],
 )
-def test_every_sublayer_of_a_kind_can_be_dropped_and_comes_back(model_type, kinds, tokens, tmp_path):
+def test_model_without_any_sublayer_of_a_kind_is_saved_and_loaded(model_type, kinds, tokens, tmp_path):
     model = build_model(model_type)
     bypass(model, [s for s in find_sublayers(model) if s.kind in kinds])
     save_pretrained(model, tmp_path / "out")
     assert torch.equal(logits(load_pretrained(tmp_path / "out"), tokens), logits(model, tokens))
 
 
-def test_the_config_is_upstreams_format_and_survives_upstream(tmp_path):
+def test_saved_config_has_upstreams_format_and_survives_a_round_trip(tmp_path):
     save_pretrained(dropped_model(), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["per_layer_config"] == SKIP
     AutoConfig.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/config.json").read_text())["per_layer_config"] == SKIP
 
 
-def test_a_config_written_by_hand_is_honoured(tokens, tmp_path):
+def test_skip_field_written_by_hand_is_honoured(tokens, tmp_path):
     model = dropped_model()
     expected = logits(model, tokens)
     restore(model)
@@ -160,7 +160,7 @@ def test_a_config_written_by_hand_is_honoured(tokens, tmp_path):
     assert torch.equal(logits(load_pretrained(tmp_path / "out"), tokens), expected)
 
 
-def test_what_is_loaded_is_a_model_like_any_other(tokens, tmp_path):
+def test_loaded_model_trains_like_any_other(tokens, tmp_path):
     model = dropped_model()
     save_pretrained(model, tmp_path / "out")
     loaded = load_pretrained(tmp_path / "out")
@@ -192,13 +192,13 @@ def test_saving_does_not_change_the_model(model_type, tokens, tmp_path):
     assert torch.equal(logits(model.eval(), tokens), logits(build_model(model_type), tokens))
 
 
-def test_saved_loaded_and_saved_again_is_the_same_folder(tmp_path):
+def test_saving_a_loaded_model_writes_the_same_folder(tmp_path):
     save_pretrained(dropped_model(), tmp_path / "one")
     save_pretrained(load_pretrained(tmp_path / "one"), tmp_path / "two")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_loaded_model_can_lose_more(tokens, tmp_path):
+def test_loaded_model_can_be_dropped_from_again(tokens, tmp_path):
     save_pretrained(dropped_model(), tmp_path / "one")
     loaded = load_pretrained(tmp_path / "one")
     bypass(loaded, [s for s in find_sublayers(loaded) if s.name == "mlp.3"])
@@ -218,7 +218,7 @@ def test_saving_over_a_saved_model_replaces_all_of_it(tokens, tmp_path):
     assert torch.equal(logits(load_pretrained(tmp_path / "out"), tokens), logits(model, tokens))
 
 
-def test_an_empty_folder_and_missing_parents_are_filled(llama, tmp_path):
+def test_saving_fills_an_empty_folder_and_creates_parents(llama, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "a/b/c"):
         assert save_pretrained(llama, str(folder)) == folder
@@ -226,7 +226,7 @@ def test_an_empty_folder_and_missing_parents_are_filled(llama, tmp_path):
 
 
 @pytest.mark.parametrize("files", [["thesis.tex"], ["config.json", "thesis.tex"]], ids="+".join)
-def test_a_folder_with_something_else_in_it_is_refused_and_kept(llama, tmp_path, files):
+def test_saving_over_a_foreign_folder_is_refused_and_keeps_it(llama, tmp_path, files):
     (tmp_path / "work").mkdir()
     for file in files:
         (tmp_path / "work" / file).write_text("{}")
@@ -236,7 +236,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(llama, tmp_path,
     assert contents(tmp_path) == before
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_and_kept(llama, tmp_path):
+def test_saving_over_a_file_is_refused_and_keeps_it(llama, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ExportError, match="out"):
         save_pretrained(llama, tmp_path / "out")
@@ -245,7 +245,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_kept(llama, tmp_path):
 
 @pytest.mark.parametrize("before", [True, False], ids=["replacing", "new"])
 @pytest.mark.parametrize("late", [True, False], ids=["tokenizer", "weights"])
-def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, before, late):
+def test_failed_save_leaves_only_the_former_folder(tmp_path, monkeypatch, before, late):
     model = dropped_model()
     config = model.config
     if before:
@@ -382,7 +382,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", BREAKS)
-def test_a_broken_folder_is_refused_in_one_sentence(what, saved, tmp_path):
+def test_broken_model_folder_is_refused_in_one_sentence(what, saved, tmp_path):
     break_it, named = BREAKS[what]
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     break_it(folder)
@@ -393,7 +393,7 @@ def test_a_broken_folder_is_refused_in_one_sentence(what, saved, tmp_path):
     assert "\n" not in text
 
 
-def test_an_invalid_config_is_not_called_a_missing_one(saved, tmp_path):
+def test_invalid_model_config_is_not_reported_as_missing(saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     rewrite_config(folder, per_layer_config={"9": {"skip": ["mlp"]}})
     with pytest.raises(ExportError) as caught:
@@ -420,13 +420,13 @@ def test_pickled_weights_are_refused_and_never_unpickled(saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_sharded_weights_load(saved, tokens, tmp_path):
+def test_sharded_safetensors_are_loaded(saved, tokens, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     shard(folder)
     assert torch.equal(logits(load_pretrained(folder), tokens), logits(dropped_model(), tokens))
 
 
-def test_bfloat16_stays_unless_another_dtype_is_asked_for(tokens, tmp_path):
+def test_bfloat16_weights_stay_unless_another_dtype_is_given(tokens, tmp_path):
     model = dropped_model()
     for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -439,7 +439,7 @@ def test_bfloat16_stays_unless_another_dtype_is_asked_for(tokens, tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
-def test_the_plan_goes_along(tmp_path):
+def test_plan_is_saved_beside_the_weights(tmp_path):
     model = dropped_model()
     drops = tuple(Drop(s, score=i / 8, step=10 * i) for i, s in enumerate(reversed(some(model))))
     plan = DropPlan(drops, scope="joint", metric="cosine")
@@ -448,7 +448,7 @@ def test_the_plan_goes_along(tmp_path):
     assert load_plan(tmp_path) is None
 
 
-def test_a_plan_that_is_not_what_is_dropped_is_refused(tmp_path):
+def test_plan_that_differs_from_the_drop_is_refused_on_saving(tmp_path):
     model = dropped_model()
     for wrong in (
         some(model)[1:],
@@ -460,7 +460,7 @@ def test_a_plan_that_is_not_what_is_dropped_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_goes_along(llama, tmp_path):
+def test_tokenizer_is_saved_beside_the_weights(llama, tmp_path):
     save_pretrained(llama, tmp_path / "out", tokenizer=ByT5Tokenizer(extra_ids=0))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     # bytes after three special tokens, then </s>
@@ -490,7 +490,7 @@ def test_one_of_two_transformers_is_saved_by_its_name(tokens, tmp_path):
     assert torch.equal(logits(load_pretrained(tmp_path / "out"), tokens), logits(student, tokens))
 
 
-def test_a_model_without_a_head_stays_one(llama, tokens, tmp_path):
+def test_model_without_a_head_is_saved_and_loaded_without_one(llama, tokens, tmp_path):
     model = AutoModel.from_config(llama.config).eval()
     bypass(model, some(model))
     save_pretrained(model, tmp_path / "out")
@@ -501,7 +501,7 @@ def test_a_model_without_a_head_stays_one(llama, tokens, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_model_with_adapters_is_refused_until_they_are_merged(tokens, tmp_path):
+def test_foreign_adapters_are_refused_on_saving_until_merged(tokens, tmp_path):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(build_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     bypass(adapted, find_sublayers(adapted)[2:4])

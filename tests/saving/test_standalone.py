@@ -66,21 +66,21 @@ def test_transformers_alone_gives_the_same_logits_and_cached_text(lonely_python,
         assert found[2] == parameters, model_type
 
 
-def test_it_loads_with_layershed_as_well(llama, tokens, tmp_path):
+def test_standalone_folder_loads_with_layershed_too(llama, tokens, tmp_path):
     ls.bypass(llama, ls.find_sublayers(llama)[:3])
     ls.save_pretrained(llama, tmp_path / "out", standalone=True)
     with torch.no_grad():
         assert torch.equal(ls.load_pretrained(tmp_path / "out")(tokens).logits, llama(tokens).logits)
 
 
-def test_no_code_is_added_unless_it_is_asked_for(llama, tmp_path):
+def test_saved_folder_holds_no_code_unless_standalone(llama, tmp_path):
     ls.bypass(llama, ls.find_sublayers(llama)[:1])
     ls.save_pretrained(llama, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_a_class_of_ones_own_is_refused(llama, tmp_path):
+def test_standalone_saving_refuses_a_class_outside_transformers(llama, tmp_path):
     llama.__class__ = type("MyLlama", (type(llama),), {})
     with pytest.raises(ExportError, match="MyLlama is not a class of transformers"):
         ls.save_pretrained(llama, tmp_path / "out", standalone=True)
@@ -88,7 +88,7 @@ def test_a_class_of_ones_own_is_refused(llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_lm_eval_scores_it_like_the_dropped_model(tmp_path, monkeypatch):
+def test_lm_eval_scores_a_standalone_folder_like_the_dropped_model(tmp_path, monkeypatch):
     """Through its own Hugging Face model, byte-level, against log-probabilities summed by hand."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     from lm_eval.api.instance import Instance
@@ -118,7 +118,7 @@ def folder(llama, tmp_path, monkeypatch):
     return ls.save_pretrained(llama, tmp_path / "out", standalone=True)
 
 
-def test_without_its_head_it_is_the_same_body_and_any_other_class_is_refused(llama, folder, tokens):
+def test_standalone_folder_loads_as_body_and_refuses_other_auto_classes(llama, folder, tokens):
     """Another class would be filled in at random."""
     body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_without_its_head_it_is_the_same_body_and_any_other_class_is_refused(lla
             auto.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_what_transformers_loaded_alone_is_not_dropped_or_saved_by_halves(llama, folder, tokens, tmp_path):
+def test_standalone_model_loaded_by_transformers_refuses_surgery_and_saving(llama, folder, tokens, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     for act in (ls.find_sublayers, lambda model: ls.save_pretrained(model, tmp_path / "again")):
         with pytest.raises(ls.LayershedError, match="was loaded by the modelling file of a standalone folder"):
@@ -140,7 +140,7 @@ def test_what_transformers_loaded_alone_is_not_dropped_or_saved_by_halves(llama,
         assert torch.equal(known(tokens).logits, llama(tokens).logits)
 
 
-def test_a_dense_model_can_be_standalone_too(llama, tokens, tmp_path, monkeypatch):
+def test_dense_model_can_be_saved_standalone(llama, tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = ls.save_pretrained(llama, tmp_path / "out", standalone=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
