@@ -96,7 +96,8 @@ def test_pyproject_lists_every_room():
     """The mapping of callbacks/ takes an explicit list; a forgotten room would be missing from the wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     source = ROOT / "src"
-    found = {".".join(path.parent.relative_to(source).parts) for path in source.rglob("__init__.py")}
+    rooms = [*(path.parent for path in source.rglob("__init__.py")), *source.rglob("templates")]
+    found = {".".join(room.relative_to(source).parts) for room in rooms}
     assert set(listed) == found | {"layershed.callbacks"}
 
 
