@@ -13,6 +13,14 @@ from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, write_s
 from layershed.surgery import bypass, bypassed_sublayers
 from tests.support.models import build_model
 
+# what attention.0 and mlp.2 of a llama hold
+GONE = (
+    "model.layers.0.self_attn.",
+    "model.layers.0.input_layernorm.",
+    "model.layers.2.mlp.",
+    "model.layers.2.post_attention_layernorm.",
+)
+
 
 def some(model):
     return [s for s in find_sublayers(model) if s.name in {"attention.0", "mlp.2"}]
