@@ -24,6 +24,7 @@ from layershed.planning.plan import DropPlan
 from layershed.recovery.lora import ADAPTER, adapted_modules
 from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
 from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping
+from layershed.saving.standalone import add_modelling_file
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_dropped, removed_sublayers, stand_ins_of
 
 LORA_FOLDER = "adapter"
@@ -186,8 +187,6 @@ def _write(transformer: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
         del transformer.__dict__["hf_quantizer"]
         transformer.__dict__.update(own)
     if standalone:
-        from layershed.saving.standalone import add_modelling_file  # it needs jinja2, which takes its time
-
         add_modelling_file(folder, transformer)
 
 
