@@ -17,11 +17,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from layershed.discovery.find import find_transformer
-from layershed.errors import LayershedError, StrategyError
+from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import withhold_weights
 from layershed.integration.strategies import is_sharded
-from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, has_structure, write_structure
+from layershed.saving.checkpoint import (
+    CHECKPOINT_KEY,
+    apply_structure,
+    has_structure,
+    transformer_or_none,
+    write_structure,
+)
 from layershed.stand_ins.install import overridden
 
 _BY_HAND_KEY = "layershed_by_hand"
@@ -73,7 +78,7 @@ class StructureHooks:
 
     def watched(self) -> nn.Module | None:
         """The transformer, or None if there is none, or several and no name."""
-        return _transformer(self.pl_module, self.transformer)
+        return transformer_or_none(self.pl_module, self.transformer)
 
 
 def carry_structure(pl_module: LightningModule, transformer: str | None) -> None:
@@ -99,7 +104,7 @@ def watch_for_changes(pl_module: LightningModule, transformer: str | None = None
     if _hooks_of(pl_module) is not None:  # somebody carries it; this callback may know the name
         carry_changes_by_hand(pl_module, transformer)
         return
-    found = _transformer(pl_module, transformer)
+    found = transformer_or_none(pl_module, transformer)
     if found is not None and has_structure(found):
         carry_changes_by_hand(pl_module, transformer)
 
@@ -145,13 +150,6 @@ def leave_structure(pl_module: LightningModule) -> None:
     hooks = _hooks_of(pl_module)
     if hooks is not None and not has_structure(pl_module, name=hooks.transformer):
         hooks.release()
-
-
-def _transformer(pl_module: LightningModule, name: str | None) -> nn.Module | None:
-    try:
-        return find_transformer(pl_module, name=name)
-    except LayershedError:
-        return None
 
 
 def _name(hooks: StructureHooks | None) -> str | None:

@@ -103,7 +103,7 @@ def write_structure(
         callback: The callback that the mark advises; None for the one that makes such changes.
     """
     drops = tuple(Drop(sublayer) for sublayer in bypassed_sublayers(model))
-    transformer = _transformer(model, name)
+    transformer = transformer_or_none(model, name)
     quantized = None if transformer is None else quantization_of(transformer)
     noted = {
         "dropped": DropPlan(drops).to_dict() if drops else None,
@@ -200,7 +200,7 @@ def _nothing(_checkpoint: object) -> None:
     """The hook of a module that has none."""
 
 
-def _transformer(model: nn.Module, name: str | None) -> Any:
+def transformer_or_none(model: nn.Module, name: str | None) -> Any:
     """The transformer, or None if there is none, or several and no name: nothing can have been changed then."""
     try:
         return find_transformer(model, name=name)
