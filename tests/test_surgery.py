@@ -22,7 +22,7 @@ from layershed.surgery import (
 )
 from tests.support.architectures import tiny_model
 from tests.support.conformance import Case, reference
-from tests.support.models import build_model
+from tests.support.models import build_model, some
 
 
 @contextmanager
@@ -41,12 +41,6 @@ def zeroed(model, sublayers):
 def logits(model, tokens, **kwargs):
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False, **kwargs).logits
-
-
-def some(model):
-    """Block 0's attention, an MLP, and a whole block."""
-    found = find_sublayers(model)
-    return [s for s in found if (s.block, s.kind) in {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}]
 
 
 @pytest.fixture(params=["llama", "mistral", "qwen3", "gpt2", "gpt_neox", "phi", "olmo2", "gemma3_text"])

@@ -46,6 +46,7 @@ from tests.support.runs import (
     causal_lm,
     fit_foreign,
     loader,
+    logits_of,
     same,
     sequences,
     state_of,
@@ -296,12 +297,6 @@ def dense_from(state, dropped, scale=ALPHA / RANK):
     for branch, _ in parts_of(net, dropped):
         branch.register_forward_hook(_zero)
     return net
-
-
-def logits_of(net):
-    net.eval()
-    with torch.no_grad():
-        return torch.cat([net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()])
 
 
 def test_merge_leaves_no_adapters_and_keeps_the_logits(make_trainer, tmp_path):

@@ -31,6 +31,7 @@ from tests.support.runs import (
     Watch,
     causal_lm,
     fit_foreign,
+    logits_of,
     same,
     sequences,
     state_of,
@@ -54,12 +55,6 @@ def quantized(module):
 def weight_of(module, path):
     own = module.get_submodule(path)
     return dequantized_weight(getattr(own, "base_layer", own))
-
-
-def logits_of(net):
-    net.eval()
-    with torch.no_grad():
-        return torch.cat([net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()])
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")

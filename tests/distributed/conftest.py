@@ -1,4 +1,4 @@
-"""One launch of two ranks for each strategy, whoever of the test processes needs it first."""
+"""One launch of two ranks for all tests of a strategy: the first test process that needs it starts it."""
 
 import pytest
 from filelock import FileLock

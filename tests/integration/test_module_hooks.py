@@ -1,4 +1,4 @@
-"""The module's own checkpoint hooks: every checkpoint of a changed model says so, whoever changed it."""
+"""The module's own checkpoint hooks: every checkpoint says how the model was changed, by a callback or by hand."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ from layershed.errors import AmbiguousModelError, ExportError, PlanError
 from layershed.planning.plan import Drop, DropPlan
 from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, remove, restore
-from tests.support.models import build_model
+from tests.support.models import build_model, some
 
 # what goes with block 0's attention, with block 1's MLP, and with both of block 2
 PRE_NORM = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
@@ -50,11 +50,6 @@ def gone(model_type):
         *(f"{blocks}.1.{module}." for module in mlp),
         f"{blocks}.2.",
     )
-
-
-def some(model):
-    found = find_sublayers(model)
-    return [s for s in found if (s.block, s.kind) in {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}]
 
 
 def dropped_model(model_type="llama", **overrides):

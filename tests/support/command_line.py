@@ -6,20 +6,8 @@ import yaml
 
 from layershed.cli.main import main
 from layershed.planning.plan import Drop, DropPlan, Sublayer
+from tests.support.small_world import TEXT, TINY
 
-TEXT = "\n\n".join(f"{number} is not {number + 1}, nor will it ever be {number + 2}." for number in range(120))
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 MAMBA = {"model_type": "mamba", "vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 DATA = ["--data.source=text.txt", "--data.block_size=16", "--data.batch_size=2", "--data.max_tokens=512"]
 TRAINER = [

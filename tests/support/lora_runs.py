@@ -9,6 +9,7 @@ import torch
 from layershed.callbacks import LoRARecovery, SublayerDrop
 from tests.support.runs import (
     Foreign,
+    HeadLoss,
     Watch,
     fit_foreign,
     same,
@@ -17,18 +18,13 @@ from tests.support.runs import (
 RANK, ALPHA = 4, 8
 
 
-class Headed(Foreign):
+class Headed(HeadLoss, Foreign):
     """A transformer and a linear head of one's own behind it."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         torch.manual_seed(3)
         self.head = torch.nn.Linear(97, 97)
-
-    def loss(self, batch):
-        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
-        logits = logits + self.head(logits)
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
 
 def dropping(start=4, **kwargs):

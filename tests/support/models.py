@@ -4,6 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from layershed.discovery.find import find_sublayers
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -31,3 +33,9 @@ def build_model(model_type: str = "llama", **overrides: object) -> PreTrainedMod
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model.eval()
+
+
+def some(model):
+    """Block 0's attention, an MLP, and a whole block."""
+    found = find_sublayers(model)
+    return [s for s in found if (s.block, s.kind) in {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}]

@@ -82,6 +82,15 @@ class Foreign(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class HeadLoss:
+    """The loss of a module with a linear head of its own after the transformer."""
+
+    def loss(self, batch):
+        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = logits + self.head(logits)
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
 class Manual(Foreign):
     """Two optimizers, stepped by hand: global_step moves by two with every batch."""
 
@@ -149,6 +158,13 @@ def loader(batches=6, seed=0, **kwargs):
 
 def val_loader(batches=3):
     return loader(batches, seed=100)
+
+
+def logits_of(net):
+    """Of the validation batches, in eval mode."""
+    net.eval()
+    with torch.no_grad():
+        return torch.cat([net(input_ids=batch["input_ids"], use_cache=False).logits for batch in val_loader()])
 
 
 def causal_lm(**kwargs):

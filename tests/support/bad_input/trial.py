@@ -26,6 +26,7 @@ from layershed.planning.plan import Drop, DropPlan
 from tests.support.bad_input.damage import FIT, Case
 from tests.support.bad_input.files import LACKING, MODELS, PLANS
 from tests.support.bad_input.runs import CALLBACKS, CHECKPOINTS, DATA, OPTIONS, PLACES, YAML
+from tests.support.small_world import TEXT, TINY
 
 CASES: Mapping[str, Case] = {
     **MODELS,
@@ -37,18 +38,6 @@ CASES: Mapping[str, Case] = {
     **OPTIONS,
     **CALLBACKS,
     **PLACES,
-}
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
 }
 KEEP = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "filename": "run", "every_n_train_steps": 3}}
 DROP = {"class_path": "SublayerDrop", "init_args": {"start": 2, "count": 1, "scope": "attention", "quality_batches": 0}}
@@ -72,11 +61,10 @@ class Answer:
 def make_world(folder: Path) -> None:
     """What every case finds before the damage."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
     model.save_pretrained(folder / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "model")
-    written = "\n\n".join(f"{number} is not {number + 1}, nor will it ever be {number + 2}." for number in range(120))
-    (folder / "text.txt").write_text(written, encoding="utf-8")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "data").mkdir()
     (folder / "data" / "letter.txt").write_text("dear reader", encoding="utf-8")
     (folder / "resume.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [DROP, KEEP]}}), encoding="utf-8")
@@ -126,7 +114,7 @@ def problems(case: Case, answer: Answer) -> Iterator[str]:
 
 
 def _run(words: list[str]) -> tuple[int, str]:
-    """Exit code and standard error, as a shell would see them, whoever writes there and how."""
+    """Exit code and standard error, as a shell would see them, however they are written."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as heard, _at_descriptor(heard.fileno()):
         with redirect_stderr(heard), redirect_stdout(io.StringIO()):
             try:
@@ -164,13 +152,13 @@ def _snapshot(folder: Path) -> dict[str, str]:
 def _write_gguf(path: Path) -> None:
     """A GGUF file of which all weights but the embedding are missing."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(CONFIG["num_hidden_layers"])
-    writer.add_embedding_length(CONFIG["hidden_size"])
-    writer.add_feed_forward_length(CONFIG["intermediate_size"])
-    writer.add_head_count(CONFIG["num_attention_heads"])
-    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
-    writer.add_context_length(CONFIG["max_position_embeddings"])
-    writer.add_vocab_size(CONFIG["vocab_size"])
+    writer.add_block_count(TINY["num_hidden_layers"])
+    writer.add_embedding_length(TINY["hidden_size"])
+    writer.add_feed_forward_length(TINY["intermediate_size"])
+    writer.add_head_count(TINY["num_attention_heads"])
+    writer.add_head_count_kv(TINY["num_key_value_heads"])
+    writer.add_context_length(TINY["max_position_embeddings"])
+    writer.add_vocab_size(TINY["vocab_size"])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(8)
     writer.add_tensor("token_embd.weight", torch.zeros(259, 16).numpy())

@@ -2,7 +2,6 @@
 
 import os
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from layershed.callbacks import SublayerDrop
 from layershed.errors import SpeedupError
 from layershed.surgery import bypassed_sublayers
+from tests.support.ranks.trainer import trainer_on_ranks
 from tests.support.runs import (
     BATCH,
     sequences,
@@ -47,17 +47,7 @@ def _runs(folder, rank, clock):
     for name, arguments in RUNS.items():
         kind = SublayerDrop if rank == 0 else Upside
         drop = kind(START, calibration_batches=WINDOW, quality_batches=0, speed=FAST, **arguments)
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy="ddp",
-            default_root_dir=folder / name,
-            max_steps=STEPS,
-            limit_val_batches=0,
-            callbacks=[drop],
-            **quiet,
-        )
+        trainer = trainer_on_ranks(folder / name, [drop], max_steps=STEPS, limit_val_batches=0)
         module = watched(clock)
         items = sequences(2 * BATCH * STEPS)
         share = DistributedSampler(items, num_replicas=2, rank=rank, shuffle=False)
@@ -70,9 +60,9 @@ def _runs(folder, rank, clock):
         }
     far = SublayerDrop(START, quality_batches=0, speed=FAST, target_speedup=5.0)  # by rank 1's clock within reach
     try:
-        pl.Trainer(
-            accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=0, max_steps=STEPS, callbacks=[far], **quiet
-        ).fit(watched(clock), DataLoader(items, batch_size=BATCH, sampler=share))
+        trainer_on_ranks(folder / "far", [far], max_steps=STEPS, limit_val_batches=0).fit(
+            watched(clock), DataLoader(items, batch_size=BATCH, sampler=share)
+        )
     except SpeedupError as error:
         results["refused"] = str(error)
     return results

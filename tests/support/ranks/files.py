@@ -17,6 +17,7 @@ from layershed.callbacks import (
 )
 from layershed.reporting import html_report
 from layershed.surgery import bypassed_sublayers
+from tests.support.ranks.trainer import trainer_on_ranks
 from tests.support.runs import (
     BATCH,
     Foreign,
@@ -41,7 +42,7 @@ RUNS = {"running": ("whole", "resumed"), "train": ("whole",)}
 
 
 def _run(folder, calibrate_on):
-    """One rank's run, and one resumed from within the window of calibration; saves what there is to compare."""
+    """Run one rank, and once more from within the window of calibration; save both outcomes."""
     results = {}
     for name in RUNS[calibrate_on]:
         drop = SublayerDrop(START, count=3, calibrate_on=calibrate_on, calibration_batches=WINDOW, quality_batches=2)
@@ -49,19 +50,7 @@ def _run(folder, calibrate_on):
         callbacks = [RedundancyMonitor(2), drop, losses, Save(folder / "cut.ckpt", START - 1)]
         if (calibrate_on, name) == ("running", "whole"):
             callbacks += [SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1), Export(), Report(every_n_steps=2)]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy="ddp",
-            logger=False,
-            default_root_dir=folder / name,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
-            max_steps=STEPS,
-            callbacks=callbacks,
-        )
+        trainer = trainer_on_ranks(folder / name, callbacks, max_steps=STEPS)
         module = Foreign()
         # as many as the steps need, every second one for each rank
         items = sequences(2 * BATCH * STEPS)

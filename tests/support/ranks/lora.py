@@ -3,7 +3,6 @@
 import os
 from datetime import timedelta
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DistributedSampler
@@ -11,6 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.callbacks import Quantization
 from tests.support.lora_runs import Headed, dropping, recovery
+from tests.support.ranks.trainer import trainer_on_ranks
 from tests.support.runs import (
     BATCH,
     Save,
@@ -35,24 +35,17 @@ CONTINUED = ("qlora", "rounds")
 
 
 def run(folder):
-    """One rank's runs, and some resumed from their middle; saves what there is to compare, or what went wrong."""
+    """Run all of one rank, and some again from their middle; save each outcome, or its error."""
     rank = int(os.environ["RANK"])
     for name, resumed in [*((name, False) for name in RUNS), *((name, True) for name in CONTINUED)]:
         torch.manual_seed(100 + rank)  # nothing may depend on the rank's own random state
         losses = Watch(lambda trainer, _: trainer.callback_metrics["train_loss"].item())
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
+        trainer = trainer_on_ranks(
+            folder / f"{name}-{resumed}",
+            [*RUNS[name](), losses, Save(folder / f"{name}.ckpt", CUT)],
             # a rank that waits in vain fails
             strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20)),
-            logger=False,
-            default_root_dir=folder / f"{name}-{resumed}",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
             max_steps=STEPS,
-            callbacks=[*RUNS[name](), losses, Save(folder / f"{name}.ckpt", CUT)],
         )
         module = Headed()
         items = sequences(2 * BATCH * STEPS)

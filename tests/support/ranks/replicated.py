@@ -3,7 +3,6 @@
 import os
 from dataclasses import astuple
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -11,6 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from layershed.callbacks import ExactResume, LoRARecovery, Quantization, RedundancyMonitor, SublayerDrop
 from layershed.quality import evaluate_quality
 from layershed.surgery import bypassed_sublayers
+from tests.support.ranks.trainer import trainer_on_ranks
 from tests.support.runs import BATCH, TOKENS, Foreign, Save, sequences, state_of
 
 STEPS, START, WINDOW = 6, 3, 2
@@ -62,20 +62,8 @@ def of_both(count, seed=0):
 def train(folder, name, ranks):
     """One run; on one rank it takes batches of twice the size."""
     callbacks = RUNS[name]()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
-        logger=False,
-        default_root_dir=folder / name,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        max_steps=STEPS,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-    )
+    alone = {} if ranks > 1 else {"devices": 1, "strategy": "auto"}
+    trainer = trainer_on_ranks(folder / name, callbacks, max_steps=STEPS, use_distributed_sampler=False, **alone)
     module = Foreign()
     trainer.fit(module, loader(ranks, BATCH * STEPS), loader(ranks, 2 * BATCH, seed=100))
     return {
@@ -121,19 +109,11 @@ def resumed_within_an_epoch(folder, own):
     path, found = folder / f"own-{own}.ckpt", {}
     for which, seed in (("whole", 7), ("resumed", 8)):
         torch.manual_seed(seed + 10 * int(os.environ["RANK"]))
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy="ddp",
-            logger=False,
-            default_root_dir=folder / which,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
+        trainer = trainer_on_ranks(
+            folder / which,
+            [dropping(), ExactResume(), *([Save(path, 6)] if which == "whole" else [])],
             max_steps=9,
             use_distributed_sampler=not own,
-            callbacks=[dropping(), ExactResume(), *([Save(path, 6)] if which == "whole" else [])],
         )
         items = sequences(2 * BATCH * 4)
         # Lightning knows torch's RandomSampler, but not that of torchdata, which shuffle=True would bring

@@ -16,7 +16,7 @@ from layershed.callbacks import Export, LoRARecovery, RedundancyMonitor, Sublaye
 from layershed.errors import CheckpointError
 from layershed.saving.checkpoint import load_checkpoint
 from layershed.surgery import bypassed_sublayers
-from tests.support.runs import BATCH, Foreign, Save, sequences
+from tests.support.runs import BATCH, Foreign, HeadLoss, Save, sequences
 
 STEPS, START, WINDOW = 7, 4, 3
 AFTER = "after the fit"
@@ -42,7 +42,7 @@ class Sharded(Foreign):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Headed(Sharded):
+class Headed(HeadLoss, Sharded):
     """What stands outside the transformer trains on, with its state, beside adapters that have none yet."""
 
     def __init__(self):
@@ -53,11 +53,6 @@ class Headed(Sharded):
     def configure_model(self):
         super().configure_model()
         fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
-
-    def loss(self, batch):
-        logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits
-        logits = logits + self.head(logits)
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
 
 def dropping():
