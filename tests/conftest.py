@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import layershed.reporting.html_report
 from layershed.training.text_data import TextData
+from tests.support.case_names import case_name
 from tests.support.models import MODEL_TYPES, build_model
 from tests.support.runs import TOKENS
 
@@ -18,6 +19,11 @@ from tests.support.runs import TOKENS
 # lose seconds to its waiting where the machine is shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    del config
+    return case_name(val, argname)
 
 
 @pytest.fixture(params=MODEL_TYPES)

@@ -20,7 +20,7 @@ def fresh(code):
     return done.stdout.strip()
 
 
-def test_importing_layershed_imports_nothing_heavy():
+def test_importing_layershed_imports_no_heavy_library():
     loaded = set(fresh("import sys, layershed; print(*sys.modules)").split())
     assert "layershed" in loaded
     assert not HEAVY & loaded
@@ -32,7 +32,7 @@ def test_finding_sublayers_imports_no_lightning_and_no_optional_library():
     assert not {"lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets"} & loaded
 
 
-def test_all_the_lazy_table_and_the_imports_for_type_checkers_agree():
+def test_dunder_all_lazy_table_and_type_checking_imports_agree():
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
     (guarded,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
     typed = {alias.name: node.module for node in guarded.body for alias in node.names}
@@ -42,28 +42,28 @@ def test_all_the_lazy_table_and_the_imports_for_type_checkers_agree():
 
 
 @pytest.mark.parametrize("name", ls.__all__)
-def test_a_public_name_is_what_its_module_defines(name):
+def test_public_name_is_the_object_of_its_module(name):
     value = getattr(ls, name)
     assert value is getattr(sys.modules[ls._MODULES[name]], name)
     assert getattr(ls, name) is value
     assert name in dir(ls)
 
 
-def test_a_star_import_brings_every_public_name():
+def test_star_import_brings_every_public_name():
     assert fresh("from layershed import *; import layershed; print(set(layershed.__all__) <= set(dir()))") == "True"
 
 
-def test_a_public_class_survives_pickling():
+def test_public_class_survives_pickling():
     plan = ls.DropPlan()
     assert pickle.loads(pickle.dumps(plan)) == plan
     assert pickle.loads(pickle.dumps(ls.DropPlan)) is ls.DropPlan
 
 
-def test_modules_are_attributes_too():
+def test_modules_are_attributes_of_the_package():
     assert fresh("import layershed; print(layershed.errors.PlanError.__name__)") == "PlanError"
 
 
-def test_a_misspelt_name_is_an_error_with_the_nearest_one():
+def test_misspelt_public_name_raises_an_error_with_the_nearest_one():
     with pytest.raises(AttributeError, match=r"no attribute 'find_sublayer'; did you mean 'find_sublayers'\?"):
         _ = ls.find_sublayer
     with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
@@ -72,7 +72,7 @@ def test_a_misspelt_name_is_an_error_with_the_nearest_one():
         from layershed import bypas  # noqa: F401
 
 
-def test_the_overview_lists_the_commands_without_torch():
+def test_command_overview_is_printed_without_torch():
     code = "\n".join(
         [
             "import sys",

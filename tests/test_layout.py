@@ -92,7 +92,7 @@ def room(name):
     return name.partition(".")[0]
 
 
-def test_the_import_reader_sees_every_form_of_import():
+def test_import_reader_sees_every_form_of_import():
     assert {"errors", "planning.plan", "importance.tracker", "callbacks.sublayer_drop"} <= set(MODULES)
     assert own_imports(parse("planning.selection")) == {"errors", "planning.plan"}
     assert own_imports(ast.parse("import layershed as ls")) == {""}
@@ -101,7 +101,7 @@ def test_the_import_reader_sees_every_form_of_import():
     assert own_imports(runs_on_import(ast.parse("def f():\n import layershed.surgery"))) == set()
 
 
-def test_every_room_imports_only_rooms_before_it():
+def test_room_imports_only_rooms_before_it():
     for name in MODULES:
         assert room(name) in ROOMS, f"{name} stands in no room"
         for other in own_imports(parse(name)):
@@ -109,7 +109,7 @@ def test_every_room_imports_only_rooms_before_it():
             assert ROOMS.index(room(other)) <= ROOMS.index(room(name)), f"{name} must not import {other}"
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_package_has_no_circular_imports():
     graph = {name: own_imports(parse(name)) & set(MODULES) - {name} for name in MODULES}
     packages = {name for name in MODULES if any(other.startswith(f"{name}.") for other in MODULES)}
     for name in graph:
@@ -120,14 +120,14 @@ def test_no_module_imports_itself_in_a_circle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_the_init_of_a_room_imports_nothing():
+def test_room_init_files_import_nothing():
     """Else a file of the room would bring all of it along."""
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != "callbacks":
             assert not list(imports(parse(name))), f"layershed/{name}/__init__.py imports something"
 
 
-def test_nothing_before_integration_imports_lightning():
+def test_rooms_before_integration_import_no_lightning():
     for name in MODULES:
         if room(name) in WITHOUT_LIGHTNING:
             found = {other for other in imports(parse(name)) if other.partition(".")[0].endswith("lightning")}
@@ -142,18 +142,18 @@ def test_errors_and_planning_import_no_torch():
             assert not heavy, f"{name} imports {heavy}"
 
 
-def test_the_callbacks_folder_is_imported_as_layershed_callbacks():
+def test_callbacks_folder_is_imported_as_layershed_callbacks():
     """A bare ``import callbacks`` would import every class twice."""
     for name in MODULES:
         assert not [other for other in imports(parse(name)) if other.partition(".")[0] == "callbacks"], name
 
 
-def test_no_file_is_too_long():
+def test_source_files_are_within_the_line_limit():
     for name, path in MODULES.items():
         assert len(path.read_text(encoding="utf-8").splitlines()) < LONGEST, name
 
 
-def test_the_tests_stand_in_the_rooms_of_what_they_test():
+def test_test_files_lie_in_the_rooms_that_they_test():
     rooms = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
     assert rooms - {"support", "distributed"} <= set(ROOMS)
 

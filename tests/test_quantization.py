@@ -103,6 +103,7 @@ def test_quantize_changes_and_freezes_only_linear_maps_without_the_head(architec
         ("opt", ["fc2"], {f"model.decoder.layers.{i}.fc2" for i in range(4)}),
         ("gpt2", ["c_fc", "mlp.c_proj"], maps("gpt2", (), range(4))),
     ],
+    ids=["one map", "block", "opt", "transposed maps"],
 )
 def test_skipped_modules_keep_their_class_and_weights(architecture, skip, left):
     plain, model = build_model(architecture), build_model(architecture)

@@ -16,7 +16,7 @@ def python_blocks(text=README):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys):
+def test_readme_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     example = next(block for block in python_blocks() if "class MyModule" in block)
     code_lines = [line for line in example.splitlines() if line.strip()]
@@ -30,14 +30,14 @@ def test_the_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys):
     assert steps == {"2", "4", "6", "8", "10", "12"}
 
 
-def test_the_functions_of_the_readme_exist():
+def test_functions_named_in_the_readme_exist():
     names = set(re.findall(r"\bls\.(\w+)", "".join(python_blocks(DOCS))))
     assert {"bypass", "quantize", "inject_lora", "self_distillation_loss"} <= names
     for name in names:
         assert callable(getattr(ls, name)), name
 
 
-def test_the_callbacks_of_the_docs_can_be_made_as_written():
+def test_callback_examples_of_the_docs_can_be_constructed():
     blocks = [block for block in python_blocks(DOCS) if "callbacks = [" in block]
     assert blocks
     for block in blocks:
@@ -46,12 +46,12 @@ def test_the_callbacks_of_the_docs_can_be_made_as_written():
         assert names["callbacks"]
 
 
-def test_no_figure_is_left_open():
+def test_readme_and_docs_have_no_figure_left_open():
     assert "<!--" not in DOCS
     assert "BENCHMARK" not in DOCS
     assert not [path.name for path in (ROOT / "benchmarks").glob("*.py") if "\nFIGURES\n" in path.read_text("utf-8")]
 
 
-def test_files_that_the_readme_names_exist():
+def test_files_named_in_the_readme_exist():
     for name in set(re.findall(r"(?:configs|benchmarks|docs)/\w+\.(?:yaml|py|md)", DOCS)):
         assert (ROOT / name).is_file(), name

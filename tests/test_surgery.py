@@ -70,7 +70,7 @@ def test_bypass_and_remove_of_several_equal_zeroed_branches(any_model, tokens):
     assert removed_sublayers(any_model) == tuple(sorted(chosen))
 
 
-def test_restore_is_bit_identical(model, tokens):
+def test_restored_model_is_bit_identical(model, tokens):
     before, state = logits(model, tokens), copy.deepcopy(model.state_dict())
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     bypass(model, some(model))
@@ -122,7 +122,7 @@ def test_dense_lifts_the_bypass_and_puts_it_back_even_after_an_error(llama, toke
 @pytest.mark.parametrize(
     "carry", [copy.deepcopy, pytest.param(lambda model: pickle.loads(pickle.dumps(model)), id="pickle")]
 )
-def test_a_copy_carries_its_own_bypass(llama, tokens, carry):
+def test_copied_model_has_its_own_bypass(llama, tokens, carry):
     bypass(llama, some(llama))
     dropped = logits(llama, tokens)
     twin = carry(llama)
@@ -172,7 +172,7 @@ def test_generate_with_cache_equals_generate_without(model, tokens, kinds):
     )
 
 
-def test_every_attention_dropped_still_generates(llama, tokens):
+def test_model_without_any_attention_generates_with_cache_as_without(llama, tokens):
     bypass(llama, [s for s in find_sublayers(llama) if s.kind == "attention"])
     settings = {
         "max_new_tokens": 6,

@@ -54,14 +54,14 @@ def fit(module, tmp_path, **options):
     ("options", "advice"),
     [({}, "set quality_batches=0"), ({"calibrate_on": "train", "quality_batches": 0}, "set calibrate_on='running'")],
 )
-def test_batches_that_cannot_be_read_are_refused_before_training(tmp_path, options, advice):
+def test_callbacks_refuse_unreadable_batches_before_training(tmp_path, options, advice):
     module = Pairs()
     with pytest.raises(CalibrationError, match=rf"A batch is a list\. .*(?i:{advice})"):
         fit(module, tmp_path, **options)
     assert module.steps == 0
 
 
-def test_the_advice_works(tmp_path):
+def test_advice_for_unreadable_batches_makes_the_run_pass(tmp_path):
     module = Pairs()
     fit(module, tmp_path, quality_batches=0, calibrate_on="running")
     assert module.steps == 3

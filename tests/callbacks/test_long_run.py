@@ -8,7 +8,7 @@ from tests.support.long_run import held, train
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about so small a run
-def test_neither_the_callbacks_nor_the_checkpoint_grow(tmp_path, unpainted, monkeypatch):
+def test_callbacks_and_checkpoint_do_not_grow_in_a_long_run(tmp_path, unpainted, monkeypatch):
     """80 steps more would be 11 kB more of losses and 29 kB more of importances."""
     monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(20))
     look = train(240, 6, tmp_path)
@@ -20,7 +20,7 @@ def test_neither_the_callbacks_nor_the_checkpoint_grow(tmp_path, unpainted, monk
     assert (tmp_path / "importance.csv").stat().st_size > 50_000
 
 
-def test_what_is_held_is_counted():
+def test_long_run_check_counts_held_memory():
     class Keeps(callbacks.Export):
         def __init__(self):
             self.rows = {"a": [ThinnedCurve(10_000)], "b": (set(),)}

@@ -174,6 +174,7 @@ def test_lora_recovery_adds_adapters_freezes_the_transformer_and_trains_the_head
         (None, {"lr_factor": 0.5, "warmup_steps": 3}, lambda done: 0.5 * min(1.0, done / 3)),
         (6, {"seed": 5, "warmup_steps": 4}, lambda done: min(1.0, done / 4)),
     ],
+    ids=["at the drop", "at the drop with a scaled rate", "at a step with warm-up"],
 )
 def test_lora_recovery_equals_a_loop_by_hand_with_peft(make_trainer, start, arguments, factor):
     drop, watch = dropping(), Watch(rates_of)

@@ -115,7 +115,7 @@ def test_training_is_bit_identical_and_no_forward_pass_is_added(make_trainer):
     assert same(states[0], states[1])
 
 
-def test_passes_outside_the_training_step_are_not_counted(make_trainer, tmp_path):
+def test_monitor_does_not_count_passes_outside_the_training_step(make_trainer, tmp_path):
     class Sample(pl.Callback):
         """Runs the model on other tokens after every training step, as a sampling callback does."""
 
@@ -252,7 +252,7 @@ def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_
     assert (tmp_path / "cut" / "importance.csv").read_text() == whole
 
 
-def test_a_new_run_in_an_old_directory_begins_a_new_file(make_trainer, tmp_path):
+def test_monitor_in_an_old_directory_begins_a_new_file(make_trainer, tmp_path):
     for _ in range(2):
         fit_foreign(make_trainer(RedundancyMonitor(2), RedundancyMonitor(2, metric="angular"), max_steps=4))
     assert set(rows(tmp_path / "run", "cosine")) == set(rows(tmp_path / "run", "angular")) == {2, 4}
@@ -266,7 +266,7 @@ class Two(Foreign):
         self.teacher = build_model(num_hidden_layers=2).requires_grad_(False).train()
 
 
-def test_two_transformers_need_a_name_before_training(make_trainer, tmp_path):
+def test_monitor_requires_a_name_for_two_transformers_before_training(make_trainer, tmp_path):
     module = Two()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(AmbiguousModelError, match="net, teacher"):
@@ -301,7 +301,7 @@ def test_manual_optimization_with_two_steps_a_batch_is_measured(make_trainer, tm
     assert set(rows(tmp_path / "odd")) == {6, 10}
 
 
-def test_a_forward_pass_of_nan_is_reported_and_not_averaged_in(make_trainer, tmp_path):
+def test_monitor_warns_of_nan_passes_and_leaves_them_out(make_trainer, tmp_path):
     """The second of two micro-batches of step 2, and of one of step 3, which is not measured."""
     settings = {"max_steps": 4, "accumulate_grad_batches": 2}
     trainer = make_trainer(RedundancyMonitor(2), csv=True, **settings)
@@ -353,7 +353,7 @@ def at_checkpoints(folder):
     return path
 
 
-def test_a_checkpoint_holds_no_rows_and_does_not_grow(make_trainer, tmp_path):
+def test_monitor_checkpoint_holds_no_rows_and_does_not_grow(make_trainer, tmp_path):
     saves = [Save(tmp_path / f"{step}.ckpt", step) for step in (3, 30)]
     fit_foreign(make_trainer(RedundancyMonitor(1), *saves, max_steps=30), steps=30)
     states = []
@@ -366,7 +366,7 @@ def test_a_checkpoint_holds_no_rows_and_does_not_grow(make_trainer, tmp_path):
     assert (tmp_path / "run" / "importance.csv").stat().st_size > 9 * states[0]["history"]["bytes"]
 
 
-def test_a_run_directory_that_was_moved_brings_its_history(run_twice, tmp_path):
+def test_monitor_finds_its_history_in_a_moved_run_directory(run_twice, tmp_path):
     path = at_checkpoints(tmp_path / "run")
     whole = run_twice("run", Save(path, 4))
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -402,7 +402,7 @@ def test_missing_history_is_warned_of_once(run_twice, tmp_path, how):
     assert resumed == b"".join([lines[0], *(line for line in lines[1:] if int(line.split(b",")[0]) > 4)])
 
 
-def test_history_named_by_a_strangers_checkpoint_is_not_copied(run_twice, tmp_path):
+def test_monitor_does_not_copy_history_named_by_a_foreign_checkpoint(run_twice, tmp_path):
     """A checkpoint may come from anybody; what it names is not copied for being named."""
     path, secret = tmp_path / "4.ckpt", tmp_path / "secret.csv"
     run_twice("run", Save(path, 4))

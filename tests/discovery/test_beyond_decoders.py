@@ -131,7 +131,7 @@ def test_cached_generation_of_an_encoder_decoder_equals_uncached(name):
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
 
 
-def test_the_blocks_of_a_decoder_are_counted_after_those_of_its_encoder():
+def test_decoder_blocks_are_numbered_after_encoder_blocks():
     case = build("bart")
     blocks = {branch.sublayer.path.rsplit(".", 1)[0]: branch.sublayer.block for branch in case.anatomy.branches}
     assert blocks == {
@@ -140,7 +140,7 @@ def test_the_blocks_of_a_decoder_are_counted_after_those_of_its_encoder():
     }
 
 
-def test_padding_of_encoder_and_decoder_does_not_count():
+def test_importance_leaves_out_padding_of_encoder_and_decoder():
     """Importances from padded sequences, against 1 - cos over the other tokens alone."""
     case = build("bart")
     masks = {"attention_mask": torch.ones_like(IDS), "decoder_attention_mask": torch.ones_like(IDS[:, :7])}
@@ -177,7 +177,7 @@ def test_cross_attention_is_a_scope_of_its_own_and_part_of_joint():
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_torchs_own_encoder_through_an_adapter(norm_first, monkeypatch):
+def test_torch_transformer_encoder_is_dropped_through_an_adapter(norm_first, monkeypatch):
     """In eval mode torch would fuse a whole layer, reading the weights of modules that a bypass replaces."""
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
@@ -196,7 +196,7 @@ def test_torchs_own_encoder_through_an_adapter(norm_first, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
-def test_next_token_quality_and_decoding_speed_are_refused_where_there_are_none(name):
+def test_models_without_decoding_refuse_next_token_quality_and_decode_speed(name):
     """A masked language model would give some loss without an error."""
     model = build(name).model
     with pytest.raises(MeasurementError, match="does not predict the next token"):
@@ -206,7 +206,7 @@ def test_next_token_quality_and_decoding_speed_are_refused_where_there_are_none(
         ls.measure_speed(model, prompt_tokens=4, new_tokens=2, runs=1)
 
 
-def test_a_model_of_ones_own_is_not_saved_as_a_hugging_face_folder(monkeypatch, tmp_path):
+def test_saving_a_model_outside_hugging_face_as_a_folder_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
@@ -214,13 +214,13 @@ def test_a_model_of_ones_own_is_not_saved_as_a_hugging_face_folder(monkeypatch, 
         ls.save_pretrained(model, tmp_path / "out")
 
 
-def test_a_model_with_shared_blocks_is_refused_by_name():
+def test_model_with_shared_blocks_is_refused_by_name():
     config = transformers.AlbertConfig(**TEXT, **WORDS, embedding_size=16)
     with pytest.raises(ls.LayershedError, match=r"albert_layer_groups\.0, for one: it ran 3 times"):
         dissect(transformers.AlbertForMaskedLM(config).eval())
 
 
-def test_the_mask_of_a_speech_model_counts_frames(monkeypatch):
+def test_mask_of_a_speech_model_is_applied_to_frames(monkeypatch):
     """Whisper makes one token of two frames; the last 12 of 32 frames of the first sound are padding."""
     case = build("whisper")
     mask = torch.ones(2, 32, dtype=torch.long)
@@ -236,7 +236,7 @@ def test_the_mask_of_a_speech_model_counts_frames(monkeypatch):
     assert scores.blocks[0] == pytest.approx(1 - torch.cat([cosine[0, :10], cosine[1]]).mean().item(), abs=1e-6)
 
 
-def test_a_mask_that_fits_no_tokens_is_refused():
+def test_mask_of_a_wrong_length_is_refused():
     case = build("whisper")
     mask = torch.ones(2, 30, dtype=torch.long)
     with pytest.raises(CalibrationError, match=r"\(2, 30\).*Leave the mask out"):
@@ -244,7 +244,7 @@ def test_a_mask_that_fits_no_tokens_is_refused():
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_labels_are_enough_for_a_decoder(name):
+def test_encoder_decoder_takes_labels_as_decoder_input(name):
     case = build(name)
     labels = IDS[:, :7].clone()
     labels[0, 5:] = -100
@@ -256,7 +256,7 @@ def test_labels_are_enough_for_a_decoder(name):
         ls.estimate_importance(case.model, [{"input_ids": IDS}])
 
 
-def test_a_body_that_takes_something_else_is_not_asked():
+def test_estimating_importance_runs_the_head_model_if_the_body_takes_other_inputs():
     config = transformers.DINOv3ViTConfig(**PICTURE)
     model = transformers.DINOv3ViTModel(config).eval()
     scores = ls.estimate_importance(model, [{"pixel_values": PIXELS}])
@@ -264,6 +264,6 @@ def test_a_body_that_takes_something_else_is_not_asked():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "jamba", "opt", "mixtral", "bloom", "hy_v4"])
-def test_what_is_found_does_not_depend_on_the_precision(model_type):
+def test_sublayers_found_do_not_depend_on_the_precision(model_type):
     model = tiny_model(model_type)
     assert ls.find_sublayers(model.to(torch.bfloat16)) == ls.find_sublayers(tiny_model(model_type))

@@ -100,7 +100,7 @@ ATTENTION = [fused, eager_of_four_dimensions, eager_of_three_dimensions, with_a_
 
 
 @pytest.mark.parametrize("function", ATTENTION)
-def test_whatever_weighs_tokens_by_a_softmax_is_attention(function):
+def test_branch_that_weighs_tokens_by_a_softmax_is_attention(function):
     assert kind(function) == ("attention", "")
 
 
@@ -139,18 +139,18 @@ TOKENWISE = [perceptron, softly_routed, sparsely_routed, pointwise_convolution, 
 
 
 @pytest.mark.parametrize("function", TOKENWISE)
-def test_what_treats_every_token_by_itself_is_an_mlp(function):
+def test_branch_that_treats_every_token_by_itself_is_an_mlp(function):
     assert kind(function) == ("mlp", "")
 
 
 @pytest.mark.parametrize("shape", [(1, TOKENS, WIDTH), (TOKENS, 1, WIDTH), (TOKENS, WIDTH)])
-def test_tokens_may_stand_first_or_without_a_batch(shape):
+def test_branch_kind_is_found_with_tokens_first_or_without_a_batch_dimension(shape):
     assert kind(perceptron, shape) == ("mlp", "")
     axis = shape.index(TOKENS)
     assert kind(lambda m, x: m.q(x + x.roll(1, axis)), shape)[0] is None
 
 
-def test_the_softmax_of_a_router_is_no_attention():
+def test_router_softmax_is_not_taken_for_attention():
     for function in (softly_routed, sparsely_routed):
         flow, _, _ = flow_of(function)
         softmax = [i for i, operation in enumerate(flow.tape.operations) if "softmax" in operation.name]
@@ -158,7 +158,7 @@ def test_the_softmax_of_a_router_is_no_attention():
         assert not any(is_attention(flow.tape, index) for index in range(len(flow.tape.operations)))
 
 
-def test_a_router_behind_a_product_of_activations_is_no_attention():
+def test_router_after_a_product_of_activations_is_not_taken_for_attention():
     assert kind(lambda m, x: softly_routed(m, torch.bmm(x, m.q.weight[None]))) == ("mlp", "")
 
 
@@ -215,12 +215,12 @@ MIXING += [recurrent, recurrent_with_a_state_in_place]
 
 
 @pytest.mark.parametrize("function", MIXING)
-def test_what_mixes_tokens_without_attention_is_neither(function):
+def test_branch_that_mixes_tokens_without_attention_has_no_kind(function):
     assert kind(function) == (None, "it mixes tokens without attention")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_mixing_is_told_in_any_precision(dtype):
+def test_token_mixing_is_recognized_in_any_precision(dtype):
     for function, expected in ((perceptron, "mlp"), (recurrent, None), (mean, None)):
         torch.manual_seed(0)
         model, x = Model(function).to(dtype), torch.randn(1, TOKENS, WIDTH, dtype=dtype)
@@ -230,12 +230,12 @@ def test_mixing_is_told_in_any_precision(dtype):
         assert kind_in(flow)[0] == expected
 
 
-def test_what_has_no_linear_map_is_neither():
+def test_branch_without_a_linear_map_has_no_kind():
     assert kind(lambda m, x: x.tanh()) == (None, "it has no linear map")
 
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "cross_attention_states", "key_value_states"])
-def test_attention_to_what_an_encoder_wrote_is_cross_attention(name):
+def test_attention_to_encoder_states_is_cross_attention(name):
     def cross(m, x, *args, **kwargs):
         memory = args[0] if args else kwargs[name]
         return m.o(scaled_dot_product_attention(m.q(x)[:, None], m.k(memory)[:, None], m.v(memory)[:, None])[:, 0])
@@ -248,7 +248,7 @@ def test_attention_to_what_an_encoder_wrote_is_cross_attention(name):
     assert kind(lambda m, x, **_: fused(m, x), **{name: memory}) == ("attention", "")  # given and not read
 
 
-def test_a_map_of_the_stream_and_of_something_beside_it_is_no_mlp():
+def test_branch_that_reads_more_than_the_stream_is_not_an_mlp():
     beside = torch.randn(1, TOKENS, 5)
     function = lambda m, x, other: m.q(x) * other.sum(-1, keepdim=True)  # noqa: E731
     assert kind(function, (1, TOKENS, WIDTH), beside) == (None, "it reads more than the stream")
@@ -274,7 +274,7 @@ def through_a_buffer(m, x):
     return m.q(m.seen)[None]
 
 
-def test_replaying_leaves_the_recorded_tensors_as_they_are():
+def test_replaying_a_branch_changes_no_recorded_tensor():
     for function in (through_a_buffer, recurrent, recurrent_with_a_state_in_place, written_in_place, sparsely_routed):
         flow, _, x = flow_of(function)
         before = [tensor.clone() for tensor in flow.tape.tensors]
@@ -288,23 +288,23 @@ def test_replaying_leaves_the_recorded_tensors_as_they_are():
     [(fused, "attention"), (eager_of_four_dimensions, "attention"), (perceptron, "mlp"), (softly_routed, "mlp")]
     + [(function, None) for function in (convolution, linear_attention, shifted, padded)],
 )
-def test_on_fake_tensors_the_known_operations_tell(function, expected):
+def test_branch_kind_on_fake_tensors_follows_from_known_operations(function, expected):
     with FakeTensorMode():
         flow, _, x = flow_of(function)
         assert is_symbolic(x)
         assert kind_in(flow)[0] == expected
 
 
-def test_only_what_has_no_numbers_is_symbolic():
+def test_meta_tensors_are_symbolic_and_real_ones_are_not():
     assert is_symbolic(torch.ones(1, device="meta"))
     assert not is_symbolic(torch.ones(1))
 
 
-def test_what_reads_the_next_token_mixes_tokens():
+def test_branch_that_reads_the_next_token_has_no_kind():
     assert kind(lambda m, x: m.q(x + torch.cat([x[:, 1:], 0 * x[:, :1]], 1)))[0] is None
 
 
-def test_a_router_over_a_product_with_its_weights_is_no_attention_however_it_is_written():
+def test_router_written_as_an_einsum_is_not_taken_for_attention():
     def routed(m, x):
         weights = torch.einsum("btd,de->bte", x, m.table).softmax(-1)
         return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(m.experts))
@@ -312,5 +312,5 @@ def test_a_router_over_a_product_with_its_weights_is_no_attention_however_it_is_
     assert kind(routed)[0] == "mlp"
 
 
-def test_a_branch_that_comes_flattened_is_no_crash():
+def test_flattened_branch_output_does_not_crash_the_kind():
     assert kind(lambda m, x: m.q(x).flatten(1))[0] in ("mlp", None)

@@ -85,7 +85,7 @@ def test_unprovable_architecture_is_refused_in_one_sentence(model_type):
     assert "\n" not in str(caught.value)
 
 
-def test_mixers_of_a_hybrid_are_left_alone_by_name():
+def test_mixers_of_a_hybrid_model_are_left_alone_by_name():
     model = tiny_model("jamba")
     assert [s.name for s in find_sublayers(model)] == ["mlp.0", "attention.1", "mlp.1", "mlp.2"]
     assert {entry.path: entry.reason for entry in find_left_alone(model)} == {

@@ -141,19 +141,19 @@ def mixed_up(model):
 
 
 @families
-def test_branches_of_known_models(family):
+def test_branches_found_equal_those_of_known_models(family):
     model = build(family)
     assert found_branches(model) == expected_branches(family)
     assert find_left_alone(model) == ()
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_sublayers_of_known_models(family):
+def test_sublayers_found_equal_those_of_known_models(family):
     assert find_sublayers(build_model(family)) == tuple(branch[0] for branch in expected_branches(family))
 
 
 @families
-def test_a_skeleton_without_weights_has_the_same_branches(family):
+def test_model_without_weights_has_the_same_branches(family):
     skeleton = on_meta(family)
     assert found_branches(skeleton) == expected_branches(family)
     assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
@@ -163,12 +163,12 @@ def test_a_skeleton_without_weights_has_the_same_branches(family):
     ("family", "dtype"),
     [("llama", torch.bfloat16), ("llama", torch.float64), ("gpt2", torch.float16), ("gemma3_text", torch.bfloat16)],
 )
-def test_the_proof_holds_in_any_precision(family, dtype):
+def test_model_is_proven_in_any_precision(family, dtype):
     assert found_branches(build_model(family).to(dtype)) == expected_branches(family)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_eager_attention_is_attention_too(family):
+def test_eager_attention_is_found_as_attention(family):
     model = build_model(family)
     model.set_attn_implementation("eager")
     assert found_branches(model) == expected_branches(family)
@@ -180,7 +180,7 @@ def test_sequential_gpt_neox_has_sequential_branches():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_experts_is_one_mlp(family):
+def test_mixture_of_experts_is_found_as_one_mlp(family):
     sizes = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
     assert found_branches(build_model(family, **sizes)) == expected_branches("llama")
 
@@ -238,7 +238,7 @@ def test_model_without_any_sublayer_left_is_refused(llama):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
-def test_branches_that_are_zero_are_found_all_the_same(family):
+def test_branches_with_zero_output_are_found(family):
     model = build(family)
     for name, parameter in model.named_parameters():
         if any(f".{projection}." in name for projection in ("o_proj", "down_proj", "c_proj")):
@@ -246,30 +246,30 @@ def test_branches_that_are_zero_are_found_all_the_same(family):
     assert found_branches(model) == expected_branches(family)
 
 
-def test_granite_scales_its_branches_unless_by_one():
+def test_granite_branches_have_their_scale_unless_it_is_one():
     assert found_branches(build_model("granite", residual_multiplier=1.0)) == expected_branches("llama")
 
 
-def test_the_one_block_that_is_different_is_named(llama):
+def test_block_that_differs_from_the_others_is_refused_by_name(llama):
     llama.model.layers[2].register_forward_hook(lambda _module, _args, output: output.tanh())
     with pytest.raises(UnprovenStructureError, match=r"^model\.layers\.2: "):
         find_sublayers(llama)
 
 
-def test_a_hook_that_scales_one_block_makes_only_that_one_not_plain(llama):
+def test_block_scaled_by_a_hook_is_the_only_one_not_plain(llama):
     llama.model.layers[2].register_forward_hook(lambda _module, _args, output: output * 1.5)
     assert found_branches(llama) == expected_branches("llama")
     assert dissect(llama).plain == {0, 1, 3}
 
 
-def test_a_branch_of_another_width_is_left_alone(llama):
+def test_branch_of_another_width_is_left_alone(llama):
     """It is broadcast over the stream; zeros of the stream's own width would be something else."""
     llama.model.layers[0].mlp.down_proj = nn.Linear(48, 1)
     assert Sublayer(0, "mlp", "model.layers.0.mlp") not in find_sublayers(llama)
     assert find_left_alone(llama)[0].path == "model.layers.0.mlp"
 
 
-def test_a_model_whose_forward_pass_fails_says_why(llama):
+def test_model_whose_forward_pass_fails_is_refused_with_the_cause(llama):
     def fail(*_):
         raise RuntimeError("out of luck\nand of memory")
 
@@ -283,7 +283,7 @@ def test_a_model_whose_forward_pass_fails_says_why(llama):
 
 
 @pytest.mark.parametrize("family", ["gptj", "codegen"])
-def test_attention_that_insists_on_positions_is_found(family):
+def test_attention_that_requires_position_embeddings_is_found(family):
     """Parallel with a shared norm, like Phi."""
     first, second = found_branches(build_model(family, rotary_dim=4))[:2]
     norm = "transformer.h.0.ln_1"
@@ -347,7 +347,7 @@ def test_weights_that_are_not_finite_are_named_beside_weights_of_four_bits(llama
         find_sublayers(llama)
 
 
-def test_overflowing_values_are_refused_as_such(llama):
+def test_overflowing_activations_are_refused_with_their_cause(llama):
     llama.half()
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight.fill_(6e4)
@@ -363,6 +363,6 @@ def test_nan_in_an_unused_embedding_row_is_accepted(llama):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_without_attention_is_refused():
+def test_model_without_attention_is_refused():
     with pytest.raises(NoSublayersFoundError, match="MambaForCausalLM has no list of blocks with attention in them"):
         find_sublayers(build_model("mamba"))

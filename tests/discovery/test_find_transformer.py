@@ -88,12 +88,12 @@ def test_transformer_is_found_through_all_wrappers_at_once(llama):
     assert find_sublayers(Holder(inner=torch.compile(adapted, backend="eager"))) == LLAMA
 
 
-def test_a_transformer_without_its_head_is_one_too(llama):
+def test_transformer_without_a_head_is_found(llama):
     found = find_sublayers(llama.model)
     assert [s.path for s in found[:2]] == ["layers.0.self_attn", "layers.0.mlp"]
 
 
-def test_two_transformers_must_be_told_apart(llama):
+def test_module_with_two_transformers_requires_a_name(llama):
     gpt2 = build_model("gpt2")
     both = Holder(student=llama, teachers=Holder(first=gpt2))
     with pytest.raises(AmbiguousModelError, match=r"2 transformers: student, teachers\.first"):
@@ -104,7 +104,7 @@ def test_two_transformers_must_be_told_apart(llama):
 
 
 @pytest.mark.parametrize("name", ["pupil", "student.layers.99", "student.lm_head"])
-def test_a_wrong_name_is_refused(llama, name):
+def test_wrong_transformer_name_is_refused(llama, name):
     with pytest.raises(NoSublayersFoundError, match=f"no module named '{re.escape(name)}'|Linear holds no"):
         find_sublayers(Holder(student=llama), name=name)
 

@@ -131,7 +131,7 @@ def proven_anew(proofs, model):
     return proved == 1
 
 
-def test_a_model_is_proven_once_and_every_question_shares_the_answer(llama, proofs):
+def test_model_is_proven_once_for_all_functions(llama, proofs):
     first = dissect(llama)
     assert dissect(llama) == first
     assert find_sublayers(llama) == tuple(branch.sublayer for branch in first.branches)
@@ -140,21 +140,21 @@ def test_a_model_is_proven_once_and_every_question_shares_the_answer(llama, proo
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_is_proven_anew(llama, proofs, change):
+def test_changed_model_is_proven_again(llama, proofs, change):
     assert proven_anew(proofs, llama)
     CHANGES[change](llama)
     assert proven_anew(proofs, llama)
 
 
 @pytest.mark.parametrize("back", [remove_lora, merge_lora])
-def test_a_model_that_loses_its_adapters_is_proven_anew(llama, proofs, back):
+def test_model_that_loses_its_adapters_is_proven_again(llama, proofs, back):
     lora(llama)
     assert proven_anew(proofs, llama)
     back(llama)
     assert proven_anew(proofs, llama)
 
 
-def test_disabled_adapters_are_another_state_than_enabled_ones(llama, proofs):
+def test_model_with_disabled_adapters_is_proven_again(llama, proofs):
     lora(llama)
     assert proven_anew(proofs, llama)
     with adapters_off(llama):
@@ -162,14 +162,14 @@ def test_disabled_adapters_are_another_state_than_enabled_ones(llama, proofs):
     assert not proven_anew(proofs, llama)
 
 
-def test_autocast_is_another_state(llama, proofs):
+def test_model_under_autocast_is_proven_again(llama, proofs):
     assert proven_anew(proofs, llama)
     with torch.autocast("cpu", torch.bfloat16):
         assert proven_anew(proofs, llama)
     assert not proven_anew(proofs, llama)
 
 
-def test_a_scale_in_a_buffer_is_read_anew_when_it_is_written_to(proofs):
+def test_model_is_proven_again_after_a_write_to_a_scale_buffer(proofs):
     model = build_model("llama")
     for layer in model.model.layers:
         layer.mlp.register_buffer("factor", torch.tensor(0.5))
@@ -180,7 +180,7 @@ def test_a_scale_in_a_buffer_is_read_anew_when_it_is_written_to(proofs):
     assert proven_anew(proofs, model)
 
 
-def test_a_scale_in_a_plain_attribute_is_read_anew(proofs):
+def test_model_is_proven_again_after_a_change_of_a_scale_attribute(proofs):
     model = build_model("granite", residual_multiplier=0.75)
     assert {branch.scale for branch in dissect(model).branches} == {0.75}
     set_residual_scale(model)
@@ -189,14 +189,14 @@ def test_a_scale_in_a_plain_attribute_is_read_anew(proofs):
     assert not proven_anew(proofs, model)
 
 
-def test_an_exchanged_forward_of_a_class_is_noticed(llama, proofs, monkeypatch):
+def test_model_is_proven_again_after_a_change_of_a_class_forward(llama, proofs, monkeypatch):
     assert proven_anew(proofs, llama)
     kind = type(llama.model.layers[0].mlp)
     monkeypatch.setattr(kind, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
     assert proven_anew(proofs, llama)
 
 
-def test_another_function_behind_the_name_of_an_attention_is_noticed(llama, proofs, monkeypatch):
+def test_model_is_proven_again_after_a_change_of_the_registered_attention_function(llama, proofs, monkeypatch):
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     assert proven_anew(proofs, llama)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kw: attend(*args, **kw))
@@ -214,7 +214,7 @@ class Tiny(nn.Module):
         return self.llama(input_ids=tokens, use_cache=False).logits
 
 
-def test_another_registered_adapter_is_another_state(proofs, monkeypatch):
+def test_model_is_proven_again_after_another_adapter_is_registered(proofs, monkeypatch):
     monkeypatch.setattr(registry, "_REGISTERED", {})
     register_adapter(Tiny, SublayerAdapter(lambda _model: {"tokens": torch.arange(4)[None]}))
     model = Tiny()
@@ -226,7 +226,7 @@ def test_another_registered_adapter_is_another_state(proofs, monkeypatch):
 # What a probe undoes before it looks: no other answer, so no other proof
 
 
-def test_a_bypass_is_lifted_by_the_probe_and_changes_neither_answer_nor_proof(llama, proofs):
+def test_bypass_does_not_change_the_sublayers_found_or_their_proof(llama, proofs):
     sublayers = find_sublayers(llama)
     for dropped in (sublayers[:1], sublayers[1:4], sublayers):
         bypass(llama, dropped)
@@ -239,7 +239,7 @@ def test_a_bypass_is_lifted_by_the_probe_and_changes_neither_answer_nor_proof(ll
     assert not proven_anew(proofs, llama)
 
 
-def test_a_forward_that_a_bypass_hides_still_counts(llama, proofs):
+def test_model_is_proven_again_after_a_change_of_a_forward_hidden_by_a_bypass(llama, proofs):
     dissect(llama)
     bypass(llama, find_sublayers(llama)[3:4])
     llama.model.layers[1].mlp.__dict__["forward"].own["forward"] = nn.Identity()
@@ -247,7 +247,7 @@ def test_a_forward_that_a_bypass_hides_still_counts(llama, proofs):
     assert "model.layers.1.mlp" not in [sublayer.path for sublayer in find_sublayers(llama)]
 
 
-def test_train_mode_changes_neither_answer_nor_proof(llama, proofs):
+def test_train_mode_does_not_change_the_sublayers_found_or_their_proof(llama, proofs):
     dissect(llama)
     llama.train()
     assert not proven_anew(proofs, llama)
@@ -255,14 +255,14 @@ def test_train_mode_changes_neither_answer_nor_proof(llama, proofs):
         assert not proven_anew(proofs, llama)
 
 
-def test_inference_mode_changes_neither_answer_nor_proof(llama, proofs):
+def test_inference_mode_does_not_change_the_sublayers_found_or_their_proof(llama, proofs):
     dissect(llama)
     with torch.inference_mode():
         assert not proven_anew(proofs, llama)
         assert find_sublayers(build_model("llama")) == find_sublayers(llama)
 
 
-def test_frozen_parameters_and_gradients_change_neither_answer_nor_proof(llama, proofs):
+def test_frozen_parameters_and_gradients_do_not_change_the_sublayers_found_or_their_proof(llama, proofs):
     dissect(llama)
     llama(input_ids=torch.arange(5)[None]).logits.sum().backward()
     llama.requires_grad_(False)
@@ -272,7 +272,7 @@ def test_frozen_parameters_and_gradients_change_neither_answer_nor_proof(llama, 
 # Numbers
 
 
-def test_new_finite_weights_are_checked_without_a_new_proof(llama, proofs):
+def test_new_finite_weights_need_no_new_proof(llama, proofs):
     dissect(llama)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=0.1)
     llama(input_ids=torch.arange(5)[None]).logits.sum().backward()
@@ -315,7 +315,7 @@ def test_weights_that_overflow_are_refused_after_a_proof(proofs):
     assert len(proofs) == 1
 
 
-def test_branches_of_zeros_are_proven_anew_once_they_have_numbers(llama, proofs):
+def test_model_with_zero_branches_is_proven_again_after_its_weights_change(llama, proofs):
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight.zero_()
     for number in (1, 2):  # it is not remembered: numbers may show that the branch mixes tokens
@@ -329,7 +329,7 @@ def test_branches_of_zeros_are_proven_anew_once_they_have_numbers(llama, proofs)
 # What the memory may not do
 
 
-def test_equal_models_share_no_proof(proofs):
+def test_equal_models_are_proven_separately(proofs):
     one, other = build_model("llama"), build_model("llama")
     assert dissect(one) == dissect(other)
     assert proofs == [one, other]
@@ -338,7 +338,7 @@ def test_equal_models_share_no_proof(proofs):
     assert proofs == [one, other, clone]
 
 
-def test_a_model_carries_nothing_of_its_proof(llama):
+def test_proof_leaves_no_attribute_on_the_model(llama):
     before = {name: sorted(vars(module)) for name, module in llama.named_modules()}
     dissect(llama)
     assert {name: sorted(vars(module)) for name, module in llama.named_modules()} == before
@@ -349,7 +349,7 @@ def test_a_model_carries_nothing_of_its_proof(llama):
     assert b"proofs" not in stream.getvalue()
 
 
-def test_a_known_model_is_freed_when_nobody_else_holds_it(proofs):
+def test_proof_does_not_keep_a_model_in_memory(proofs):
     model = build_model("llama")
     scale_mlp(model)
     dissect(model)
@@ -360,7 +360,7 @@ def test_a_known_model_is_freed_when_nobody_else_holds_it(proofs):
     assert gone() is None
 
 
-def test_an_exchanged_module_is_freed_though_the_model_is_known(llama):
+def test_proof_does_not_keep_a_replaced_module_in_memory(llama):
     dissect(llama)
     gone = weakref.ref(llama.model.layers[0].mlp.down_proj)
     exchange_mlp(llama)
@@ -368,7 +368,7 @@ def test_an_exchanged_module_is_freed_though_the_model_is_known(llama):
     assert gone() is None
 
 
-def test_an_answer_that_is_changed_changes_no_later_one(llama):
+def test_changing_a_returned_anatomy_does_not_change_later_ones(llama):
     first = dissect(llama)
     for branch in first.branches:
         for _, stand_in in (*branch.stand_ins, *branch.support):
@@ -377,14 +377,14 @@ def test_an_answer_that_is_changed_changes_no_later_one(llama):
     assert dissect(llama) == uncached(llama)
 
 
-def test_many_states_of_a_model_are_not_all_kept(llama):
+def test_number_of_proofs_kept_for_a_model_is_bounded(llama):
     for _ in range(12):
         llama.model.layers[0].mlp.register_forward_hook(lambda *_: None)
         dissect(llama)
     assert len(find._PROOFS._known[llama]) < 12
 
 
-def test_a_model_under_a_mode_that_changes_every_operation_is_proven_each_time(llama, proofs):
+def test_model_under_a_torch_function_mode_is_proven_each_time(llama, proofs):
     with torch.device("cpu"):
         dissect(llama)
         dissect(llama)
@@ -392,7 +392,7 @@ def test_a_model_under_a_mode_that_changes_every_operation_is_proven_each_time(l
 
 
 @pytest.mark.parametrize("target", [1.2, 1.6])
-def test_dropping_to_a_speedup_proves_once(monkeypatch, llama, proofs, target):
+def test_drop_to_speedup_proves_the_model_once(monkeypatch, llama, proofs, target):
     clock = install(monkeypatch, Ticking())
     clock.watch(llama)
     sublayers = find_sublayers(llama)
@@ -408,7 +408,7 @@ def test_dropping_to_a_speedup_proves_once(monkeypatch, llama, proofs, target):
 
 
 @pytest.mark.parametrize("how", ["fused", "data", "numpy"])
-def test_weights_that_became_nan_by_a_write_that_torch_does_not_count_are_refused(llama, how):
+def test_weights_that_became_nan_by_an_uncounted_write_are_refused(llama, how):
     dissect(llama)
     weight = llama.model.layers[1].mlp.up_proj.weight
     if how == "fused":

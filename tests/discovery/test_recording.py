@@ -32,7 +32,7 @@ def names(tape):
     return [operation.name for operation in tape.operations]
 
 
-def test_every_operation_is_recorded_with_what_it_read_and_made():
+def test_recording_lists_the_tensors_that_each_operation_reads_and_makes():
     x, y = torch.ones(2, 3), torch.full((2, 3), 2.0)
     tape, output = record(lambda _, x, y: (x * y + x).exp(), x, y)
     assert names(tape) == ["mul", "add", "exp"]
@@ -45,7 +45,7 @@ def test_every_operation_is_recorded_with_what_it_read_and_made():
     assert dict(tape.consumers) == {a: [0, 1], b: [0], product: [1], total: [2]}
 
 
-def test_arguments_hold_a_value_for_each_tensor_and_the_rest_as_it_was():
+def test_recorded_arguments_hold_value_numbers_for_tensors_and_keep_other_arguments():
     x = torch.ones(2)
     tape, _ = record(lambda _, x: torch.add(x, x, alpha=3), x)
     number = Value(tape.number(x))
@@ -53,7 +53,7 @@ def test_arguments_hold_a_value_for_each_tensor_and_the_rest_as_it_was():
     assert tape.consumers[number.number] == [0]  # once, although it was read twice
 
 
-def test_an_operation_may_make_several_values_and_read_a_list():
+def test_recording_follows_split_and_concatenation():
     x = torch.arange(6.0)
     tape, output = record(lambda _, x: torch.cat(x.split(2)), x)
     split, cat = tape.operations
@@ -62,7 +62,7 @@ def test_an_operation_may_make_several_values_and_read_a_list():
     assert torch.equal(output, x)
 
 
-def test_an_in_place_operation_gives_its_tensor_a_new_value():
+def test_recorded_in_place_operation_gives_its_tensor_a_new_value():
     x = torch.ones(2)
     tape, output = record(lambda _, x: (x + 1).mul_(2), x)
     before, after = tape.operations[0].makes[0], tape.number(output)
@@ -75,7 +75,7 @@ def test_an_in_place_operation_gives_its_tensor_a_new_value():
 
 
 @pytest.mark.parametrize("written", ["base", "view", "view of the view"])
-def test_whatever_shares_the_memory_that_was_written_has_a_new_value(written):
+def test_recorded_write_gives_new_values_to_all_tensors_that_share_its_memory(written):
     base, apart = torch.zeros(2, 3), torch.zeros(2, 3)
 
     def function(_, base, apart):
@@ -98,7 +98,7 @@ def test_whatever_shares_the_memory_that_was_written_has_a_new_value(written):
     assert tape.calls[0].arguments[1] == tape.number(apart) == tape.operations[-1].reads[0]
 
 
-def test_a_write_to_a_slice_is_read_by_whatever_reads_the_whole():
+def test_recorded_write_to_a_slice_produces_the_whole_tensor_that_is_read_next():
     def function(_, x):
         out = torch.zeros(2, 2)
         out[0] = x
@@ -114,13 +114,13 @@ def test_a_write_to_a_slice_is_read_by_whatever_reads_the_whole():
     assert output.tolist() == [[1, 1], [0, 0]]
 
 
-def test_an_operation_with_an_out_argument_writes_that():
+def test_recorded_out_argument_counts_as_written():
     x, out = torch.ones(2), torch.empty(2)
     tape, _ = record(lambda _, x, out: torch.mul(x, 3, out=out) + 0, x, out)
     assert tape.operations[1].reads == (next(iter(tape.operations[0].renews.values())),)
 
 
-def test_calls_nest_and_know_their_arguments_and_operations():
+def test_recorded_module_calls_nest_and_hold_their_arguments_and_operations():
     inner = Run(lambda _, a, *, scale: a * scale)
     tape, output = record(
         lambda module, x, y: module.inner(x, scale=y) + 1, torch.ones(2, 3), torch.full((3,), 2.0), inner=inner
@@ -140,7 +140,7 @@ def test_calls_nest_and_know_their_arguments_and_operations():
     assert tape.calls_of("inner") == [call]
 
 
-def test_arguments_that_are_no_tensors_are_left_out():
+def test_recorded_call_leaves_out_arguments_that_are_not_tensors():
     tape, _ = record(
         lambda module, x: module.inner(None, x, 3, flag=True), torch.ones(1), inner=Run(lambda _, *a, **k: a[1])
     )
@@ -157,8 +157,9 @@ def test_arguments_that_are_no_tensors_are_left_out():
         (lambda x: {"x": x}, None, [False]),
         (lambda x: (), tuple, []),
     ],
+    ids=["tensor", "tuple", "list", "None", "dict", "empty tuple"],
 )
-def test_outputs_come_by_place_with_their_container(returned, container, places):
+def test_recorded_call_keeps_output_positions_and_container(returned, container, places):
     x = torch.ones(1)
     tape, _ = record(lambda _, x: returned(x), x)
     (call,) = tape.calls
@@ -167,7 +168,7 @@ def test_outputs_come_by_place_with_their_container(returned, container, places)
     assert call.output == (call.outputs[0] if places else None)
 
 
-def test_a_call_without_any_operation_is_a_call_inside_all_the_same():
+def test_recorded_call_without_operations_still_lies_inside_its_caller():
     tape, _ = record(lambda m, x: m.one(m.two(x)), torch.ones(1), one=nn.Identity(), two=nn.Dropout().eval())
     outer, two, one = tape.calls
     assert (one.path, two.path) == ("one", "two")
@@ -178,7 +179,7 @@ def test_a_call_without_any_operation_is_a_call_inside_all_the_same():
     assert not one.contains(two)
 
 
-def test_a_module_that_runs_twice_has_two_calls_in_order():
+def test_module_that_runs_twice_has_two_recorded_calls_in_order():
     tape, _ = record(lambda m, x: m.inner(m.inner(x)), torch.ones(1, 2), inner=nn.Linear(2, 2))
     first, second = tape.calls_of("inner")
     assert first.output == second.arguments[0]
@@ -186,7 +187,7 @@ def test_a_module_that_runs_twice_has_two_calls_in_order():
     assert (first.opened, first.closed) < (second.opened, second.closed)
 
 
-def test_hooks_of_others_count_as_part_of_their_module():
+def test_recorded_call_includes_the_forward_hooks_of_its_module():
     model = Run(lambda module, x: module.inner(x), inner=nn.Linear(2, 2))
     model.inner.register_forward_hook(lambda _module, _args, output: output * 2)
     model.inner.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
@@ -201,7 +202,7 @@ def test_hooks_of_others_count_as_part_of_their_module():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind_and_nothing_recorded_outside(fails):
+def test_recording_removes_its_hooks_and_records_nothing_after_it_ends(fails):
     def function(module, x):
         if fails:
             raise KeyError
@@ -238,18 +239,19 @@ def test_nothing_is_left_behind_and_nothing_recorded_outside(fails):
         (lambda x: x * x, False),
         (lambda x: x.softmax(-1), False),
     ],
+    ids=["mm", "linear", "conv1d", "mv", "baddbmm", "mul", "softmax"],
 )
-def test_products_are_told_from_the_rest(function, expected):
+def test_recording_distinguishes_matrix_products_from_other_operations(function, expected):
     tape, _ = record(lambda _, x: function(x), torch.ones(3, 3))
     assert any(tape.is_product(index) for index in range(len(tape.operations))) is expected
 
 
-def test_fake_tensors_give_the_same_tape():
+def test_recording_of_fake_tensors_equals_that_of_real_ones():
     def build():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.LayerNorm(4))
 
-    def told(tape):
+    def content(tape):
         return [(op.name, op.reads, op.makes, dict(op.renews)) for op in tape.operations], [
             (call.path, call.start, call.stop, call.arguments, call.outputs) for call in tape.calls
         ]
@@ -262,4 +264,4 @@ def test_fake_tensors_give_the_same_tape():
         with torch.no_grad(), recording(model) as fake:
             output = model(x)
     assert isinstance(output, FakeTensor)
-    assert told(fake) == told(real)
+    assert content(fake) == content(real)

@@ -49,7 +49,7 @@ def expected(prefixes=("h.0", "h.1", "h.2", "more.0")):
     )
 
 
-def test_the_sublayers_of_a_registered_class_are_found_by_what_they_do():
+def test_sublayers_of_a_registered_class_are_found():
     register_adapter(GPT, ADAPTER)
     model = build()
     assert find_transformer(model) is model
@@ -59,7 +59,7 @@ def test_the_sublayers_of_a_registered_class_are_found_by_what_they_do():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_each_bypass_equals_the_branch_times_zero_and_restore_undoes_it(training):
+def test_bypass_in_a_registered_model_equals_the_branch_times_zero_and_is_undone_by_restore(training):
     register_adapter(GPT, ADAPTER)
     model, reference = build().train(training), build()
     before = model(TOKENS)[0]
@@ -76,14 +76,14 @@ def test_each_bypass_equals_the_branch_times_zero_and_restore_undoes_it(training
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_skeleton_on_the_meta_device_has_the_same_sublayers():
+def test_registered_model_on_the_meta_device_has_the_same_sublayers():
     register_adapter(GPT, ADAPTER)
     with torch.device("meta"):
         model = GPT()
     assert find_sublayers(model) == expected()
 
 
-def test_subclasses_are_seen_too_and_an_adapter_of_their_own_counts_before():
+def test_adapter_of_a_subclass_is_preferred_over_that_of_its_base_class():
     register_adapter(GPT, ADAPTER)
     assert find_sublayers(build(Larger)) == expected()
     register_adapter(Larger, own := SublayerAdapter(ADAPTER.inputs, blocks=("more",)))
@@ -92,7 +92,7 @@ def test_subclasses_are_seen_too_and_an_adapter_of_their_own_counts_before():
     assert find_sublayers(build(GPT)) == expected()
 
 
-def test_the_last_adapter_of_a_class_counts():
+def test_adapter_registered_last_replaces_the_former_one():
     register_adapter(GPT, ADAPTER)
     register_adapter(GPT, last := SublayerAdapter(ADAPTER.inputs, ("h",)))
     assert registered_adapter(build()) is last
@@ -106,19 +106,19 @@ def test_the_last_adapter_of_a_class_counts():
         (("more", "h"), ("h.0", "h.1", "h.2", "more.0")),  # in the order in which they run
     ],
 )
-def test_blocks_are_looked_for_where_the_adapter_says(blocks, prefixes):
+def test_registered_blocks_are_found_at_the_adapters_path(blocks, prefixes):
     register_adapter(GPT, SublayerAdapter(ADAPTER.inputs, blocks=blocks))
     assert find_sublayers(build()) == expected(prefixes)
 
 
-def test_inside_another_module_paths_start_at_the_registered_one():
+def test_sublayer_paths_start_at_the_registered_module_inside_another():
     register_adapter(GPT, ADAPTER)
     outer = nn.ModuleDict({"net": build(), "other": nn.Linear(2, 2)})
     assert find_transformer(outer) is outer["net"]
     assert find_sublayers(outer) == expected()
 
 
-def test_the_inputs_are_asked_for_with_the_model_itself():
+def test_adapter_inputs_are_called_with_the_model():
     seen = []
     register_adapter(GPT, SublayerAdapter(lambda model: seen.append(model) or {"idx": torch.arange(4)[None]}))
     find_sublayers(model := build())
@@ -127,18 +127,18 @@ def test_the_inputs_are_asked_for_with_the_model_itself():
 
 
 @pytest.mark.parametrize("wrong", ["GPT", None, int, nn.Linear(2, 2), GPT(), list[int]])
-def test_adapter_for_no_class_of_modules_is_refused(wrong):
+def test_registering_a_class_that_is_no_module_is_refused(wrong):
     with pytest.raises(AdapterError, match=r"not a subclass of nn\.Module\. Give the class of the model"):
         register_adapter(wrong, ADAPTER)
     assert adapters._REGISTERED == {}
 
 
-def test_a_class_that_nobody_registered_is_refused():
+def test_unregistered_class_is_refused():
     with pytest.raises(NoSublayersFoundError, match=r"GPT holds no Hugging Face transformer.*SublayerAdapter"):
         find_sublayers(build())
 
 
-def test_the_documentation_runs_as_written(monkeypatch):
+def test_own_models_documentation_runs_as_written(monkeypatch):
     """docs/own_models.md, with the GPT above for the reader's own."""
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     text = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
@@ -188,7 +188,7 @@ def test_callbacks_take_a_registered_model(monkeypatch, tmp_path):
     assert {row.split(",")[0] for row in rows[1:]} == {"2", "4", "6"}
 
 
-def test_an_adapter_of_a_hugging_face_class_keeps_its_cache_right(monkeypatch, tokens):
+def test_adapter_of_a_hugging_face_class_keeps_cached_decoding_exact(monkeypatch, tokens):
     """Such as one whose forward pass must be fed something special."""
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     model = build_model("gpt2")
@@ -236,7 +236,7 @@ def test_a_block_that_writes_over_its_stream_is_proven_and_measured(dtype, monke
         restore(model)
 
 
-def test_torchs_padding_mask_of_keys_counts(monkeypatch):
+def test_torch_key_padding_mask_leaves_padding_out_of_the_importance(monkeypatch):
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     register_adapter(nn.TransformerEncoder, SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 16)}))
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -252,7 +252,7 @@ def test_torchs_padding_mask_of_keys_counts(monkeypatch):
     assert scores.blocks[0] == pytest.approx(plain, abs=1e-6)
 
 
-def test_a_report_of_a_model_without_a_config_names_its_class(monkeypatch):
+def test_report_of_a_model_without_a_config_names_its_class(monkeypatch):
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
 

@@ -160,7 +160,7 @@ FLOWS = {
 
 
 @pytest.mark.parametrize("function", FLOWS, ids=lambda function: function.__name__)
-def test_the_branches_of_a_block_with_their_scales_and_places(function):
+def test_followed_block_lists_branches_with_scales_and_places(function):
     expected, plain = FLOWS[function]
     flow = follow(function)
     found = sorted(terms(flow))
@@ -179,7 +179,7 @@ SUMS = {
 
 
 @pytest.mark.parametrize("function", SUMS, ids=lambda function: function.__name__)
-def test_x_and_the_scaled_branches_add_up_to_what_the_block_gave(function):
+def test_x_and_the_scaled_branches_add_up_to_the_block_output(function):
     flow = follow(function)
     tensors = flow.tape.tensors
     x = tensors[flow.call.arguments[0]]
@@ -187,17 +187,19 @@ def test_x_and_the_scaled_branches_add_up_to_what_the_block_gave(function):
     assert torch.allclose(SUMS[function] * total, tensors[flow.call.output], atol=1e-6)
 
 
-def test_of_a_sum_that_is_not_only_of_branches_a_constant_is_no_branch():
+def test_constant_in_the_sum_of_a_block_is_not_a_branch():
     flow = follow(lambda m, x: x + m.gain + m.f(x))
     assert terms(flow) == [("f", 1.0, [])]
 
 
-@pytest.mark.parametrize("function", [lambda m, x: x + m.f(x) + m.gain, lambda m, x: x + m.f(x) + 1])
-def test_a_block_that_adds_a_constant_is_not_plain(function):
+@pytest.mark.parametrize(
+    "function", [lambda m, x: x + m.f(x) + m.gain, lambda m, x: x + m.f(x) + 1], ids=["parameter", "number"]
+)
+def test_block_that_adds_a_constant_is_not_plain(function):
     assert not follow(function).plain
 
 
-def test_positions_name_the_branches_that_have_been_added():
+def test_stream_positions_name_the_branches_already_added():
     flow = follow(sequential)
     f, g = flow.branches
     x, output = flow.call.arguments[0], flow.call.output
@@ -211,7 +213,7 @@ def test_positions_name_the_branches_that_have_been_added():
 
 
 @pytest.mark.parametrize(("function", "parts"), [(sequential, ["norm", "f"]), (sandwich, ["norm", "f", "other"])])
-def test_a_cone_reaches_from_the_term_back_to_the_stream_and_no_further(function, parts):
+def test_cone_of_a_branch_ends_at_the_stream(function, parts):
     flow = follow(function)
     calls = [flow.tape.calls_of(f"block.{name}")[0] for name in parts]
     inside = {index for call in calls for index in range(call.start, call.stop)}
@@ -219,7 +221,7 @@ def test_a_cone_reaches_from_the_term_back_to_the_stream_and_no_further(function
     assert flow.branches[0].cone == inside - weights
 
 
-def test_a_cone_ends_at_x_and_not_at_what_made_x():
+def test_cone_of_a_branch_ends_at_x_and_not_at_its_producer():
     flow = follow(parallel)
     f, g = flow.branches
     first, second = (flow.tape.calls_of("block.norm")[i] for i in (0, 1))
@@ -228,7 +230,7 @@ def test_a_cone_ends_at_x_and_not_at_what_made_x():
     assert f.cone.isdisjoint(g.cone)
 
 
-def test_a_norm_that_two_branches_share_is_in_both_cones():
+def test_norm_shared_by_two_branches_is_in_both_cones():
     def shared(m, x):
         n = m.norm(x)
         return x + m.f(n) + m.g(n)
@@ -238,7 +240,7 @@ def test_a_norm_that_two_branches_share_is_in_both_cones():
     assert [index in norm for index in sorted(f.cone & g.cone)] == [True]
 
 
-def test_behind_a_post_norm_the_stream_goes_on_and_the_branch_knows_its_norm():
+def test_stream_continues_after_a_post_norm_that_belongs_to_its_branch():
     flow = follow(post_norm)
     f, g = flow.branches
     assert [branch.norm.path for branch in (f, g)] == ["block.norm", "block.other"]
@@ -247,20 +249,20 @@ def test_behind_a_post_norm_the_stream_goes_on_and_the_branch_knows_its_norm():
     assert flow.call.output == g.after
 
 
-def test_a_norm_at_the_end_of_the_stream_belongs_to_no_branch_if_two_are_before_it():
+def test_final_norm_after_two_branches_belongs_to_neither():
     flow = follow(lambda m, x: m.norm(x + m.f(x) + m.g(x)))
     assert [branch.norm for branch in flow.branches] == [None, None]
     assert not flow.plain
 
 
-def test_x_is_the_first_argument_of_the_shape_of_the_output_also_by_name():
+def test_x_is_the_first_argument_with_the_shape_of_the_output():
     x, mask = torch.randn(1, 4, WIDTH), torch.ones(4, 4)
     flow = follow(lambda m, mask, *, hidden: (hidden + m.f(hidden), mask), mask, hidden=x)
     assert flow.source == "hidden"
     assert terms(flow) == [("f", 1.0, [])]
 
 
-def test_a_tuple_is_followed_by_its_first_place():
+def test_block_that_returns_a_tuple_is_followed_by_its_first_element():
     flow = follow(lambda m, x: (x + m.f(x), m.g(x)))
     assert terms(flow) == [("f", 1.0, [])]
 
@@ -285,6 +287,7 @@ def into_a_view(m, x):
         (lambda m, x: x + m.f(x) + x, "it adds its stream to itself"),
         (lambda m, x: (y := x + m.f(x)) + m.g(x * y), "a branch reads the stream at more than one place"),
     ],
+    ids=["branch alone", "lerp", "tanh", "cat", "view", "product", "constant", "doubled", "two places"],
 )
 def test_block_whose_output_is_no_sum_is_refused_by_its_name(function, reason):
     with pytest.raises(UnprovenStructureError) as caught:
@@ -299,8 +302,9 @@ def test_block_whose_output_is_no_sum_is_refused_by_its_name(function, reason):
         (lambda m, x: {"x": x}, "block returns no tensor."),
         (lambda m, x: x[:, :2], "block: no argument has the shape of its output, (1, 2, 8)."),
     ],
+    ids=["None", "dict", "slice"],
 )
-def test_a_block_without_a_stream_is_refused(function, message):
+def test_block_without_a_stream_is_refused(function, message):
     with pytest.raises(UnprovenStructureError) as caught:
         follow(function)
     assert str(caught.value) == message

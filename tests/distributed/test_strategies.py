@@ -95,6 +95,7 @@ def test_tensor_parallelism_is_refused(name):
         lambda: SublayerDrop(2, target_speedup=1.1),
         lambda: SublayerDrop(2, count=1, objective="speed"),
     ],
+    ids=["SpeedMonitor", "target_speedup", "objective"],
 )
 def test_speed_of_sharded_weights_is_refused(callback):
     own = callback()
@@ -200,6 +201,7 @@ def test_reshard_restores_the_optimizers_parameters(tmp_path):
         lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1),
         lambda groups: NAdam(groups, lr=0.1, weight_decay=0.1),
     ],
+    ids=["AdamW", "SGD", "NAdam"],
 )
 def test_complete_state_changes_nothing_else(make):
     first, second, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))

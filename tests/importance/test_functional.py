@@ -32,7 +32,7 @@ def random_pair(shape, ratio, seed=0, scale=1.0):
     return x, torch.randn(shape, generator=generator) * scale * ratio
 
 
-def test_the_reference_is_the_textbook_formula():
+def test_importance_reference_equals_the_textbook_formula():
     x, b = random_pair((50, 16), 1.0)
     cosine = cosine_similarity(x.double(), x.double() + b.double(), dim=-1)
     torch.testing.assert_close(reference(cosine_importance, x, b), 1 - cosine)
@@ -48,7 +48,7 @@ def test_the_reference_is_the_textbook_formula():
     scale=st.floats(-6, 6),
     seed=st.integers(0, 2**32),
 )
-def test_equals_float64_over_shapes_and_scales(function, shape, hidden, exponent, scale, seed):
+def test_importance_equals_float64_over_shapes_and_scales(function, shape, hidden, exponent, scale, seed):
     x, b = random_pair((*shape, hidden), 10**exponent, seed, 10**scale)
     values = function(x, b, reduction="none")
     assert values.shape == tuple(shape)
@@ -62,7 +62,7 @@ def test_equals_float64_over_shapes_and_scales(function, shape, hidden, exponent
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("ratio", [1e-5, 1e-4, 1e-3])
-def test_keeps_its_digits_where_float32_has_none_left(function, ratio):
+def test_importance_keeps_its_digits_where_a_float32_cosine_loses_them(function, ratio):
     x, b = random_pair((256, 64), ratio)
     expected = reference(function, x, b)
 
@@ -78,14 +78,14 @@ def test_keeps_its_digits_where_float32_has_none_left(function, ratio):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-4])
-def test_a_branch_that_nearly_cancels_x(function, left):
+def test_importance_is_exact_if_the_branch_nearly_cancels_x(function, left):
     """Y is small and points another way: 10 % to 0.01 % of X is left, turned by about 6 degrees."""
     x, noise = random_pair((64, 64), 0.1)
     b = left * noise - (1 - left) * x
     torch.testing.assert_close(function(x, b, reduction="none").double(), reference(function, x, b), rtol=1e-2, atol=0)
 
 
-def test_an_antiparallel_branch_turns_x_around_or_leaves_its_direction():
+def test_importance_of_an_antiparallel_branch_is_that_of_a_half_turn_or_zero():
     x, _ = random_pair((8, 16), 1.0)
     torch.testing.assert_close(cosine_importance(x, -3 * x), torch.tensor(2.0))
     torch.testing.assert_close(angular(x, -3 * x), torch.tensor(1.0), rtol=1e-3, atol=0)
@@ -94,14 +94,14 @@ def test_an_antiparallel_branch_turns_x_around_or_leaves_its_direction():
     assert angular(x, -0.5 * x).item() < 1e-3
 
 
-def test_a_parallel_branch_does_not_turn_x():
+def test_importance_of_a_parallel_branch_is_zero():
     x, _ = random_pair((8, 16), 1.0)
     assert cosine_importance(x, 2 * x).item() < 1e-6
     assert angular(x, 2 * x).item() < 1e-3
 
 
 @pytest.mark.parametrize("function", [cosine_importance, angular])
-def test_where_x_or_y_is_zero_there_is_no_angle(function):
+def test_importance_has_its_undefined_value_if_x_or_y_is_zero(function):
     x, b = random_pair((3, 16), 1.0)
     assert function(torch.zeros_like(x), b).item() == UNDEFINED[function]
     assert function(torch.zeros_like(x), torch.zeros_like(x)).item() == UNDEFINED[function]
@@ -109,12 +109,12 @@ def test_where_x_or_y_is_zero_there_is_no_angle(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_zero_branch_has_no_importance(function):
+def test_importance_of_a_zero_branch_is_zero(function):
     x, _ = random_pair((3, 16), 1.0)
     assert function(x, torch.zeros_like(x)).item() == 0
 
 
-def test_relative_magnitude_where_x_is_zero():
+def test_relative_magnitude_is_infinite_if_only_x_is_zero():
     zero, b = torch.zeros(3, 4), torch.ones(3, 4)
     assert relative_magnitude(zero, b).item() == math.inf
     assert relative_magnitude(zero, zero).item() == 0
@@ -122,13 +122,13 @@ def test_relative_magnitude_where_x_is_zero():
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(("x", "b"), [(math.nan, 1.0), (1.0, math.nan), (math.nan, math.nan), (1.0, math.inf)])
-def test_a_broken_token_is_not_ranked_as_a_number(function, x, b):
+def test_importance_of_a_nan_or_infinite_token_is_not_finite(function, x, b):
     assert not math.isfinite(function(torch.full((2, 4), x), torch.full((2, 4), b)).item())
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_input_is_computed_in_float32(function, dtype):
+def test_importance_of_half_precision_input_is_computed_in_float32(function, dtype):
     x, b = (tensor.to(dtype) for tensor in random_pair((4, 7, 32), 0.01))
     values = function(x, b, reduction="none")
     assert values.dtype == torch.float32
@@ -136,14 +136,14 @@ def test_half_precision_input_is_computed_in_float32(function, dtype):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_float64_input_stays_float64(function):
+def test_importance_of_float64_input_stays_float64(function):
     x, b = (tensor.double() for tensor in random_pair((4, 32), 1e-3))
     values = function(x, b, reduction="none")
     assert values.dtype == torch.float64
     torch.testing.assert_close(values, reference(function, x, b), rtol=1e-8, atol=0)
 
 
-def test_mixed_precision_takes_the_wider():
+def test_importance_of_mixed_dtypes_is_computed_in_the_wider_one():
     x, b = random_pair((4, 32), 0.1)
     narrow = b.bfloat16()
     torch.testing.assert_close(
@@ -155,7 +155,7 @@ def test_mixed_precision_takes_the_wider():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_autocast_changes_nothing(function):
+def test_importance_is_the_same_under_autocast(function):
     x, b = random_pair((4, 7, 32), 0.01)
     outside = function(x, b, reduction="none")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,7 +164,7 @@ def test_autocast_changes_nothing(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
-def test_a_mask_leaves_padded_tokens_out_even_where_they_are_nan(function, dtype):
+def test_importance_leaves_masked_tokens_out_even_if_they_are_nan(function, dtype):
     x, b = random_pair((2, 5, 16), 0.3)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], dtype=dtype)
     kept = mask.bool()
@@ -174,7 +174,7 @@ def test_a_mask_leaves_padded_tokens_out_even_where_they_are_nan(function, dtype
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_the_mean_weighs_every_token_alike(function):
+def test_importance_mean_weighs_every_token_equally(function):
     x, b = random_pair((3, 5, 16), 0.3)
     torch.testing.assert_close(function(x, b).double(), reference(function, x, b).mean(), rtol=1e-5, atol=0)
     assert function(x, b).shape == ()
@@ -182,7 +182,7 @@ def test_the_mean_weighs_every_token_alike(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("scale", [1e-8, 1e6, 1e9])
-def test_huge_and_tiny_activations(function, scale):
+def test_importance_is_exact_for_huge_and_tiny_activations(function, scale):
     x, b = random_pair((16, 4096), 0.1, scale=scale)
     torch.testing.assert_close(function(x, b, reduction="none").double(), reference(function, x, b), rtol=1e-3, atol=0)
 
@@ -190,7 +190,7 @@ def test_huge_and_tiny_activations(function, scale):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @settings(deadline=None, max_examples=30)
 @given(power=st.integers(-12, 12), seed=st.integers(0, 1000))
-def test_scaling_x_and_b_alike_changes_nothing(function, power, seed):
+def test_importance_does_not_depend_on_a_common_scale_of_x_and_branch(function, power, seed):
     x, b = random_pair((6, 24), 0.2, seed)
     scaled = function(x * 2.0**power, b * 2.0**power, reduction="none")
     torch.testing.assert_close(scaled, function(x, b, reduction="none"), rtol=1e-6, atol=0)
@@ -198,7 +198,7 @@ def test_scaling_x_and_b_alike_changes_nothing(function, power, seed):
 
 @settings(deadline=None, max_examples=100)
 @given(ratio=st.floats(-4, 4), seed=st.integers(0, 1000), hidden=st.integers(1, 8))
-def test_ranges(ratio, seed, hidden):
+def test_cosine_importance_is_within_0_and_2_and_angular_within_0_and_1(ratio, seed, hidden):
     x, b = random_pair((20, hidden), 10**ratio, seed)
     cosine, angle = (f(x, b, reduction="none") for f in (cosine_importance, angular))
     assert ((cosine >= 0) & (cosine <= 2 + 1e-5)).all()

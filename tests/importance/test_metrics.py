@@ -49,7 +49,7 @@ def assert_equal(metric, expected):
 
 
 @metrics
-def test_running_equals_whole_at_once(metric_class):
+def test_importance_metric_over_batches_equals_the_mean_over_all_tokens(metric_class):
     batches = [batch(0, 2, 7), batch(1, 5), batch(2, 3, 1), batch(3, 1, 40)]
     metric = metric_class()
     for x, b in batches:
@@ -59,7 +59,7 @@ def test_running_equals_whole_at_once(metric_class):
 
 
 @metrics
-def test_masks_choose_tokens_even_among_nan(metric_class):
+def test_importance_metric_leaves_masked_tokens_out_even_if_they_are_nan(metric_class):
     metric, tokens = metric_class(), []
     for seed in range(3):
         x, b = batch(seed, 2, 6)
@@ -72,7 +72,7 @@ def test_masks_choose_tokens_even_among_nan(metric_class):
 
 
 @metrics
-def test_several_branches_side_by_side(metric_class):
+def test_importance_metric_keeps_several_branches_apart(metric_class):
     metric, expected = metric_class(num_branches=3), []
     for index in range(3):
         x, b = batch(index, 4, 5 + index)
@@ -81,7 +81,7 @@ def test_several_branches_side_by_side(metric_class):
     assert_equal(metric, expected)
 
 
-def test_a_branch_without_tokens_is_nan():
+def test_importance_metric_of_a_branch_without_tokens_is_nan():
     metric = CosineImportance(num_branches=2)
     x, b = batch(0, 3)
     metric.update(x, b, index=1)
@@ -107,7 +107,7 @@ def test_computing_a_metric_midway_changes_nothing():
     assert_equal(metric, [tokens.mean().item()])
 
 
-def test_a_million_tiny_values_are_not_lost():
+def test_importance_metric_adds_small_values_to_a_large_sum_exactly():
     """In float32 a sum that has reached 10^7 swallows every further 0.3."""
     metric = RelativeMagnitude()
     metric.total += 1e7
@@ -119,8 +119,12 @@ def test_a_million_tiny_values_are_not_lost():
     assert (metric.total - 1e7).item() == pytest.approx(30, rel=1e-6)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.float(), lambda m: m.half(), lambda m: torch.nn.Sequential(m).bfloat16()])
-def test_the_sums_stay_float64_when_a_model_around_them_is_cast(cast):
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.float(), lambda m: m.half(), lambda m: torch.nn.Sequential(m).bfloat16()],
+    ids=["float32", "float16", "bfloat16"],
+)
+def test_importance_metric_stays_float64_when_its_model_is_cast(cast):
     metric = CosineImportance()
     metric.update(*batch(0, 3))
     before = metric.total.clone()
@@ -138,8 +142,10 @@ def test_importance_metric_holds_two_numbers_per_branch_however_many_tokens():
 
 
 @metrics
-@pytest.mark.parametrize("carry", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
-def test_a_copy_goes_on_by_itself(metric_class, carry):
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))], ids=["deepcopy", "pickle"]
+)
+def test_copied_importance_metric_counts_independently(metric_class, carry):
     metric, (x, b), (x2, b2) = metric_class(), batch(0, 3), batch(1, 8)
     metric.update(x, b)
     twin = carry(metric)
@@ -149,13 +155,13 @@ def test_a_copy_goes_on_by_itself(metric_class, carry):
     assert_equal(twin, [torch.cat([first, second]).mean().item()])
 
 
-def test_the_registry_knows_every_metric_by_name():
+def test_metric_registry_finds_every_metric_by_name():
     expected = {"cosine": CosineImportance, "relative_magnitude": RelativeMagnitude, "angular": Angular}
     assert expected == METRICS
     assert get_metric("angular") is Angular
 
 
-def test_an_unknown_name_is_answered_with_the_nearest():
+def test_unknown_metric_name_is_refused_with_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"Unknown importance metric 'cosin'\. Did you mean 'cosine'") as caught:
         get_metric("cosin")
     assert caught.value.name == "cosin"
@@ -166,7 +172,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     assert "Did you mean" not in str(caught.value)
 
 
-def test_a_metric_of_ones_own_is_found(monkeypatch):
+def test_registered_custom_metric_is_found_by_name(monkeypatch):
     class BranchSize(ImportanceMetric):
         function = staticmethod(lambda x, branch, reduction: branch.norm(dim=-1))
 
@@ -238,7 +244,7 @@ def ranks(tmp_path_factory):
     return results[0], torch.load(folder / "1.pt", weights_only=True)
 
 
-def test_two_processes_give_the_value_of_one_over_all_tokens(ranks):
+def test_importance_metric_on_two_ranks_equals_one_process_over_all_tokens(ranks):
     for values, *_ in ranks:
         for metric_class, (shared, lonely) in zip(FORMULAS, values, strict=True):
             tokens = [per_token(metric_class, *batch(r, *shape)).flatten() for r, shape in enumerate(SHARDS)]
@@ -246,7 +252,7 @@ def test_two_processes_give_the_value_of_one_over_all_tokens(ranks):
             assert lonely == pytest.approx(per_token(metric_class, *batch(7, 4)).mean().item(), rel=1e-5)
 
 
-def test_two_processes_estimate_what_one_does_over_all_batches(ranks):
+def test_estimated_importance_on_two_ranks_equals_one_process_over_all_batches(ranks):
     """One process is compared with stored hidden states in test_tracker.py."""
     scores = estimate_importance(build_model("llama"), token_batches(0) + token_batches(1))
     for _, values, blocks, tokens, _ in ranks:
@@ -256,7 +262,7 @@ def test_two_processes_estimate_what_one_does_over_all_batches(ranks):
     assert ranks[0][1:] == ranks[1][1:]
 
 
-def test_a_broken_batch_of_one_rank_is_left_out_on_both(ranks):
+def test_nan_batch_of_one_rank_is_left_out_on_both_ranks(ranks):
     for _, values, _, _, (without, told) in ranks:
         assert without == values
         assert len(told) == 1
@@ -264,7 +270,7 @@ def test_a_broken_batch_of_one_rank_is_left_out_on_both(ranks):
 
 
 @metrics
-def test_whole_passes_count_or_do_not(metric_class):
+def test_pass_sums_leave_out_a_pass_if_one_branch_is_not_finite(metric_class):
     """Against the mean over the tokens of the passes in which all branches are finite."""
     sums, expected = PassSums(2), ([], [])
     for seed in range(5):

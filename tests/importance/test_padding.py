@@ -14,7 +14,7 @@ MODEL_TYPES = ("llama", "bert", "opt", "xlnet", "hy_v4", "mixtral", "granitemoes
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_importances_of_padded_sequences(model_type, side):
+def test_importance_of_padded_sequences_leaves_padding_out(model_type, side):
     case = Case(tiny_model(model_type))
     if model_type == "xlnet":
         case.model.transformer.attn_type = "bi"  # transformers 5.23 cannot mask the padding of the other one
@@ -38,7 +38,7 @@ def test_importances_of_padded_sequences(model_type, side):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_sublayers_importance_is_of_what_goes_in_and_what_comes_out(model_type):
+def test_importance_of_a_sublayer_compares_its_input_with_its_output(model_type):
     """From the two places where a branch says that X and Y, or b, can be read."""
     case = Case(tiny_model(model_type))
     seen = {}

@@ -107,7 +107,7 @@ def assert_close(scores, sublayers, blocks):
 
 
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_importance_equals_that_of_stored_hidden_states(model, metric):
+def test_estimated_importance_equals_that_of_stored_hidden_states(model, metric):
     scores = estimate_importance(model, BATCHES, metric)
     assert_close(scores, *plain_scores(model, BATCHES, metric))
     assert (scores.metric, scores.tokens) == (metric, TOKENS)
@@ -115,12 +115,12 @@ def test_importance_equals_that_of_stored_hidden_states(model, metric):
     assert list(scores) == list(find_sublayers(model))
 
 
-def test_without_a_mask_every_token_counts(model):
+def test_estimated_importance_without_a_mask_counts_every_token(model):
     batches = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     assert_close(estimate_importance(model, batches), *plain_scores(model, batches))
 
 
-def test_padding_does_not_matter_only_what_is_read(llama):
+def test_estimated_importance_does_not_depend_on_padding(llama):
     plain, padded = make_batch(5, 2, 8), make_batch(5, 2, 8)
     padding = {"input_ids": torch.full((2, 3), 17), "attention_mask": torch.zeros(2, 3, dtype=torch.long)}
     right = {key: torch.cat([padded[key], padding[key]], dim=1) for key in padded}
@@ -128,20 +128,20 @@ def test_padding_does_not_matter_only_what_is_read(llama):
     assert dict(estimate_importance(llama, [right])) == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_token_weighs_the_same_not_every_batch(llama):
+def test_estimated_importance_weighs_tokens_and_not_batches_equally(llama):
     whole = {key: torch.cat([BATCHES[1][key]] * 3) for key in BATCHES[1]}
     three = estimate_importance(llama, [BATCHES[1]] * 3 + [make_batch(3, 1, 4)])
     one = estimate_importance(llama, [whole, make_batch(3, 1, 4)])
     assert dict(three) == pytest.approx(one, rel=1e-6)
 
 
-def test_through_the_module_that_holds_the_model(llama):
+def test_importance_of_a_held_transformer_equals_that_of_the_transformer(llama):
     holder = torch.nn.ModuleDict({"student": llama, "teacher": build_model("gpt2")})
     assert estimate_importance(holder, BATCHES, name="student") == estimate_importance(llama, BATCHES)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi", "olmo2", "gemma3_text"])
-def test_other_topologies_give_the_block_its_own_importance(family):
+def test_block_importance_of_other_topologies_compares_block_input_with_output(family):
     """Whatever norms stand around the branches: X is the block's input and Y its output."""
     model = build_model(family)
     blocks = model.get_submodule("gpt_neox.layers" if family == "gpt_neox" else "model.layers")
@@ -163,7 +163,7 @@ def test_other_topologies_give_the_block_its_own_importance(family):
         assert scores.blocks[i] == pytest.approx(torch.cat(tokens).mean().item(), rel=1e-4), i
 
 
-def test_exactly_one_forward_pass_a_batch(model):
+def test_estimating_importance_runs_one_forward_pass_per_batch(model):
     seen = []
     path, *_ = PATHS[model.config.model_type]
     last = model.get_submodule(path)[-1]
@@ -212,7 +212,7 @@ def test_importance_is_estimated_without_dropout(make_model):
     assert_close(estimate_importance(model, BATCHES), *plain_scores(model, BATCHES))
 
 
-def test_bypassed_sublayers_are_absent_and_the_others_as_on_the_dropped_model(model):
+def test_estimated_importance_of_a_dropped_model_has_only_the_sublayers_left(model):
     found = find_sublayers(model)
     dropped = [found[0], found[3], *found[4:6]]
     sublayers, blocks = plain_scores(model, BATCHES, zeroed=dropped)
@@ -224,7 +224,7 @@ def test_bypassed_sublayers_are_absent_and_the_others_as_on_the_dropped_model(mo
     assert estimate_importance(model, BATCHES) == scores
 
 
-def test_a_bypass_while_the_tracker_watches(llama):
+def test_tracker_measures_the_dropped_model_after_a_bypass(llama):
     found = find_sublayers(llama)
     sublayers, blocks = plain_scores(llama, BATCHES, zeroed=found[3:4])
     with ImportanceTracker(llama) as tracker:
@@ -239,7 +239,7 @@ def test_a_bypass_while_the_tracker_watches(llama):
         assert_close(tracker.compute(), {s: v for s, v in sublayers.items() if s != found[3]}, blocks)
 
 
-def test_discovery_is_not_measured(llama):
+def test_tracker_does_not_measure_discovery_probes(llama):
     """Its probe puts random values in the place of every branch."""
     with ImportanceTracker(llama) as tracker:
         tracker.start()
@@ -251,7 +251,7 @@ def test_discovery_is_not_measured(llama):
 
 
 @pytest.mark.parametrize("take", [1, 2, 3, 99])
-def test_max_batches_and_generators(llama, take):
+def test_estimating_importance_takes_max_batches_from_a_generator(llama, take):
     drawn = []
 
     def generate():
@@ -264,7 +264,7 @@ def test_max_batches_and_generators(llama, take):
     assert scores == estimate_importance(llama, BATCHES[:take])
 
 
-def test_what_the_body_does_not_take_is_ignored(llama):
+def test_estimating_importance_ignores_batch_entries_that_the_body_does_not_take(llama):
     extended = [{**batch, "labels": batch["input_ids"], "text": ["a"], "idx": torch.arange(3)} for batch in BATCHES]
     expected, given = estimate_importance(llama, BATCHES), []
     llama.model.register_forward_pre_hook(lambda _module, _args, kwargs: given.append(set(kwargs)), with_kwargs=True)
@@ -272,14 +272,14 @@ def test_what_the_body_does_not_take_is_ignored(llama):
     assert given[-3:] == [{"input_ids", "attention_mask", "use_cache"}] * 3
 
 
-def test_a_batch_may_be_any_mapping(llama):
+def test_estimating_importance_takes_any_mapping_as_a_batch(llama):
     from transformers import BatchEncoding
 
     encoded = [BatchEncoding(batch) for batch in BATCHES]
     assert estimate_importance(llama, encoded) == estimate_importance(llama, BATCHES)
 
 
-def test_token_ids_alone_are_a_batch(llama):
+def test_estimating_importance_takes_plain_token_ids_as_a_batch(llama):
     bare = [batch["input_ids"] for batch in BATCHES]
     assert estimate_importance(llama, bare) == estimate_importance(llama, [{"input_ids": ids} for ids in bare])
 
@@ -295,18 +295,18 @@ def test_token_ids_alone_are_a_batch(llama):
         ([torch.ones(4, dtype=torch.long)], r"mapping with input_ids.*shape \(4,\)"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(llama, batches, names):
+def test_estimating_importance_refuses_unusable_batches(llama, batches, names):
     with pytest.raises(CalibrationError, match=names):
         estimate_importance(llama, batches)
 
 
-def test_an_unknown_metric_is_refused_before_anything_runs(llama):
+def test_estimating_importance_refuses_an_unknown_metric_before_a_forward_pass(llama):
     llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(UnknownNameError, match="Did you mean 'cosine'"):
         estimate_importance(llama, BATCHES, "cosin")
 
 
-def test_a_model_in_which_everything_is_dropped_has_no_scores(llama):
+def test_estimating_importance_refuses_a_model_without_sublayers_left(llama):
     bypass(llama, find_sublayers(llama))
     with pytest.raises(CalibrationError):
         estimate_importance(llama, BATCHES)
@@ -327,7 +327,7 @@ def marked(model, value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_a_batch_with_nan_or_infinity_is_left_out_as_a_whole(llama, metric, value):
+def test_batch_with_nan_or_infinity_is_left_out_of_the_importance_with_a_warning(llama, metric, value):
     bad = marked(llama, value)
     with pytest.warns(UserWarning, match=r"^2 of 5 forward passes left out.*first that of attention\.0\.$"):
         scores = estimate_importance(llama, [bad, *BATCHES[:2], bad, BATCHES[2]], metric)
@@ -338,7 +338,7 @@ def test_a_batch_with_nan_or_infinity_is_left_out_as_a_whole(llama, metric, valu
 
 
 @pytest.mark.parametrize("metric", list(FORMULAS))
-def test_where_no_batch_is_finite_there_are_no_scores(llama, metric):
+def test_estimating_importance_refuses_batches_that_are_all_not_finite(llama, metric):
     """A NaN must not turn into a number that could be ranked."""
     bad = marked(llama)
     with pytest.raises(NotFiniteError, match=r"2 of 2 forward passes.*attention\.0, and nothing is left"):
@@ -359,7 +359,7 @@ def broken_in(module):
     handle.remove()
 
 
-def test_what_was_finite_in_a_broken_pass_does_not_count_either(llama):
+def test_nan_pass_counts_for_no_sublayer_of_the_tracker(llama):
     """Or the first sublayers would be averaged over other tokens than the last."""
     expected = measured(llama, BATCHES[::2])
     with ImportanceTracker(llama) as tracker:
@@ -383,7 +383,7 @@ def test_what_was_finite_in_a_broken_pass_does_not_count_either(llama):
             tracker.compute()
 
 
-def test_a_broken_pass_under_activation_checkpointing_counts_once(llama):
+def test_nan_pass_under_activation_checkpointing_is_skipped_once(llama):
     llama.train()
     expected = measured(llama, BATCHES[:1])
     llama.activation_checkpointing_enable({"use_reentrant": False})
@@ -396,7 +396,7 @@ def test_a_broken_pass_under_activation_checkpointing_counts_once(llama):
         assert tracker.skipped == Skipped(1, 2, "attention.1")
 
 
-def test_a_broken_pass_of_a_decoder_with_an_encoder_counts_nowhere():
+def test_nan_pass_of_an_encoder_decoder_counts_for_neither_part():
     sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     config = AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes)
     set_seed(0)
@@ -410,7 +410,7 @@ def test_a_broken_pass_of_a_decoder_with_an_encoder_counts_nowhere():
     assert (scores, scores.blocks) == (expected, expected.blocks)
 
 
-def test_the_state_of_a_tracker_keeps_what_was_left_out(llama):
+def test_tracker_state_keeps_the_number_of_skipped_passes(llama):
     with ImportanceTracker(llama) as tracker:
         tracker.start()
         llama(**BATCHES[0])
@@ -424,7 +424,7 @@ def test_the_state_of_a_tracker_keeps_what_was_left_out(llama):
     assert resumed.skipped == tracker.skipped == Skipped(1, 2, "mlp.0")
 
 
-def test_a_metric_of_ones_own_needs_nothing_for_it(llama, monkeypatch):
+def test_custom_metric_leaves_nan_passes_out_without_code_of_its_own(llama, monkeypatch):
     class Size(ImportanceMetric):
         """One that fills its sums in its own way."""
 
@@ -438,7 +438,7 @@ def test_a_metric_of_ones_own_needs_nothing_for_it(llama, monkeypatch):
         assert estimate_importance(llama, [*BATCHES, marked(llama)], "size") == expected
 
 
-def test_scores_under_inference_mode(llama):
+def test_tracker_under_inference_mode_gives_the_same_scores(llama):
     expected = estimate_importance(llama, BATCHES)
     with ImportanceTracker(llama) as tracker:
         tracker.start()
@@ -469,7 +469,7 @@ def token_tensors(tracker, tokens):
     return found
 
 
-def test_no_activation_is_kept_while_it_watches_and_nothing_at_all_afterwards(llama):
+def test_tracker_keeps_no_activation(llama):
     batch = make_batch(0, 2, 61, padding=3)
     with ImportanceTracker(llama) as tracker:
         tracker.start()
@@ -478,7 +478,7 @@ def test_no_activation_is_kept_while_it_watches_and_nothing_at_all_afterwards(ll
     assert token_tensors(tracker, 61) == []
 
 
-def test_nothing_is_kept_after_a_pass_that_failed_midway(llama):
+def test_detached_tracker_keeps_no_activation_of_a_failed_pass(llama):
     with ImportanceTracker(llama) as tracker:
         tracker.start()
         with pytest.raises(KeyError), raising_in(llama.model.layers[2].mlp):
@@ -499,7 +499,7 @@ def raising_in(module):
         handle.remove()
 
 
-def test_a_pass_that_failed_midway_does_not_spoil_the_next(llama):
+def test_tracker_reset_after_a_failed_pass_measures_the_next_exactly(llama):
     expected = measured(llama, BATCHES[1:2])
     with ImportanceTracker(llama) as tracker:
         tracker.start()
@@ -511,7 +511,7 @@ def test_a_pass_that_failed_midway_does_not_spoil_the_next(llama):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_counts_each_token_once(llama, reentrant):
+def test_tracker_under_activation_checkpointing_counts_each_token_once(llama, reentrant):
     llama.train()
     expected = measured(llama, BATCHES)
     llama.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -526,13 +526,13 @@ def test_activation_checkpointing_counts_each_token_once(llama, reentrant):
     assert llama.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
-def test_a_tracker_during_training_sees_what_estimate_importance_sees(model_type, make_model):
+def test_tracker_in_training_mode_gives_the_scores_of_estimated_importance(model_type, make_model):
     dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if model_type == "gpt2" else {}
     model = make_model(model_type, **dropout).train()
     assert_close(measured(model, BATCHES), *plain_scores(model, BATCHES))
 
 
-def test_gradients_under_a_tracker_are_those_without(llama):
+def test_tracker_does_not_change_gradients(llama):
     llama(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in llama.named_parameters()}
     llama.zero_grad()
@@ -542,7 +542,7 @@ def test_gradients_under_a_tracker_are_those_without(llama):
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in llama.named_parameters())
 
 
-def test_an_inactive_tracker_measures_nothing(llama):
+def test_inactive_tracker_measures_nothing(llama):
     with ImportanceTracker(llama) as tracker:
         for batch in BATCHES:
             llama(**batch)
@@ -551,7 +551,7 @@ def test_an_inactive_tracker_measures_nothing(llama):
             tracker.compute()
 
 
-def test_a_detached_tracker_measures_nothing_and_keeps_what_it_has(llama):
+def test_detached_tracker_measures_nothing_and_keeps_its_sums(llama):
     tracker = ImportanceTracker(llama)
     with tracker:
         tracker.start()
@@ -567,14 +567,14 @@ def test_a_detached_tracker_measures_nothing_and_keeps_what_it_has(llama):
         tracker.compute()
 
 
-def test_an_error_while_measuring_stops_it(llama):
+def test_tracker_is_inactive_after_an_error_while_measuring(llama):
     with ImportanceTracker(llama) as tracker:
         with pytest.raises(KeyError), tracker.measuring():
             raise KeyError
         assert not tracker.active
 
 
-def test_switching_it_off_leaves_a_batch_out(llama):
+def test_tracker_leaves_out_batches_that_run_while_it_is_inactive(llama):
     with ImportanceTracker(llama) as tracker:
         for batch, active in zip(BATCHES, [True, False, True], strict=True):
             with tracker.measuring() if active else nullcontext():
@@ -584,7 +584,7 @@ def test_switching_it_off_leaves_a_batch_out(llama):
         assert_close(tracker.compute(), *plain_scores(llama, BATCHES[::2]))
 
 
-def test_generation_with_a_cache_and_padding(llama):
+def test_tracker_counts_each_token_once_in_cached_generation_with_padding(llama):
     """The mask grows with the cache; the tokens of this pass are its last ones."""
     batch = make_batch(0, 2, 6, padding=2)
     with ImportanceTracker(llama) as tracker:
@@ -593,7 +593,7 @@ def test_generation_with_a_cache_and_padding(llama):
         assert tracker.compute().tokens == 4 + 6 + 2 * 2  # the third new token is never read
 
 
-def test_state_of_a_tracker_goes_round_through_json_midway(llama):
+def test_tracker_state_resumes_through_json(llama):
     with ImportanceTracker(llama) as tracker:
         tracker.start()
         llama(**BATCHES[0])
@@ -611,7 +611,7 @@ def test_state_of_a_tracker_goes_round_through_json_midway(llama):
     assert again.tokens == whole.tokens
 
 
-def test_reading_the_scores_midway_changes_nothing(llama):
+def test_computing_tracker_scores_midway_changes_nothing(llama):
     with ImportanceTracker(llama) as tracker:
         tracker.start()
         for batch in BATCHES:
@@ -620,14 +620,14 @@ def test_reading_the_scores_midway_changes_nothing(llama):
         assert tracker.compute() == measured(llama, BATCHES)
 
 
-def test_bfloat16_autocast_is_measured_in_float32(llama):
+def test_estimated_importance_under_bfloat16_autocast_is_near_that_of_float64(llama):
     expected, _ = plain_scores(llama, BATCHES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = estimate_importance(llama, BATCHES)
     assert dict(scores) == pytest.approx(expected, rel=0.05)  # bfloat16 activations, three digits
 
 
-def test_under_torch_compile_it_can_be_switched_on_later():
+def test_tracker_starts_after_torch_compile():
     model = build_model("llama", num_hidden_layers=1)
     expected = measured(model, BATCHES[:1])
     with ImportanceTracker(model) as tracker, torch.no_grad():

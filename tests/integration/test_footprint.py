@@ -112,7 +112,7 @@ def without(tmp_path_factory):
     return left_alone, died
 
 
-def test_the_look_reaches_loops_fetchers_strategy_loggers_and_connectors(without):
+def test_footprint_covers_loops_fetchers_strategy_loggers_and_connectors(without):
     seen, _ = without[0]
     assert {"setup", "training", "validation", "teardown", "after"} <= seen.keys()
     for path in (

@@ -52,7 +52,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("said", REFUSED)
-def test_what_cannot_be_done_to_shards_is_refused_before_training(said, tmp_path):
+def test_fsdp_refuses_impossible_callbacks_before_training(said, tmp_path):
     trainer = trainer_of(tmp_path, REFUSED[said](), max_steps=2)
     module = Sharded()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -62,8 +62,8 @@ def test_what_cannot_be_done_to_shards_is_refused_before_training(said, tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items() if name in before)
 
 
-@pytest.mark.parametrize("watcher", [lambda: RedundancyMonitor(2), Report])
-def test_a_drop_by_hand_that_nobody_would_read_back_is_refused_before_training(tmp_path, watcher):
+@pytest.mark.parametrize("watcher", [lambda: RedundancyMonitor(2), Report], ids=["RedundancyMonitor", "Report"])
+def test_fsdp_refuses_an_unrecorded_bypass_by_hand_before_training(tmp_path, watcher):
     """None of these has the dropped weights go by other names, and a Trainer would take the dense ones."""
     for bypassed, others in [(True, []), (False, []), (True, [SublayerDrop(START, count=1)])]:
         module = Sharded()

@@ -51,28 +51,28 @@ def asked(make_trainer):
     return go
 
 
-def test_wraps_checkpoint_io():
+def test_wraps_checkpoint_io_recognizes_wrapped_plugins():
     assert private.wraps_checkpoint_io(AsyncCheckpointIO())
     assert not private.wraps_checkpoint_io(TorchCheckpointIO())
 
 
-def test_replace_wrapped_checkpoint_io():
+def test_replace_wrapped_checkpoint_io_sets_the_inner_plugin():
     wrapper, inner = AsyncCheckpointIO(TorchCheckpointIO()), TorchCheckpointIO()
     private.replace_wrapped_checkpoint_io(wrapper, inner)
     assert wrapper.checkpoint_io is inner
 
 
 @pytest.mark.parametrize("shards", [True, False])
-def test_saves_shards(shards):
+def test_saves_shards_equals_the_strategys_setting(shards):
     assert private.saves_shards(ModelParallelStrategy(save_distributed_checkpoint=shards)) is shards
 
 
-def test_tensor_parallel_size():
+def test_tensor_parallel_size_equals_the_strategys_setting():
     assert private.tensor_parallel_size(ModelParallelStrategy()) == "auto"
     assert private.tensor_parallel_size(ModelParallelStrategy(tensor_parallel_size=2)) == 2
 
 
-def test_raw_optimizer(asked):
+def test_raw_optimizer_unwraps_lightnings_optimizer(asked):
     (found,) = asked(
         "on_fit_end", lambda trainer: private.raw_optimizer(trainer.lightning_module.optimizers()), max_steps=1
     )
@@ -80,26 +80,26 @@ def test_raw_optimizer(asked):
     assert private.raw_optimizer(found) is found
 
 
-def test_wrapped_sampler():
+def test_wrapped_sampler_finds_the_sampler_inside_a_distributed_one():
     sampler = RandomSampler(range(4))
     assert private.wrapped_sampler(DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)) is sampler
     assert private.wrapped_sampler(sampler) is None
 
 
-def test_checkpoint_interval(tmp_path):
+def test_checkpoint_interval_equals_the_settings_of_model_checkpoint(tmp_path):
     assert private.checkpoint_interval(ModelCheckpoint(tmp_path, every_n_train_steps=3)) == (3, 0)
     assert private.checkpoint_interval(ModelCheckpoint(tmp_path, every_n_epochs=2)) == (0, 2)
     assert private.checkpoint_interval(ModelCheckpoint(tmp_path)) == (0, 1)
 
 
 @pytest.mark.parametrize("after_training", [True, False])
-def test_saves_after_train_epoch(make_trainer, tmp_path, after_training):
+def test_saves_after_train_epoch_equals_the_setting_of_model_checkpoint(make_trainer, tmp_path, after_training):
     saving = ModelCheckpoint(tmp_path, save_on_train_epoch_end=after_training)
     assert private.saves_after_train_epoch(saving, make_trainer()) is after_training
 
 
 @pytest.mark.parametrize("after_training", [True, False])
-def test_checks_after_train_epoch(after_training):
+def test_checks_after_train_epoch_equals_the_setting_of_early_stopping(after_training):
     assert (
         private.checks_after_train_epoch(EarlyStopping("x", check_on_train_epoch_end=after_training)) is after_training
     )
@@ -117,7 +117,7 @@ def test_header_rewrite_is_replaced_and_given_back(tmp_path):
     assert "_rewrite_with_new_header" not in vars(logger.experiment)
 
 
-def test_set_up_train_loader(asked):
+def test_set_up_train_loader_makes_the_train_dataloader(asked):
     def ask(trainer):
         before = trainer.train_dataloader
         private.set_up_train_loader(trainer)
@@ -126,7 +126,7 @@ def test_set_up_train_loader(asked):
     assert asked("on_fit_start", ask, max_steps=1) == [(None, True)]
 
 
-def test_set_up_val_loaders(asked):
+def test_set_up_val_loaders_makes_the_val_dataloaders(asked):
     def ask(trainer):
         before = trainer.val_dataloaders
         private.set_up_val_loaders(trainer)
@@ -135,7 +135,7 @@ def test_set_up_val_loaders(asked):
     assert asked("on_fit_start", ask, max_steps=1) == [(None, True)]
 
 
-def test_train_loaders_and_is_stateful(asked):
+def test_train_loaders_are_found_and_stateful_ones_recognized(asked):
     def ask(trainer):
         return [private.is_stateful(loader) for loader in private.train_loaders(trainer)]
 
@@ -156,7 +156,7 @@ def test_load_loader_states_moves_the_train_loader(make_trainer, tmp_path):
     assert position.found == [4]
 
 
-def test_progress_within_and_between_epochs(asked):
+def test_progress_functions_agree_within_and_between_epochs(asked):
     def ask(trainer):
         return (
             private.epoch_in_progress(trainer),
@@ -175,7 +175,7 @@ def test_progress_within_and_between_epochs(asked):
     assert ends[0][3]
 
 
-def test_validation_is_due(asked):
+def test_validation_is_due_at_every_check_interval(asked):
     due = asked("on_train_batch_end", private.validation_is_due, val_check_interval=2)
     assert due == [False, True] * EPOCH
 
@@ -191,7 +191,7 @@ def test_logged_step_counts_batches_that_stepped(asked):
     ]
 
 
-def test_row_to_come(asked):
+def test_row_to_come_lists_the_metrics_of_the_next_logged_row(asked):
     def ask(trainer):
         return sorted(private.row_to_come(trainer))
 
@@ -200,7 +200,7 @@ def test_row_to_come(asked):
     assert asked("on_train_batch_end", ask, max_steps=1, accumulate_grad_batches=2) == [[], ["train_loss"]]
 
 
-def test_announce_validation_has_lightning_resume_with_it(make_trainer, tmp_path):
+def test_announced_validation_is_run_when_lightning_resumes(make_trainer, tmp_path):
     """Which it leaves out of a checkpoint that was written at the end of the batch before it."""
     path = tmp_path / "6.ckpt"
 
@@ -222,7 +222,7 @@ def test_announce_validation_has_lightning_resume_with_it(make_trainer, tmp_path
     assert steps == {False: [2 * EPOCH], True: [EPOCH, 2 * EPOCH]}
 
 
-def test_forget_validation(asked):
+def test_forget_validation_clears_the_loops_record(asked):
     def ask(trainer):
         loop = trainer.fit_loop.epoch_loop
         before = loop.val_loop._has_run
@@ -232,7 +232,7 @@ def test_forget_validation(asked):
     assert asked("on_train_end", ask, max_steps=EPOCH) == [(True, False)]
 
 
-def test_fit_loops(make_trainer):
+def test_fit_loops_have_the_methods_that_are_replaced(make_trainer):
     trainer = make_trainer()
     names = ["run", "reset", "done", "on_run_start", "on_iteration_done", "advance"]
     for loop in private.fit_loops(trainer):
@@ -241,7 +241,7 @@ def test_fit_loops(make_trainer):
 
 
 @pytest.mark.parametrize("name", ["run", "on_advance_start", "advance", "on_advance_end", "on_run_start", "reset"])
-def test_replace_loop_method_stands_in_the_place_that_lightning_calls(make_trainer, name):
+def test_replaced_loop_method_is_called_by_lightning_and_given_back(make_trainer, name):
     """For a method of the fit loop; each is called in a fit, and the class's own when it is given back."""
     trainer, called = make_trainer(max_steps=1), []
 
@@ -256,7 +256,7 @@ def test_replace_loop_method_stands_in_the_place_that_lightning_calls(make_train
     assert trainer.global_step == 1
 
 
-def test_steering_functions_reach_only_what_the_loops_have(make_trainer):
+def test_steering_functions_use_only_attributes_of_the_loops(make_trainer):
     """Here every name is looked up; test_exact_resume.py tries what ends a resumed fit as a whole."""
     trainer = make_trainer(max_steps=1)
     fit_foreign(trainer, train=stateful())
@@ -281,7 +281,7 @@ def test_steering_functions_reach_only_what_the_loops_have(make_trainer):
     assert not loop.restarting
 
 
-def test_trainer_of(make_trainer):
+def test_trainer_of_a_module_is_found_once_attached(make_trainer):
     module, trainer = Foreign(), make_trainer(max_steps=1)
     assert private.trainer_of(module) is None
     fit_foreign(trainer, module)
@@ -342,7 +342,7 @@ def sources():
             yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
-def test_the_list_of_private_names_holds_those_of_loops_connectors_and_writers():
+def test_list_of_private_names_holds_those_of_loops_connectors_and_writers():
     assert {
         "_combined_loader",
         "_has_run",

@@ -100,7 +100,9 @@ class Two(Foreign):
         self.teacher = Foreign().net.requires_grad_(False)
 
 
-@pytest.mark.parametrize("watcher", [lambda: RedundancyMonitor(9, transformer="teacher"), Report])
+@pytest.mark.parametrize(
+    "watcher", [lambda: RedundancyMonitor(9, transformer="teacher"), Report], ids=["RedundancyMonitor", "Report"]
+)
 def test_watcher_of_one_of_two_transformers_leaves_the_other_alone(make_trainer, tmp_path, watcher):
     """A bypass in the other one stays the user's own business, and is never put into the wrong one."""
     path, module = tmp_path / "two.ckpt", Two()

@@ -311,7 +311,14 @@ def test_distillation_of_a_bfloat16_model_compares_in_float32(tokens):
     torch.testing.assert_close(found.divergence, (p * (p / q).log()).sum(-1).mean(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("check", [check_teacher, lambda model: self_distillation_loss(model, torch.ones(1, 4).long())])
+NEEDS_A_TEACHER = pytest.mark.parametrize(
+    "check",
+    [check_teacher, lambda model: self_distillation_loss(model, torch.ones(1, 4).long())],
+    ids=["check_teacher", "self_distillation_loss"],
+)
+
+
+@NEEDS_A_TEACHER
 def test_model_with_removed_sublayers_has_no_teacher(llama, check):
     ls.remove(llama, pick(llama, *GONE))
     with pytest.raises(PlanError, match=r"attention\.1, mlp\.2 were removed and have no weights"):
@@ -319,7 +326,7 @@ def test_model_with_removed_sublayers_has_no_teacher(llama, check):
 
 
 @pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM])
-@pytest.mark.parametrize("check", [check_teacher, lambda model: self_distillation_loss(model, torch.ones(1, 4).long())])
+@NEEDS_A_TEACHER
 def test_distillation_refuses_a_model_without_next_token_prediction(model_class, check):
     config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     model = model_class(config)
@@ -361,6 +368,7 @@ def test_invalid_distillation_settings_are_refused(options, error, message, llam
         (torch.ones(2, 3), r"a tensor of shape \(2, 3\) and type torch.float32"),
         ([[1, 2]], "a list"),
     ],
+    ids=["other mapping", "floats", "list"],
 )
 def test_distillation_refuses_a_batch_without_token_ids(batch, message, llama):
     with pytest.raises(RecoveryError, match=message):

@@ -115,7 +115,7 @@ def test_adapter_is_not_saved_over_a_foreign_folder(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["truncated", "missing", "another shape", "another model"])
-def test_a_damaged_or_foreign_adapter_is_refused(what, tmp_path):
+def test_damaged_or_foreign_adapter_is_refused(what, tmp_path):
     ls.save_adapter(adapted(), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)

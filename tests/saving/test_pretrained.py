@@ -469,14 +469,14 @@ class Holder(LightningModule):
             self.add_module(name, model)
 
 
-def test_a_lightning_module_is_saved_as_the_transformer_that_it_holds(tokens, tmp_path):
+def test_lightning_module_is_saved_as_the_transformer_that_it_holds(tokens, tmp_path):
     model = dropped_model()
     save_pretrained(Holder(net=model), tmp_path / "out")
     assert "model.norm.weight" in weights_in(tmp_path / "out")
     assert torch.equal(logits(load_pretrained(tmp_path / "out"), tokens), logits(model, tokens))
 
 
-def test_one_of_two_transformers_is_saved_by_its_name(tokens, tmp_path):
+def test_saving_takes_one_of_two_transformers_by_name(tokens, tmp_path):
     student, teacher = dropped_model(), build_model("gpt2")
     both = Holder(student=student, teacher=teacher)
     with pytest.raises(AmbiguousModelError, match="student, teacher"):

@@ -1,4 +1,4 @@
-"""Single overrides: what install changes on a module, and what undoing it leaves. Stand-ins: test_standins.py."""
+"""Single overrides: what install changes on a module, and what undoing it leaves. Stand-ins: test_stand_in.py."""
 
 import types
 
@@ -28,7 +28,7 @@ def hidden():
     return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_install_freezes_what_was_trainable_and_uninstall_gives_that_back(hidden):
+def test_installed_stand_in_freezes_its_module_and_uninstall_unfreezes_it(hidden):
     module = nn.Linear(8, 8)
     module.bias.requires_grad_(False)
     before = module(hidden)
@@ -43,13 +43,13 @@ def test_install_freezes_what_was_trainable_and_uninstall_gives_that_back(hidden
     assert torch.equal(module(hidden), before)
 
 
-def test_uninstall_without_an_override_does_nothing():
+def test_uninstall_of_a_plain_module_does_nothing():
     module = nn.Linear(2, 2)
     uninstall(module)
     assert all(p.requires_grad for p in module.parameters())
 
 
-def test_hooks_of_a_bypassed_module_still_run(hidden):
+def test_forward_hooks_of_a_bypassed_module_still_run(hidden):
     module, seen = nn.Linear(8, 8), []
     module.register_forward_hook(lambda _module, _args, output: seen.append(output))
     install(module, zeros())
@@ -57,7 +57,7 @@ def test_hooks_of_a_bypassed_module_still_run(hidden):
     assert torch.equal(seen[0], torch.zeros_like(hidden))
 
 
-def test_a_forward_of_someone_elses_is_no_override_and_comes_back():
+def test_foreign_instance_forward_is_not_an_override_and_comes_back_after_uninstall():
     """Kernels and accelerate put a forward on the instance too."""
     module = nn.Linear(3, 3)
     own = types.MethodType(lambda self, x: 2 * x, module)
@@ -90,7 +90,7 @@ def test_overridden_finds_every_override_and_lifted_hides_them(hidden):
     assert [(module, id(override)) for module, override in overridden(model)] == [(m, id(o)) for m, o in overrides]
 
 
-def test_a_module_says_that_it_is_bypassed():
+def test_repr_of_a_bypassed_module_says_bypassed():
     module = nn.Linear(2, 3)
     before = repr(module)
     install(module, zeros())
@@ -99,7 +99,7 @@ def test_a_module_says_that_it_is_bypassed():
     assert repr(module) == before
 
 
-def test_a_cache_that_a_bypassed_attention_filled_holds_no_memory_to_speak_of(tokens):
+def test_cache_layer_of_a_bypassed_attention_allocates_one_element(tokens):
     model = build_model("llama")
     stand_in = zeros(echoes=(None,), argument="hidden_states", layer_idx=0)
     install(model.model.layers[0].self_attn, stand_in)
@@ -111,7 +111,7 @@ def test_a_cache_that_a_bypassed_attention_filled_holds_no_memory_to_speak_of(to
     assert own.untyped_storage().nbytes() == own.element_size()
 
 
-def test_what_is_withheld_has_other_names_in_the_same_order_until_the_end():
+def test_withheld_parameters_are_renamed_in_the_same_order_and_renamed_back():
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Linear(3, 2))
     model.add_module("again", model[1][0])  # a module that stands in two places
     names, parameters = list(model.state_dict()), list(map(id, model.parameters()))

@@ -24,7 +24,7 @@ def hidden():
     return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_first_tensor_is_the_first_by_position_and_else_by_keyword():
+def test_first_tensor_is_taken_by_position_before_keyword():
     a, b = torch.zeros(1), torch.ones(1)
     assert first_tensor((None, a, b), {"c": b}) is a
     assert first_tensor((), {"mask": None, "hidden_states": a, "other": b}) is a
@@ -32,7 +32,7 @@ def test_first_tensor_is_the_first_by_position_and_else_by_keyword():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeros_are_like_the_hidden_states(hidden, dtype):
+def test_zero_stand_in_returns_zeros_of_the_shape_and_dtype_of_the_hidden_states(hidden, dtype):
     given = zeros()(hidden.to(dtype))
     assert given.dtype == dtype
     assert torch.equal(given, torch.zeros(2, 5, 8, dtype=dtype))
@@ -42,7 +42,7 @@ def test_zeros_are_like_the_hidden_states(hidden, dtype):
     ("argument", "args", "names"),
     [(0, "xy", ""), (1, "yx", ""), ("x", "y", "x"), ("x", "", "yx"), (0, "x", "y")],
 )
-def test_the_hidden_states_are_taken_from_where_they_stand(hidden, argument, args, names):
+def test_stand_in_takes_the_hidden_states_from_their_argument(hidden, argument, args, names):
     tensors = {"x": hidden, "y": torch.ones(2, 5, 3)}
     call = [tensors[name] for name in args], {name: tensors[name] for name in names}
     assert pass_through(argument=argument)(*call[0], **call[1]) is hidden
@@ -50,12 +50,12 @@ def test_the_hidden_states_are_taken_from_where_they_stand(hidden, argument, arg
 
 
 @pytest.mark.parametrize("argument", [0, 2, "hidden_states"])
-def test_where_they_do_not_stand_there_the_first_tensor_counts(hidden, argument):
+def test_stand_in_takes_the_first_tensor_if_its_argument_is_absent(hidden, argument):
     """A block that gives by name at training time what it gave by position when it was looked at."""
     assert pass_through(argument=argument)(None, x=hidden, y=torch.ones(1)) is hidden
 
 
-def test_a_tensor_comes_alone_and_a_tuple_as_long_as_the_modules(hidden):
+def test_stand_in_returns_a_tensor_or_a_tuple_as_its_module_does(hidden):
     assert isinstance(zeros()(hidden), torch.Tensor)
     first, *rest = zeros(echoes=(None, None))(hidden, attention_mask=None)
     assert torch.equal(first, torch.zeros_like(hidden))
@@ -64,7 +64,7 @@ def test_a_tensor_comes_alone_and_a_tuple_as_long_as_the_modules(hidden):
     assert type(zeros(echoes=())(hidden)) is tuple
 
 
-def test_echoes_return_their_arguments_unchanged(hidden):
+def test_stand_in_echoes_return_their_arguments_unchanged(hidden):
     bias, extra = torch.ones(3), torch.ones(4)
     returned = pass_through(echoes=("bias", None, 1, 7, "absent"))(hidden, extra, bias=bias)
     assert returned[0] is hidden
@@ -73,14 +73,14 @@ def test_echoes_return_their_arguments_unchanged(hidden):
     assert [returned[place] for place in (2, 4, 5)] == [None, None, None]
 
 
-def test_a_module_that_returns_a_list_is_stood_in_for_by_one_that_does(hidden):
+def test_stand_in_of_a_module_that_returns_a_list_returns_a_list(hidden):
     returned = pass_through(echoes=(None,), as_list=True)(hidden)
     assert type(returned) is list
     assert returned[0] is hidden
     assert returned[1:] == [None]
 
 
-def test_zeros_cost_one_element_unless_they_are_written_into(hidden):
+def test_zero_stand_in_allocates_one_element_unless_its_output_is_written_to(hidden):
     assert zeros()(hidden).untyped_storage().nbytes() == hidden.element_size()
     own = zeros(materialize=True)(hidden)
     own += hidden  # Falcon adds in place
@@ -88,7 +88,7 @@ def test_zeros_cost_one_element_unless_they_are_written_into(hidden):
 
 
 @pytest.mark.parametrize("keyword", ["past_key_values", "layer_past", None])
-def test_a_dropped_attention_moves_the_cache_on_wherever_that_stands(hidden, keyword):
+def test_dropped_attention_advances_the_cache_from_any_argument(hidden, keyword):
     cache = DynamicCache()
     for part, length in ((hidden, 5), (hidden[:, :1], 6)):
         given = ((cache,), {}) if keyword is None else ((), {keyword: cache})
@@ -96,21 +96,21 @@ def test_a_dropped_attention_moves_the_cache_on_wherever_that_stands(hidden, key
         assert cache.get_seq_length() == length
 
 
-def test_the_mask_is_not_taken_for_the_tokens_that_the_cache_sees(hidden):
+def test_dropped_attention_counts_tokens_of_hidden_states_and_not_of_the_mask(hidden):
     cache = DynamicCache()
     zeros(argument="hidden_states", layer_idx=0)(torch.ones(2, 1, 5, 5), cache, hidden_states=hidden)
     assert cache.get_seq_length() == 5
     assert cache.layers[0].keys.shape[0] == 2
 
 
-def test_a_dropped_mlp_leaves_the_cache_alone(hidden):
+def test_dropped_mlp_does_not_change_the_cache(hidden):
     cache = DynamicCache()
     zeros(layer_idx=None)(hidden, past_key_values=cache)
     zeros(layer_idx=0)(hidden, past_key_values=None)
     assert cache.get_seq_length() == 0
 
 
-def test_the_cache_of_one_layer_is_moved_and_no_other(hidden):
+def test_advancing_the_cache_moves_only_the_given_layer(hidden):
     cache = DynamicCache()
     keys = torch.randn(2, 4, 3, 6)
     cache.update(keys, keys, 0)
@@ -119,7 +119,7 @@ def test_the_cache_of_one_layer_is_moved_and_no_other(hidden):
     assert torch.equal(cache.layers[0].keys, keys)
 
 
-def test_a_dynamic_cache_keeps_no_memory_for_the_tokens_it_saw(hidden):
+def test_advanced_dynamic_cache_allocates_one_element_for_all_tokens(hidden):
     cache = DynamicCache()
     for _ in range(3):
         advance_cache(cache, 0, hidden, 5)
@@ -128,7 +128,7 @@ def test_a_dynamic_cache_keeps_no_memory_for_the_tokens_it_saw(hidden):
     assert [t.untyped_storage().nbytes() for t in (layer.keys, layer.values)] == [hidden.element_size()] * 2
 
 
-def test_of_an_encoder_decoder_cache_the_part_of_the_self_attention_moves(hidden):
+def test_dropped_attention_advances_only_the_self_attention_part_of_an_encoder_decoder_cache(hidden):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     zeros(layer_idx=0)(hidden, past_key_values=cache)
     assert cache.self_attention_cache.get_seq_length() == 5
@@ -142,7 +142,7 @@ def static_cache():
     return StaticCache(config=config, max_cache_len=16)
 
 
-def test_a_static_cache_moves_on_as_for_the_keys_of_an_attention(hidden):
+def test_dropped_attention_advances_a_static_cache_as_real_keys_do(hidden):
     cache, reference = static_cache(), static_cache()
     for part in (hidden, hidden[:, :1]):
         zeros(layer_idx=0)(part, past_key_values=cache)
@@ -152,7 +152,7 @@ def test_a_static_cache_moves_on_as_for_the_keys_of_an_attention(hidden):
     assert int(cache.get_seq_length()) == 6
 
 
-def test_a_static_cache_whose_keys_and_values_differ_in_size_keeps_both(hidden):
+def test_advanced_static_cache_keeps_different_sizes_of_keys_and_values(hidden):
     """Multi-head latent attention: keys of size 12, values of size 8."""
     cache = static_cache()
     cache.update(torch.ones(2, 4, 3, 12), torch.ones(2, 4, 3, 8), 0)
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         self._private = 1
 
 
-def test_a_removed_module_keeps_plain_attributes_and_no_weights(hidden):
+def test_removed_module_keeps_plain_attributes_and_no_weights(hidden):
     module = Attention().eval()
     removed = RemovedModule(zeros(), module)
     assert (removed.is_causal, removed.layer_idx, removed.scaling, removed.name) == (True, 3, 0.5, "own")
@@ -184,7 +184,7 @@ def test_a_removed_module_keeps_plain_attributes_and_no_weights(hidden):
     assert torch.equal(removed(hidden), torch.zeros_like(hidden))
 
 
-def test_a_removed_module_is_called_as_the_stand_in_is(hidden):
+def test_removed_module_returns_what_its_stand_in_returns(hidden):
     removed = RemovedModule(pass_through(argument="x", echoes=("bias",)), Attention())
     bias = torch.ones(1)
     first, second = removed(torch.zeros(1), x=hidden, bias=bias)
@@ -193,7 +193,7 @@ def test_a_removed_module_is_called_as_the_stand_in_is(hidden):
     assert RemovedModule(zeros())(hidden).shape == hidden.shape
 
 
-def test_a_removed_module_says_which_sublayer_it_was():
+def test_repr_of_a_removed_module_names_its_sublayer():
     assert repr(RemovedModule(zeros(), Attention())) == "RemovedModule(attention.0, removed)"
     # of a folder that loads without layershed
     assert repr(RemovedModule(StandIn("mlp.2", zero=True))) == "RemovedModule(mlp.2, removed)"
