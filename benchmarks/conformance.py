@@ -34,19 +34,19 @@ code. Made by `python benchmarks/conformance.py`; do not edit.
 
 | check | what holds |
 |---|---|
-| found | as many attention and MLP sublayers as the config says; what is left alone stands below |
-| identity | in numbers: what each block adds to its stream is the sum of what its branches give |
+| found | as many attention and MLP sublayers as the config says; parts left alone are listed below |
+| identity | in numbers: each block adds the sum of its branches to its stream |
 | single | each sublayer bypassed gives the logits of a copy whose branch has zero weights |
-| restore | bypassed and restored, logits and weights are bit for bit what they were |
+| restore | after bypass and restore, logits and weights are bit for bit the same |
 | several | several at once, block 0's attention among them, as single |
 | generate | greedy, left-padded: cached logits equal uncached ones step by step, and those of the zero-weight copy |
-| static cache | the same with a cache allocated in advance, where the zero-weight copy can do with one |
-| training | gradients with gradient checkpointing equal those without; what is dropped has none, all else has |
+| static cache | the same with a cache allocated in advance, if the zero-weight copy supports one |
+| training | gradients with gradient checkpointing equal those without; dropped weights have none, all others have one |
 | reload | saved and loaded: the same logits, no dropped weight in the file |
 | importance | of whole blocks: equals 1 - cos of input and output |
 
-A cell is "pass" or the reason why not. Where the zero-weight copy, in which layershed has no part, gives other logits
-with its cache than without, "generate" compares the dropped model with that copy alone, both with the cache.
+A cell is "pass" or the reason why not. For some models the zero-weight copy, which does not use layershed, gives other
+logits with its cache than without. There "generate" compares the dropped model with that copy alone, both with cache.
 """
 
 
@@ -64,7 +64,13 @@ def as_markdown(rows: Sequence[Row], unbuilt: dict[str, str], last_line: str) ->
             passed = note if note == "no static cache" else f"pass, *{note}*" if note else "pass"
             cells.append(row.results[name] or passed)
         lines.append(f"| {row.model_type} | {' | '.join(cells)} |")
-    lines += ["", "## Left alone", "", "What blocks hold beside their sublayers, by the first of its kind.", ""]
+    lines += [
+        "",
+        "## Left alone",
+        "",
+        "The parts of blocks that are not sublayers. Each reason is listed once, with the first such part.",
+        "",
+    ]
     for row in rows:
         reasons = {entry.reason: entry.path for entry in reversed(row.left_alone)}
         lines += [f"- {row.model_type}: `{path}`: {reason}" for reason, path in reasons.items()]

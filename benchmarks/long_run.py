@@ -52,7 +52,7 @@ def main() -> None:
         look = train(options.steps, LOOKS, folder, show=True)
     minutes = (time.perf_counter() - start) / 60
     print(f"{minutes:.1f} minutes; held at most {short_bytes(max(look.held))}; at the end {short_bytes(resident())}")
-    # the drop brings adapters, and libraries that are imported for it: before and behind it are two stretches
+    # the drop brings adapters, and libraries that are imported for it: before and after it are two stretches
     print(f"{options.steps:,} steps: {look.between(1, 3)}; {look.between(5, 9)}")
 
 

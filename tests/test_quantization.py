@@ -566,7 +566,7 @@ def test_quantizing_twice_is_refused(llama, mode):
 
 def test_quantizing_a_model_with_lora_is_refused(llama):
     inject_lora(llama)
-    with pytest.raises(QuantizationError, match="carries adapters; the order is drop, quantize, LoRA"):
+    with pytest.raises(QuantizationError, match="carries adapters, but the order is drop, quantize, LoRA"):
         quantize(llama)
     assert quantized_paths(llama) == set()
 
@@ -593,6 +593,6 @@ def test_dequantizing_a_plain_model_is_refused(llama):
 def test_quantize_refuses_a_model_outside_hugging_face(monkeypatch):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
-    with pytest.raises(QuantizationError, match="GPT is no Hugging Face model"):
+    with pytest.raises(QuantizationError, match="GPT is not a Hugging Face model"):
         quantize(GPT())
     assert quantization_of(GPT()) is None

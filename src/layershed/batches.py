@@ -13,10 +13,10 @@ from layershed.errors import CalibrationError
 
 
 def as_inputs(batch: Any, main: str = "input_ids") -> dict[str, Any] | None:
-    """The batch as keyword arguments of a transformer, or None if it is none.
+    """The batch as keyword arguments of a transformer, or None if it is no batch.
 
     Args:
-        batch: A mapping with the model's main input, or that itself: token ids of shape (batch, tokens), say.
+        batch: A mapping with the model's main input, or that input alone, such as token ids of shape (batch, tokens).
         main: Name of the main input; ``input_ids`` of text, ``pixel_values`` of pictures.
     """
     if isinstance(batch, Mapping):
@@ -29,7 +29,7 @@ def as_inputs(batch: Any, main: str = "input_ids") -> dict[str, Any] | None:
 
 
 def select(inputs: Mapping[str, Any], names: Iterable[str], device: torch.device) -> dict[str, Any]:
-    """Those of the inputs that have one of the names, tensors among them on the device."""
+    """The inputs that have one of the names; tensors are moved to the device."""
     wanted = set(names)
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -39,7 +39,7 @@ def select(inputs: Mapping[str, Any], names: Iterable[str], device: torch.device
 
 
 def describe(batch: Any) -> str:
-    """What a batch is instead, for an error's sentence."""
+    """A description of a wrong batch, for an error."""
     if isinstance(batch, Mapping):
         return f"a mapping with the keys {', '.join(sorted(map(str, batch))) or 'none'}"
     if isinstance(batch, Tensor):
@@ -48,7 +48,7 @@ def describe(batch: Any) -> str:
 
 
 def model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
-    """What a transformer takes from a batch, on its device, and no request for its head or its cache.
+    """The inputs that a transformer takes from a batch, on its device, with its cache switched off.
 
     Raises:
         CalibrationError: If the batch does not hold what the transformer reads.
@@ -67,11 +67,11 @@ def model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
 
 
 def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
-    """What a decoder reads in training: its labels, moved on by one."""
+    """The inputs of a decoder in training: its labels, shifted by one."""
     labels = inputs.get("labels")
     shift = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
     if labels is None or shift is None:
         raise CalibrationError(
-            f"{type(transformer).__name__} has a decoder, too: a batch must hold decoder_input_ids, or labels."
+            f"{type(transformer).__name__} has a decoder: a batch must also hold decoder_input_ids, or labels."
         )
     return {"decoder_input_ids": shift(labels=labels), "decoder_attention_mask": labels != -100}

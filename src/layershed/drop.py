@@ -1,4 +1,4 @@
-"""Score, select and bypass in one call: training-free dropping, and what the callbacks do at a drop step."""
+"""Score, select and bypass in one call, without training."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def drop_sublayers(
         model: A transformer, or a module that holds one.
         batches: As of :func:`~layershed.importance.tracker.estimate_importance`.
         scope: As of :func:`~layershed.planning.selection.select_sublayers`, and so are count, ratio and protect.
-        count: How many to drop; or
-        ratio: which share.
+        count: How many to drop. Give count or ratio.
+        ratio: Share of the candidates to drop, in (0, 1).
         metric: Name of the importance metric.
-        protect: What stays.
+        protect: Sublayers, or indices of blocks, that are not dropped.
         max_batches: Stop scoring after that many batches.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
@@ -43,7 +43,7 @@ def drop_sublayers(
         The plan that was carried out; ``restore(model)`` undoes it.
 
     Raises:
-        LayershedError: As the functions that it calls; the model is unchanged then.
+        LayershedError: As the functions that it calls; the model is then unchanged.
     """
     check_selection(scope, count=count, ratio=ratio)
     check_scoring(metric, max_batches)

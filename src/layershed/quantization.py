@@ -101,8 +101,8 @@ def quantize(
         raise QuantizationError("quantize: the model is quantized already; call layershed.dequantize(model) first.")
     if getattr(transformer, "peft_config", None):
         raise QuantizationError(
-            "quantize: the model carries adapters; the order is drop, quantize, LoRA. Quantize first, so that LoRA "
-            "learns to make up for that, too, or merge it before (layershed.merge_lora)."
+            "quantize: the model carries adapters, but the order is drop, quantize, LoRA. Merge them first "
+            "(layershed.merge_lora), or quantize before LoRA, which then recovers this loss too."
         )
     own: Any = str(transformer.dtype).removeprefix("torch.")
     quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, tuple(skip_modules)))
@@ -139,15 +139,15 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
         raise QuantizationError(
-            f"quantize: {type(transformer).__name__} is no Hugging Face model, and only those say in their config how "
-            "they are quantized."
+            f"quantize: {type(transformer).__name__} is not a Hugging Face model. Only the config of such a model can "
+            "record how it is quantized."
         )
     linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
     for skipped in skip_modules:
         if linear and all(should_convert_module(path, [skipped]) for path in linear):
             raise QuantizationError(
-                f"skip_modules: no linear module's path ends or begins with {skipped!r}; they are such as "
-                f"{', '.join(linear[:2])}."
+                f"skip_modules: no linear module's path ends or begins with {skipped!r}. Available, for "
+                f"example: {', '.join(linear[:2])}."
             )
 
 
@@ -177,7 +177,7 @@ def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
 
 
 def mark_quantized(transformer: PreTrainedModel, quantizer: Any) -> None:
-    """Tell transformers and peft that a model is quantized."""
+    """Record in the model, for transformers and peft, that it is quantized."""
     transformer.hf_quantizer, transformer.is_quantized = quantizer, True
     transformer.quantization_method = quantizer.quantization_config.quant_method
     bits = "4" if quantizer.quantization_config.load_in_4bit else "8"

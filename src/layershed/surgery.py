@@ -3,7 +3,7 @@
 - A bypassed sublayer keeps its weights and costs no compute; :func:`restore` brings back the very same model.
 - A removed sublayer has no weights left.
 
-Both give the same logits: those of the model whose branch contributes zero. A norm that only this branch used goes too.
+Both give the same logits: those of the model whose branch contributes zero. A norm used by this branch alone goes too.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def dense(model: nn.Module) -> Iterator[None]:
     gone = removed_sublayers(model)
     if gone:
         raise PlanError(
-            f"dense: {_names(gone)} were removed and have no weights. Only bypassed sublayers can run again; load the "
+            f"dense: {_names(gone)} were removed and have no weights. Only bypassed sublayers can run again. Load the "
             "dense model."
         )
     with lifted(model):

@@ -50,7 +50,7 @@ pytestmark = [
 
 @pytest.fixture
 def interrupted(make_trainer, tmp_path):
-    """Runs through, is killed right behind the checkpoint of a step, and is resumed; what all three left."""
+    """Runs through, is killed right after the checkpoint of a step, and is resumed; what all three left."""
 
     def go(step, dropout=0.0, steps=2 * EPOCH, **settings):
         def one(name, *extra, ckpt_path=None):
@@ -311,7 +311,7 @@ def early_drop():
 
 
 NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloader`"
-WRITTEN = {  # by ModelCheckpoint, and which hooks of that step are behind it
+WRITTEN = {  # by ModelCheckpoint, and which hooks of that step are after it
     "end of the epoch": ({}, ("validation", "epoch")),
     "end of validation": ({"save_on_train_epoch_end": False}, ("validation",)),
     "last batch": ({"every_n_train_steps": EPOCH}, ()),
@@ -336,7 +336,7 @@ def test_epochs_after_a_resume_at_an_epoch_end_are_those_of_the_uninterrupted_ru
     make_trainer, tmp_path, written, val, kind, limit
 ):
     """Shuffled, all of them, and in another process than the one that wrote the checkpoint."""
-    saving, behind = WRITTEN[written]
+    saving, after = WRITTEN[written]
     limits = {"max_steps": 3 * EPOCH} if limit == "steps" else {"max_steps": -1, "max_epochs": 3}
 
     def fit(seed, ckpt_path=None):
@@ -356,7 +356,7 @@ def test_epochs_after_a_resume_at_an_epoch_end_are_those_of_the_uninterrupted_ru
     assert len({str([seen[2] for seen in whole.seen][start : start + EPOCH]) for start in (1, 8, 15)}) == 3  # orders
     assert resumed.seen == [seen for seen in whole.seen if seen[0] >= EPOCH]
     assert same(resumed.state_dict(), whole.state_dict())
-    assert hooks_again == [seen for seen in hooks if seen[1] > EPOCH or (seen[1] == EPOCH and seen[0] not in behind)]
+    assert hooks_again == [seen for seen in hooks if seen[1] > EPOCH or (seen[1] == EPOCH and seen[0] not in after)]
     assert rows_again.items() <= rows.items()
     assert {int(step) for step, name in rows_again if name == "train_loss"} >= set(range(EPOCH, 3 * EPOCH))
 
@@ -553,7 +553,7 @@ def twice(source, target, really=os.link):
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize(("at", "link"), [(3, os.link), (8, no_link), (8, twice)])
 def test_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypatch, at, link):
-    """Before and behind the drop with its columns; Lightning deletes the file, which held later rows, too."""
+    """Before and after the drop with its columns; Lightning deletes the file, which held later rows, too."""
     monkeypatch.setattr(os, "link", link)
     path = tmp_path / "at.ckpt"
     whole = fit(name="whole")

@@ -1,4 +1,4 @@
-"""Export: the folder is the model that was trained, whoever dropped what."""
+"""Export: the folder holds the trained model, for drops by a callback and by hand."""
 
 import json
 
@@ -210,7 +210,7 @@ def whole_recipe(quantized):
 def test_export_after_drop_quantization_lora_and_distillation_equals_training(
     make_trainer, tmp_path, text_data, unpainted, quantized
 ):
-    """Killed between the rounds, with adapters in and the teacher on, and behind both."""
+    """Killed between the rounds, with adapters in and the teacher on, and after both."""
 
     def run(name, *callbacks, ckpt_path=None):
         own = whole_recipe(quantized)

@@ -1,4 +1,4 @@
-"""A module whose batches are not text for a language model is told so before it trains."""
+"""A module whose batches are not text for a language model is refused before training."""
 
 import lightning.pytorch as pl
 import pytest

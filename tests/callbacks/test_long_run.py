@@ -14,7 +14,7 @@ def test_callbacks_and_checkpoint_do_not_grow_in_a_long_run(tmp_path, unpainted,
     look = train(240, 6, tmp_path)
     assert look.steps == [40, 80, 120, 160, 200, 240]
     for sizes in (look.held, look.checkpoint):
-        for early, late in ((0, 1), (3, 5)):  # before the drop, and behind it
+        for early, late in ((0, 1), (3, 5)):  # before the drop, and after it
             assert sizes[late] - sizes[early] < 4_000, sizes
     assert look.checkpoint[0] > 20_000
     assert (tmp_path / "importance.csv").stat().st_size > 50_000

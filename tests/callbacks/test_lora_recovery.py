@@ -401,7 +401,7 @@ OWN = {
     [pytest.param(own, marks=pytest.mark.slow if own in ("adapter", "full", "neighbours") else ()) for own in OWN],
 )
 def test_lora_recovery_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
-    """Cut before the drop, at it, behind it, and at the very end, in mid-epoch."""
+    """Cut before the drop, at it, after it, and at the very end, in mid-epoch."""
     dropped, recovered, quantized = OWN[own]
 
     def run(name, *callbacks, ckpt_path=None):

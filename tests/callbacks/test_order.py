@@ -36,7 +36,7 @@ def every_callback():
 
 def test_order_of_callbacks_does_not_change_the_run(make_trainer, tmp_path, unpainted):
     runs = []
-    # Export alone has its place, behind what changes the model
+    # Export alone has its place, after what changes the model
     for number, order in enumerate([(0, 1, 2, 3, 4), (4, 2, 1, 3, 0), (2, 4, 1, 0, 3)]):
         callbacks = every_callback()
         drop = callbacks[1]

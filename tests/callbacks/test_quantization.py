@@ -180,7 +180,7 @@ def test_quantized_checkpoint_loads_strictly_into_a_fresh_model(make_trainer, tm
     make_trainer(name="val").validate(fresh, datamodule=text_data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     (mark,) = saved.keys() - fresh.state_dict().keys()
-    assert mark.startswith("layershed: ")  # what stops whoever knows nothing of the structure
+    assert mark.startswith("layershed: ")  # it makes a strict load without layershed fail
     del saved[mark]
     assert same(dict(fresh.state_dict()), dict(saved))
     assert quantized(fresh.model) == LINEAR
@@ -264,7 +264,7 @@ REFUSED = {
         ScheduleError,
         "List LoRARecovery before Quantization",
     ),
-    "at the end, listed behind Export": (
+    "at the end, listed after Export": (
         lambda: [dropping(), Export(), Quantization(start="end")],
         ScheduleError,
         "List Quantization before Export",

@@ -214,7 +214,7 @@ def test_two_metrics_side_by_side_equal_each_alone(make_trainer, tmp_path):
 
 
 class SaveMiddle(pl.Callback):
-    """Writes a checkpoint behind the micro-batch of that number, from 0: in the middle of a window of accumulation."""
+    """Writes a checkpoint after the micro-batch of that number, from 0: in the middle of a window of accumulation."""
 
     def __init__(self, path, batch):
         self.path, self.batch = path, batch

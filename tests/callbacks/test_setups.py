@@ -324,7 +324,7 @@ def test_weight_average_follows_a_drop(make_trainer, tmp_path):
 @pytest.mark.parametrize("start", [4, 8])
 @pytest.mark.parametrize("kind", EMA)
 def test_weight_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, start):
-    """An epoch has six steps; behind the drop, and before it."""
+    """An epoch has six steps: it ends after the drop, or before it."""
 
     def run(name, ckpt_path=None):
         drop, average = dropping(start=start), EMA[kind]()
@@ -356,7 +356,7 @@ def test_weight_average_with_adapters_or_quantization_is_refused(make_trainer, o
 
 
 def test_early_stopping_by_a_module_metric_works_with_a_drop(make_trainer):
-    """It stops where the run without a drop stops; a drop that it cuts off is told of."""
+    """It stops where the run without a drop stops; a missed drop is warned of."""
     found = []
     for own in ([], [dropping(quality_batches=0)]):
         stopping = EarlyStopping("val_loss", patience=1, min_delta=10.0)
@@ -462,7 +462,7 @@ def test_monitor_may_look_at_the_step_of_the_drop_but_not_one_before(make_traine
     first = spy.looked[0]
     with pytest.raises(ScheduleError, match=f"first looks after {first} steps"):
         fit_foreign(
-            make_trainer(dropping(start=first + 1), kind(monitor="drop/mlp", **arguments), name="behind", **options)
+            make_trainer(dropping(start=first + 1), kind(monitor="drop/mlp", **arguments), name="after", **options)
         )
     watcher = kind(monitor="drop/mlp", **arguments)
     drop = dropping(start=first, quality_batches=0, calibration_batches=1)
@@ -493,7 +493,7 @@ METRICS = ["drop/loss_after", "drop/attention", "importance/attention_mean", "im
 
 
 def test_checkpoint_can_monitor_every_published_metric(make_trainer, tmp_path):
-    """The best of those looked at, behind the drop at 3: rounds at 3, 5 and 7."""
+    """The best of those looked at, after the drop at 3: rounds at 3, 5 and 7."""
     drop = dropping(start=3, count=1, every_n_steps=2, rounds=3)
     own = [RedundancyMonitor(1), drop, SpeedMonitor(8, 2, runs=1)]
     values = Watch(lambda trainer, _: {metric: trainer.callback_metrics.get(metric) for metric in METRICS})

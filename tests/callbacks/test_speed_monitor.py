@@ -110,12 +110,12 @@ def test_speed_monitor_measures_a_bypass_by_hand_until_its_restore(make_trainer,
 
 
 def test_speed_monitor_does_not_change_training(make_trainer):
-    """Not with dropout, nor the scores that the second round is chosen by, whoever is listed first."""
+    """Dropout and the scores of the second round stay the same, in either order of the callbacks."""
     states = []
-    for name in ("without", "behind", "before"):
+    for name in ("without", "after", "before"):
         drop = SublayerDrop(2, count=2, every_n_steps=3, rounds=2, quality_batches=0)
         monitor = SpeedMonitor(**PLAIN)
-        callbacks = {"without": [drop], "behind": [drop, monitor], "before": [monitor, drop]}[name]
+        callbacks = {"without": [drop], "after": [drop, monitor], "before": [monitor, drop]}[name]
         trainer = make_trainer(*callbacks, name=name, max_steps=8)
         module = fit_foreign(trainer, attention_dropout=0.2)
         states.append((state_of(trainer, module), drop.plan, torch.get_rng_state()))
@@ -219,7 +219,7 @@ class Graded(Foreign):
 
 
 OWN = {"quality": "val_f1", "quality_mode": "max"}
-# drops behind steps 3 and 7, a validation behind every second step; points lost since step 2, and percent gained
+# drops after steps 3 and 7, a validation after every second step; points lost since step 2, and percent gained
 ROUNDS = [(4, 2 / 30), (6, 4 / 30), (8, 6 / 40), (10, 8 / 40)]
 
 
@@ -246,7 +246,7 @@ def test_sdr_ignores_a_validation_between_a_drop_and_its_measurement(make_traine
 
 @pytest.mark.parametrize("at", [1, 3, 7, 9])
 def test_sdr_of_a_module_metric_is_the_same_in_a_resumed_run(make_trainer, tmp_path, text_data, faked, at):
-    """Cut before there is a dense value, at the drops, between them and the validations, and behind everything."""
+    """Cut before there is a dense value, at the drops, between them and the validations, and after everything."""
 
     def run(name, ckpt_path=None):
         drop = SublayerDrop(3, count=2, every_n_steps=4, rounds=2, quality_batches=0)
@@ -271,7 +271,7 @@ def test_sdr_of_a_module_metric_is_the_same_in_a_resumed_run(make_trainer, tmp_p
 
 @pytest.mark.parametrize("at", [6, 9, 10])
 def test_sdr_is_kept_in_a_run_resumed_after_the_last_validation(make_trainer, tmp_path, faked, text_data, at):
-    """Drops at 5 and 9, validations at 4 and 8: what is shown at the end is that of 8, also behind the second drop."""
+    """Drops at 5 and 9, validations at 4 and 8: what is shown at the end is that of 8, also after the second drop."""
 
     def run(name, ckpt_path=None):
         drop = SublayerDrop(5, count=2, every_n_steps=4, rounds=2, quality_batches=0)

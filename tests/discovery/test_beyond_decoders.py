@@ -210,13 +210,13 @@ def test_saving_a_model_outside_hugging_face_as_a_folder_is_refused(monkeypatch,
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
-    with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model; layershed\.remove"):
+    with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model\. Call layershed\.remove"):
         ls.save_pretrained(model, tmp_path / "out")
 
 
 def test_model_with_shared_blocks_is_refused_by_name():
     config = transformers.AlbertConfig(**TEXT, **WORDS, embedding_size=16)
-    with pytest.raises(ls.LayershedError, match=r"albert_layer_groups\.0, for one: it ran 3 times"):
+    with pytest.raises(ls.LayershedError, match=r"For example, .*albert_layer_groups\.0: it ran 3 times"):
         dissect(transformers.AlbertForMaskedLM(config).eval())
 
 

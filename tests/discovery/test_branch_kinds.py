@@ -1,4 +1,4 @@
-"""What a branch is, told from small branches written by hand; replaying them against running them again."""
+"""The kinds of small branches written by hand; replaying them against running them again."""
 
 import math
 

@@ -145,7 +145,7 @@ def test_undroppable_branch_is_left_alone_with_its_reason(layer_class, path, rea
 
 @pytest.mark.parametrize("layer_class", [XFromElsewhere, Chained])
 def test_branches_that_need_each_other_cannot_be_dropped(layer_class):
-    with pytest.raises(NoSublayersFoundError, match=r"no sublayer to drop; model\.layers\.0\.\w+, for one: "):
+    with pytest.raises(NoSublayersFoundError, match=r"no sublayer to drop\. For example, model\.layers\.0\.\w+: "):
         find_sublayers(written(layer_class))
 
 

@@ -558,7 +558,7 @@ def test_detached_tracker_measures_nothing_and_keeps_its_sums(llama):
         llama(**BATCHES[0])
     before = tracker.compute()
     assert not tracker.active
-    with pytest.raises(CalibrationError, match=r"its hooks are not on the model; call attach\(\)"):
+    with pytest.raises(CalibrationError, match=r"its hooks are not on the model\. Call attach\(\)"):
         tracker.start()
     llama(**BATCHES[1])
     assert tracker.compute() == before

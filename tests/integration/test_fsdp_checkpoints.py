@@ -73,7 +73,7 @@ def test_fsdp_refuses_an_unrecorded_bypass_by_hand_before_training(tmp_path, wat
         for callback in trainer.callbacks:
             callback.setup(trainer, module, "fit")
         if bypassed and not others:
-            with pytest.raises(StrategyError, match="list SublayerDrop instead of bypassing by hand, or use another"):
+            with pytest.raises(StrategyError, match="Instead of bypassing by hand, list SublayerDrop, or use another"):
                 trainer.callbacks[-1].on_fit_start(trainer, module)
         else:
             trainer.callbacks[-1].on_fit_start(trainer, module)

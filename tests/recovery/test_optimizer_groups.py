@@ -1,4 +1,4 @@
-"""What optimizers hold after a switch, and how fast they go, against optimizers that were never told anything."""
+"""What optimizers hold after a switch, and their learning rates, against plain optimizers."""
 
 import copy
 

@@ -12,7 +12,7 @@ from layershed.reporting.downsampling import ThinnedCurve, shown_steps
 
 
 def curve_of(count, most=10, marks=()):
-    """A curve of the points (3 i, i), with marks behind those of these numbers; and how long it ever was."""
+    """A curve of the points (3 i, i) with marks after the given points, and its greatest length."""
     curve, longest = ThinnedCurve(most), 0
     for number in range(count):
         curve.add(3 * number, float(number))

@@ -96,7 +96,7 @@ def test_plan_saved_beside_an_adapter_keeps_its_scores(tokens, tmp_path):
     ls.save_adapter(model, tmp_path / "adapter", plan=plan)
     assert ls.load_plan(tmp_path / "adapter") == plan
     ls.restore(model, [next(iter(plan))])
-    with pytest.raises(PlanError, match="drops 2 sublayers and the model lacks 1"):
+    with pytest.raises(PlanError, match="drops 2 sublayers, but the model lacks 1"):
         ls.save_adapter(model, tmp_path / "other", plan=plan)
 
 

@@ -263,7 +263,7 @@ def test_failed_save_leaves_only_the_former_folder(tmp_path, monkeypatch, before
 
 
 class Allocations(TorchDispatchMode):
-    """Notes the sizes of every tensor with memory behind it that any operation returns."""
+    """Notes the sizes of every tensor with memory of its own that any operation returns."""
 
     def __init__(self):
         super().__init__()

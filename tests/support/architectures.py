@@ -204,7 +204,7 @@ _TWO_OF_THREE = "gemma4 gemma4_text gemma4_unified gemma4_unified_text glm_moe_d
 EXPECTED: dict[str, dict[str, int]] = {
     **{model_type: {"attention": 1, "mlp": 3} for model_type in _ONE_OF_THREE.split()},
     **{model_type: {"attention": 2, "mlp": 3} for model_type in _TWO_OF_THREE.split()},
-    "inkling_text": {"attention": 3},  # a short convolution behind each MLP mixes tokens
+    "inkling_text": {"attention": 3},  # a short convolution after each MLP mixes tokens
     "longcat_flash": {"attention": 6, "mlp": 6},  # two of each in a block
     "nemotron_h": {"attention": 1, "mlp": 2},  # a block is one sublayer; the first of four is a Mamba
     "xmod": {"attention": 3},  # an adapter by language stands between each MLP and its norm

@@ -1,7 +1,7 @@
 """What must hold for an architecture; each check compares a dropped model with a reference made without a bypass.
 
 The reference for a branch that contributes zero is a copy of the model whose weights of that branch are zero. Where a
-norm stands in the stream behind the add (post-LN), a dropped sublayer takes that norm along, and the reference is a
+norm stands in the stream after the add (post-LN), a dropped sublayer takes that norm along, and the reference is a
 hook that puts X in the place of Y.
 """
 

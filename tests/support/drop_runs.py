@@ -59,7 +59,7 @@ def primitive(value):
 
 
 def later_rows(folder, step):
-    """What the callback logged behind a step; Lightning's own rows move by one step when a run is resumed."""
+    """What the callback logged after a step; Lightning's own rows move by one step when a run is resumed."""
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     own = [

@@ -19,7 +19,7 @@ RANK, ALPHA = 4, 8
 
 
 class Headed(HeadLoss, Foreign):
-    """A transformer and a linear head of one's own behind it."""
+    """A transformer and a linear head of one's own after it."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -29,7 +29,7 @@ class Interrupt(pl.Callback):
 
 
 class Save(pl.Callback):
-    """Writes a checkpoint once that many optimizer steps are done; behind every callback in the list."""
+    """Writes a checkpoint once that many optimizer steps are done; after every callback in the list."""
 
     def __init__(self, path, step):
         self.path, self.step = path, step

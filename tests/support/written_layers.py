@@ -159,7 +159,7 @@ class Mixer(Faithful):
 
 
 class InnerSum(Written):
-    """The norm behind the MLP sees more than the MLP."""
+    """The norm after the MLP sees more than the MLP."""
 
     def prepare(self):
         self.after = nn.LayerNorm(32)
@@ -205,7 +205,7 @@ class PostNorm(Written):
 
 
 class PostNormForTwo(Written):
-    """A norm behind two branches belongs to neither."""
+    """A norm after two branches belongs to neither."""
 
     def forward(self, hidden_states, **kwargs):
         attention = self.branch("attention", self.self_attn(hidden_states=hidden_states, **kwargs)[0])

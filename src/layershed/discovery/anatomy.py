@@ -1,4 +1,4 @@
-"""What a recorded model consists of: its blocks, their sublayers, and what is left alone."""
+"""The parts of a recorded model: its blocks, their sublayers, and what is left alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Anatomy:
 
     Args:
         branches: The sublayers in forward order.
-        left_alone: Everything else that the blocks add to their stream, and why it cannot be dropped.
-        blocks: By index, the block and where it takes X; None for a block that is left alone as a whole, or that is
-            only a part of a module.
+        left_alone: Everything else that the blocks add to their stream, with the reason why it cannot be dropped.
+        blocks: By index, the block and the place where it takes X; None for a block that is left alone as a whole, or
+            is only a part of a module.
         plain: Indices of the blocks that compute X plus their sublayers' branches and nothing else.
         tokens_first: Whether X is of shape (tokens, batch, hidden), as XLNet's is.
         paths: Paths of all blocks, in the order in which they run.
@@ -39,7 +39,7 @@ class Anatomy:
     paths: tuple[str, ...] = ()
 
     def copy(self) -> Anatomy:
-        """The same with new stand-ins, as those are mutable, and without references to the recording."""
+        """A copy with its own stand-ins, which are mutable, and without references to the recording."""
 
         def own(stand_ins: tuple[tuple[str, StandIn], ...]) -> tuple[tuple[str, StandIn], ...]:
             return tuple((path, replace(stand_in, own={})) for path, stand_in in stand_ins)
@@ -49,7 +49,7 @@ class Anatomy:
 
 
 def take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int, int]] | None) -> tuple[Anatomy, bool]:
-    """The anatomy of a recorded model, and whether a branch in it gave nothing but zeros."""
+    """The anatomy of a recorded model, and whether one of its branches gave only zeros."""
     branches: list[Branch] = []
     left_alone: list[LeftAlone] = []
     blocks: list[Tap | None] = []
@@ -86,7 +86,7 @@ def take_apart(transformer: nn.Module, tape: Tape, slots: Mapping[str, tuple[int
 def _sifted(
     transformer: nn.Module, flow: BlockFlow, blocks: list[list[Branch]], exact: dict[Trial, bool]
 ) -> tuple[list[list[Branch]], list[LeftAlone]]:
-    """The branches that pass their trial, by block; those that fail it are left alone."""
+    """The branches that pass their trial, by block, and those that fail it, as left alone."""
     good, bad = sift(transformer, flow, [branch for block in blocks for branch in block], exact)
     reason = "replacing it does not reproduce a zero branch"
     kept = [

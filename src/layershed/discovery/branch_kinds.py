@@ -22,11 +22,11 @@ _CROSS = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}
 
 
 class Make(NamedTuple):
-    """Branches of equal make are tried once.
+    """Describes a branch. Branches of equal make are tried only once.
 
     Args:
         operations: Their operations with all arguments but the tensors.
-        is_zero: Whether they gave nothing but zeros, which tell nothing about tokens.
+        is_zero: Whether they gave only zeros, which show nothing about tokens.
     """
 
     operations: tuple[tuple[Any, str], ...]
@@ -36,15 +36,15 @@ class Make(NamedTuple):
 def kind_of(
     flow: BlockFlow, branch: BranchFlow, names: Mapping[Key, str], tokenwise: dict[Make, bool]
 ) -> tuple[Kind | None, str]:
-    """The kind of a branch; or None and why it cannot be dropped, as the end of a sentence.
+    """The kind of a branch; or None and the reason why it cannot be dropped, as the end of a sentence.
 
     Attention weighs tokens by a softmax; an MLP has matrix products and treats every token by itself.
 
     Args:
         flow: The block's data flow.
         branch: The branch.
-        names: The names of the block's arguments, by which an encoder's output is known.
-        tokenwise: Whether branches of a make treat every token by itself, as far as known; read and extended.
+        names: The names of the block's arguments; they identify the output of an encoder.
+        tokenwise: By make, whether its branches treat every token by itself; read and extended.
     """
     extra = _extra_arguments(flow, branch)
     if any(is_attention(flow.tape, operation) for operation in branch.cone):
@@ -124,8 +124,8 @@ def _is_tokenwise(flow: BlockFlow, branch: BranchFlow) -> bool:
     - The first and the last token are swapped. Its output must be swapped, too. Every expert keeps its token count.
     - The first and the last token are altered. Its output for the tokens between them must stay.
 
-    Fake tensors have no numbers. There, none of its operations may be known to mix tokens, and the question is asked
-    again once the model holds weights.
+    Fake tensors have no numbers. For them, no operation may be known to mix tokens. The test is repeated once the model
+    holds weights.
     """
     tape = flow.tape
     if is_symbolic(tape.tensors[branch.value]):
@@ -161,7 +161,7 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _swapped(tensor: Tensor) -> Tensor:
-    """With the first and the last token in each other's place."""
+    """A copy with the first and the last token swapped."""
     swapped = tensor.clone(memory_format=torch.contiguous_format)
     tokens, own = _by_token(swapped), _by_token(tensor)
     tokens[0], tokens[-1] = own[-1], own[0]

@@ -38,13 +38,14 @@ class Branch:
 
     Args:
         sublayer: The sublayer.
-        topology: ``"sequential"``: it reads what the one before it wrote; ``"parallel"``: it reads the same X as
-            another one.
+        topology: ``"sequential"``: it reads the Y of the sublayer before it; ``"parallel"``: it reads the same X
+            as another sublayer.
         entry: Where X can be read.
         exit: Where its output can be read.
         scale: Y = X + scale * b, where b is read at the exit; None if Y itself is read there.
         stand_ins: By module path, the stand-ins for its own modules.
-        support: By module path, the stand-ins for norms and the like, used once every sublayer that needs them is gone.
+        support: By module path, the stand-ins for norms and similar modules, used once every sublayer that needs
+            them is dropped.
         parts: Its terms in the data flow.
         overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
     """
@@ -66,7 +67,7 @@ class LeftAlone:
 
     Args:
         path: Path of its module.
-        reason: Why not, as the end of a sentence.
+        reason: Why it cannot be dropped, as the end of a sentence.
     """
 
     path: str
@@ -86,8 +87,8 @@ def branches_of(
         flow: The block's data flow.
         block: Its index.
         model: The model that the tape was made of.
-        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's; None if
-            that is unknown.
+        slots: By module path, the slot of the KV cache that the module fills, and the number of probe tokens it stores;
+            None if unknown.
         tokenwise: Results of :func:`kind_of` for earlier branches, which it reads and extends.
 
     Returns:
@@ -137,7 +138,7 @@ class _Block:
         return blocks, self.left_alone
 
     def _groups(self) -> list[tuple[Kind, list[BranchFlow]]]:
-        """The terms of each sublayer; MLPs side by side are one, as experts and a shared expert are."""
+        """The terms of each sublayer; parallel MLPs, such as experts and a shared expert, are one."""
         groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
         for branch in self.flow.branches:
             kind, reason = kind_of(self.flow, branch, self.names, self.tokenwise)
@@ -148,7 +149,7 @@ class _Block:
         return [(kind, side) for (kind, _), parts in groups.items() for side in self._side_by_side(parts)]
 
     def _side_by_side(self, parts: list[BranchFlow]) -> list[list[BranchFlow]]:
-        """The terms together, unless something else joins the stream between them."""
+        """The terms as one group, unless another term joins the stream between them."""
         together = self.flow.stream[parts[-1].after] - parts[0].before == {part.value for part in parts}
         return [parts] if together else [[part] for part in parts]
 

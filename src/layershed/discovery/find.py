@@ -1,8 +1,8 @@
 """Finding the sublayers of a transformer by what it does, and proving what was found.
 
 One forward pass over a few tokens is recorded, operation by operation. Each block's output is followed back to its
-input, so that the residual identity ``Y = X + f(norm(X))`` is read off as a fact: for any weights, zero-initialised
-ones included, and on a skeleton without any.
+input, so that the residual identity ``Y = X + f(norm(X))`` is proven for any weights,
+including zero-initialised ones, and for a skeleton without weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule
 
 _PROOFS: Proofs[Anatomy] = Proofs()
-_LOCK = RLock()  # a probe puts hooks on the model and takes them off again
+_LOCK = RLock()  # a probe adds hooks to the model and removes them
 
 
 def find_sublayers(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
@@ -79,7 +79,7 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
         anatomy = None if state is None else _PROOFS.find(transformer, state)
         if anatomy is None:
             anatomy = _prove(transformer, state)
-        else:  # no counter of torch's tells of every write: fused optimizers and tensor.data pass it by
+        else:  # torch counts no writes by fused optimizers or through tensor.data, so the numbers may have changed
             refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
@@ -123,7 +123,7 @@ def _nothing_found(transformer: nn.Module, left_alone: Sequence[LeftAlone]) -> s
     if not left_alone and any(isinstance(module, RemovedModule) for module in transformer.modules()):
         return f"{name} has no sublayer left: every one was removed."
     if left_alone:
-        return f"{name} has no sublayer to drop; {left_alone[0].path}, for one: {left_alone[0].reason}."
+        return f"{name} has no sublayer to drop. For example, {left_alone[0].path}: {left_alone[0].reason}."
     return f"{name} has no list of blocks with attention in them, so nothing can be dropped."
 
 

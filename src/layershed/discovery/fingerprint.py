@@ -7,7 +7,7 @@ Two fingerprints are equal only if the probe would see the same objects in the s
 - the config, the registered SublayerAdapter and torch's modes.
 
 The fingerprint leaves out gradients and the numbers in the weights. It does not notice two
-changes: what a hook's own object switches on or off, and a method other than ``forward`` that is exchanged on a class.
+changes: the state of a hook's own object, and a method other than ``forward`` that is replaced on a class.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _modes(devices: Iterable[str]) -> tuple[Any, ...]:
 
 
 class _NoFingerprintError(Exception):
-    """The model holds an object that cannot be told from a later one at the same address."""
+    """The model holds an object that is indistinguishable from a later one at the same address."""
 
 
 class _Walk:
@@ -189,7 +189,7 @@ class _Walk:
                     self.add(value)
 
     def _class(self, kind: type) -> None:
-        """A class, and its forward, which may be exchanged for all its modules at once."""
+        """A class, and its forward, which may be replaced for all its modules at once."""
         self.key.append(id(kind))
         if kind not in self._classes:
             self._classes.add(kind)

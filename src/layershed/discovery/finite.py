@@ -15,7 +15,7 @@ def refuse_not_finite(transformer: nn.Module, streams: Iterable[Tensor]) -> None
 
     Args:
         transformer: The model.
-        streams: What its blocks return.
+        streams: The outputs of its blocks.
 
     Raises:
         UnprovenStructureError: If a stream holds such values; names the first parameter that does.

@@ -41,7 +41,7 @@ def run_probe(transformer: nn.Module) -> Tape:
 
 
 def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
-    """What modules return, or the first of it, in a probe that is not recorded; nothing on the meta device.
+    """The first value that each module returns in a probe without a recording; empty on the meta device.
 
     Raises:
         UnprovenStructureError: If the forward pass fails.
@@ -132,7 +132,7 @@ class _CacheWatch:
 
 
 def probing() -> bool:
-    """Whether the running forward pass is a probe, which no measurement may count."""
+    """Whether the running forward pass is a probe; measurements must not count it."""
     return _PROBING.get()
 
 

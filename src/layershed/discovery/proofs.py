@@ -46,7 +46,7 @@ class Proofs(Generic[T]):
         return proof.answer
 
     def keep(self, transformer: nn.Module, state: Fingerprint, answer: T) -> None:
-        """Remember an answer; forget those that can never come true again, and the oldest."""
+        """Remember an answer; forget those that can no longer be valid, and the oldest."""
         known = self._known.setdefault(transformer, OrderedDict())
         known.pop(state.key, None)
         known[state.key] = _Proof(answer, state)

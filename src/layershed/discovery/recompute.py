@@ -30,7 +30,7 @@ def replay(tape: Tape, target: int, values: Mapping[int, Tensor]) -> Tensor:
 
 
 def _needed(tape: Tape, target: int, values: Mapping[int, Tensor]) -> set[int]:
-    """The operations that lead from the changed values to the target, and those whose results were written over."""
+    """The operations that lead from the changed values to the target, and those whose results were overwritten."""
     last = tape.producer.get(target, -1)
     changed = set(values)
     first = min((readers[0] for value in values if (readers := tape.consumers.get(value))), default=last)
@@ -50,7 +50,7 @@ def _needed(tape: Tape, target: int, values: Mapping[int, Tensor]) -> set[int]:
 
 
 def _run(tape: Tape, operation: Operation, made: dict[int, Tensor]) -> None:
-    """Run one operation again; what it writes over is written over here, too, views included."""
+    """Run one operation again; it overwrites the same values, views included."""
     for number in operation.renews:
         if number not in made:
             made[number] = tape.tensors[number].clone()

@@ -1,6 +1,6 @@
-"""A recording of one forward pass: every tensor operation, the values it read and wrote, and the module it ran in.
+"""A recording of one forward pass: every tensor operation, its inputs and outputs, and the module that ran it.
 
-From it the data flow of a model can be read off as a fact, on tensors with numbers and on fake ones alike.
+It gives the data flow of a model as a fact, for real tensors and for fake ones.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 Key = int | str
-"""Where an argument stands in a call: its position, or its name."""
+"""The place of an argument in a call: its position, or its name."""
 
-# take a shape from a tensor and no number
+# operations that read only the shape of a tensor
 _SHAPE_ONLY = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_grouped_mm_fallback", "convolution", "mv"}
 
 
 @dataclass(frozen=True)
 class Value:
-    """Stands for a tensor in the arguments of a recorded operation: its number on the tape."""
+    """Replaces a tensor in the arguments of a recorded operation by its number on the tape."""
 
     number: int
 
@@ -41,8 +41,8 @@ class Operation:
         arguments: Its positional and keyword arguments, with a :class:`Value` for each tensor.
         reads: Numbers of the values that it read.
         makes: Numbers of the values of the tensors that it made.
-        renews: By number of a value that it wrote over, the number of the new value of the same tensor; so too for
-            whatever shares its memory.
+        renews: By number of each overwritten value, the number of the tensor's new value; also for tensors that share
+            its memory.
     """
 
     function: Any
@@ -78,7 +78,7 @@ class Call:
         closed: The moment at which it ended.
         arguments: The values that it was called with, by position or name.
         shapes: Shapes of those.
-        outputs: The values that it returned, None for what is no tensor; one of them where it returned a tensor.
+        outputs: The values that it returned, None for what is no tensor; a single one if it returned a tensor.
         container: tuple or list, if it returned one.
     """
 
@@ -115,8 +115,8 @@ class Tape:
         calls: The calls of modules, in the order in which they began.
         producer: By value, the operation that made it; parameters and inputs have none.
         consumers: By value, the operations that read it.
-        tensors: By value, the tensor; of a value that was overwritten, what stands there now.
-        overwritten: The values that were.
+        tensors: By value, the tensor; for an overwritten value, its present content.
+        overwritten: The overwritten values.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -165,7 +165,7 @@ class Tape:
         return Value(reads[-1])
 
     def _record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function.namespace == "prim":  # a fake tensor's question after its device
+        if function.namespace == "prim":  # a fake tensor asks for its device
             return function(*args, **kwargs)
         reads: list[int] = []
         arguments = _mapped(partial(self._reference, reads), (args, kwargs))
@@ -173,7 +173,7 @@ class Tape:
             reads = []
         written = list(_written(function, args, kwargs))
         output = function(*args, **kwargs)
-        # whatever shares the memory that was written holds something new, too
+        # tensors that share the written memory have new values, too
         touched = {id(tensor): tensor for tensor in written}
         touched |= {id(t): t for w in written for t in self._sharing[w.untyped_storage()._cdata]}
         fresh: list[Tensor] = []
@@ -198,7 +198,7 @@ class Tape:
         arguments = {key: self.number(value) for key, value in tensors.items()}
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         self._moment += 1
-        with _disable_current_modes():  # a block may write over what it was given
+        with _disable_current_modes():  # a block may overwrite its arguments
             given_then = _mapped(_copied, (args, kwargs))
         call = Call(path, given_then, self._moment, len(self.operations), arguments, shapes)
         self.calls.append(call)
@@ -218,8 +218,8 @@ class Tape:
 def recording(model: nn.Module) -> Iterator[Tape]:
     """Within the context every operation and every call of a module of ``model`` goes onto the tape.
 
-    Meant for one forward pass without gradients. Hooks are added last, so that those of others count as part of their
-    module, and are gone afterwards.
+    Use it for one forward pass without gradients. Its hooks are added last, so that other hooks count as part of their
+    module. They are removed afterwards.
     """
     tape, open_calls, handles = Tape(), list[Call](), []
     for path, module in model.named_modules():

@@ -11,7 +11,7 @@ from layershed.discovery.residual_stream import BlockFlow, BranchFlow
 from layershed.planning.plan import Kind, Sublayer
 from layershed.stand_ins.stand_in import UNKNOWN_SLOT, StandIn
 
-# what a zero stays zero under
+# operations that keep a zero at zero
 _ZERO_KEEPING = {"mul", "div", "neg", "view", "_unsafe_view", "_reshape_alias", "clone", "_to_copy", "detach", "alias"}
 _ZERO_KEEPING |= {"unsqueeze", "squeeze", "transpose", "permute", "t", "slice", "expand", "native_dropout", "tanh"}
 
@@ -37,7 +37,7 @@ class Replacement:
 
     Args:
         core: The module that computes the branch. It returns zeros, or X where it adds the branch to X itself.
-        support: Modules around the core, such as its norm. They hand their input on, once no other branch needs them.
+        support: Modules around the core, such as its norm. They return their input once no other branch needs them.
 
     Example:
         A Llama block computes ``x + mlp(post_attention_layernorm(x))``. For its MLP branch ``core`` is the call of
@@ -66,7 +66,7 @@ class Modules:
 
     Args:
         flow: The block's data flow.
-        slots: By module path, the slot of the KV cache that it fills, and with how many tokens of the probe's.
+        slots: By module path, the slot of the KV cache that the module fills, and the number of probe tokens it stores.
     """
 
     def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]] | None) -> None:
@@ -81,7 +81,7 @@ class Modules:
         return next((call.path for call in reversed(heavy or calls)), self.flow.call.path)
 
     def own_calls(self, branch: BranchFlow) -> list[Call]:
-        """The outermost calls that compute the branch and nothing of the stream."""
+        """The outermost calls that compute only the branch, not the stream."""
         fit = [
             call
             for call in self.calls
@@ -99,7 +99,7 @@ class Modules:
         return found
 
     def _apart_from_stream(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | Unfit:
-        """As :meth:`find`, where the block adds what the core returns."""
+        """As :meth:`find`, if the block adds the core's result."""
         heavy = [call for call in calls if self._is_heavy(kind, branch, call)]
         if not heavy or not self._covers(kind, branch, calls):
             return Unfit("it is not computed by modules of its own")
@@ -116,7 +116,7 @@ class Modules:
         return key if isinstance(key, Unfit) else Replacement(Replaced(core, key, zero=True), support)
 
     def _adding_itself(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | None:
-        """As :meth:`find`, where the core adds its branch to the stream itself; None if it does not, or if not only."""
+        """As :meth:`find`, if the core adds its branch to the stream itself and does nothing else; else None."""
         joining = self._joining(branch)
         if joining is None:
             return None
@@ -156,7 +156,7 @@ class Modules:
         return None
 
     def _tail(self, branch: BranchFlow, core: Call, support: Iterable[Replaced]) -> Unfit | None:
-        """What makes something else of a zero between the core and the stream, or None if nothing does."""
+        """The operation between core and stream that does not keep a zero at zero, or None."""
         tainted = {core.output}
         for index in sorted(branch.cone):
             operation = self.tape.operations[index]
@@ -176,7 +176,7 @@ class Modules:
         return None
 
     def _is_zero(self, value: int) -> bool:
-        """Whether a value is zeros that were just made, as a removed module gives them."""
+        """Whether a value is freshly made zeros, as a removed module returns them."""
         while (index := self.tape.producer.get(value)) is not None:
             operation = self.tape.operations[index]
             if operation.name in ("new_zeros", "zeros_like", "zeros"):
@@ -187,7 +187,7 @@ class Modules:
         return False
 
     def _views_of(self, values: Iterable[int | None]) -> set[int]:
-        """What the block makes of some values by looking at them in another shape."""
+        """The values and their views in other shapes."""
         found = set(values)
         for operation in self._block_operations():
             if operation.name in _ZERO_KEEPING and found.issuperset(operation.reads):
@@ -195,7 +195,7 @@ class Modules:
         return {value for value in found if value is not None}
 
     def _by_products(self, branch: BranchFlow, calls: list[Call], result: int | None) -> Unfit | None:
-        """Which value of its modules is read elsewhere, if any is; their result and shared norms may be."""
+        """A value of its modules that is read elsewhere, or None; their result and shared norms are allowed."""
         others = [other for other in self.flow.branches if other is not branch]
         if any(branch.value in self.tape.operations[i].reads for other in others for i in other.cone):
             return Unfit("another branch reads its output")
@@ -213,7 +213,7 @@ class Modules:
         return None
 
     def _support(self, branch: BranchFlow, calls: Iterable[Call]) -> tuple[Replaced, ...]:
-        """Those of the calls that can hand their input on while the branch does not run."""
+        """The calls that can return their input while the branch does not run."""
         found: list[tuple[Call, Key]] = []
         for call in calls:
             keys = [key for key in call.arguments if self._moves(call.arguments[key], branch)]
@@ -271,7 +271,7 @@ class Modules:
         return self.tape.operations[self.flow.call.start : self.flow.call.stop]
 
     def is_spare(self, path: str, dropped: list[BranchFlow]) -> bool:
-        """Whether nothing but dropped branches needs a module: neither the stream nor what is left alone."""
+        """Whether only dropped branches need a module: neither the stream nor a part that is left alone needs it."""
         cones = {operation for branch in dropped for operation in branch.cone}
         results = {branch.value for branch in dropped}
         call = self.tape.calls_of(path)[0]
@@ -281,5 +281,5 @@ class Modules:
 
 
 def outermost(calls: list[Call]) -> list[Call]:
-    """Those of the calls that happened inside no other one."""
+    """The calls that happened inside no other call."""
     return [call for call in calls if not any(other.contains(call) for other in calls)]

@@ -1,7 +1,7 @@
-"""The residual stream of a block, read off a tape: the branches added to it, and where each of them reads it.
+"""The residual stream of a block, followed on a tape: the branches added to it, and where each branch reads it.
 
 A block's output is followed back to its input, through additions, scalings and changes of shape, which are linear.
-Everything else that is added on the way is a branch: ``Y = X + b1 + b2 + ...``. Where a norm stands in the stream
+Everything else that is added on the way is a branch: ``Y = X + b1 + b2 + ...``. If a norm is in the stream
 (post-LN), the search goes on at the norm's input.
 """
 
@@ -86,7 +86,7 @@ def follow_block(tape: Tape, call: Call) -> BlockFlow:
 
 
 class _Follower:
-    """Follows one block's stream from its output back to its input, and then forth again."""
+    """Follows one block's stream from its output back to its input, and then forward again."""
 
     def __init__(self, tape: Tape, call: Call, source: Key) -> None:
         self.tape, self.call = tape, call
@@ -129,7 +129,7 @@ class _Follower:
         return self.tape.operations[index] if index is not None and index in self.call else None
 
     def _parts(self, value: int) -> list[tuple[int, float | None]]:
-        """The values that a value is linear in, by one operation, with their weights (None: a tensor); none if not."""
+        """The inputs of a linear operation that made a value, with their weights (None: a tensor); else empty."""
         operation = None if value == self.x else self._producer(value)
         if operation is None or operation.writes[0] != value:
             return []
@@ -148,7 +148,7 @@ class _Follower:
         return []
 
     def _leaves(self, value: int) -> frozenset[int]:
-        """The values of which a value is a weighted sum, as far back as that goes."""
+        """The values whose weighted sum a value is, followed back as far as possible."""
         todo = [value]
         while todo:
             current = todo[-1]
@@ -162,7 +162,7 @@ class _Follower:
         return self._bases[value]
 
     def _base(self, value: int) -> int:
-        """Which of its leaves is the stream: X, or else the one that all the others are computed from."""
+        """The leaf that is the stream: X, or else the leaf from which all others are computed."""
         leaves = self._leaves(value)
         if self.x in leaves:
             return self.x

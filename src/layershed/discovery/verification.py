@@ -1,7 +1,7 @@
 """A trial of each stand-in: the block runs with it, and its recording is computed again with a branch of zeros.
 
-Both must give the same. The second one repeats recorded operations and calls no module. So the trial fails, before
-anything is dropped, if a stand-in
+Both outputs must agree. The second computation repeats recorded operations and calls no module. So the trial fails,
+before anything is dropped, if a stand-in
 
 - returns the wrong tensor,
 - returns a tensor of another shape,
@@ -53,10 +53,10 @@ def sift(
         model: The model, in the state in which it was recorded.
         flow: The block's data flow.
         branches: Its branches.
-        exact: Results of earlier trials, which are not repeated; extended.
+        exact: Results of earlier trials; read and extended.
 
     Returns:
-        Those that can be dropped, and those that cannot.
+        The branches that can be dropped, and the branches that cannot.
     """
     good: list[Branch] = []
     for branch in branches:
@@ -65,7 +65,7 @@ def sift(
     if len(good) > 1 and not _stands(model, flow, good, [b for b in branches if b not in good], exact):
         good = []
     bad = [branch for branch in branches if branch not in good]
-    # a norm that one of those reads, too, must go on running
+    # a norm that a kept branch also reads must keep running
     needed = {path for branch in bad for path, _ in branch.support}
     good = [replace(b, support=tuple(pair for pair in b.support if pair[0] not in needed)) for b in good]
     return good, bad
@@ -84,7 +84,7 @@ def _stands(
 
 
 def _makes(flow: BlockFlow, branches: Iterable[Branch]) -> Iterator[tuple[object, ...]]:
-    """All of a branch that its trial depends on, with paths and operations counted from its block."""
+    """Everything that a branch's trial depends on, with paths and operations relative to its block."""
     for branch in branches:
         places = tuple((part.join - flow.call.start, len(part.before)) for part in branch.parts)
         parts = tuple(
@@ -95,7 +95,7 @@ def _makes(flow: BlockFlow, branches: Iterable[Branch]) -> Iterator[tuple[object
 
 
 def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept: Iterable[Branch]) -> bool:
-    """Whether a block with stand-ins gives what it would give if the branches contributed nothing.
+    """Whether a block with stand-ins gives the same output as with branches of zeros.
 
     Args:
         model: The model, in the state in which it was recorded.
@@ -130,7 +130,7 @@ def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept:
 def _check_point(flow: BlockFlow, parts: list[BranchFlow]) -> tuple[Tap, int] | None:
     """A place to compare at, and the value recorded there: right after the branches, before any other one reads them.
 
-    Another X would send the tokens of a later branch to other experts, whose recorded sizes do not fit.
+    Another X would route the tokens of a later branch to other experts, and recorded sizes would not fit.
     """
     assert flow.call.output is not None
     last = max(parts, key=lambda part: part.join)

@@ -23,7 +23,7 @@ UNREADABLE = "it cannot be read"
 
 def write_atomically(target: Path, content: Any) -> None:
     """``torch.save``, whole or not at all: the file keeps its former content until the new content is on the disk."""
-    # one fixed name: the rest that a killed writer left is overwritten, and no search for *.ckpt finds it
+    # one fixed name: the next write overwrites the partial file of a killed one, and no search for *.ckpt finds it
     beside = target.with_name(f".{target.name}.partial")
     try:
         with beside.open("wb") as file:
@@ -48,7 +48,7 @@ def sync(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, **options: Any) -> Any:
-    """``torch.load`` for a file that may be torn or come from a stranger.
+    """``torch.load`` for a file that may be torn or untrusted.
 
     Args:
         path: A local file.
@@ -70,8 +70,8 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
                 raise  # the file is not at fault
             if "unsupported global" in str(error).lower() or (whole and isinstance(error, pickle.UnpicklingError)):
                 raise CheckpointError(
-                    f"The checkpoint {str(path)!r} holds more than tensors and plain values, and nothing of it was "
-                    "run; load it with weights_only=False only if you trust who wrote it."
+                    f"The checkpoint {str(path)!r} holds more than tensors and plain values. Nothing of it was run. "
+                    "Load it with weights_only=False only if you trust its writer."
                 ) from error
             damage = "it is no file that torch wrote, or only the rest of one"
     other = next(intact_beside(path), None)
@@ -106,8 +106,8 @@ def check_checkpoint(path: Path, *, resumed: bool = False, **options: Any) -> No
         raise CheckpointError(f"ckpt_path={str(path)!r}: its hyper_parameters are no mapping.")
     if resumed and "optimizer_states" not in content:
         raise CheckpointError(
-            f"ckpt_path={str(path)!r}: it holds the weights alone (save_weights_only), from which no run can go on; "
-            "give another one, or validate it."
+            f"ckpt_path={str(path)!r}: it holds the weights alone (save_weights_only), so no run can resume from it. "
+            "Give another one, or validate it."
         )
 
 
@@ -120,7 +120,7 @@ def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
     noted = read_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("hyper_parameters", {})
     options = {name: value for name, value in noted.items() if name != "_instantiator"}
     if strangers := sorted(set(map(str, options)) - set(known)):
-        raise CheckpointError(f"ckpt_path={str(path)!r}: its model has the option {strangers[0]!r}, which is not ours.")
+        raise CheckpointError(f"ckpt_path={str(path)!r}: its model has the unknown option {strangers[0]!r}.")
     return options
 
 
@@ -179,8 +179,8 @@ def refuse_folder(path: Path) -> None:
     """
     if path.is_dir():
         raise CheckpointError(
-            f"ckpt_path={str(path)!r}: it is a folder, and a file is needed here; what ModelParallelStrategy writes to "
-            "folders is read under it, or by layershed.load_checkpoint(module, path)."
+            f"ckpt_path={str(path)!r}: it is a folder, but a checkpoint file is needed. Read a folder of shards under "
+            "ModelParallelStrategy, or with layershed.load_checkpoint(module, path)."
         )
 
 

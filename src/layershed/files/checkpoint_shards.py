@@ -6,7 +6,7 @@ Such a folder holds:
 - ``.metadata``: a pickle that says what is where in them (see :mod:`layershed.files.shard_index`),
 - ``meta.pt``: what Lightning adds.
 
-Anybody may have written it, and torch by itself runs what its pickles ask for. Here the pickles in the shards and in
+The folder may be untrusted, and torch by itself runs what its pickles ask for. Here the pickles in the shards and in
 ``meta.pt`` are read with ``weights_only=True``, which knows tensors and plain values. ``read_notes(path,
 weights_only=False)`` is the one exception, for ``meta.pt`` alone: the user has said that they trust the writer.
 """
@@ -192,9 +192,9 @@ class _Planner(DefaultLoadPlanner):
             content = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{read_item.dest_index.fqn} holds more than tensors and plain values, and nothing of it was run."
+                f"{read_item.dest_index.fqn} holds more than tensors and plain values. Nothing of it was run."
             ) from error
-        # torch would run whatever the stranger's bytes ask for, so it gets bytes of ours
+        # torch would unpickle untrusted bytes, so it gets a new pickle of their content
         own = io.BytesIO()
         torch.save(content, own)
         own.seek(0)

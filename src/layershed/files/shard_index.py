@@ -10,7 +10,7 @@ Threat model:
   other name is an error. When the pickle is read, the notes of known classes become torch's own objects.
 - A file name in the index must be the name of a file in the folder, so that no other file is read as a shard.
 
-What an attacker can still do: describe other tensors than there are, or cost time and memory.
+An attacker can still describe tensors that do not exist, or cost time and memory.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def read_index(folder: Path) -> Metadata:
-    """What torch has noted of a folder of shards.
+    """The index that torch wrote into a folder of shards.
 
     Raises:
         CheckpointError: If the index asks for anything but its own classes, or names a file outside the folder.
-        Exception: Of any other kind, if its bytes mean nothing to pickle.
+        Exception: Of any other kind, if pickle cannot read its bytes.
     """
     with (folder / INDEX_FILE).open("rb") as file:
         index = _made(_Unpickler(file).load(), {})
@@ -63,7 +63,7 @@ def read_index(folder: Path) -> Metadata:
         raise CheckpointError("torch did not write it")
     for name in {place.relative_path for place in index.storage_data.values()}:
         if not isinstance(name, str) or os.path.basename(name) != name:
-            raise CheckpointError(f"it leads to {name!r}, out of the folder")
+            raise CheckpointError(f"it names {name!r}, which is outside the folder")
     return index
 
 

@@ -1,4 +1,4 @@
-"""Checks of a model folder before any library acts on it: it may be damaged, or come from a stranger."""
+"""Checks of a model folder before any library acts on it: it may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def refuse_unfitting(report: Mapping[str, Any], own: Iterable[str], source: str)
     for what, found in (
         ("weights are missing", report["missing_keys"]),
         ("weights have another shape than the config says", [key for key, *_ in report["mismatched_keys"]]),
-        ("there are weights of more than the config says", extra),
+        ("there are weights of more blocks than the config says", extra),
     ):
         if found:
             names = ", ".join(sorted(map(str, found))[:3])

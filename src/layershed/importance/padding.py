@@ -36,7 +36,7 @@ class Padding:
         self._masks = {name: m.bool() for name, m in masks.items() if isinstance(m, Tensor) and m.ndim == 2}
 
     def forget(self) -> None:
-        """Let go of the masks."""
+        """Drop the references to the masks."""
         self._masks = {}
 
     def align(self, x: Tensor, branch: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -73,8 +73,8 @@ class Padding:
             return mask[:, -tokens:]  # decoding from a cache: the mask covers the past, too
         if mask.shape[0] != x.shape[0] or places % tokens:
             raise CalibrationError(
-                f"Cannot tell padding apart at {path}: the padding mask has the shape {tuple(mask.shape)}, the tokens "
-                f"have the shape {tuple(x.shape[:2])}. Leave the mask out, or score batches without padding."
+                f"Cannot apply the padding mask at {path}: it has the shape {tuple(mask.shape)}, but the tokens have "
+                f"the shape {tuple(x.shape[:2])}. Leave the mask out, or score batches without padding."
             )
         return mask[:, :: places // tokens]  # a speech model takes several frames for a token
 

@@ -18,7 +18,7 @@ class PassSums(Metric):
     """The sums of an :class:`ImportanceMetric` over forward passes, each of which counts as a whole or not at all.
 
     A pass in which any importance is not finite is counted and left out, so that all branches are averaged over the
-    same tokens. No number is read, so that nothing waits for the device.
+    same tokens. No number is read from the device, so nothing waits for it.
 
     Args:
         num_branches: Number of branches that are measured side by side.
@@ -33,7 +33,7 @@ class PassSums(Metric):
         super().__init__()
         self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
-        # those left out, by the first branch that was not finite; at the end, those averaged in
+        # passes left out, by the first branch that was not finite; the last entry counts passes averaged in
         self.add_state("passes", torch.zeros(num_branches + 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, one: ImportanceMetric) -> None:
@@ -90,7 +90,7 @@ class Means:
 
 
 class RunningSums:
-    """Feeds a metric with one forward pass after the other, and keeps sums over the passes.
+    """Updates a metric with each forward pass, and keeps sums over the passes.
 
     Args:
         metric_class: The importance metric.
@@ -120,7 +120,7 @@ class RunningSums:
             self._pass.update(x, branch, mask, place)
 
     def end_pass(self) -> None:
-        """Take up the last forward pass; without one nothing happens."""
+        """Add the last forward pass to the sums, if there is one."""
         if not self._pending:
             return
         self._pending = False

@@ -1,4 +1,4 @@
-"""The hooks that hand on X and b of every branch while a model runs."""
+"""The hooks that pass on X and b of every branch while a model runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Taps:
             belong to. X and b have any shape that ends in hidden.
 
     Attributes:
-        on: Whether forward passes are handed on.
+        on: Whether the hooks pass on what they see.
         blocks: Indices of the blocks that are measured.
         names: Name of every place, such as ``attention.3`` or ``block.3``.
         attached: Whether the hooks are on the model.
@@ -76,7 +76,7 @@ class Taps:
                 self._tap(Tap(tap.path), partial(self._leave_block, place, tap.path))
 
     def detach(self) -> None:
-        """Remove the hooks, and let go of every activation."""
+        """Remove the hooks, and drop the references to activations."""
         self.on = False
         self._forget()
         for handle in self._handles:
@@ -84,7 +84,7 @@ class Taps:
         self._handles = []
 
     def _tap(self, tap: Tap, take: Callable[[Tensor], None]) -> None:
-        """Hand a tensor on whenever the model comes by it."""
+        """Pass a tensor to ``take`` whenever the model computes it."""
         module = self._transformer.get_submodule(tap.path)
         if tap.key is None:
             self._handles.append(module.register_forward_hook(self._while_on(partial(_take_output, take))))
@@ -93,20 +93,20 @@ class Taps:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _while_on(self, hook: Callable[..., None]) -> Callable[..., None]:
-        # under torch.compile it is left to Python: it would be compiled anew for every place
+        # torch.compile must not compile it: it would compile it again for every place
         return partial(_if_on, self, torch.compiler.disable(hook))
 
     def _place_of(self, block: int) -> int:
         return len(self._branches) + self.blocks.index(block)
 
     def _forget(self) -> None:
-        """Let go of every tensor of the last forward pass, which an error may have cut short."""
+        """Drop the references to tensors of the last forward pass, which may have failed midway."""
         self._seen.clear()
         self._x.clear()
         self._block_sum = None
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Every place counts once again."""
+        """Start a forward pass: every place is measured once."""
         self._forget()
         if not probing():
             self._hand_on_pass(module, args, kwargs)
@@ -117,7 +117,7 @@ class Taps:
 
     def _note_x(self, place: int, x: Tensor) -> None:
         if self._counts(place):
-            # a block that adds in place would write over it
+            # a block that adds in place would overwrite it
             self._x[place] = x.detach().clone() if self._overwrites else x.detach()
 
     def _leave_branch(self, index: int, branch: Branch, output: Tensor) -> None:
@@ -140,7 +140,7 @@ class Taps:
         """A block's branch is the sum of its sublayers': Y - X of the block, without the rounding of Y."""
         block = branch.sublayer.block
         if self._block_sum is None:
-            # a block that adds in place would write over it
+            # a block that adds in place would overwrite it
             start, total = x, b.clone() if branch.stand_ins[0][1].materialize else b
         else:
             start, total = self._block_sum[0], self._block_sum[1] + b.view_as(self._block_sum[1])
@@ -155,7 +155,7 @@ class Taps:
 
 
 def body_of(transformer: nn.Module) -> nn.Module:
-    """The transformer without its head, where that takes the same inputs."""
+    """The transformer without its head, if that takes the same inputs."""
     body = getattr(transformer, "base_model", transformer)
     parameters = inspect.signature(body.forward).parameters.values()
     main = getattr(transformer, "main_input_name", "")

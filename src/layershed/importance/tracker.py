@@ -83,7 +83,7 @@ def check_scoring(metric: str, max_batches: int | None) -> None:
 class ImportanceTracker:
     """Measures importance during the forward passes that happen between :meth:`start` and :meth:`stop`.
 
-    Attach it before ``torch.compile`` sees the model: compiled code ignores later hooks without a word. It can be
+    Attach it before ``torch.compile`` sees the model: compiled code silently ignores later hooks. It can be
     started and stopped at any time after that.
 
     Args:
@@ -92,7 +92,7 @@ class ImportanceTracker:
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Attributes:
-        skipped: The passes that the last :meth:`compute` left out, as an importance in them was NaN or infinite.
+        skipped: The passes that the last :meth:`compute` left out because an importance was NaN or infinite.
 
     Example:
         >>> with tracker, tracker.measuring():  # doctest: +SKIP
@@ -123,7 +123,7 @@ class ImportanceTracker:
         self._taps.attach()
 
     def detach(self) -> None:
-        """Remove the hooks; the sums stay, and no activation does."""
+        """Remove the hooks; only the sums stay, no activations."""
         self._taps.detach()
         self._padding.forget()
 
@@ -153,7 +153,7 @@ class ImportanceTracker:
         """
         if not self._taps.attached:
             raise CalibrationError(
-                "ImportanceTracker: cannot measure, as its hooks are not on the model; call attach() first, or use "
+                "ImportanceTracker: cannot measure: its hooks are not on the model. Call attach() first, or use "
                 "`with tracker, tracker.measuring():`."
             )
         self._taps.on = True
@@ -172,7 +172,7 @@ class ImportanceTracker:
 
         Raises:
             CalibrationError: If no token was seen.
-            NotFiniteError: If none is left, as an importance was NaN or infinite in every pass.
+            NotFiniteError: If an importance was NaN or infinite in every pass.
         """
         bypassed = set(bypassed_sublayers(self._transformer))
         running = [(i, sublayer) for i, sublayer in enumerate(self._sublayers) if sublayer not in bypassed]

@@ -81,12 +81,12 @@ def give_back_header_rewrite(writer: ExperimentWriter) -> None:
 
 
 def set_up_train_loader(trainer: Trainer) -> None:
-    """Have the fit loop build its train loader, which Lightning does only when training starts."""
+    """Make the fit loop build its train loader; Lightning builds it only when training starts."""
     trainer.fit_loop.setup_data()
 
 
 def set_up_val_loaders(trainer: Trainer) -> None:
-    """Have the validation loop of a fit build its loaders, which Lightning does only when validation starts."""
+    """Make the validation loop of a fit build its loaders; Lightning builds them only when validation starts."""
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
 
 
@@ -115,8 +115,8 @@ def set_up_resumed_train_loader(trainer: Trainer) -> None:
 def load_loader_states(trainer: Trainer) -> None:
     """Give the train loaders the positions that the checkpoint holds, in the order of the epoch that is open.
 
-    Lightning does not where the loaders were set up before the checkpoint was read (to count the steps), and between
-    two epochs. A sampler such as DistributedSampler must know the epoch before the loader moves to its position.
+    Lightning omits this between two epochs, and if the loaders were set up before the checkpoint was read (to count
+    the steps). A sampler such as DistributedSampler must know the epoch before the loader moves to its position.
     """
     loop: Any = trainer.fit_loop
     states, loader = loop._combined_loader_states_to_load, loop._combined_loader
@@ -146,7 +146,7 @@ def between_epochs(trainer: Trainer) -> bool:
 
 
 def epoch_is_open(trainer: Trainer) -> bool:
-    """Whether an epoch has been resumed that has begun and not ended."""
+    """Whether the run was resumed within an epoch."""
     epochs = _epochs(trainer)
     return bool(trainer.fit_loop.restarted_mid_epoch and epochs.processed < epochs.started)
 
@@ -158,7 +158,7 @@ def batches_done(trainer: Trainer) -> int | None:
 
 
 def batch_has_ended(trainer: Trainer) -> bool:
-    """Whether the last batch is counted as completed: then its row and its validation were done, too."""
+    """Whether the last batch is counted as completed, so that its row and its validation are done."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return bool(batches.processed == batches.completed)
 
@@ -195,7 +195,7 @@ def row_to_come(trainer: Trainer) -> Mapping[str, Any]:
 
 
 def end_epoch_for_loggers(trainer: Trainer) -> None:
-    """Tell Lightning's metrics that the epoch is over, so that means over it are computed."""
+    """Mark the epoch as over for Lightning's metrics, so that its means are computed."""
     trainer._logger_connector.epoch_end_reached()
 
 
@@ -218,14 +218,14 @@ def announce_validation(checkpoint: dict[str, Any]) -> None:
 
 
 def forget_validation(trainer: Trainer) -> None:
-    """Have the validation loop not count as run: after an earlier fit of the same Trainer, it would never end."""
+    """Mark the validation loop as not run: after an earlier fit of the same Trainer, it would never end."""
     trainer.fit_loop.epoch_loop.val_loop._has_run = False
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:
-    """Have Lightning ask the loaders for new iterators, as it does not in the first epoch of a resumed fit.
+    """Make Lightning ask the loaders for new iterators, which it omits in the first epoch of a resumed fit.
 
-    Not by the loop's own setter, which sets True whenever there are max_steps.
+    The loop's own setter cannot do it: it sets True whenever there are max_steps.
     """
     loop: Any = trainer.fit_loop
     loop._restarting = loop.epoch_loop.restarting = loop._resuming_from_checkpoint = False
@@ -245,7 +245,7 @@ def end_batches(trainer: Trainer) -> None:
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
-    """Whether a resumed fit has reached its limit: Lightning would leave without ending the epoch or the run."""
+    """Whether a resumed fit has reached its limit: Lightning would then end neither the epoch nor the run."""
     loop = trainer.fit_loop
     return bool(loop.restarting and loop.max_batches and loop.done)
 

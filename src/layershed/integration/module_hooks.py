@@ -1,12 +1,12 @@
 """Every checkpoint of a changed model says what is dropped, quantized and adapted, through the module's own hooks.
 
-Lightning's hooks of the module, and neither those of callbacks nor of torch, because
+These are Lightning's hooks of the module, not those of callbacks or of torch, because
 
 - Lightning asks no callback for a checkpoint of the weights alone, and asks callbacks after the weights are loaded;
 - the key of torch's ``get_extra_state`` is always ``_extra_state``: the error of strict loading without layershed would
   not name what to do, as the mark of :func:`write_structure` does;
 - a key that ``register_state_dict_post_hook`` adds breaks FSDP2 (``get_model_state_dict`` looks every key up in the
-  module), and would stand in every folder that ``save_pretrained`` writes.
+  module), and would be in every folder that ``save_pretrained`` writes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StructureHooks:
     """The checkpoint hooks of one module, with its structure added.
 
     Args:
-        pl_module: The module. What its hooks were before is called first.
+        pl_module: The module. Its former hooks are called first.
         transformer: Path of the transformer in it.
         changes: Whether a callback changes the model. If not, only what was changed by hand is written, and a
             checkpoint without such a note leaves the model as it is.
@@ -51,11 +51,11 @@ class StructureHooks:
         self._set_on_instance = [name for name in self._own if name in vars(pl_module)]
 
     def install(self) -> None:
-        """Put them in place, on this one module."""
+        """Replace the hooks of this one module."""
         vars(self.pl_module).update({_SAVE: self.save, _LOAD: self.load})
 
     def release(self) -> None:
-        """Give the module back the hooks that it had."""
+        """Restore the module's former hooks."""
         for name, own in self._own.items():
             del vars(self.pl_module)[name]
             if name in self._set_on_instance:
@@ -82,13 +82,13 @@ class StructureHooks:
 
 
 def carry_structure(pl_module: LightningModule, transformer: str | None) -> None:
-    """Have the module's own checkpoint hooks carry its structure, for a callback that changes the model."""
+    """Make the module's checkpoint hooks save and restore its structure, for a callback that changes the model."""
     before = _hooks_of(pl_module)
     _install(pl_module, transformer or _name(before), changes=True)
 
 
 def carry_changes_by_hand(pl_module: LightningModule, transformer: str | None = None) -> None:
-    """Have them carry what was changed by hand: into the checkpoint, and back from it.
+    """Make the hooks save and restore the changes made by hand.
 
     Next to a callback that changes the model this adds nothing.
     """
@@ -97,11 +97,11 @@ def carry_changes_by_hand(pl_module: LightningModule, transformer: str | None = 
 
 
 def watch_for_changes(pl_module: LightningModule, transformer: str | None = None) -> None:
-    """Have them carry what was changed by hand if anything was, for a callback that only watches.
+    """Make the hooks save and restore changes made by hand, if there are any, for a callback that only watches.
 
-    The hooks of a dense model stay what they are.
+    The hooks of a dense model do not change.
     """
-    if _hooks_of(pl_module) is not None:  # somebody carries it; this callback may know the name
+    if _hooks_of(pl_module) is not None:  # another callback has replaced the hooks; this one may know the name
         carry_changes_by_hand(pl_module, transformer)
         return
     found = transformer_or_none(pl_module, transformer)
@@ -110,7 +110,7 @@ def watch_for_changes(pl_module: LightningModule, transformer: str | None = None
 
 
 def watch_for_bypass(pl_module: LightningModule, transformer: str | None = None) -> None:
-    """The same within a run, cheap enough for every step: it notices a bypass only."""
+    """The same during a run, but only for a bypass: cheap enough for every step."""
     if _hooks_of(pl_module) is None and next(overridden(pl_module), None) is not None:
         watch_for_changes(pl_module, transformer)
 
@@ -118,7 +118,7 @@ def watch_for_bypass(pl_module: LightningModule, transformer: str | None = None)
 def write_structure_made_by_hand(checkpoint: dict[str, Any], transformer: nn.Module) -> None:
     """Note in a checkpoint what was changed by hand, and that no callback did it.
 
-    The optimizers hold all parameters then; SublayerDrop would take those of the dropped sublayers out.
+    The optimizers then hold all parameters. SublayerDrop would remove those of the dropped sublayers.
     """
     write_structure(checkpoint, transformer, callback="ExactResume")
     if CHECKPOINT_KEY in checkpoint:
@@ -126,9 +126,9 @@ def write_structure_made_by_hand(checkpoint: dict[str, Any], transformer: nn.Mod
 
 
 def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
-    """Refuse, before training, to shard a model that was changed by hand where no callback changes it.
+    """Refuse, before training, to shard a model that was changed by hand if no callback changes it.
 
-    Only callbacks that change a model have FSDP2 write the weights of dropped sublayers under names of their own.
+    Only callbacks that change a model make FSDP2 write the weights of dropped sublayers under other names.
 
     Raises:
         StrategyError: If loading the shards would evaluate the dense model in silence.
@@ -139,9 +139,9 @@ def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, 
     transformer = hooks.watched()
     if transformer is not None and has_structure(transformer):
         raise StrategyError(
-            f"{type(callback).__name__}: the model was bypassed, quantized or adapted by hand, and a Trainer would "
-            "take its checkpoints under ModelParallelStrategy for those of the dense model; list SublayerDrop instead "
-            "of bypassing by hand, or use another strategy, such as DDPStrategy."
+            f"{type(callback).__name__}: the model was bypassed, quantized or adapted by hand. Under "
+            "ModelParallelStrategy, a Trainer would load its checkpoints as those of the dense model. Instead of "
+            "bypassing by hand, list SublayerDrop, or use another strategy, such as DDPStrategy."
         )
 
 

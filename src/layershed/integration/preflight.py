@@ -76,7 +76,7 @@ def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Refuse to change the modules of a model that a weight average holds a copy of.
+    """Refuse to change the modules of a model if a weight average holds a copy of it.
 
     Raises:
         ScheduleError: If weights are averaged.
@@ -131,7 +131,7 @@ def check_monitors(trainer: Trainer, first_step: int) -> None:
 
 
 def _insists(watcher: Any) -> bool:
-    """Whether it fails without its metric."""
+    """Whether the callback fails without its metric."""
     if isinstance(watcher, EarlyStopping):
         return bool(watcher.strict)
     return isinstance(watcher, ModelCheckpoint) and watcher.save_top_k != 0

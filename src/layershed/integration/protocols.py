@@ -1,4 +1,4 @@
-"""What callbacks ask each other, by what a callback has and not by its class: no callback imports another one."""
+"""Protocols by which callbacks recognize each other by attributes, not classes: no callback imports another one."""
 
 from __future__ import annotations
 

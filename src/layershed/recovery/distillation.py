@@ -88,7 +88,7 @@ def self_distillation_loss(
     Args:
         model: A causal language model, or a module that holds one.
         batch: A mapping with ``input_ids`` of shape (batch, tokens); ``labels`` (-100 ignored) and ``attention_mask``
-            (0 ignored) of the same shape are heeded. Or the token ids alone.
+            (0 ignored) of the same shape are used. Or the token ids alone.
         weight: w, in (0, 1].
         temperature: T, above 0.
         kind: ``"kl"``, ``"hidden"`` or ``"both"``.
@@ -98,7 +98,7 @@ def self_distillation_loss(
         A scalar with gradients. If nothing is dropped or adapted, the plain LM loss: the teacher is the student.
 
     Raises:
-        RecoveryError: If an argument has no meaning, or the model does not predict the next token.
+        RecoveryError: If an argument is out of range, or the model does not predict the next token.
         PlanError: If a sublayer was removed, so that the teacher cannot come back.
     """
     return self_distillation(model, batch, Distillation(weight, temperature, kind), name=name).loss
@@ -169,7 +169,7 @@ def _inputs(batch: Any, transformer: nn.Module) -> tuple[dict[str, Tensor], Tens
 
 
 def _counted(labels: Tensor) -> Tensor:
-    """Positions whose next token counts, shape (batch, tokens); the last position predicts nothing."""
+    """Positions whose next token counts, shape (batch, tokens); the last one has no next token."""
     counted = torch.zeros_like(labels, dtype=torch.bool)
     counted[:, :-1] = labels[:, 1:] != -100
     return counted

@@ -1,4 +1,4 @@
-"""LoRA in the linear maps that a drop has left: injected, switched off for a teacher, merged or removed.
+"""LoRA in the remaining linear maps of a dropped model: injected, switched off for a teacher, merged or removed.
 
 The adapters are peft's own (Hu et al. 2021, arXiv 2106.09685): a weight W becomes W + s B A with A of shape (rank, in),
 B of shape (out, rank), and s = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -22,7 +22,7 @@ from layershed.recovery.lora_targets import Placement, no_target, targets_of
 from layershed.stand_ins.install import exchange, overridden, take_over_hooks
 from layershed.stand_ins.stand_in import StandIn
 
-if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time: it is imported only where LoRA is injected
+if TYPE_CHECKING:  # peft imports bitsandbytes, which is slow: import it only where LoRA is injected
     from peft import LoraConfig
 
 ADAPTER = "recovery"
@@ -78,7 +78,7 @@ def inject_lora(
 
 
 def check_targets(model: nn.Module, target_modules: str | Sequence[str], *, name: str | None = None) -> None:
-    """Refuse a model that :func:`inject_lora` would refuse whatever will be dropped; call it before training.
+    """Refuse a model that :func:`inject_lora` would refuse after any drop; call it before training.
 
     Raises:
         RecoveryError: If it is no Hugging Face model, carries adapters from elsewhere, or a target is missing or tied
@@ -203,7 +203,7 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
 
 
 def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
-    """Remove the adapters; the model computes what it did before injection, bit for bit, and trains what it did.
+    """Remove the adapters; its outputs (bit for bit) and trainable parameters are those before injection.
 
     Raises:
         RecoveryError: If there are none.
@@ -262,18 +262,18 @@ def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
 def _refuse_strangers(transformer: nn.Module, targets: list[str]) -> None:
     modules = dict(transformer.named_modules())
     if strangers := [path for path in targets if not isinstance(modules.get(path), nn.Linear | Conv1D)]:
-        raise RecoveryError(f"The adapters are for {strangers[0]!r}, where no linear map is.")
+        raise RecoveryError(f"The adapters are for {strangers[0]!r}, which is not a linear map of this model.")
 
 
 def _refuse_others(transformer: nn.Module) -> None:
     if not isinstance(transformer, PreTrainedModel):
         raise RecoveryError(
-            f"LoRA goes into Hugging Face models, and {type(transformer).__name__} is none; recover it by full "
-            "training (mode: full)."
+            f"inject_lora: {type(transformer).__name__} is not a Hugging Face model, and only those take LoRA. Train "
+            "all weights instead (mode: full)."
         )
     others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
     if others:
         raise RecoveryError(
-            f"The model carries adapters of peft already ({', '.join(sorted(others))}); merge them "
-            "(merge_and_unload()) or take them out before recovery puts in its own."
+            f"The model carries adapters of peft already ({', '.join(sorted(others))}); merge "
+            "them (merge_and_unload()) or remove them first."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from layershed.errors import RecoveryError, UnknownNameError
 from layershed.recovery.lora_targets import Placement
 
-if TYPE_CHECKING:  # peft imports bitsandbytes, which takes its time
+if TYPE_CHECKING:  # peft imports bitsandbytes, which is slow
     from peft import LoraConfig
 
 # fields of peft's LoraConfig that must agree for two sets of adapters to be of one kind
@@ -16,7 +16,7 @@ SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bo
 
 
 def lora_arguments(*, rank: int, alpha: int, dropout: float, rslora: bool, dora: bool, **_: Any) -> dict[str, Any]:
-    """Options of :func:`~layershed.inject_lora` under peft's names, without those that only say where adapters go."""
+    """Options of :func:`~layershed.inject_lora` under peft's names, without those that only choose the modules."""
     return dict(zip(SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
 
 
@@ -46,7 +46,7 @@ def settings_of(config: LoraConfig) -> dict[str, Any]:
 
 
 def checked_settings(content: Any) -> tuple[set[str], dict[str, Any]]:
-    """Check targets and settings from :func:`~layershed.recovery.lora.lora_settings`: they may be a stranger's.
+    """Check targets and settings from :func:`~layershed.recovery.lora.lora_settings`: they may be untrusted.
 
     Raises:
         RecoveryError: If they are of another form.

@@ -33,7 +33,7 @@ def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], plac
         unknown = [end for end in target_modules if not any(f".{path}".endswith(f".{end}") for path in linear)]
         if unknown:
             raise RecoveryError(
-                f"target_modules: no linear module that runs is named {unknown[0]!r}; there are "
+                f"target_modules: no linear module that runs is named {unknown[0]!r}. Available: "
                 f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}."
             )
     _refuse_tied(transformer, chosen)
@@ -53,8 +53,8 @@ def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
         shared = [p for p in transformer.get_submodule(path).parameters() if holders[id(p)] > 1]
         if shared:
             raise RecoveryError(
-                f"target_modules: the weight of {path} is tied to another module's, such as the input embedding, which "
-                "merging would change, too; leave it out."
+                f"target_modules: the weight of {path} is tied to another module's, such as the input embedding. "
+                "Merging would change both. Leave it out."
             )
 
 
@@ -89,9 +89,9 @@ def _neighbours(transformer: nn.Module) -> set[str]:
 
 
 def no_target(transformer: nn.Module, target_modules: str | Sequence[str], placement: str) -> str:
-    """The sentence that says why there is nothing to adapt."""
+    """The error text for a model without any module to adapt."""
     if placement == "neighbours" and not dropped_sublayers(transformer):
-        return "placement='neighbours': nothing is dropped, so that nothing stands beside a dropped sublayer."
+        return "placement='neighbours': nothing is dropped, so there are no neighbours. Drop first, or use 'all'."
     return (
         f"There is nothing to adapt in {type(transformer).__name__} (target_modules={target_modules!r}, "
         f"placement={placement!r}): no such linear module runs."

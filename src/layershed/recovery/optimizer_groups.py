@@ -98,7 +98,7 @@ def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: L
     parameters = dict(module.named_parameters())
     if [len(groups) for groups in layout] != [len(optimizer.param_groups) for optimizer in optimizers]:
         raise CheckpointError(
-            f"The checkpoint's optimizers have {[len(groups) for groups in layout]} parameter groups, and "
+            f"The checkpoint's optimizers have {[len(groups) for groups in layout]} parameter groups, but "
             f"configure_optimizers made {[len(optimizer.param_groups) for optimizer in optimizers]}; they must agree."
         )
     for optimizer, groups in zip(optimizers, layout, strict=True):

@@ -69,7 +69,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything a report tells about a run; each part may be missing.
+    """Everything that a report shows of a run; each part may be missing.
 
     Args:
         model: Name or path of the model. Never trusted: it is escaped wherever it is shown.

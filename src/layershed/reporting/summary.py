@@ -1,4 +1,4 @@
-"""What a run comes down to: a few rows for the HTML report, and the same rows as a table for the terminal."""
+"""The summary of a run: a few rows for the HTML report, and the same rows as a table for the terminal."""
 
 from __future__ import annotations
 

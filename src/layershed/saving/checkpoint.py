@@ -62,7 +62,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise CheckpointError(
-            f"{str(path)!r}: its weights do not fit this {type(module).__name__}; build it from the config that "
+            f"{str(path)!r}: its weights do not fit this {type(module).__name__}. Build it from the config that "
             "it was trained with."
         ) from error
 
@@ -82,8 +82,8 @@ def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = 
     unknown = {key for key in keys_of(path, "state_dict") - weights.keys() if not key.startswith(_MARK)}
     if strict and unknown:
         raise CheckpointError(
-            f"{str(path)!r}: it holds {len(unknown)} weights that this module has no place for, such as "
-            f"{min(unknown)!r}; build it from the config that it was trained with."
+            f"{str(path)!r}: it holds {len(unknown)} weights that this module lacks, such as "
+            f"{min(unknown)!r}. Build the module from the config that it was trained with."
         )
     read_shards(path, {"state_dict": weights}, alone=alone)
 

@@ -74,8 +74,8 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
     config = load_config(source)
     if fields.get("model_type", config.model_type) != config.model_type:
         raise ModelError(
-            f"config: pretrained={source!r} is of model_type {config.model_type!r}, not {fields['model_type']!r}; "
-            "another architecture could not take its weights."
+            f"config: pretrained={source!r} is of model_type {config.model_type!r}, not {fields['model_type']!r}. "
+            "Its weights fit no other architecture. Leave model_type out."
         )
     with _as_model_error(f"pretrained={source!r}: the model could not be loaded"):
         if not lacks_sublayers(config):
@@ -87,7 +87,7 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
             return model
         if fields.keys() - {"model_type"}:
             raise ModelError(
-                f"config: pretrained={source!r} lacks dropped sublayers, and is loaded with its own config; leave "
+                f"config: pretrained={source!r} lacks dropped sublayers, so it is loaded with its own config. Leave "
                 f"out {', '.join(sorted(fields))}."
             )
         if _without_weights():
@@ -130,8 +130,8 @@ def _refuse_quantized(config: PreTrainedConfig, source: str) -> None:
     """A skeleton would count quantized weights as full ones."""
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"pretrained={source!r}: its weights are quantized, so that no plan can be made from its skeleton; give "
-            "the model that it was quantized from."
+            f"pretrained={source!r}: its weights are quantized, so no plan can be made from its config. Give the "
+            "model before quantization."
         )
 
 

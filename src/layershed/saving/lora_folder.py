@@ -64,7 +64,7 @@ def save_adapter(
         raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no LoRA adapters.")
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
-        raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers and the model lacks {len(dropped)}.")
+        raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)}.")
     if plan is None and dropped:
         plan = DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
     config: Any = copy.copy(peft_config_of(transformer))
@@ -116,7 +116,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     if unknown:
         raise RecoveryError(
             f"load_adapter: the adapter has {unknown[0]}={fields[unknown[0]]!r}, which only peft's own loader "
-            "knows: peft.PeftModel.from_pretrained(base, folder)."
+            "supports. Use peft.PeftModel.from_pretrained(base, folder)."
         )
     path = folder / PLAN_FILE
     planned = tuple(sorted(DropPlan.load(path))) if path.is_file() else ()
@@ -124,14 +124,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     if planned != dropped:
         names = [", ".join(sublayer.name for sublayer in sublayers) or "nothing" for sublayers in (planned, dropped)]
         raise PlanError(
-            f"load_adapter: the adapter was trained on a base without {names[0]}, and from this one {names[1]} is "
-            "dropped; load the base that belongs to it, or bypass its plan (layershed.load_plan) first."
+            f"load_adapter: the adapter was trained on a base without {names[0]}, but this base lacks {names[1]}. "
+            "Load the adapter's own base, or bypass its plan (layershed.load_plan) first."
         )
     targets = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in weights}
     linear = dict(transformer.named_modules())
     strangers = sorted(target for target in targets if target not in linear)
     if strangers or not targets:
-        raise RecoveryError(f"load_adapter: the adapter is for {(strangers or ['nothing'])[0]!r}, which is not there.")
+        raise RecoveryError(f"load_adapter: the model lacks {(strangers or ['nothing'])[0]!r}.")
     _, settings = checked_settings({"targets": targets, "settings": settings_of(config)})
     wrong = next((key for key in sorted(weights) if ".lora_A." in key and weights[key].shape[0] != settings["r"]), None)
     if wrong is not None:  # refused before so much memory is allocated
@@ -176,7 +176,7 @@ def holds_shards(transformer: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this rank may hold only a shard; call it on every rank."""
+    """The whole tensor, if this rank holds only a shard; call it on every rank."""
     found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found.detach()
 
@@ -185,11 +185,11 @@ def _load_weights(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
     own = _weights(transformer)
     if own.keys() != weights.keys():
         key = sorted(own.keys() ^ weights.keys())[0]
-        raise RecoveryError(f"load_adapter: {key} stands only in one of the adapter and the model.")
+        raise RecoveryError(f"load_adapter: {key} is in the adapter or in the model, but not in both.")
     wrong = next((key for key in sorted(own) if own[key].shape != weights[key].shape), None)
     if wrong is not None:
         raise RecoveryError(
-            f"load_adapter: {wrong} has the shape {tuple(weights[wrong].shape)}, and here {tuple(own[wrong].shape)}."
+            f"load_adapter: {wrong} has the shape {tuple(weights[wrong].shape)}, not {tuple(own[wrong].shape)}."
         )
     from peft import set_peft_model_state_dict
 

@@ -64,16 +64,16 @@ def save_pretrained(
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
         raise ExportError(
-            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model; layershed.remove(model) takes "
-            "out what is bypassed, and then it can be saved as any other of its kind."
+            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
+            "then save it your own way."
         )
     refuse_strangers(transformer)
     _refuse_lora(transformer, standalone)
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(
-            f"save_pretrained: the plan drops {len(plan)} sublayers and the model lacks {len(dropped)} "
-            f"({', '.join(s.name for s in dropped) or 'none'}); they must be the same."
+            f"save_pretrained: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)} "
+            f"({', '.join(s.name for s in dropped) or 'none'}). Give the plan of this model, or none."
         )
     folder = Path(folder)
     check_folder(folder)
@@ -106,7 +106,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             The dtype is the saved one unless given.
 
     Returns:
-        The model in eval mode; ``dropped_sublayers(model)`` tells what it lacks.
+        The model in eval mode; ``dropped_sublayers(model)`` lists what it lacks.
 
     Raises:
         ExportError: If the folder or a skipped sublayer does not exist, or a weight is missing or left over.

@@ -1,4 +1,4 @@
-"""What a saved folder's config says is dropped, and models that lack it before any weight is allocated or loaded.
+"""The drops in the config of a saved folder, and models without them, built before any weight is allocated.
 
 A config of ours describes every stand-in (``dropped_modules``). A config that has only upstream's field,
 ``per_layer_config[i].skip``, says block and kind, and the rest is found in the model.
@@ -55,7 +55,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         if (Path(source) / "config.json").is_file():
             raise ExportError(f"The config.json in {str(source)!r} is not valid ({first_line(error)}).") from None
         raise ExportError(
-            f"{str(source)!r} is neither a folder with a config.json nor a model that the hub gives out "
+            f"{str(source)!r} is neither a folder with a config.json nor an accessible model of the hub "
             f"({first_line(error)})."
         ) from None
 
@@ -124,13 +124,13 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     if skipped and skipped != said:
         (block, kind), *_ = sorted(skipped ^ said)
         raise ExportError(
-            f"load_pretrained: the config contradicts itself about {kind!r} of block {block}, which only one of "
-            "per_layer_config and dropped_modules drops."
+            f"load_pretrained: the config contradicts itself: only one of per_layer_config and dropped_modules "
+            f"drops {kind!r} of block {block}."
         )
     for path, stand_in in stand_ins.items():
         module = dict(model.named_modules()).get(path)
         if module is None or module is model:
-            raise ExportError(f"load_pretrained: the config drops {path!r}, and there is no such module.")
+            raise ExportError(f"load_pretrained: the config drops {path!r}, but there is no such module.")
         model.set_submodule(path, RemovedModule(stand_in, module))
 
 

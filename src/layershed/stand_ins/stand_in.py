@@ -24,7 +24,7 @@ class StandIn:
     Args:
         sublayer: The sublayer that is dropped.
         zero: Whether it returns zeros; otherwise it returns the hidden states.
-        core: Whether it replaces the sublayer's own module; otherwise a norm or the like that only the sublayer uses.
+        core: Whether it replaces the sublayer's own module; otherwise it replaces a module around it, such as its norm.
         argument: Position or name of the hidden states in the call.
         echoes: None if the module returns a tensor. If it returns a tuple: for each further place, the argument that it
             returns there unchanged, or None.
@@ -88,7 +88,7 @@ class StandIn:
             if value.shape == hidden.shape and value.is_floating_point():
                 raise NotImplementedError(
                     f"{self.label} is dropped, but its module gets a second stream of hidden states ({key!r}), which "
-                    "was absent when the model's structure was proven. Restore {self.label} to use this stream."
+                    f"was absent when the model's structure was proven. Restore {self.label} to use this stream."
                 )
 
 

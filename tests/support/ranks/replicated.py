@@ -32,7 +32,7 @@ RUNS = {
 
 
 def padded(items, kept):
-    """The rows with so many tokens, one after the other, and padding behind."""
+    """The rows with so many tokens, one after the other, and padding after."""
     found = []
     for number, item in enumerate(items):
         mask = (torch.arange(TOKENS) < kept[number % len(kept)]).long()
