@@ -51,7 +51,7 @@ logits with its cache than without. There "generate" compares the dropped model 
 
 
 def as_markdown(rows: Sequence[Row], unbuilt: dict[str, str], last_line: str) -> str:
-    """The page: a table, the notes, and what was refused."""
+    """The page: a table, the notes, and the refused architectures."""
     lines = [INTRODUCTION.format(version=transformers.__version__), f"**{last_line}.**", ""]
     lines += [f"| architecture | sublayers | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 2) + "|"]
     for row in rows:

@@ -64,7 +64,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 @dataclass
 class Spans:
-    """Seconds of the steps of an arm, and of what of them is neither backward pass nor optimizer."""
+    """Seconds of the steps of an arm, and of their part that is neither backward pass nor optimizer."""
 
     whole: list[float] = field(default_factory=list)
     forward: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Do two ranks give what one process gives, and does the death of one end the other?
+"""Are the results of two ranks those of one process, and does the death of one rank end the other?
 
 Starts pairs of gloo processes on this machine's CPU: DDP and FSDP2 runs, of which everything is compared (between the
 ranks, with one process, with formulas, and resumed with uninterrupted), and runs of which one rank is killed at a place

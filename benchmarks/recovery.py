@@ -78,7 +78,7 @@ def main(
     arms: tuple[str, ...] = tuple(ARMS),
     out: str = "recovery.jsonl",
 ) -> None:
-    """Run what is missing in the file, and print the table.
+    """Run the runs that the file lacks, and print the table.
 
     Args:
         seeds: Seeds of the order of the text and of the adapters.

@@ -35,7 +35,7 @@ def row(phase: ls.PhaseSpeed, milliseconds: tuple[float, float]) -> list[str]:
 
 
 def prepare(mode: str, model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Put the model into a mode; what is returned goes around the measurement."""
+    """Put the model into a mode; returns a context for the measurement."""
     if mode == "bfloat16":
         model.to(torch.bfloat16)
     if mode == "compiled":

@@ -82,7 +82,7 @@ class RedundancyMonitor(Callback):
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless this Trainer continues its run."""
+        """Start from the beginning unless this Trainer continues its run."""
         watch_for_changes(pl_module, self.transformer)
         if stage == "fit":  # a resumed run loads the checkpoint's state later
             self._restored = {}

@@ -67,7 +67,7 @@ class Report(Callback):
         self._stale: set[tuple[str, int]] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless this Trainer continues its run."""
+        """Start from the beginning unless this Trainer continues its run."""
         watch_for_changes(pl_module)
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads the checkpoint's state later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}

@@ -88,7 +88,7 @@ class SpeedMonitor(Callback):
         self._dense_quality: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew unless the model is still the one that was measured."""
+        """Start from the beginning unless the model is still the one that was measured."""
         watch_for_changes(pl_module, self.transformer)
         if stage != "fit":
             return

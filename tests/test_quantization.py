@@ -115,14 +115,14 @@ def test_skipped_modules_keep_their_class_and_weights(architecture, skip, left):
 
 
 @pytest.mark.parametrize(("architecture", "mode"), crossed(ARCHITECTURES, ["nf4", "fp4"]))
-def test_a_4_bit_model_computes_what_rounded_weights_do(architecture, mode, tokens):
+def test_4_bit_model_computes_as_with_rounded_weights(architecture, mode, tokens):
     model = build_model(architecture)
     quantize(model, mode)
     torch.testing.assert_close(logits(model, tokens), logits(by_hand(architecture, mode), tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-def test_an_8_bit_model_computes_nearly_what_rounded_weights_do(architecture, tokens):
+def test_8_bit_model_computes_nearly_as_with_rounded_weights(architecture, tokens):
     model = build_model(architecture)
     quantize(model, "int8")
     expected = logits(by_hand(architecture, "int8"), tokens)
@@ -340,7 +340,7 @@ def test_stock_layers_that_have_run_are_unpacked_by_secure(double_quant, tokens)
 @pytest.mark.parametrize(
     ("architecture", "mode", "source_ran", "target_ran"), crossed(ARCHITECTURES, MODES, [True, False], [True, False])
 )
-def test_a_quantized_state_loads_strictly_into_another_quantized_model(
+def test_quantized_state_loads_strictly_into_another_quantized_model(
     architecture, mode, source_ran, target_ran, tokens
 ):
     source, target = build_model(architecture), build_model(architecture)
@@ -384,7 +384,7 @@ def test_quantized_model_refuses_a_state_that_lacks_a_weight(mode):
 
 
 @pytest.mark.parametrize(("architecture", "mode", "ran"), crossed(ARCHITECTURES, MODES, [True, False]))
-def test_a_copy_of_a_quantized_model_computes_the_same(architecture, mode, ran, tokens):
+def test_copied_quantized_model_computes_the_same(architecture, mode, ran, tokens):
     model = dropped(architecture, (1, "attention"))
     quantize(model, mode)
     if ran:

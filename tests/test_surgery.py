@@ -48,7 +48,7 @@ def any_model(request):
     return build_model(request.param)
 
 
-def test_every_single_bypass_equals_a_zeroed_branch(any_model, tokens):
+def test_bypass_of_each_sublayer_equals_a_zeroed_branch(any_model, tokens):
     for sublayer in find_sublayers(any_model):
         with zeroed(any_model, [sublayer]):
             expected = logits(any_model, tokens)
@@ -185,7 +185,7 @@ def test_model_without_any_attention_generates_with_cache_as_without(llama, toke
     )
 
 
-def test_a_bypassed_sublayer_gets_no_gradient_and_the_others_do(model, tokens):
+def test_bypassed_sublayer_gets_no_gradient_and_the_others_do(model, tokens):
     model.train()
     model(input_ids=tokens, labels=tokens).loss.backward()
     chosen = some(model)

@@ -71,7 +71,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
         raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
         uninstall(module)
-    # a norm that two sublayers share must run again for the one that came back: bypass the others anew
+    # a norm shared by two sublayers must run again for the restored one: bypass the others again
     remaining = [sublayer for sublayer in before if sublayer not in wanted]
     if remaining:
         bypass(transformer, remaining)

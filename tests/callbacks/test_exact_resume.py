@@ -1,4 +1,4 @@
-"""ExactResume: killed and resumed equals left alone; and what the other callbacks guarantee without it."""
+"""ExactResume: a killed and resumed run equals the uninterrupted one; and the guarantees without ExactResume."""
 
 import csv
 import errno
@@ -50,7 +50,7 @@ pytestmark = [
 
 @pytest.fixture
 def interrupted(make_trainer, tmp_path):
-    """Runs through, is killed right after the checkpoint of a step, and is resumed; what all three left."""
+    """The results of three runs: uninterrupted, killed right after the checkpoint of a step, and resumed."""
 
     def go(step, dropout=0.0, steps=2 * EPOCH, **settings):
         def one(name, *extra, ckpt_path=None):
@@ -218,7 +218,7 @@ def test_plain_loader_resumed_within_an_epoch_gives_one_warning_that_names_the_s
 
 
 class Batches(Foreign):
-    """Notes what it is trained on."""
+    """Notes its training batches."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class Batches(Foreign):
 
 
 @pytest.mark.parametrize("kind", [plain, stateful])
-def test_only_a_loader_with_a_state_goes_on_where_it_stood(make_trainer, tmp_path, kind):
+def test_only_a_loader_with_a_state_continues_at_its_position(make_trainer, tmp_path, kind):
     def fit(*extra, ckpt_path=None):
         module = Batches()
         make_trainer(ExactResume(), *extra, max_steps=EPOCH).fit(module, kind(), val_loader(), ckpt_path=ckpt_path)
@@ -292,7 +292,7 @@ def test_checkpoint_between_two_steps_warns_of_lost_gradients(make_trainer, tmp_
 
 
 class Seen(Foreign):
-    """Notes what it is trained on, and draws a number where an epoch begins."""
+    """Notes its training batches, and draws a number at the beginning of an epoch."""
 
     def __init__(self):
         super().__init__()
@@ -389,7 +389,7 @@ class Counting(Foreign):
         return super().configure_optimizers()
 
 
-def test_loader_set_up_to_count_the_steps_goes_on_where_it_stood(make_trainer, tmp_path):
+def test_loader_set_up_to_count_the_steps_continues_at_its_position(make_trainer, tmp_path):
     def fit(*extra, ckpt_path=None):
         module = Counting()
         trainer = make_trainer(ExactResume(), early_drop(), *extra, max_steps=-1, max_epochs=2)
@@ -406,7 +406,7 @@ def test_loader_set_up_to_count_the_steps_goes_on_where_it_stood(make_trainer, t
 
 
 class Fails(pl.Callback):
-    """Raises in that hook, if told to."""
+    """Raises an error in the given hook, if there is one."""
 
     def __init__(self, hook):
         self.armed = True

@@ -1,4 +1,4 @@
-"""A short benchmarks/long_run.py: what callbacks hold and what a checkpoint stores does not grow with the steps."""
+"""A short benchmarks/long_run.py: the memory of callbacks and the size of checkpoints do not grow with the steps."""
 
 import pytest
 

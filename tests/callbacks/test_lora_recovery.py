@@ -120,7 +120,7 @@ def held_by(optimizers):
 
 
 class Begun(pl.Callback):
-    """Notes, at the end of the batch in which recovery began, what there was to see."""
+    """Notes the state at the end of the batch in which recovery began."""
 
     def __init__(self, step, note):
         self.step, self.note, self.found = step, note, None

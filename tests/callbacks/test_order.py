@@ -59,7 +59,7 @@ def test_order_of_callbacks_does_not_change_the_run(make_trainer, tmp_path, unpa
 
 
 def test_monitor_order_decides_if_a_drop_step_is_measured_before_or_after(make_trainer, tmp_path):
-    """By the order of listing: in both cases over the training batch alone, not over what the drop reads."""
+    """Set by the order of listing. Only the training batch counts, not the batches that the drop reads."""
 
     def run(name, *callbacks):
         fit_foreign(make_trainer(*callbacks, name=name, max_steps=5))

@@ -403,7 +403,7 @@ def test_missing_history_is_warned_of_once(run_twice, tmp_path, how):
 
 
 def test_monitor_does_not_copy_history_named_by_a_foreign_checkpoint(run_twice, tmp_path):
-    """A checkpoint may come from anybody; what it names is not copied for being named."""
+    """A checkpoint may be untrusted: a file is not copied only because the checkpoint names it."""
     path, secret = tmp_path / "4.ckpt", tmp_path / "secret.csv"
     run_twice("run", Save(path, 4))
     shutil.move(tmp_path / "run" / "importance.csv", secret)

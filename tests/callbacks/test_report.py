@@ -1,4 +1,4 @@
-"""Report: the page and the table say what the run logged, whichever callbacks there were."""
+"""Report: the page and the table show the logged figures, with any set of callbacks."""
 
 import csv
 from html.parser import HTMLParser
@@ -160,7 +160,7 @@ def test_report_takes_a_module_without_a_transformer_and_other_loss_names(make_t
 def test_report_curve_of_a_resumed_run_equals_the_uninterrupted_one(
     make_trainer, tmp_path, text_data, unpainted, order, cuts
 ):
-    """Cut before the drop, at it, and after it and a validation; what Report could not see yet it sees afterwards."""
+    """Cut before the drop, at it, and after it and a validation; Report sees later figures in the resumed run."""
 
     def run(name, ckpt_path=None):
         report = Report(every_n_steps=2)

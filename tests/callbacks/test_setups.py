@@ -148,7 +148,7 @@ def test_drop_with_gradient_clipping_equals_a_loop_by_hand(make_trainer, how, va
 
 
 def test_drop_with_mixed_precision_equals_a_loop_by_hand(make_trainer, tmp_path):
-    """What is measured under autocast is what the model does there."""
+    """Measurements under autocast are those of the model under autocast."""
     drop, monitor = dropping(), RedundancyMonitor(AT)
     module = fit_foreign(make_trainer(monitor, drop, max_steps=STEPS, precision="bf16-mixed"))
     hand = HandRun()
@@ -273,7 +273,7 @@ AVERAGES = [
 
 
 def test_weight_average_follows_a_drop(make_trainer, tmp_path):
-    """Validation, the end and the checkpoint have the average, dropped; training goes on with the weights."""
+    """Validation, the end and the checkpoint use the dropped average; training continues with the weights."""
     drop, noted = dropping(), []
 
     class Noting(Foreign):
@@ -372,7 +372,7 @@ def test_early_stopping_by_a_module_metric_works_with_a_drop(make_trainer):
 
 @pytest.mark.parametrize(("strict", "interval", "looks"), [(True, 5, [5, 10]), (False, 2, [4, 6])])
 def test_early_stopping_by_the_loss_after_a_drop_works(make_trainer, strict, interval, looks):
-    """Rounds at 3, 6 and 9, none better than the one before by what is asked for."""
+    """Rounds at 3, 6 and 9, none better than the one before by the monitored metric."""
     drop = dropping(start=3, count=1, every_n_steps=3, rounds=4)
     losses = Watch(lambda trainer, _: trainer.callback_metrics.get("drop/loss_after"))
     stopping = EarlyStopping("drop/loss_after", patience=1, min_delta=10.0, strict=strict)
@@ -514,7 +514,7 @@ def test_checkpoint_can_monitor_every_published_metric(make_trainer, tmp_path):
 
 
 def test_published_metrics_outlive_the_end_of_an_epoch(make_trainer):
-    """Lightning forgets what the module logged; these stay for who looks at the end of the next epoch."""
+    """Lightning forgets the metrics that the module logged. Published ones stay until the end of the next epoch."""
     stays = Watch(lambda trainer, _: trainer.callback_metrics.get("drop/loss_after"))
     drop = dropping()
     fit_foreign(make_trainer(drop, stays, max_steps=15))

@@ -1,4 +1,4 @@
-"""SpeedMonitor: when it measures, what it logs and writes, and that training does not notice."""
+"""SpeedMonitor: when it measures, what it logs and writes, and that it does not change training."""
 
 import csv
 import json
@@ -271,7 +271,7 @@ def test_sdr_of_a_module_metric_is_the_same_in_a_resumed_run(make_trainer, tmp_p
 
 @pytest.mark.parametrize("at", [6, 9, 10])
 def test_sdr_is_kept_in_a_run_resumed_after_the_last_validation(make_trainer, tmp_path, faked, text_data, at):
-    """Drops at 5 and 9, validations at 4 and 8: what is shown at the end is that of 8, also after the second drop."""
+    """Drops at 5 and 9, validations at 4 and 8: the SDR at the end is that of 8, also after the second drop."""
 
     def run(name, ckpt_path=None):
         drop = SublayerDrop(5, count=2, every_n_steps=4, rounds=2, quality_batches=0)

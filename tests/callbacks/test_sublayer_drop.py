@@ -1,4 +1,4 @@
-"""SublayerDrop against a run by hand: what it drops and when, what it measures, how training goes on and resumes."""
+"""SublayerDrop against a run by hand: what it drops, when, what it measures, and how training continues."""
 
 import csv
 import itertools

@@ -1,4 +1,4 @@
-"""The same callbacks in one run after the other: each run is what it would be by itself."""
+"""The same callbacks in several runs, one after the other: each run equals a run with new callbacks."""
 
 import csv
 

@@ -95,7 +95,7 @@ def build(name):
 
 @functools.cache
 def shared(name):
-    """One model for all checks of it; each check puts back what it changes."""
+    """One model for all its checks; each check undoes its changes."""
     return build(name)
 
 

@@ -55,7 +55,7 @@ EVERY_CHECK = "llama"
 
 @functools.cache
 def case_of(model_type):
-    """One model for all checks of an architecture; each check puts back what it changes."""
+    """One model for all checks of an architecture; each check undoes its changes."""
     return Case(tiny_model(model_type))
 
 

@@ -125,7 +125,7 @@ def everything(model):
 
 
 def changed(before, after):
-    """Names of what differs; pytest would take minutes to print how."""
+    """Names of the differing entries; pytest would take minutes to print the differences."""
     return [name for name in before if before[name] != after[name]]
 
 
@@ -192,7 +192,7 @@ def test_anatomy_says_where_every_block_takes_x():
 
 
 @pytest.mark.parametrize(("family", "plain"), [("llama", True), ("phi", True), ("granite", True), ("bert", False)])
-def test_a_block_is_plain_unless_a_norm_stands_in_its_stream(family, plain):
+def test_block_is_plain_unless_its_stream_has_a_norm(family, plain):
     assert dissect(build(family)).plain == (frozenset(range(4)) if plain else frozenset())
 
 

@@ -1,4 +1,4 @@
-"""The recording of a forward pass against what each operation is known to read and write."""
+"""The recording of a forward pass against the known inputs and outputs of each operation."""
 
 import pytest
 import torch

@@ -210,7 +210,7 @@ class InPlaceBlock(Block):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_that_writes_over_its_stream_is_proven_and_measured(dtype, monkeypatch):
+def test_block_that_overwrites_its_stream_is_proven_and_measured(dtype, monkeypatch):
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     monkeypatch.setitem(GPT.__init__.__globals__, "Block", InPlaceBlock)
     register_adapter(GPT, SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))

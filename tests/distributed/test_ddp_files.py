@@ -71,7 +71,7 @@ def test_ddp_run_equals_one_process_over_the_batches_of_both(ranks, calibrate_on
 
 
 def test_ddp_drop_resumed_equals_uninterrupted(ranks):
-    """Cut within the window: every rank goes on with its own sums."""
+    """Cut within the window: every rank continues with its own sums."""
     folder, found = ranks
     for result in found["running"]:
         whole, resumed = result["whole"], result["resumed"]

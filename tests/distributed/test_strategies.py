@@ -1,4 +1,4 @@
-"""What the Trainer's strategy does not allow is refused before training, and what FSDP2 needs of an optimizer."""
+"""Runs that the strategy cannot do are refused before training; and the state that FSDP2 needs of an optimizer."""
 
 import copy
 
@@ -162,7 +162,7 @@ def test_fsdp2_finds_shards_whose_replacement_was_cut_off(tmp_path):
 
 @READS
 def test_shards_with_unknown_weights_are_refused_if_loading_is_strict(tmp_path):
-    """Of which torch reads what it is asked for and says nothing."""
+    """torch by itself would silently read only the requested weights."""
     folder_of(tmp_path / "last.ckpt", Foreign())
     small = Foreign(num_hidden_layers=2)
     with pytest.raises(

@@ -279,7 +279,7 @@ def test_shard_index_equals_what_torch_reads(path):
 
 
 def test_hostile_shard_runs_nothing(path):
-    """Whatever is no tensor stands in it as a pickle, which torch would run."""
+    """A shard stores other values than tensors as pickles, which torch would run."""
     path.mkdir(parents=True)
     evil = io.BytesIO()
     torch.save(Evil(), evil)

@@ -1,4 +1,4 @@
-"""What a callback that only watches leaves of the user's Trainer: every method, loop, strategy and logger as it was."""
+"""A callback that only watches changes no method, loop, strategy or logger of the user's Trainer."""
 
 import re
 import types

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class At(pl.Callback):
-    """Calls a function in one hook, and keeps what it gives."""
+    """Calls a function in one hook, and keeps its results."""
 
     def __init__(self, hook, ask):
         self.ask, self.found = ask, []
@@ -257,7 +257,7 @@ def test_replaced_loop_method_is_called_by_lightning_and_given_back(make_trainer
 
 
 def test_steering_functions_use_only_attributes_of_the_loops(make_trainer):
-    """Here every name is looked up; test_exact_resume.py tries what ends a resumed fit as a whole."""
+    """Here every name is looked up; test_exact_resume.py tests the end of a resumed fit as a whole."""
     trainer = make_trainer(max_steps=1)
     fit_foreign(trainer, train=stateful())
     loop, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop

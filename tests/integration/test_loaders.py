@@ -49,7 +49,7 @@ def test_calibration_moves_neither_loaders_nor_random_state(make_trainer, calibr
     """A run that measures much and one that measures little train alike, with dropout and shuffling."""
 
     class DropThese(SublayerDrop):
-        """Decides nothing by its scores: both runs must drop the same whatever they have measured."""
+        """Ignores the scores, so that both runs drop the same."""
 
         def _scores(self, trainer, pl_module):
             scores = super()._scores(trainer, pl_module)

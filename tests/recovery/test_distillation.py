@@ -289,7 +289,7 @@ def test_distillation_finds_the_transformer_by_its_name(batch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_quantized_model_is_its_own_teacher(batch):
+def test_quantized_model_is_its_own_teacher(batch):
     teacher = build_model("llama")
     ls.quantize(teacher)
     student = build_model("llama")

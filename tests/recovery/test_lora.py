@@ -382,7 +382,7 @@ def test_copied_model_has_its_own_adapters(architecture, tokens):
     torch.testing.assert_close(logits(twin, tokens), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_only_adapters_learn(architecture, tokens):
+def test_training_with_lora_changes_only_the_adapters(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     inject_lora(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Killing runs again and again, resuming them, and comparing what is left with runs that were left alone."""
+"""Kill runs again and again, resume them, and compare the results with those of uninterrupted runs."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""The runs that benchmarks/chaos.py kills: what one process of them does, from the last checkpoint on."""
+"""The runs that benchmarks/chaos.py kills: one process of a run, from the last checkpoint on."""
 
 import os
 import signal

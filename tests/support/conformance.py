@@ -31,7 +31,7 @@ TOKENS = 10
 
 
 class CheckError(Exception):
-    """A check did not hold; the text says what did not, in a few words."""
+    """A check failed; the text names the failure in a few words."""
 
 
 class Case:
@@ -71,7 +71,7 @@ class Case:
 
 
 def first_output(output: Any) -> Tensor:
-    """The logits of a model's output, or whatever else comes first."""
+    """The logits of a model's output, or its first value."""
     found: Tensor = getattr(output, "logits", output if isinstance(output, Tensor) else output[0])
     return found
 
@@ -95,7 +95,7 @@ def reference(case: Case, dropped: Iterable[Branch]) -> Any:
 
 
 def _norm_in_stream(branch: Branch) -> bool:
-    """Whether Y is what a norm of its own wrote."""
+    """Whether a norm of its own wrote Y."""
     return (
         branch.exit.key is None and any(path == branch.exit.path for path, _ in branch.support) and branch.scale is None
     )
@@ -138,7 +138,7 @@ def found(case: Case) -> None:
 
 
 def identity(case: Case) -> None:
-    """Y = X + f(norm(X)), in numbers: what a block adds to its stream is the sum of what its branches gave."""
+    """Y = X + f(norm(X)), in numbers: a block adds the sum of its branches to its stream."""
     anatomy = case.anatomy
     taps: dict[Any, Tap] = {}
     for branch in anatomy.branches:
@@ -205,7 +205,7 @@ def single(case: Case) -> None:
 
 
 def restored(case: Case) -> None:
-    """Bypassed and restored, all at once, the model is bit for bit what it was."""
+    """After bypass and restore of all sublayers at once, the model is bit for bit the same."""
     before, state = case.logits(), {name: t.clone() for name, t in case.model.state_dict().items()}
     with _bypassed(case):
         case.logits()
@@ -306,7 +306,7 @@ def _bypassed(case: Case) -> Iterator[None]:
 
 
 def training(case: Case) -> None:
-    """Under gradient checkpointing what stays gets the gradients that it gets without; what is dropped gets none."""
+    """Gradient checkpointing does not change the gradients of kept weights; dropped weights get none."""
     model, several = case.model, case.several
     with _bypassed(case):
         try:
@@ -358,7 +358,7 @@ def saving(case: Case) -> None:
 
 
 def importance(case: Case) -> None:
-    """The importance of whole blocks is 1 - cos of what goes in and what comes out."""
+    """The importance of whole blocks is 1 - cos of their input and output."""
     taps = {}
     for index, block in enumerate(case.anatomy.blocks):
         if block is not None:

@@ -1,4 +1,4 @@
-"""Runs that die right after a checkpoint, and what is left of them to compare."""
+"""Runs that die right after a checkpoint, and their results for comparison."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""A long run with every callback, and what the callbacks hold in memory meanwhile."""
+"""A long run with every callback, and the memory that the callbacks hold during it."""
 
 import os
 import sys

@@ -40,7 +40,7 @@ class Save(pl.Callback):
 
 
 class Watch(pl.Callback):
-    """Notes weights, learning rates and whatever else at the end of every batch, in the order of the run."""
+    """Notes weights, learning rates and other values at the end of every batch, in the order of the run."""
 
     def __init__(self, note):
         self.note, self.seen = note, []
@@ -272,7 +272,7 @@ class Captured:
 
 
 def ranked(values, scope, count):
-    """The lowest of (block, kind) -> importance, in the order of dropping; a block stands for both its sublayers."""
+    """The lowest of (block, kind) -> importance, in the order of dropping; a block means both its sublayers."""
     kinds = {"joint": ("attention", "mlp")}.get(scope, (scope,))
     lowest = sorted((value, key) for key, value in values.items() if key[1] in kinds)[:count]
     if scope != "block":
@@ -322,7 +322,7 @@ class HandRun:
         self.dropped += keys
 
     def importances(self, batches, metric="cosine"):
-        """Of what is not dropped, over batches, in eval mode."""
+        """Importance of the kept sublayers over batches, in eval mode."""
         self.captured.importances()
         self.module.net.eval()
         with torch.no_grad():
@@ -332,7 +332,7 @@ class HandRun:
         return self.seen(metric)
 
     def seen(self, metric="cosine"):
-        """Of what is not dropped, over every forward pass since the last call."""
+        """Importance of the kept sublayers over every forward pass since the last call."""
         values = self.captured.importances(metric)
         gone = {*self.dropped}
         empty = {(b, "block") for b, _ in gone if {(b, "attention"), (b, "mlp")} <= gone}

@@ -1,4 +1,4 @@
-"""Speedup targets on a made-up clock, and by hand what reaches them."""
+"""Speedup targets on a made-up clock, and the drops that reach them, by hand."""
 
 from layershed.performance.stopwatch import SpeedSettings
 from tests.support.runs import (
@@ -17,7 +17,7 @@ def watched(clock, **overrides):
 
 
 def queue(scores, scope, objective="importance", cost=attentions_take_more):
-    """What goes first, by hand: importance, or importance over the seconds of what goes with it."""
+    """The order of dropping, by hand: importance, or importance over the seconds saved."""
     if objective == "importance":
         order = ranked(scores, scope, len(scores))
         return [order[i : i + 2] for i in range(0, len(order), 2)] if scope == "block" else [[key] for key in order]
@@ -35,7 +35,7 @@ def queue(scores, scope, objective="importance", cost=attentions_take_more):
 
 
 def enough(clock, order, target, gone=(), phase="decode"):
-    """As few of the first as give the target beside what is gone, by hand."""
+    """The fewest first ones that reach the target with the earlier drops, by hand."""
     for number in range(len(order) + 1):
         chosen = [key for group in order[:number] for key in group]
         if clock.speedup([*gone, *chosen], phase=phase) >= target:

@@ -77,7 +77,7 @@ class ScalingAdding(Adding):
 
 
 class AddsAndScalesInside(AddsInside):
-    """The stand-in hands on X, where X / 2 goes on."""
+    """The stand-in returns X, but the stream continues with X / 2."""
 
     def prepare(self):
         self.out = ScalingAdding()

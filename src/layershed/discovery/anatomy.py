@@ -96,7 +96,7 @@ def _sifted(
 
 
 def _block_paths(transformer: nn.Module, tape: Tape) -> Iterator[str]:
-    """Paths of the blocks: members of the outermost lists in which attention ran, in the order in which those ran."""
+    """Paths of the blocks, in the order of running: the members of the outermost lists in which attention ran."""
     attention = {i for i in range(len(tape.operations)) if is_attention(tape, i)}
     found: dict[str, int] = {}
     registered = registered_adapter(transformer)

@@ -92,8 +92,8 @@ def branches_of(
         tokenwise: Results of :func:`kind_of` for earlier branches, which it reads and extends.
 
     Returns:
-        One list of sublayers; more where a module holds several attentions one after the other (LongCat-Flash), each
-        of which begins a block of its own.
+        One list of sublayers; several if a module holds several attentions in sequence (LongCat-Flash): each
+        attention then begins a new block.
     """
     return _Block(flow, block, model, slots, tokenwise).assemble()
 

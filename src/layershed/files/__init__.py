@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and files from strangers."""
+"""Files that appear whole or not at all, and checks of untrusted files."""

@@ -202,7 +202,7 @@ def _torn_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | Non
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
-            # the index of a zip file stands at its end
+            # the index of a zip file is at its end
             return "it breaks off in the middle" if file.read(4) == b"PK\x03\x04" else None
         try:
             with zipfile.ZipFile(file) as archive:

@@ -74,7 +74,7 @@ def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Build DistributedDataParallel anew: it fixes at construction which gradients it waits for."""
+    """Rebuild DistributedDataParallel, because it chooses the gradients to wait for at construction."""
     if isinstance(trainer.strategy, DDPStrategy):
         for parameter in pl_module.parameters():
             parameter.grad = None

@@ -164,7 +164,7 @@ def without_empty_groups(optimizers: Iterable[Optimizer]) -> Iterator[None]:
 
 
 class LearningRateFactor:
-    """Scales the learning rates of optimizers during their steps only, so that any schedule goes on unchanged.
+    """Scales the learning rates of optimizers during their steps only, so that any schedule continues unchanged.
 
     Args:
         factor: Returns the factor of the current step.

@@ -22,7 +22,7 @@ _STYLES: dict[Scope, tuple[str, str]] = {
     "joint": ("#009e73", "D"),
     "block": ("#cc79a7", "^"),
 }
-# Scopes whose count stands below the point: Joint Layer Drop starts with attentions, and the counts would overlap.
+# Scopes whose count is written below the point: Joint Layer Drop starts with attentions, and the counts would overlap.
 _BELOW: set[Scope] = {"joint", "mlp"}
 _NAMES: dict[Scope, str] = {
     "attention": "Attention Drop",

@@ -32,7 +32,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
     with CausalLM, or with a Trainer that has SublayerDrop among its callbacks: they do it by themselves.
 
     Args:
-        module: The module that was trained, built anew. If loading fails, it may be half loaded.
+        module: The module that was trained, newly built. If loading fails, it may be half loaded.
         path: A checkpoint file, also one of the weights alone, or a folder of shards that FSDP2 wrote. Nothing in it is
             executed.
         name: Path of the transformer inside ``module``, needed where it holds more than one.

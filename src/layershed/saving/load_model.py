@@ -114,7 +114,7 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
 
 
 def _loaded(place: str | Path, source: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Load a model and refuse missing weights: transformers would fill them with random numbers and go on."""
+    """Load a model and refuse missing weights: transformers would fill them with random numbers."""
     # so mismatched shapes are reported, and refused
     asked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     model, report = AutoModelForCausalLM.from_pretrained(place, **asked)

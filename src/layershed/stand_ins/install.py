@@ -124,7 +124,7 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[
 def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
     """Replace a module by another one, which takes over its stand-in, its mode and its hooks.
 
-    A bypass and the hooks of watchers go on working.
+    A bypass and the hooks of watchers keep working.
     """
     old = model.get_submodule(path)
     new.train(old.training)
@@ -138,7 +138,7 @@ def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Move the hooks of one module to another one; the handles that remove them go on working."""
+    """Move the hooks of one module to another one; the handles that remove them keep working."""
     for name in _HOOKS:
         if old.__dict__.get(name) is not None and (name == "_is_full_backward_hook" or old.__dict__[name]):
             new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]

@@ -108,7 +108,7 @@ def quality_where_one_rank_has_no_token(found):
 
 
 def resumed_within_an_epoch(own, found):
-    """A loader with a state gives every rank what it would have given it."""
+    """A resumed loader with a state gives every rank the batches of the uninterrupted run."""
     ranks = [rank["within an epoch"][own] for rank in found.ranks]
     for runs in ranks:
         assert (runs["whole"]["batches"], runs["resumed"]["batches"]) == (9, 3)
@@ -200,7 +200,7 @@ def adapters_by_hand(shards, found):
 
 
 def adapter_folder_holds_the_weights(shards, found):
-    """LoRA of what is not dropped, in peft's format, is that of the run."""
+    """The saved LoRA of the kept sublayers, in peft's format, is that of the run."""
     result = found.ranks[0]["fit", "lora", shards, None]
     trained = {
         "base_model.model." + name.removeprefix("net.").replace(".recovery.", "."): tensor
@@ -280,7 +280,7 @@ def read_by_one_of_two(found):
 
 
 def not_loaded_densely(name, shards, step, found):
-    """Lightning, which passes by what it does not know, misses the weights of what is dropped or adapted."""
+    """Lightning skips unknown keys, so a plain load misses the weights of dropped or adapted modules."""
     drops = found.ranks[0]["fit", name, shards, None]["plan"]["drops"]
     paths = {f"net.model.layers.{d['block']}.{'self_attn' if d['kind'] == 'attention' else d['kind']}" for d in drops}
     for rank in found.ranks:

@@ -1,4 +1,4 @@
-"""The command line on two processes that Lightning starts itself, and what becomes of one when the other is killed."""
+"""The command line on two processes that Lightning starts, and the end of one when the other is killed."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def fitting(folder, steps, *words):
 
 
 def fit(folder, *words):
-    """Run to the end; the exit code and what was said."""
+    """Run to the end; returns the exit code and the output."""
     with fitting(folder, 12, *words) as (process, _):
         code = process.wait(timeout=300)
     return code, (folder / "output.txt").read_text()

@@ -88,7 +88,7 @@ def lonely(rank):
 
 
 class Seen(Foreign):
-    """Notes what it is trained on."""
+    """Notes its training batches."""
 
     def __init__(self):
         super().__init__(attention_dropout=0.2)

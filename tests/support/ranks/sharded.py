@@ -1,4 +1,4 @@
-"""What each of two processes does under FSDP2: runs left alone, runs resumed, and what checkpoints evaluate to."""
+"""The work of each of two processes under FSDP2: uninterrupted runs, resumed runs, and evaluated checkpoints."""
 
 import os
 import sys
@@ -43,7 +43,7 @@ class Sharded(Foreign):
 
 
 class Headed(HeadLoss, Sharded):
-    """What stands outside the transformer trains on, with its state, beside adapters that have none yet."""
+    """Modules outside the transformer keep training with their state, beside adapters without a state yet."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def state_of(trainer, module):
 
 
 def fit(folder, name, shards, cut=None):
-    """One run; what it ended with."""
+    """One run; returns its results."""
     saved = folder / f"{name}-{shards}"
     saved.mkdir(exist_ok=True)
     watch, callbacks = RedundancyMonitor(2), RUNS[name]()
