@@ -451,7 +451,7 @@ def test_injection_over_foreign_adapters_is_refused(llama):
 def test_injection_refuses_a_model_outside_hugging_face(monkeypatch):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
-    with pytest.raises(RecoveryError, match=r"GPT is not a Hugging Face model\..*Train all weights"):
+    with pytest.raises(RecoveryError, match=r"GPT is not a Hugging Face model, .*Train all weights"):
         inject_lora(GPT())
 
 

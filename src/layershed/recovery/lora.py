@@ -262,7 +262,7 @@ def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:
 def _refuse_strangers(transformer: nn.Module, targets: list[str]) -> None:
     modules = dict(transformer.named_modules())
     if strangers := [path for path in targets if not isinstance(modules.get(path), nn.Linear | Conv1D)]:
-        raise RecoveryError(f"The adapters are for {strangers[0]!r}, which is not a linear map of this model.")
+        raise RecoveryError(f"The adapters are for {strangers[0]!r}, which is no linear map of this model.")
 
 
 def _refuse_others(transformer: nn.Module) -> None:

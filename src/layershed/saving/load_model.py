@@ -87,7 +87,7 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
             return model
         if fields.keys() - {"model_type"}:
             raise ModelError(
-                f"config: pretrained={source!r} lacks dropped sublayers, so it is loaded with its own config. Leave "
+                f"config: pretrained={source!r} lacks dropped sublayers, so it is loaded with its own config; leave "
                 f"out {', '.join(sorted(fields))}."
             )
         if _without_weights():
