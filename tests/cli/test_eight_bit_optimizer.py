@@ -92,5 +92,5 @@ def test_a_short_name_is_answered_with_the_full_path_and_nothing_heavy_is_import
     assert done.stdout == "2 set()\n"
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ")
-    assert "there is no class AdamW8bit" in told
-    assert "bitsandbytes.optim.AdamW8bit" in told
+    assert "model.optimizer: Expected a dot import path string: AdamW8bit" in told
+    assert "give the full path of a class, such as bitsandbytes.optim.AdamW8bit" in told

@@ -172,8 +172,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(capsys, forbidden):
     with pytest.raises(CheckpointError) as caught:
         resolve_last("fit", {})
     assert str(caught.value) == (
-        "ckpt_path='last': every checkpoint under 'runs' cannot be read (1 of 1); let this user read them, train anew "
-        "without it, or give the path of another."
+        "ckpt_path='last': every checkpoint under 'runs' cannot be read (1 of 1); let this user read them, train "
+        "without --ckpt_path, or give the path of another."
     )
     assert capsys.readouterr().out == (
         f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); looking for the one before it\n"
@@ -232,11 +232,11 @@ def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
     capsys.readouterr()
     assert run([*words, "--trainer.max_steps=4"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert "note: starting anew, as there is no checkpoint yet under 'runs'" in told
+    assert "note: there is no checkpoint under 'runs' yet; training starts from the beginning" in told
     # the folder of a run that was killed before its first checkpoint
     Path("runs/version_1").mkdir()
     assert run([*words, "--trainer.max_steps=6"]) == 0
-    assert "starting anew" not in capsys.readouterr().out
+    assert "starts from the beginning" not in capsys.readouterr().out
     resumed = yaml.safe_load(Path("runs/version_2/config.yaml").read_text())
     assert resumed["ckpt_path"] == "runs/version_0/checkpoints/last.ckpt"
     folders = ("whole/version_0", "runs/version_2")

@@ -312,7 +312,7 @@ def test_the_cache_of_a_hub_dataset_is_only_read(hub, tmp_path):
 
 def test_a_hub_dataset_needs_a_training_split(hub):
     hub.splits = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": DOCUMENTS}))
-    with pytest.raises(DataError, match=r"'hub:text'.*no split 'train'.*has the splits test\.$"):
+    with pytest.raises(DataError, match=r"'hub:text'.*no split 'train' among test; give another dataset\.$"):
         built("hub:text")
 
 
