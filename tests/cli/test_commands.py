@@ -115,7 +115,7 @@ ERRORS = {
     "ratio above 1": ([*FIT, "--config=ratio.yaml"], 1, ["ratio=1.2", "(0, 1)"]),
     "count and ratio": ([*FIT, "--config=both.yaml"], 1, ["exactly one of count and ratio"]),
     "neither count nor ratio": ([*FIT, "--config=neither.yaml"], 1, ["exactly one of count and ratio"]),
-    "count above what there is": ([*FIT, "--config=many.yaml"], 1, ["99", "only 4"]),
+    "count above the number of sublayers": ([*FIT, "--config=many.yaml"], 1, ["99", "only 4"]),
     "drop after the end": ([*FIT, "--config=late.yaml"], 1, ["step 5 comes too late", "3 optimizer"]),
     "no attention": (["fit", model_of(**MAMBA), *DATA, *TRAINER, "--config=drop.yaml"], 1, ["Mamba", "attention"]),
     "unknown model type": (["fit", model_of(model_type="lama"), *DATA], 1, ["lama"]),
