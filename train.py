@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # before the imports: it complains at import time about a kernel that only 4-bit inference on CPUs would use
+    # before the imports: bitsandbytes warns at import about a kernel that only 4-bit inference on CPUs needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from layershed.cli.main import main
 

@@ -799,7 +799,7 @@ def test_mode_none_takes_no_further_step_when_resumed(make_trainer, tmp_path):
 
 
 def test_distillation_without_a_drop_is_refused_before_training(make_trainer):
-    refused_at_start(make_trainer(), causal_lm(distillation=Distillation()), RecoveryError, "begins with a drop")
+    refused_at_start(make_trainer(), causal_lm(distillation=Distillation()), RecoveryError, "starts at the drop")
 
 
 def test_lora_recovery_serves_a_second_fit(make_trainer):

@@ -1,4 +1,4 @@
-"""Fixtures of the command line: a folder of its own, parsers built once, and the world of the bad inputs."""
+"""Fixtures of the command line: a temporary folder, cached parsers, the folder of the bad inputs."""
 
 import shutil
 from contextlib import chdir
@@ -16,7 +16,7 @@ PARSERS = {}
 
 @pytest.fixture
 def own_seed(monkeypatch):
-    """No run leaves a seed behind."""
+    """Restores the seed after a run."""
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")
     with torch.random.fork_rng(devices=[]):
@@ -25,7 +25,7 @@ def own_seed(monkeypatch):
 
 @pytest.fixture
 def own_world(monkeypatch, tmp_path, own_seed):
-    """No run writes outside; the files that the words name are there."""
+    """A temporary working folder with the files that the command lines name."""
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -34,7 +34,7 @@ def own_world(monkeypatch, tmp_path, own_seed):
 
 @pytest.fixture
 def one_parser(monkeypatch):
-    """A parser with all options of Lightning's Trainer takes a tenth of a second to build: build each once."""
+    """Builds each parser once: building one takes a tenth of a second."""
     build = LayershedCLI.setup_parser
 
     def reuse(self, *args, **kwargs):
@@ -51,7 +51,7 @@ def one_parser(monkeypatch):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The folder that every bad input finds before the damage."""
+    """The undamaged folder of the bad inputs."""
     folder = tmp_path_factory.mktemp("bad") / "world"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, world):
-    """A copy of the small world to be in."""
+    """A copy of that folder as working folder."""
     folder = tmp_path / "inner" / "place"
     shutil.copytree(world, folder)
     with chdir(folder):

@@ -1,4 +1,4 @@
-"""The table of benchmarks/bad_input.py: every bad input is answered in one sentence, and nothing is written over."""
+"""The table of benchmarks/bad_input.py: every bad input gives a one-sentence error, and no file is overwritten."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from tests.support.bad_input.trial import CASES, problems, try_case
 pytestmark = pytest.mark.usefixtures("own_seed", "one_parser")
 
 
-def test_the_table_is_large_and_has_the_representatives():
+def test_bad_input_table_is_large_and_holds_every_default_case():
     assert len(CASES) >= 90
     assert set(CASES) >= BY_DEFAULT
 
@@ -38,27 +38,27 @@ ALL = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_bad_input_is_answered_in_one_sentence(name, world):
+def test_bad_input_gives_a_one_sentence_error(name, world):
     answer = try_case(CASES[name], world)
     assert not list(problems(CASES[name], answer)), answer
 
 
-# ---- the harness itself would see what is wrong ----
+# ---- the harness itself ----
 
 
 def found(case, world):
     return list(problems(case, try_case(case, world)))
 
 
-def test_a_good_input_is_no_answer(world):
+def test_harness_reports_good_input_that_goes_through(world):
     assert found(Case(SCORE, ()), world)[0] == "it went through"
 
 
-def test_another_sentence_is_no_answer(world):
+def test_harness_reports_an_error_with_other_words(world):
     assert found(Case([*SCORE, "--metric=x"], ("the moon",)), world) == ["it does not say the moon"]
 
 
-def test_a_traceback_is_no_answer(world, monkeypatch):
+def test_harness_reports_a_traceback(world, monkeypatch):
     def fail(_words):
         raise RuntimeError("a bug")
 
@@ -67,9 +67,11 @@ def test_a_traceback_is_no_answer(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "write", [lambda: print("a second line", file=bad_input.sys.stderr), lambda: bad_input.os.write(2, b"x\n")]
+    "write",
+    [lambda: print("a second line", file=bad_input.sys.stderr), lambda: bad_input.os.write(2, b"x\n")],
+    ids=["print", "os.write"],
 )
-def test_a_second_line_is_seen_however_it_is_written(write, world, monkeypatch):
+def test_harness_reports_a_second_line_of_output(write, world, monkeypatch):
     run = bad_input.command_line
 
     def chatty(words):
@@ -81,7 +83,7 @@ def test_a_second_line_is_seen_however_it_is_written(write, world, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["changed", "gone", "marker"])
-def test_what_is_written_over_is_seen(what, world, monkeypatch):
+def test_harness_reports_changed_files(what, world, monkeypatch):
     run = bad_input.command_line
 
     def clumsy(words):
@@ -99,7 +101,7 @@ def test_what_is_written_over_is_seen(what, world, monkeypatch):
     assert any(problem.startswith("it changed") and name in problem for problem in seen)
 
 
-def test_the_last_line_counts(world, monkeypatch, capsys):
+def test_harness_prints_the_counts_in_its_last_line(world, monkeypatch, capsys):
     cases = {"good": Case(SCORE, ()), "bad": Case([*SCORE, "--metric=x"], ("cosine",))}
     monkeypatch.setattr(bad_input, "CASES", cases)
     monkeypatch.setattr(bad_input, "make_world", lambda folder: shutil.copytree(world, folder, dirs_exist_ok=True))

@@ -1,4 +1,4 @@
-"""Numbers out of range: whatever they are, a typed error names the option and the value; in range they are accepted."""
+"""Numbers out of range give a typed error with option and value; numbers in range are accepted."""
 
 import math
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ SCORES = ImportanceScores({Sublayer(i, "mlp", f"h.{i}"): i / 9 for i in range(8)
 
 
 def at_least(least):
-    """Integers from a number on, and those below."""
+    """Integers in range (from ``least`` on) and out of range (below)."""
     return st.integers(least, 10**12), st.integers(-(10**12), least - 1)
 
 
 def between(low, high, *, low_is_in=False, high_is_in=False):
-    """Floats in an interval, and all others, NaN and the infinite among them."""
+    """Floats in range (in the interval) and out of range, including NaN and infinities."""
     inside = st.floats(
         low, high, exclude_min=not low_is_in, exclude_max=not high_is_in and high != math.inf, allow_infinity=False
     )
@@ -41,7 +41,7 @@ def between(low, high, *, low_is_in=False, high_is_in=False):
 
 @dataclass(frozen=True)
 class Option:
-    """Something to call with one number."""
+    """A callable with one numeric option."""
 
     name: str
     use: Any
@@ -133,7 +133,7 @@ quickly = settings(max_examples=30, deadline=None, database=None)
 
 
 @options
-def test_out_of_range_is_refused_by_name_and_value(option):
+def test_number_out_of_range_error_names_option_and_value(option):
     @quickly
     @given(option.ranges[1])
     def check(value):
@@ -147,7 +147,7 @@ def test_out_of_range_is_refused_by_name_and_value(option):
 
 
 @options
-def test_in_range_is_accepted(option):
+def test_number_in_range_is_accepted(option):
     @quickly
     @given(option.ranges[0])
     def check(value):
@@ -157,7 +157,7 @@ def test_in_range_is_accepted(option):
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "runs"])
-def test_the_speed_monitor_refuses_the_same_before_training(name):
+def test_speed_monitor_refuses_numbers_out_of_range_before_training(name):
     @quickly
     @given(st.integers(max_value=0))
     def check(value):

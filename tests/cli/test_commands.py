@@ -1,4 +1,4 @@
-"""The command line, as a person meets it: help, errors in one sentence, and what each command leaves behind."""
+"""The command line: help, one-sentence errors, and the files that each command writes."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def without_two(saved, tmp_path_factory):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """What was asked for, with nothing built from it."""
+    """The parsed configs; nothing is built from them."""
     seen = []
     monkeypatch.setattr(LayershedCLI, "instantiate_classes", lambda self: seen.append(self.config[self.subcommand]))
     monkeypatch.setattr(LayershedCLI, "after_instantiate_classes", lambda self: None)
@@ -115,7 +115,7 @@ ERRORS = {
     "ratio above 1": ([*FIT, "--config=ratio.yaml"], 1, ["ratio=1.2", "(0, 1)"]),
     "count and ratio": ([*FIT, "--config=both.yaml"], 1, ["exactly one of count and ratio"]),
     "neither count nor ratio": ([*FIT, "--config=neither.yaml"], 1, ["exactly one of count and ratio"]),
-    "count above what there is": ([*FIT, "--config=many.yaml"], 1, ["99", "only 4"]),
+    "count above the number of sublayers": ([*FIT, "--config=many.yaml"], 1, ["99", "only 4"]),
     "drop after the end": ([*FIT, "--config=late.yaml"], 1, ["step 5 comes too late", "3 optimizer"]),
     "no attention": (["fit", model_of(**MAMBA), *DATA, *TRAINER, "--config=drop.yaml"], 1, ["Mamba", "attention"]),
     "unknown model type": (["fit", model_of(model_type="lama"), *DATA], 1, ["lama"]),
@@ -128,20 +128,44 @@ ERRORS = {
     "config that is a folder": (["fit", "--config=afolder"], 2, ["afolder", "not a file"]),
     "broken YAML": (["fit", "--config=broken.yaml"], 2, ["parsing config", "line 4, column 1"]),
     "no YAML mapping": (["fit", "--config=scalar.yaml"], 2, ["config: hello"]),
-    "wrong type in a config": (["fit", "--config=steps.yaml"], 2, ["trainer.max_steps: expected int, got many"]),
-    "wrong type in a word": (["fit", "--trainer.max_steps=many"], 2, ["trainer.max_steps: expected int, got many"]),
-    "wrong literal": (["fit", "--model.schedule=x"], 2, ["model.schedule: expected one of 'constant', ", "got x"]),
-    "none of several types": (["fit", "--trainer.precision=8"], 2, ["one of 64, 32, 16 or ", "'bf16' or null, got 8"]),
+    "wrong type in a config": (
+        ["fit", "--config=steps.yaml"],
+        2,
+        ["trainer.max_steps: Expected", "int", "Got value: many"],
+    ),
+    "wrong type in a word": (
+        ["fit", "--trainer.max_steps=many"],
+        2,
+        ["trainer.max_steps: Expected", "int", "Got value: many", "--help"],
+    ),
+    "wrong literal": (
+        ["fit", "--model.schedule=x"],
+        2,
+        ["model.schedule: Expected", "'constant', ", "Got value: x", "--help"],
+    ),
+    "none of several types": (
+        ["fit", "--trainer.precision=8"],
+        2,
+        ["trainer.precision: Expected one of: ", "[64, 32, 16]", "'bf16'", "NoneType", "Given value: 8"],
+    ),
     "wrong type of an argument": (
         ["fit", "--model.optimizer.lr=x"],
         2,
-        ["model.optimizer: lr: expected float", "got x"],
+        ["model.optimizer: lr: Expected one of: ", "'float'", "Given value: x", "--help"],
     ),
     "unknown class": ([*FIT, "--config=class.yaml"], 2, ["SublayerDorp", "did you mean SublayerDrop?"]),
-    "unknown short class": ([*FIT, "--config=short.yaml"], 2, ["trainer.callbacks: there is no class SublayerDorp"]),
+    "unknown short class": (
+        [*FIT, "--config=short.yaml"],
+        2,
+        ["trainer.callbacks: ", "SublayerDorp", "did you mean SublayerDrop?"],
+    ),
     "unknown module": ([*FIT, "--config=module.yaml"], 2, ["nopackage.Nope", "No module named 'nopackage'"]),
     "no callback": ([*FIT, "--config=nocallback.yaml"], 2, ["collections.OrderedDict", "Callback"]),
-    "unknown optimizer": ([*FIT, "--model.optimizer=AdamX"], 2, ["model.optimizer: there is no class AdamX"]),
+    "unknown optimizer": (
+        [*FIT, "--model.optimizer=AdamX"],
+        2,
+        ["model.optimizer: ", "AdamX", "give the full path of a class"],
+    ),
     "unknown accelerator": ([*FIT, "--trainer.accelerator=abacus"], 1, ["trainer: ", "abacus"]),
     "block too long for the model": ([*FIT, "--data.block_size=65"], 1, ["block_size=65", "64 positions"]),
     "block too long for the text": (
@@ -170,7 +194,7 @@ ERRORS = {
     "prune: count": ([*PRUNE, "--count=5"], 1, ["drop 5", "only 4"]),
     "prune: protected": ([*PRUNE, "--count=1", "--protect=[0, -1]"], 1, ["drop 1", "only 0", "4 more are protected"]),
     "prune: block": ([*PRUNE, "--count=3", "--scope=block"], 1, ["drop 3", "only 2"]),
-    "prune: scope": ([*PRUNE, "--count=1", "--scope=all"], 2, ["scope: expected one of 'attention', ", "got all"]),
+    "prune: scope": ([*PRUNE, "--count=1", "--scope=all"], 2, ["scope: Expected", "'attention', ", "Got value: all"]),
     "prune: speed": (["prune", *SMALL, "--count=1", "--prompt_tokens=80"], 1, ["prompt_tokens=80", "64 positions"]),
     "prune: no held-out batches": (
         [*PRUNE, "--count=1", "--quality_batches=0"],
@@ -179,7 +203,11 @@ ERRORS = {
     ),
     "prune: output": ([*PRUNE, "--count=1", f"--output={TRAIN}"], 1, ["train.py", "holds no saved model"]),
     "prune: output of something else": ([*PRUNE, "--count=1", f"--output={TRAIN.parent}"], 1, ["holds no saved model"]),
-    "prune: objective": ([*PRUNE, "--count=1", "--objective=fast"], 2, ["one of 'importance', 'speed', got fast"]),
+    "prune: objective": (
+        [*PRUNE, "--count=1", "--objective=fast"],
+        2,
+        ["objective: Expected", "'importance', 'speed'", "Got value: fast"],
+    ),
     "benchmark: nothing to compare": (
         BENCHMARK,
         1,
@@ -206,10 +234,14 @@ ERRORS = {
     "benchmark: count without brackets": (
         [*BENCHMARK, "--counts=2"],
         2,
-        ["counts: expected a list in square brackets"],
+        ["counts: Expected", "Sequence", "Got value: 2", "see train.py COMMAND --help"],
     ),
-    "benchmark: count of something": ([*BENCHMARK, "--counts=[x]"], 2, ["counts: expected int, got x"]),
-    "benchmark: scope": ([*BENCHMARK, "--counts=[1]", "--scopes=[all]"], 2, ["one of 'attention', ", "got all"]),
+    "benchmark: count of something": ([*BENCHMARK, "--counts=[x]"], 2, ["counts: Expected", "int", "Got value: x"]),
+    "benchmark: scope": (
+        [*BENCHMARK, "--counts=[1]", "--scopes=[all]"],
+        2,
+        ["scopes: Expected", "'attention', ", "Got value: all"],
+    ),
     "benchmark: no scope": ([*BENCHMARK, "--counts=[1]", "--scopes=[]"], 1, ["scopes is empty"]),
     "benchmark: scope that is not there": (
         [*BENCHMARK, "--counts=[1]", "--scopes=[cross_attention]"],
@@ -217,7 +249,11 @@ ERRORS = {
         ["cross_attention", "none of the 4"],
     ),
     "benchmark: metric": ([*BENCHMARK, "--counts=[1]", "--metric=cosin"], 1, ["Did you mean 'cosine'?"]),
-    "benchmark: quality": ([*BENCHMARK, "--counts=[1]", "--quality=bleu"], 2, ["one of 'accuracy', ", "got bleu"]),
+    "benchmark: quality": (
+        [*BENCHMARK, "--counts=[1]", "--quality=bleu"],
+        2,
+        ["quality: Expected", "'accuracy', ", "Got value: bleu"],
+    ),
     "benchmark: no held-out batches": ([*BENCHMARK, "--counts=[1]", "--quality_batches=0"], 1, ["quality_batches=0"]),
     "benchmark: no runs": ([*BENCHMARK, "--counts=[1]", "--runs=0"], 1, ["runs=0", "at least 1"]),
     "benchmark: too many tokens": ([*BENCHMARK, "--counts=[1]", "--prompt_tokens=80"], 1, ["80", "64 positions"]),
@@ -227,7 +263,11 @@ ERRORS = {
     "plan: unknown device": ([*PLAN, "--device=a1000"], 1, ["'a1000'", "Did you mean 'a100'?", "this"]),
     "plan: joint": ([*PLAN, "--scope=joint", "--count=1"], 1, ["decided by importances", "drop_plan.json", "--plan"]),
     "plan: count and ratio": ([*PLAN, "--count=1", "--ratio=0.5"], 1, ["exactly one of count and ratio"]),
-    "plan: plan and count": ([*PLAN, "--plan=other_plan.json", "--count=1"], 1, ["give a plan, a count or a ratio"]),
+    "plan: plan and count": (
+        [*PLAN, "--plan=other_plan.json", "--count=1"],
+        1,
+        ["give only one of plan, count and ratio"],
+    ),
     "plan: count": ([*PLAN, "--count=3"], 1, ["drop 3", "only 2"]),
     "plan: ratio": ([*PLAN, "--ratio=1.2"], 1, ["ratio=1.2", "(0, 1)"]),
     "plan: missing plan": ([*PLAN, "--plan=nope.json"], 1, ["'nope.json'", "no file"]),
@@ -252,7 +292,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_sentence_before_training(case, saved, without_two, capsys, monkeypatch):
+def test_wrong_usage_gives_a_one_sentence_error_before_training(case, saved, without_two, capsys, monkeypatch):
     monkeypatch.setattr(pl.LightningModule, "optimizer_step", lambda *_, **__: pytest.fail("it trained"))
     monkeypatch.setattr(running, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))
     monkeypatch.setattr(benchmarking, "measure_speed", lambda *_, **__: pytest.fail("it measured"))
@@ -272,27 +312,31 @@ def test_an_error_is_one_sentence_before_training(case, saved, without_two, caps
         assert not Path("runs").exists()
 
 
-def test_an_option_of_another_command_is_not_offered_as_what_was_meant(capsys):
+def test_option_of_another_command_is_not_suggested(capsys):
     Path("other.yaml").write_text("counts: [1]\n")
     assert run([*SCORE, "--config=other.yaml"]) == 2
-    assert capsys.readouterr().err == "error: Subcommand 'score' does not accept option 'counts'\n"
+    assert capsys.readouterr().err == (
+        "error: Subcommand 'score' does not accept option 'counts'; see train.py COMMAND --help\n"
+    )
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root can write everywhere")
-def test_a_folder_that_cannot_be_written_to_is_an_error(capsys):
+def test_folder_without_write_permission_is_an_error(capsys):
     Path("afolder").chmod(0o500)
     assert run([*FIT, "--trainer.default_root_dir=afolder/runs"]) == 1
     assert "nothing can be written to" in capsys.readouterr().err
 
 
-def test_a_folder_that_may_not_be_written_to_is_an_error(capsys, monkeypatch):
+def test_folder_that_os_access_refuses_is_an_error(capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert run(FIT) == 1
     assert "error: trainer.default_root_dir='runs': nothing can be written to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["fti"], ["--model.pretrained", "x"]])
-def test_without_a_command_it_says_which_there_are(words, capsys):
+@pytest.mark.parametrize(
+    "words", [[], ["fti"], ["--model.pretrained", "x"]], ids=["no command", "unknown command", "option first"]
+)
+def test_missing_or_unknown_command_prints_the_commands(words, capsys):
     assert run(words) == 2
     told = capsys.readouterr().err.strip().splitlines()
     usage = " ".join(" ".join(told[:-1]).split())
@@ -300,7 +344,7 @@ def test_without_a_command_it_says_which_there_are(words, capsys):
     assert told[-1].startswith("error: ")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_bug_in_a_command_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug of ours")
 
@@ -309,14 +353,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run(SCORE)
 
 
-def test_a_bug_in_a_callback_keeps_its_traceback():
+def test_bug_in_a_callback_keeps_its_traceback():
     Path("bug.yaml").write_text(callbacks({"class_path": "tests.cli.test_commands.Broken"}))
     with pytest.raises(Exception, match="a bug of ours") as caught:
         run([*FIT, "--config=bug.yaml"])
     assert any(isinstance(error, RuntimeError) for error in causes(caught.value))
 
 
-def test_a_bug_while_an_error_is_handled_is_not_taken_for_the_error(monkeypatch):
+def test_bug_while_handling_an_error_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         try:
             raise LayershedError("what was wrong at first")
@@ -328,7 +372,7 @@ def test_a_bug_while_an_error_is_handled_is_not_taken_for_the_error(monkeypatch)
         run(SCORE)
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+def test_interrupt_prints_one_word_and_exits_with_130(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -340,7 +384,11 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 # ---- the process that it runs in ----
 
 
-@pytest.mark.parametrize("words", [[*SCORE, "--batches=1"], ["score", "--metric=1", "--x"], [*SCORE, "--metric=x"]])
+@pytest.mark.parametrize(
+    "words",
+    [[*SCORE, "--batches=1"], ["score", "--metric=1", "--x"], [*SCORE, "--metric=x"]],
+    ids=["success", "wrong usage", "error"],
+)
 def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somebody.py", "--else"])
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -358,7 +406,7 @@ def test_main_leaves_the_process_as_it_was(words, monkeypatch):
     assert [logging.getLogger(name).filters for name in quiet.LOGS] == of_logs
 
 
-def test_words_come_from_the_process_if_none_are_given(monkeypatch, parsed):
+def test_main_without_arguments_reads_sys_argv(monkeypatch, parsed):
     monkeypatch.setattr(sys, "argv", ["train.py", "score", "--metric", "angular"])
     assert run(None) == 0
     assert parsed[0].metric == "angular"
@@ -367,7 +415,7 @@ def test_words_come_from_the_process_if_none_are_given(monkeypatch, parsed):
 # ---- help ----
 
 
-def test_help_says_what_each_command_is_for(capsys):
+def test_overview_help_explains_every_command(capsys):
     assert run(["--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert set(commands.PURPOSES) == set(LayershedCLI.subcommands())
@@ -376,7 +424,7 @@ def test_help_says_what_each_command_is_for(capsys):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "score", "prune", "benchmark", "plan"])
-def test_help_of_a_command_can_be_read(command, capsys):
+def test_command_help_is_short_and_without_markup(command, capsys):
     assert run([command, "--help"]) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"usage: train.py {command} ")
@@ -395,7 +443,7 @@ def test_help_of_a_command_can_be_read(command, capsys):
         assert "default: bfloat16" in " ".join(told.split())
 
 
-def test_every_option_of_ours_has_its_help():
+def test_every_layershed_option_has_help_text():
     built = []
 
     class Look(LayershedCLI):
@@ -418,7 +466,7 @@ def test_every_option_of_ours_has_its_help():
                 assert action.help, f"{name} --{action.dest}"
 
 
-def test_a_callback_explains_its_options(capsys):
+def test_callback_help_lists_its_options(capsys):
     assert run(["fit", "--trainer.callbacks.help", "SublayerDrop"]) == 0
     assert "Optimizer steps before the first drop." in capsys.readouterr().out
 
@@ -426,7 +474,7 @@ def test_a_callback_explains_its_options(capsys):
 # ---- what is run ----
 
 
-def test_fit_alone_is_the_quickstart(parsed):
+def test_fit_without_options_runs_the_quickstart(parsed):
     assert run(["fit"], quickstart=QUICKSTART) == 0
     content = yaml.safe_load(QUICKSTART.read_text())
     assert parsed[0].trainer.max_steps == content["trainer"]["max_steps"]
@@ -441,20 +489,22 @@ def test_options_override_the_quickstart(parsed):
 
 
 @pytest.mark.parametrize(
-    "words", [["--config", "drop.yaml"], ["--config=drop.yaml"], ["-c", "drop.yaml"], ["-cdrop.yaml"]]
+    "words",
+    [["--config", "drop.yaml"], ["--config=drop.yaml"], ["-c", "drop.yaml"], ["-cdrop.yaml"]],
+    ids=["--config FILE", "--config=FILE", "-c FILE", "-cFILE"],
 )
-def test_a_config_replaces_the_quickstart(words, parsed):
+def test_given_config_replaces_the_quickstart(words, parsed):
     assert run(["fit", *words], quickstart=QUICKSTART) == 0
     assert [c.class_path for c in parsed[0].trainer.callbacks] == ["layershed.callbacks.SublayerDrop"]
 
 
 @pytest.mark.parametrize("command", ["validate", "score"])
-def test_other_commands_need_no_config(command, parsed):
+def test_commands_other_than_fit_do_not_load_the_quickstart(command, parsed):
     assert run([command], quickstart=QUICKSTART) == 0
     assert parsed[0].trainer.callbacks is None
 
 
-def test_the_config_that_would_run_can_be_printed(capsys):
+def test_print_config_prints_the_quickstart(capsys):
     assert run(["fit", "--print_config"], quickstart=QUICKSTART) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["max_steps"] == yaml.safe_load(QUICKSTART.read_text())["trainer"]["max_steps"]
@@ -468,15 +518,16 @@ def test_the_config_that_would_run_can_be_printed(capsys):
         (["--model.pretrained=model.gguf"], "model.gguf"),
         (["--model.pretrained=a/b", "--data.tokenizer=bytes"], "bytes"),
     ],
+    ids=["no model", "hub model", "gguf model", "explicit tokenizer"],
 )
 @pytest.mark.parametrize("command", ["fit", "score", "prune", "benchmark"])
-def test_the_tokenizer_follows_the_model(command, words, tokenizer, parsed):
+def test_tokenizer_defaults_to_that_of_the_model(command, words, tokenizer, parsed):
     assert run([command, *words]) == 0
     assert parsed[0].data.tokenizer == tokenizer
 
 
 @pytest.mark.parametrize("command", ["validate", "score", "prune", "benchmark", "plan"])
-def test_every_command_takes_the_config_that_fit_leaves(command, parsed, capsys):
+def test_commands_accept_the_config_saved_by_fit(command, parsed, capsys):
     assert run(["fit", "--model.pretrained=a/b", "--print_config"]) == 0
     printed = capsys.readouterr().out
     assert {"ckpt_path", "weights_only"} <= set(yaml.safe_load(printed)), "it says more than its sections"
@@ -485,8 +536,10 @@ def test_every_command_takes_the_config_that_fit_leaves(command, parsed, capsys)
     assert parsed[0].model.pretrained == "a/b"
 
 
-@pytest.mark.parametrize("there", [[], ["version_0", "version_3", "version_x", "version_12.bak"]])
-def test_csv_and_tensorboard_share_a_numbered_directory(there):
+@pytest.mark.parametrize(
+    "there", [[], ["version_0", "version_3", "version_x", "version_12.bak"]], ids=["no runs", "former runs"]
+)
+def test_csv_and_tensorboard_logs_share_one_numbered_folder(there):
     for name in there:
         Path("runs", name).mkdir(parents=True)
     trainer = Trainer(accelerator="cpu")
@@ -495,7 +548,7 @@ def test_csv_and_tensorboard_share_a_numbered_directory(there):
     assert Trainer(accelerator="cpu", logger=False).loggers == []
 
 
-def test_another_logger_can_be_configured(monkeypatch):
+def test_config_can_set_another_logger(monkeypatch):
     seen = []
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **_: seen.extend(self.trainer.loggers), False)
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "else", "name": "where"}}
@@ -508,7 +561,7 @@ def test_another_logger_can_be_configured(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has: each run has a directory of its own
-def test_a_run_can_be_repeated_and_resumed(capsys):
+def test_fit_repeats_and_resumes_from_its_saved_config(capsys):
     Path("run.yaml").write_text(
         callbacks({"class_path": "RedundancyMonitor", "init_args": {"every_n_steps": 1}}, DROPPING, KEEP)
     )
@@ -534,7 +587,7 @@ def test_a_run_can_be_repeated_and_resumed(capsys):
 
 
 def batches_of(folder, split, count, **kwargs):
-    """The batches that a command reads, made anew."""
+    """The batches that a command reads."""
     data = TextData("text.txt", tokenizer=str(folder), block_size=16, batch_size=2, max_tokens=512, **kwargs)
     data.setup()
     return list(islice(getattr(data, f"{split}_dataloader")(), count))
@@ -580,7 +633,7 @@ def read_importance(path):
     return {(int(block), kind): float(value) for _, block, kind, _, value in rows[1:]}
 
 
-def test_score_tells_and_writes_what_the_formula_gives(saved, capsys):
+def test_score_prints_and_writes_the_importances_of_the_formula(saved, capsys):
     assert run(["score", f"--model.pretrained={saved}", *DATA, "--batches=3"]) == 0
     told = capsys.readouterr().out
     folder = Path("runs/version_0")
@@ -602,7 +655,7 @@ def test_score_tells_and_writes_what_the_formula_gives(saved, capsys):
     assert f"{3 * 2 * 16} tokens" in told
 
 
-def test_what_is_measured_of_random_weights_is_said_to_be_random(saved, capsys):
+def test_score_of_random_weights_prints_a_note(saved, capsys):
     assert run([*SCORE, "--batches=1"]) == 0
     assert capsys.readouterr().out.startswith("note: without --model.pretrained the weights are random")
     assert run(["score", f"--model.pretrained={saved}", *DATA, "--batches=1"]) == 0
@@ -617,7 +670,7 @@ def test_score_can_be_repeated_from_its_config(saved):
     assert ",angular," in first
 
 
-def test_prune_leaves_what_the_functions_give(saved, capsys):
+def test_prune_writes_the_results_of_the_functions(saved, capsys):
     words = ["--ratio=0.25", "--batches=3", "--quality_batches=2", *SPEED]
     assert run(["prune", f"--model.pretrained={saved}", *DATA, *words]) == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -678,8 +731,9 @@ def plain_quality(model, batches):
         # without protection it would be these two that go
         (["--scope=mlp", "--count=2", "--protect=[1, -1]"], {"attention": 0, "mlp": 2}, (0, 2)),
     ],
+    ids=["attention by count", "mlp by ratio", "block with protection", "mlp with protection"],
 )
-def test_prune_heeds_scope_count_ratio_and_protection(words, kinds, free, saved, tmp_path, monkeypatch):
+def test_prune_applies_scope_count_ratio_and_protection(words, kinds, free, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "write_report", lambda record, path: path)  # half of the time, and not the question
     output = tmp_path / "elsewhere" / "small"
     words = [*words, "--batches=1", "--quality_batches=1", f"--output={output}", *SPEED]
@@ -689,7 +743,7 @@ def test_prune_heeds_scope_count_ratio_and_protection(words, kinds, free, saved,
     assert {sublayer.block for sublayer in dropped} <= set(free)
 
 
-def test_a_pruned_folder_is_a_model_with_its_tokenizer(saved, capsys):
+def test_pruned_folder_works_as_model_and_tokenizer_source(saved, capsys):
     prune = ["prune", f"--model.pretrained={saved}", *DATA, "--count=2", "--batches=1", "--quality_batches=1", *SPEED]
     assert run(prune) == 0
     pruned = Path("runs/version_0/pruned")
@@ -705,7 +759,7 @@ def test_a_pruned_folder_is_a_model_with_its_tokenizer(saved, capsys):
     assert all(f"{kind}.{block}" in told for block, kind in gone)
 
 
-def test_training_free_commands_heed_the_precision(saved):
+def test_score_uses_the_precision_of_the_trainer(saved):
     words = [f"--model.pretrained={saved}", *DATA, "--batches=1"]
     assert run(["score", *words]) == 0
     assert run(["score", *words, "--trainer.precision=bf16-mixed"]) == 0
@@ -714,7 +768,7 @@ def test_training_free_commands_heed_the_precision(saved):
     assert rounded == pytest.approx(exact, rel=0.1)
 
 
-def test_prune_drops_what_costs_least_importance_per_millisecond(saved, monkeypatch):
+def test_prune_by_speed_drops_least_importance_per_millisecond(saved, monkeypatch):
     asked = []
 
     def latency(model, **settings):
@@ -741,19 +795,19 @@ def test_prune_drops_what_costs_least_importance_per_millisecond(saved, monkeypa
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """The ceilings of no machine, since measuring them takes a third of a second."""
+    """Made-up ceilings: measuring them takes a third of a second."""
     monkeypatch.setattr(benchmarking, "measure_ceilings", lambda *_: MADE_UP)
 
 
 def read_benchmark(number=0, *, extra=()):
-    """What a benchmark wrote."""
+    """Read the file that a benchmark wrote."""
     folder = Path(f"runs/version_{number}")
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "benchmark.json", *extra}
     return json.loads((folder / "benchmark.json").read_text())
 
 
 def check_measurement(told, dense, after, sizes, caches, runs=2, comparable=True):
-    """Of one measurement what can be known beforehand, and that the rest hangs together."""
+    """Check the known values of a measurement and the consistency of the others."""
     assert (told["quality"]["loss"], told["quality"]["accuracy"]) == pytest.approx(after, rel=1e-5)
     assert told["quality"]["perplexity"] == pytest.approx(math.exp(after[0]), rel=1e-5)
     speed = told["speed"]
@@ -815,7 +869,7 @@ def test_benchmark_measures_a_dropped_folder_against_its_base(saved, without_two
     assert "Measurements: runs/version_0/benchmark.json" in told
 
 
-def test_benchmark_heeds_the_precision_on_both_sides(saved, without_two, made_up):
+def test_benchmark_uses_the_precision_for_both_models(saved, without_two, made_up):
     words = [f"--base={saved}", *DATA, *SPEED, "--quality_batches=1", "--trainer.precision=bf16-true"]
     assert run(["benchmark", f"--model.pretrained={without_two}", *words]) == 0
     content = read_benchmark()
@@ -842,12 +896,12 @@ def trained(path, *, scale=0):
 
 
 def adapters_of(name):
-    """How the names of a weight's adapters begin, and of nothing where it can have none."""
+    """Prefix of the names of a weight's adapters; matches nothing if it cannot have any."""
     return name.replace("base_layer.weight", "lora_") if name.endswith("base_layer.weight") else "nothing"
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_benchmark_measures_a_checkpoint_against_itself_with_the_bypass_lifted(adapted, capsys, made_up):
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_benchmark_compares_a_checkpoint_with_its_bypass_lifted(adapted, capsys, made_up):
     recovery = [{"class_path": "LoRARecovery", "init_args": {"rank": 2, "alpha": 16}}] if adapted else []
     dropping = {"class_path": "SublayerDrop", "init_args": {**DROPPING["init_args"], "start": 2, "scope": "attention"}}
     Path("run.yaml").write_text(callbacks(dropping, *recovery, KEEP))
@@ -879,7 +933,7 @@ def test_benchmark_measures_a_checkpoint_against_itself_with_the_bypass_lifted(a
     check_measurement(measured, before, after, sizes, (2, 1), comparable=adapted)
 
 
-def test_a_checkpoint_brings_its_model_along_and_can_be_compared_with_another(saved, made_up):
+def test_benchmark_takes_the_model_from_the_checkpoint_and_compares_with_another_base(saved, made_up):
     Path("run.yaml").write_text(callbacks(DROPPING, KEEP))
     fit = ["fit", f"--model.pretrained={saved}", *DATA, *TRAINER, "--trainer.max_steps=4", "--config=run.yaml"]
     assert run(fit) == 0
@@ -894,7 +948,7 @@ def test_a_checkpoint_brings_its_model_along_and_can_be_compared_with_another(sa
     assert (other["dense"]["loss"], other["dense"]["accuracy"]) == pytest.approx(before, rel=1e-5)
 
 
-def test_a_checkpoint_that_does_not_fit_and_a_base_without_the_words_are_errors(capsys):
+def test_benchmark_refuses_unfit_checkpoint_and_base_with_too_few_embeddings(capsys):
     Path("run.yaml").write_text(callbacks(DROPPING, KEEP))
     assert run([*FIT, "--trainer.max_steps=4", "--config=run.yaml"]) == 0
     last = Path("runs/version_0/checkpoints/last.ckpt")
@@ -915,7 +969,7 @@ def test_a_checkpoint_that_does_not_fit_and_a_base_without_the_words_are_errors(
         assert all(fragment in told for fragment in fragments), told
 
 
-def test_a_sweep_measures_the_frontier_of_a_dense_model(saved, capsys, monkeypatch, made_up):
+def test_benchmark_sweep_measures_and_draws_the_frontier(saved, capsys, monkeypatch, made_up):
     drawn = []
 
     def draw(points, dense, label, **options):
@@ -972,7 +1026,7 @@ def test_a_sweep_measures_the_frontier_of_a_dense_model(saved, capsys, monkeypat
 
 
 def read_prediction(number=0):
-    """What a plan wrote."""
+    """Read the file that a plan wrote."""
     folder = Path(f"runs/version_{number}")
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "prediction.json"}
     return json.loads((folder / "prediction.json").read_text())
@@ -980,7 +1034,7 @@ def read_prediction(number=0):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The models that were planned for; none of them may have weights, and none may be run or trained."""
+    """The models passed to ``predict``. Fails if one has weights or if text is read."""
     seen = []
     predict = plan_command.predict
 
@@ -995,7 +1049,7 @@ def planned(monkeypatch):
     return seen
 
 
-def test_a_plan_needs_nothing_but_a_config(saved, capsys, planned):
+def test_plan_needs_only_the_config_of_the_model(saved, capsys, planned):
     Path("bare").mkdir()
     shutil.copy(saved / "config.json", "bare")
     words = [
@@ -1019,13 +1073,13 @@ def test_a_plan_needs_nothing_but_a_config(saved, capsys, planned):
     assert (content["dtype"], content["ceilings"]["name"]) == ("bfloat16", "NVIDIA A100 SXM 80 GB")
     assert (content["batch_size"], content["prompt_tokens"], content["new_tokens"]) == (5, 20, 4)
     assert "./bare: 3 attention dropped" in told
-    assert "The deepest go first" in told
+    assert "The deepest sublayers go first" in told
     assert "Prediction: runs/version_0/prediction.json" in told
     assert run(["plan", "--config=runs/version_0/config.yaml"]) == 0
     assert read_prediction(1) == content
 
 
-def test_without_a_wish_half_of_the_attentions_go_on_this_machine(monkeypatch):
+def test_plan_defaults_to_half_of_the_attention_on_this_machine(monkeypatch):
     monkeypatch.setattr("layershed.performance.prediction.measure_ceilings", lambda *asked: ACCELERATORS["l4"])
     assert run([*PLAN, "--model.dtype=float32"]) == 0
     content = read_prediction()
@@ -1034,11 +1088,11 @@ def test_without_a_wish_half_of_the_attentions_go_on_this_machine(monkeypatch):
     assert content["ceilings"]["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_of_a_dropped_model_a_plan_is_what_it_lacks(saved, without_two, capsys, planned):
+def test_plan_of_a_dropped_model_predicts_its_missing_sublayers(saved, without_two, capsys, planned):
     assert run(["plan", f"--model.pretrained={without_two}", "--device=h100", *PLAN[2:]]) == 0
     told, lacking = capsys.readouterr().out, read_prediction()
     assert [s.name for s in DropPlan.from_dict(lacking["plan"])] == ["attention.1", "mlp.2"]
-    assert "The deepest go first" not in told, "it is known which are gone"
+    assert "The deepest sublayers go first" not in told, "it is known which are gone"
     assert lacking["dense"]["parameters"] == AutoModelForCausalLM.from_pretrained(saved).num_parameters()
     assert lacking["dropped"]["parameters"] == ls.load_pretrained(without_two).num_parameters()
 
@@ -1046,7 +1100,7 @@ def test_of_a_dropped_model_a_plan_is_what_it_lacks(saved, without_two, capsys, 
     model = ls.load_pretrained(saved)
     DropPlan(tuple(Drop(s) for s in ls.find_sublayers(model) if s.name in ("attention.1", "mlp.2"))).save("plan.json")
     assert run(["plan", f"--model.pretrained={saved}", "--device=h100", "--plan=plan.json", *PLAN[2:]]) == 0
-    assert "The deepest go first" not in capsys.readouterr().out
+    assert "The deepest sublayers go first" not in capsys.readouterr().out
     assert read_prediction(1) == lacking
 
 
@@ -1062,7 +1116,7 @@ PROCESSES = [
 ]
 
 
-def test_train_py_ends_with_one_sentence():
+def test_train_py_process_ends_with_a_one_sentence_error():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     started = [subprocess.Popen([sys.executable, TRAIN, *words], **pipes) for words, _, _ in PROCESSES]
@@ -1078,7 +1132,7 @@ def test_train_py_ends_with_one_sentence():
 
 
 @pytest.mark.pretrained
-def test_a_real_model_needs_no_config_and_no_other_option(tmp_path):
+def test_score_and_prune_run_on_a_real_model_without_a_config(tmp_path):
     model = os.environ["LAYERSHED_SMOLLM2"]
     few = ["--batches=1", "--data.batch_size=2", "--data.block_size=64"]
     assert run(["score", "--model.pretrained", model, *few]) == 0

@@ -1,4 +1,4 @@
-"""Every shipped config: it parses, instantiates and runs, each line is commented, and the comments tell the truth."""
+"""Every shipped config parses, instantiates and runs; every line has a comment with the true default."""
 
 import copy
 import csv
@@ -102,7 +102,7 @@ every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.st
 
 
 class AtTheDrop(pl.Callback):
-    """Keeps the weights as they are when the drop is due, before anything is done to them."""
+    """Keeps a copy of the weights right before the drop."""
 
     weights: ClassVar = {}
 
@@ -112,7 +112,7 @@ class AtTheDrop(pl.Callback):
 
 
 class Watched(pl.Callback):
-    """Has every sublayer take twice as long as all the rest of the model, by a clock of its own."""
+    """Sets a made-up clock: a sublayer takes twice as long as the rest of the model."""
 
     clock = Ticking(decode=lambda _block, _kind: 16.0, prefill=lambda _block, _kind: 16.0, rest=8.0)
 
@@ -121,7 +121,7 @@ class Watched(pl.Callback):
 
 
 def offline(path):
-    """The config, with a model of its own in the place of one that would be downloaded."""
+    """The config, with a tiny model instead of a downloaded one."""
     config = yaml.safe_load(path.read_text())
     assert config["model"]["pretrained"] == HUB.get(path.stem)
     if path.stem in HUB:
@@ -135,7 +135,7 @@ def callback_of(config, name):
 
 
 def shortened(path):
-    """The same config over six steps of a tiny model: what makes it long is replaced.
+    """The same config over six steps of a tiny model.
 
     All but the quickstart go without the report and read a small file, which saves two thirds of their time.
     """
@@ -168,12 +168,12 @@ def shortened(path):
     return config
 
 
-def test_the_readme_and_the_folder_agree():
+def test_every_config_has_an_entry_in_this_test():
     assert {path.stem for path in CONFIGS} == set(SHOWS)
 
 
 @every_config
-def test_parses_and_instantiates(path, monkeypatch):
+def test_each_config_parses_and_instantiates(path, monkeypatch):
     seen = {}
     # LightningCLI calls a method of its own in the place of the Trainer's, where there is one
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(kwargs, trainer=self.trainer), False)
@@ -210,7 +210,7 @@ def test_parses_and_instantiates(path, monkeypatch):
 
 
 @every_config
-def test_says_how_to_run_it(path):
+def test_each_config_head_says_how_to_run_it(path):
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"python train.py fit --config configs/{path.name}" in head
@@ -223,7 +223,7 @@ def test_says_how_to_run_it(path):
         assert ".gguf" in head
 
 
-def test_speed_settings_that_are_left_out_keep_their_defaults(monkeypatch):
+def test_omitted_speed_settings_keep_their_defaults(monkeypatch):
     seen = {}
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(trainer=self.trainer), False)
     config = yaml.safe_load((FOLDER / "target_speedup.yaml").read_text())
@@ -234,7 +234,7 @@ def test_speed_settings_that_are_left_out_keep_their_defaults(monkeypatch):
     assert drop.rule.speed == SpeedSettings(runs=3)
 
 
-def test_what_they_say_about_a_real_model_can_be_typed(monkeypatch):
+def test_options_in_config_heads_for_a_real_model_parse(monkeypatch):
     parsed = {}
     monkeypatch.setattr(LayershedCLI, "instantiate_classes", lambda self: parsed.update(config=self.config.fit))
     monkeypatch.setattr(LayershedCLI, "after_instantiate_classes", lambda self: None)
@@ -261,7 +261,7 @@ def test_what_they_say_about_a_real_model_can_be_typed(monkeypatch):
 
 
 def settings(path):
-    """(dotted key, class whose argument it is or None, value, comment) of every line that sets something."""
+    """Dotted key, class that owns the argument (or None), value and comment of every line with a setting."""
     lines = path.read_text().splitlines()
 
     def walk(node, key, owner):
@@ -290,7 +290,7 @@ def fresh_trainer():
 
 
 def real_defaults(key, owner):
-    """Every value that may be called the default of a setting: as written in the signature, and as it comes out."""
+    """Values that a comment may call the default: the one in the signature and the resulting one."""
     name = key.rpartition(".")[2]
     if owner is not None and ".speed." in key:
         return [inspect.signature(SpeedSettings).parameters[name].default]
@@ -311,7 +311,7 @@ def real_defaults(key, owner):
 
 
 @every_config
-def test_every_line_is_commented_with_its_true_default(path):
+def test_config_comments_state_the_true_defaults(path):
     found = settings(path)
     assert len(found) > 30
     for key, owner, _, comment in found:
@@ -330,7 +330,7 @@ def test_every_line_is_commented_with_its_true_default(path):
 
 
 @every_config
-def test_the_optimizer_is_described_rightly(path):
+def test_config_comment_states_the_default_optimizer(path):
     line = next(line for line in path.read_text().splitlines() if line.startswith("  optimizer:"))
     default = inspect.signature(CausalLM).parameters["optimizer"].default
     assert default is torch.optim.AdamW
@@ -338,13 +338,13 @@ def test_the_optimizer_is_described_rightly(path):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, distills) in RECOVERS.items() if distills])
-def test_the_distillation_is_described_rightly(name):
+def test_config_comment_states_the_default_distillation(name):
     line = next(line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("  distilla"))
     assert inspect.signature(CausalLM).parameters["distillation"].default is None
     assert "default null" in line
 
 
-def test_the_real_model_is_the_downloaded_one_until_it_is_dropped():
+def test_smollm2_weights_are_unchanged_before_the_drop():
     config = yaml.safe_load((FOLDER / "smollm2_recovery.yaml").read_text())
     assert callback_of(config, "SublayerDrop")["start"] == 1
     assert config["model"]["warmup_steps"] > 0, "so that the learning rate of the step before the drop is 0"
@@ -376,7 +376,7 @@ QUICK = {"quickstart", "iterative", "qlora", "target_speedup"}  # the others dif
     ],
 )
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
-def test_a_short_run_leaves_everything(path, tmp_path, capsys, monkeypatch):
+def test_short_run_of_each_config_writes_every_file(path, tmp_path, capsys, monkeypatch):
     config = shortened(path)
     if path.stem == "target_speedup":
         install(monkeypatch, Watched.clock)
@@ -434,7 +434,7 @@ def check_plan(plan, asked, number):
 
 
 def check_recovery(name, run, model, logged):
-    """What the exported model and the logs must say of this recovery."""
+    """Check the exported model and the logs of a recovery."""
     recovers, quantizes, distills = RECOVERS[name]
     assert "recovery/trainable_parameters" in logged
     assert {"train_divergence", "train_lm_loss", "teacher_seconds"} <= set(logged) or not distills

@@ -1,4 +1,4 @@
-"""A full disk: what was there stays, and the error is one sentence. The file system is a real one of 128 KB."""
+"""On a full disk, existing files stay and the error is one sentence. Uses a real file system of 128 KB."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SIZE = 128 * 1024
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a file system of its own."""
+    """A folder on its own small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
@@ -41,7 +41,7 @@ def disk(tmp_path):
 
 
 def fill(folder, left=0):
-    """Take all of a disk but some bytes."""
+    """Fill a disk up to some bytes."""
     with (folder / "filler").open("wb") as file:
         free = os.statvfs(folder)
         file.write(bytes(free.f_bavail * free.f_frsize - left))
@@ -67,7 +67,7 @@ ROOM = [0, 4096, 8192, 12288, 16384, 20480]
 
 
 @pytest.mark.parametrize("left", ROOM)
-def test_a_saved_model_is_not_lost(left, disk, small):
+def test_saving_a_model_on_a_full_disk_keeps_the_former_one(left, disk, small):
     plan = dropped(small)
     folder = disk / "saved"
     ls.save_pretrained(small, folder, plan=plan, tokenizer=ByT5Tokenizer(extra_ids=0), standalone=True)
@@ -85,7 +85,7 @@ def test_a_saved_model_is_not_lost(left, disk, small):
     assert ls.dropped_sublayers(ls.load_pretrained(folder)) == tuple(plan)
 
 
-def test_of_a_first_model_nothing_is_left(disk, small):
+def test_first_model_on_a_full_disk_leaves_no_partial_files(disk, small):
     fill(disk)
     with pytest.raises(ExportError, match=r"No space left on device.*nothing is left of it"):
         ls.save_pretrained(small, disk / "saved")
@@ -93,7 +93,7 @@ def test_of_a_first_model_nothing_is_left(disk, small):
 
 
 @pytest.mark.parametrize("left", [0, 4096])
-def test_a_saved_adapter_is_not_lost(left, disk, small):
+def test_saving_an_adapter_on_a_full_disk_keeps_the_former_one(left, disk, small):
     plan = dropped(small)
     ls.inject_lora(small, rank=2)
     ls.save_adapter(small, disk / "adapter", plan=plan)
@@ -113,8 +113,8 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("there", [True, False])
-def test_a_written_file_is_not_lost(name, there, disk):
+@pytest.mark.parametrize("there", [True, False], ids=["existing", "new"])
+def test_writing_a_file_on_a_full_disk_keeps_the_former_one(name, there, disk):
     path = disk / name
     if there:
         path.write_text("step,block,kind,metric,value\n" + 255 * "1,0,mlp,cosine,0\n"[:16], encoding="utf-8")
@@ -130,7 +130,7 @@ def test_a_written_file_is_not_lost(name, there, disk):
 
 
 @pytest.mark.usefixtures("small")
-def test_a_fit_whose_export_does_not_fit_keeps_the_former_one(disk, make_trainer, small):
+def test_fit_on_a_full_disk_keeps_the_former_export(disk, make_trainer, small):
     model = build_model("llama", num_hidden_layers=2, vocab_size=29, hidden_size=16, intermediate_size=8, head_dim=4)
     ls.save_pretrained(model, disk / "out")
     before = contents(disk / "out")
@@ -150,7 +150,7 @@ def test_a_fit_whose_export_does_not_fit_keeps_the_former_one(disk, make_trainer
 
 @pytest.mark.parametrize("left", [0, 12288, 24576])
 @pytest.mark.parametrize("command", ["fit", "score", "prune"])
-def test_the_command_line_says_so_in_a_sentence(command, left, disk, world, one_parser):
+def test_full_disk_gives_a_one_sentence_error_on_the_command_line(command, left, disk, world, one_parser):
     fill(disk, left)
     words = [command, *ON, f"--trainer.default_root_dir={disk}", f"--model.pretrained={world / 'model'}"]
     extra = {"fit": [], "score": ["--batches=1"], "prune": ["--count=1", *SPEED]}[command]

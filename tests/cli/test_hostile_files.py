@@ -48,7 +48,7 @@ PICKLES = pytest.mark.parametrize("pickled", [legacy, zipped, tarred])
 
 
 def refused(words):
-    """The sentence of the command line."""
+    """The error line of a refused command."""
     code, told = _run(words)
     lines = [line for line in told.splitlines() if line and "%|" not in line]
     assert code in (1, 2)
@@ -58,8 +58,8 @@ def refused(words):
 
 
 @PICKLES
-def test_the_pickles_are_evil(pickled, tmp_path):
-    """Whoever trusts the file runs it, so that what follows shows something."""
+def test_hostile_pickles_do_run_code_in_plain_torch(pickled, tmp_path):
+    """Without this, the tests below would prove nothing."""
     with chdir(tmp_path):
         pickled(Path("evil.ckpt"))
         with suppress(RuntimeError):  # torch runs the bare pickle, and only then misses its own header
@@ -80,16 +80,16 @@ COMMANDS = {
 
 @PICKLES
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("url", ["", "file://"])
+@pytest.mark.parametrize("url", ["", "file://"], ids=["path", "url"])
 @pytest.mark.usefixtures("one_parser")
-def test_a_checkpoint_runs_nothing(command, pickled, url, place):
+def test_pickled_checkpoint_is_refused_and_runs_nothing(command, pickled, url, place):
     pickled(place / "evil.ckpt")
     path = f"{url}{place}/evil.ckpt" if url else "evil.ckpt"
     assert "evil.ckpt" in refused([*COMMANDS[command], f"--ckpt_path={path}"])
 
 
 @PICKLES
-def test_a_checkpoint_runs_nothing_by_function(pickled, place):
+def test_load_checkpoint_runs_no_pickled_code(pickled, place):
     pickled(place / "evil.ckpt")
     with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
         load_checkpoint(torch.nn.Linear(2, 2), "evil.ckpt")
@@ -98,7 +98,7 @@ def test_a_checkpoint_runs_nothing_by_function(pickled, place):
 @PICKLES
 @pytest.mark.parametrize("name", ["pytorch_model.bin", WEIGHTS, "model.bin"])
 @pytest.mark.parametrize("load", [build, ls.load_pretrained])
-def test_weights_run_nothing(load, name, pickled, place):
+def test_pickled_weights_run_no_code(load, name, pickled, place):
     gone(f"model/{WEIGHTS}")(place)
     pickled(place / "model" / name)
     with pytest.raises(LayershedError, match="model"):
@@ -106,7 +106,7 @@ def test_weights_run_nothing(load, name, pickled, place):
 
 
 @PICKLES
-def test_sharded_weights_run_nothing(pickled, place):
+def test_pickled_weight_shards_run_no_code(pickled, place):
     gone(f"model/{WEIGHTS}")(place)
     pickled(place / "model" / "a.bin")
     written("model/pytorch_model.bin.index.json", json.dumps({"metadata": {}, "weight_map": {UP: "a.bin"}}))(place)
@@ -116,7 +116,7 @@ def test_sharded_weights_run_nothing(pickled, place):
 
 @PICKLES
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_an_adapter_runs_nothing(name, pickled, place):
+def test_pickled_adapter_weights_run_no_code(name, pickled, place):
     model = build_model("llama")
     ls.inject_lora(model, rank=2)
     ls.save_adapter(model, "adapter")
@@ -127,14 +127,14 @@ def test_an_adapter_runs_nothing(name, pickled, place):
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".parquet"])
-def test_data_run_nothing(ending, place):
+def test_hostile_text_file_runs_no_code(ending, place):
     legacy(place / f"evil{ending}")
     with pytest.raises(DataError, match="evil"):
         TextData(f"evil{ending}", block_size=8, batch_size=1, val_fraction=0.5).setup()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_tokenizer_runs_nothing(name, place):
+def test_hostile_tokenizer_file_runs_no_code(name, place):
     if name == "tokenizer.json":  # bytes need none
         fields("model/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")(place)
     legacy(place / "model" / name)
@@ -147,14 +147,14 @@ def test_a_tokenizer_runs_nothing(name, place):
 
 @pytest.fixture
 def secret(place):
-    """The model's own weights, outside its folder, under a name that leads out of it."""
+    """Weights of the model outside its folder, reachable by a name that leads out of it."""
     (place / "model" / WEIGHTS).rename(place / "secret.safetensors")
     return place / "secret.safetensors"
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "ABSOLUTE", "a/../../secret.safetensors", "..", "..\\x"])
 @pytest.mark.parametrize("load", [build, ls.load_pretrained])
-def test_an_index_names_no_file_outside(load, name, secret, place):
+def test_weight_index_that_names_an_outside_file_is_refused(load, name, secret, place):
     name = str(secret) if name == "ABSOLUTE" else name
     (place / "model" / "a").mkdir()
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(secret), name)}
@@ -163,7 +163,7 @@ def test_an_index_names_no_file_outside(load, name, secret, place):
         load("./model")
 
 
-def test_an_index_of_its_own_files_is_read(secret, place):
+def test_weight_index_of_files_inside_the_folder_loads(secret, place):
     secret.rename(place / "model" / "part-1.safetensors")
     names = load_file(place / "model" / "part-1.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "part-1.safetensors")}
@@ -171,7 +171,7 @@ def test_an_index_of_its_own_files_is_read(secret, place):
     assert ls.find_sublayers(build("./model")) == ls.find_sublayers(ls.load_pretrained("./model"))
 
 
-def test_a_tokenizer_reads_no_file_outside(place):
+def test_tokenizer_reads_no_file_outside_its_folder(place):
     secret = place / "secret.json"
     secret.write_text(json.dumps({"outside": 0, "<unk>": 1}))
     (place / "merges.txt").write_text("#version: 0.2\n")
@@ -207,15 +207,15 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_config_drops_only_what_is_a_sublayer(path, place):
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path or "empty")
+def test_config_that_drops_anything_but_a_sublayer_is_refused(path, place):
     fields("dropped/config.json", per_layer_config=None, dropped_modules={path: STAND_IN})(place)
     with pytest.raises(ExportError):
         ls.load_pretrained("./dropped")
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_plan_drops_only_what_is_a_sublayer(path, place):
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path or "empty")
+def test_plan_that_drops_anything_but_a_sublayer_is_refused(path, place):
     model = build("./model")
     entry = {"block": 1, "kind": "attention", "path": path, "score": None, "step": None}
     fields("plan.json", drops=[entry])(place)
@@ -225,8 +225,8 @@ def test_a_plan_drops_only_what_is_a_sublayer(path, place):
             drop(model, plan)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_adapters_go_only_into_linear_maps(path, place):
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path or "empty")
+def test_checkpoint_adapters_outside_linear_maps_are_refused(path, place):
     if path == "lm_head":
         pytest.skip("it is one")
     content = torch.load("run.ckpt", weights_only=True)
@@ -257,7 +257,7 @@ REFUSED_ADAPTERS = {"peft_type": ExportError, "megatron_core": RecoveryError, "r
 
 
 @pytest.mark.parametrize("field", ADAPTERS)
-def test_an_adapter_imports_and_writes_nothing(field, place, monkeypatch):
+def test_hostile_adapter_config_imports_and_writes_nothing(field, place, monkeypatch):
     written("evil_module.py", "from pathlib import Path\nPath('marker').touch()\n")(place)
     monkeypatch.syspath_prepend(str(place))
     model = build_model("llama")
@@ -270,13 +270,13 @@ def test_an_adapter_imports_and_writes_nothing(field, place, monkeypatch):
     assert "evil_module" not in sys.modules
 
 
-def test_an_adapter_is_not_looked_for_elsewhere(place, monkeypatch):
+def test_adapter_is_not_searched_outside_its_folder(place, monkeypatch):
     monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: pytest.fail("it asked the hub"))
     with pytest.raises(ExportError, match="adapter"):
         ls.load_adapter(build_model("llama"), "user/adapter")
 
 
-def test_a_model_brings_no_adapter_along(place):
+def test_adapter_files_in_a_model_folder_are_refused(place):
     written("evil_module.py", "from pathlib import Path\nPath('marker').touch()\n")(place)
     evil = {
         "peft_type": "LORA",
@@ -292,7 +292,7 @@ def test_a_model_brings_no_adapter_along(place):
 
 @pytest.mark.parametrize("option", ["optimizer", "evil", "forward"])
 @pytest.mark.usefixtures("one_parser")
-def test_a_checkpoint_names_no_class(option, place, monkeypatch):
+def test_checkpoint_that_names_a_class_imports_nothing(option, place, monkeypatch):
     written("evil_module.py", "from pathlib import Path\nPath('marker').touch()\n\nclass Evil: pass\n")(place)
     monkeypatch.syspath_prepend(str(place))
     content = torch.load("run.ckpt", weights_only=True)
@@ -324,7 +324,7 @@ EVERY = {
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A terminal at which somebody says yes to everything."""
+    """A terminal that answers yes to every question."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
@@ -332,7 +332,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("command", EVERY)
 @pytest.mark.usefixtures("asked", "one_parser")
-def test_code_that_comes_with_a_model_is_refused(command, place):
+def test_model_that_needs_its_own_code_is_refused(command, place):
     written("model/modeling_evil.py", CODE)(place)
     fields("model/config.json", auto_map=REMOTE, model_type="evil", architectures=["Evil"])(place)
     assert "'model'" in refused(EVERY[command]).replace("./model", "model")
@@ -340,15 +340,15 @@ def test_code_that_comes_with_a_model_is_refused(command, place):
 
 @pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize("load", [build, ls.load_pretrained])
-def test_code_that_comes_with_a_known_model_is_left_alone(load, place):
+def test_code_beside_a_known_model_type_is_not_run(load, place):
     written("model/modeling_evil.py", CODE)(place)
     fields("model/config.json", auto_map=REMOTE)(place)
     assert type(load("./model")).__module__.startswith("transformers.")
 
 
 @pytest.mark.usefixtures("asked")
-@pytest.mark.parametrize("known", [True, False])
-def test_code_that_comes_with_a_tokenizer_is_not_run(known, place):
+@pytest.mark.parametrize("known", [True, False], ids=["known type", "unknown type"])
+def test_code_beside_a_tokenizer_is_not_run(known, place):
     written("model/modeling_evil.py", CODE)(place)
     changes = {} if known else {"tokenizer_class": "EvilTokenizer"}
     fields("model/tokenizer_config.json", auto_map=REMOTE, **changes)(place)
@@ -360,7 +360,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(known, place):
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_a_config_fetches_no_kernel(name, place):
+def test_config_that_names_a_kernel_fetches_nothing(name, place):
     fields("model/config.json", **{name: "somebody/evil-attention"})(place)
     for load in (build, ls.load_pretrained):
         with pytest.raises(ExportError, match="code from the hub"):

@@ -28,7 +28,7 @@ TOLD = {
 
 @pytest.mark.parametrize("command", TOLD)
 @pytest.mark.usefixtures("one_parser")
-def test_markup_in_a_name_is_shown_as_it_is(command, place, capsys):
+def test_markup_in_a_model_name_is_printed_literally(command, place, capsys):
     shutil.copytree("model", NAMED)
     on = ["--trainer.accelerator=cpu"] if command == "plan" else ON
     assert main([command, f"--model.pretrained={NAMED}", *on, *TOLD[command]]) == 0
@@ -37,8 +37,12 @@ def test_markup_in_a_name_is_shown_as_it_is(command, place, capsys):
         assert NAMED in told.replace("\n", "")
 
 
-@pytest.mark.parametrize("text", ["[red]x[/red]", "[link=x:y]y[/link]", "[/]", "a\x1b[31mb"])
-def test_no_markup_acts_in_a_table(text):
+@pytest.mark.parametrize(
+    "text",
+    ["[red]x[/red]", "[link=x:y]y[/link]", "[/]", "a\x1b[31mb"],
+    ids=["color", "link", "closing tag", "control code"],
+)
+def test_markup_and_control_codes_in_a_table_are_inert(text):
     page = io.StringIO()
     terminal = Console(file=page, force_terminal=True, color_system="truecolor", width=200)
     scores = ImportanceScores({Sublayer(0, "mlp", text): 0.5}, blocks={0: 0.5}, metric=text)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 
 def checkpoint(path, age, whole=True):
-    """A file of that age, in minutes."""
+    """Write a checkpoint with an age in minutes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": {"weight": torch.arange(100.0)}}, path)
@@ -37,7 +37,7 @@ def logging_to(folder, **settings):
     return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": folder, **settings}}
 
 
-def test_the_newest_run_that_has_a_checkpoint_counts_and_in_it_the_last_one():
+def test_last_means_the_last_checkpoint_of_the_newest_run_with_one():
     checkpoint("runs/version_2/checkpoints/last.ckpt", age=1)
     checkpoint("runs/version_10/checkpoints/last.ckpt", age=7)
     wanted = checkpoint("runs/version_10/checkpoints/last-v1.ckpt", age=6)
@@ -49,7 +49,7 @@ def test_the_newest_run_that_has_a_checkpoint_counts_and_in_it_the_last_one():
     assert resolve_last("fit", {}) == wanted
 
 
-def test_without_one_called_last_any_other_will_do():
+def test_newest_checkpoint_is_taken_if_none_is_called_last():
     checkpoint("there/version_0/checkpoints/epoch=1.ckpt", age=3)
     wanted = checkpoint("there/version_0/checkpoints/epoch=2.ckpt", age=2)
     assert resolve_last("fit", {"default_root_dir": "there"}) == wanted
@@ -64,13 +64,14 @@ def test_without_one_called_last_any_other_will_do():
         ({"logger": [logging_to("logs", name="")]}, "logs/version_3/checkpoints"),
         ({"logger": False}, "runs/checkpoints"),
     ],
+    ids=["listed callback", "single callback", "named logger", "unnamed logger", "no logger"],
 )
-def test_it_is_looked_for_where_this_config_keeps_it(config, place):
+def test_last_checkpoint_is_found_where_the_config_keeps_it(config, place):
     wanted = checkpoint(f"{place}/last.ckpt", age=1)
     assert resolve_last("fit", config) == wanted
 
 
-def test_a_torn_one_is_named_and_the_one_before_it_taken(capsys):
+def test_damaged_checkpoint_is_named_and_an_older_one_taken(capsys):
     before = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
     assert resolve_last("fit", {}) == before
     assert capsys.readouterr().out == ""
@@ -88,8 +89,8 @@ def test_a_torn_one_is_named_and_the_one_before_it_taken(capsys):
         resolve_last("fit", {})
 
 
-def test_a_link_to_a_file_that_is_gone_is_named_too(capsys):
-    """As ``save_last="link"`` leaves one where somebody clears the folder; else the run would begin anew in silence."""
+def test_broken_checkpoint_link_is_named_and_an_older_checkpoint_taken(capsys):
+    """``save_last="link"`` writes such links. Otherwise the run would start from the beginning without a word."""
     last = Path("runs/version_0/checkpoints/last.ckpt")
     wanted = checkpoint(last.with_name("epoch=2.ckpt"), age=2)
     last.symlink_to("epoch=3.ckpt")
@@ -107,7 +108,7 @@ def test_a_link_to_a_file_that_is_gone_is_named_too(capsys):
 
 @pytest.fixture
 def forbidden(monkeypatch):
-    """Paths that may not be read, nor anything in them be looked at: for root every one may."""
+    """Paths that cannot be read or entered. A fixture, because root can read everything."""
     paths, really = set(), {name: getattr(os, name) for name in ("stat", "listdir", "scandir")}
 
     def guarded(name):
@@ -131,7 +132,7 @@ def forbidden(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["runs/version_1", "runs/version_1/checkpoints", "kept"])
-def test_a_folder_that_may_not_be_entered_is_named_and_the_one_before_it_taken(capsys, forbidden, place):
+def test_unreadable_folder_is_named_and_an_older_checkpoint_taken(capsys, forbidden, place):
     wanted = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
     checkpoint(f"{place}/checkpoints/last.ckpt" if place[-1] == "1" else f"{place}/last.ckpt", age=1)
     folder = Path(place, "checkpoints") if place[-1] == "1" else Path(place)
@@ -143,8 +144,8 @@ def test_a_folder_that_may_not_be_entered_is_named_and_the_one_before_it_taken(c
     )
 
 
-def test_so_is_one_that_may_be_listed_and_not_entered(capsys, monkeypatch):
-    """Of what is in it Path.is_file says from Python 3.14 on that it is not there."""
+def test_listable_folder_with_unreadable_files_is_named_and_skipped(capsys, monkeypatch):
+    """From Python 3.14 on, Path.is_file returns False for its files."""
     checkpoint("runs/version_1/checkpoints/last.ckpt", age=1)
     wanted = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
 
@@ -166,14 +167,14 @@ def test_so_is_one_that_may_be_listed_and_not_entered(capsys, monkeypatch):
     )
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(capsys, forbidden):
+def test_unreadable_checkpoint_is_not_reported_as_damaged(capsys, forbidden):
     path = checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
     forbidden.add(path)
     with pytest.raises(CheckpointError) as caught:
         resolve_last("fit", {})
     assert str(caught.value) == (
-        "ckpt_path='last': every checkpoint under 'runs' cannot be read (1 of 1); let this user read them, train anew "
-        "without it, or give the path of another."
+        "ckpt_path='last': every checkpoint under 'runs' cannot be read (1 of 1); let this user read them, train "
+        "without --ckpt_path, or give the path of another."
     )
     assert capsys.readouterr().out == (
         f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); looking for the one before it\n"
@@ -184,7 +185,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(capsys, forbidden):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_where_no_folder_may_be_entered_no_run_begins_anew(command, capsys, forbidden):
+def test_unreadable_runs_folder_does_not_start_a_new_run(command, capsys, forbidden):
     checkpoint("runs/version_0/checkpoints/last.ckpt", age=9)
     forbidden.add(Path("runs"))
     with pytest.raises(CheckpointError, match="every checkpoint under 'runs' cannot be read"):
@@ -193,7 +194,7 @@ def test_where_no_folder_may_be_entered_no_run_begins_anew(command, capsys, forb
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_nor_may_one_be_given_by_its_path_in_such_a_folder(command, capsys, forbidden):
+def test_ckpt_path_inside_an_unreadable_folder_is_an_error(command, capsys, forbidden):
     path = checkpoint("kept/last.ckpt", age=9)
     forbidden.add(Path("kept"))
     assert run([command, *FIT[1:], f"--ckpt_path={path}"]) == 1
@@ -202,16 +203,16 @@ def test_nor_may_one_be_given_by_its_path_in_such_a_folder(command, capsys, forb
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "benchmark"])
-def test_what_cannot_start_anew_says_that_there_is_none(command, capsys):
+def test_command_other_than_fit_fails_without_a_last_checkpoint(command, capsys):
     assert run([command, *FIT[1:], "--ckpt_path=last"]) == 1
     told = capsys.readouterr().err.strip()
     assert told == "error: ckpt_path='last': there is no checkpoint under 'runs'; train first, or give the path of one."
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "benchmark"])
-@pytest.mark.parametrize("asked", [["--ckpt_path=last"], ["--ckpt_path", "some.ckpt"]])
-def test_a_config_behind_it_that_would_take_it_back_is_refused(command, asked, capsys):
-    """As a run leaves one: with it the checkpoint would be forgotten, and the run begin anew."""
+@pytest.mark.parametrize("asked", [["--ckpt_path=last"], ["--ckpt_path", "some.ckpt"]], ids=["last", "path"])
+def test_later_config_that_resets_ckpt_path_is_an_error(command, asked, capsys):
+    """Such as the config that a run saves. Otherwise the run would start from the beginning."""
     Path("left.yaml").write_text("ckpt_path: null\n")
     assert run([command, *FIT[1:], *asked, "--config=left.yaml"]) == 1
     told = capsys.readouterr().err.strip()
@@ -220,8 +221,8 @@ def test_a_config_behind_it_that_would_take_it_back_is_refused(command, asked, c
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has: each run has a directory of its own
-def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
-    """The same words each time, as a script of a cluster would say them; the reference runs through."""
+def test_requeued_job_resumes_to_the_uninterrupted_weights(capsys):
+    """Each start uses the same words, as a cluster script does. The reference is not interrupted."""
     words = [*FIT, "--config=run.yaml", "--ckpt_path=last"]
     # a cosine would be one over four steps and one over six
     config = {"model": {"schedule": "constant"}, **yaml.safe_load(callbacks(DROPPING, KEEP))}
@@ -232,11 +233,11 @@ def test_a_requeued_job_trains_once_whatever_was_there_before(capsys):
     capsys.readouterr()
     assert run([*words, "--trainer.max_steps=4"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert "note: starting anew, as there is no checkpoint yet under 'runs'" in told
+    assert "note: there is no checkpoint under 'runs' yet; training starts from the beginning" in told
     # the folder of a run that was killed before its first checkpoint
     Path("runs/version_1").mkdir()
     assert run([*words, "--trainer.max_steps=6"]) == 0
-    assert "starting anew" not in capsys.readouterr().out
+    assert "starts from the beginning" not in capsys.readouterr().out
     resumed = yaml.safe_load(Path("runs/version_2/config.yaml").read_text())
     assert resumed["ckpt_path"] == "runs/version_0/checkpoints/last.ckpt"
     folders = ("whole/version_0", "runs/version_2")
@@ -252,7 +253,7 @@ LISTED = {"class_path": "layershed.callbacks.ExactResume"}
 
 
 @pytest.mark.parametrize("entries", [[], [LISTED], [DROPPING]], ids=["no callbacks", "listed", "not listed"])
-def test_fit_resumes_exactly_whether_its_config_lists_the_callback_or_not(entries, monkeypatch):
+def test_fit_always_has_exactly_one_exact_resume_callback(entries, monkeypatch):
     seen = []
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **_: seen.append(self.trainer), False)
     Path("own.yaml").write_text(callbacks(*entries) if entries else "{}")
@@ -260,11 +261,11 @@ def test_fit_resumes_exactly_whether_its_config_lists_the_callback_or_not(entrie
     assert [type(callback) for callback in seen[0].callbacks].count(ExactResume) == 1
 
 
-def test_our_trainer_writes_whole_checkpoints():
+def test_trainer_writes_checkpoints_atomically():
     assert type(Trainer(accelerator="cpu", logger=False).strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
 
 
-def test_a_damaged_one_is_refused_with_the_name_of_the_intact_one(capsys):
+def test_damaged_checkpoint_error_names_the_intact_checkpoint(capsys):
     torn = checkpoint("kept/last.ckpt", age=1, whole=False)
     checkpoint("kept/step=2.ckpt", age=2)
     assert run([*FIT, f"--ckpt_path={torn}"]) == 1

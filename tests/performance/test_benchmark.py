@@ -448,7 +448,7 @@ def test_the_notes_say_what_the_figures_are(quality, unit):
     assert "Dense: llama." in notes
     assert f"SDR: {unit} lost per % of decode speed gained" in notes
     assert "Median of 5 pairs, 2 x 1000 tokens prefill and 64 decoded, on cpu (2 threads)" in notes
-    assert "quality of 12,345 tokens" in notes
+    assert "quality over 12,345 tokens" in notes
 
 
 def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
@@ -456,7 +456,7 @@ def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
     result = benchmark_of(MEASURED, base=LIFTED)
     notes = " ".join(benchmark_notes(result))
     assert "Dense: the same weights with the bypass lifted." in notes
-    assert "there is no SDR; name the model before the drop by --base" in notes
+    assert "there is no SDR. Give the model before the drop by --base" in notes
     assert "SDR:" not in notes
     assert math.isnan(result.degradation(MEASURED))
     model = build_model()

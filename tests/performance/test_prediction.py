@@ -435,18 +435,18 @@ def test_the_table_says_what_was_predicted():
 def test_the_notes_say_what_holds_for_this_prediction():
     found = predict(build_model(), plan_of(GONE), accelerator("a100"), SETTINGS)
     notes = " ".join(prediction_notes(found, by_depth=True))
-    assert "Costs depend on how many go, not on which." in notes
+    assert "The prediction depends only on how many are dropped." in notes
     window = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 16}
     mixed = predict(build_model("gemma3_text", **window), plan_of(GONE), accelerator("a100"), SETTINGS)
-    assert "and here on which, too" in " ".join(prediction_notes(mixed, by_depth=True))
+    assert "also depends on which are dropped" in " ".join(prediction_notes(mixed, by_depth=True))
     assert "312 TFLOP/s, 2,039 GB/s (NVIDIA A100 datasheet" in notes
-    assert "The ceiling is that of 16-bit products" in notes
-    assert "as if its memory sufficed" not in notes, "one holds it"
+    assert "The ceiling is for 16-bit products" in notes
+    assert "one device with enough memory" not in notes, "one holds it"
     half = replace(found, dtype="bfloat16", dense=replace(found.dense, weight_bytes=100 * 10**9))
     notes = " ".join(prediction_notes(half, by_depth=False))
     assert "deepest" not in notes
     assert "16-bit" not in notes
-    assert "as if its memory sufficed" in notes
+    assert "one device with enough memory" in notes
     here = replace(found, ceilings=MADE_UP)
     assert "16-bit" not in " ".join(prediction_notes(here, by_depth=False)), "measured in float32 itself"
 

@@ -1,4 +1,4 @@
-"""CausalLM: what it trains and logs, where it starts from, and what it says when it cannot."""
+"""CausalLM: training, logging, sources of the model, and errors."""
 
 import functools
 import itertools
@@ -63,7 +63,7 @@ class Notes(pl.Callback):
 
 
 def cross_entropy(net, batch):
-    """Per predicted token, in float64, of what is not ignored."""
+    """Loss of each predicted token that is not ignored, in float64."""
     with torch.no_grad():
         logits = net(input_ids=batch["input_ids"]).logits[:, :-1].double()
     targets = batch["labels"][:, 1:]
@@ -107,7 +107,7 @@ def test_evaluation_losses_are_means_and_perplexity_their_exponential(make_train
     }
 
 
-def test_validation_perplexity_of_each_epoch_begins_anew(make_trainer):
+def test_validation_perplexity_is_reset_each_epoch(make_trainer):
     seen = []
 
     class Look(pl.Callback):
@@ -122,7 +122,7 @@ def test_validation_perplexity_of_each_epoch_begins_anew(make_trainer):
         assert values["perplexity"] == pytest.approx(math.exp(values["loss"]), rel=1e-4)
 
 
-def test_predictions_are_the_most_likely_next_tokens(make_trainer):
+def test_predict_step_gives_the_most_likely_next_tokens(make_trainer):
     module = CausalLM(config=CONFIG)
     predicted = make_trainer().predict(module, loader(5))
     assert [tuple(own.shape) for own in predicted] == [(2, TOKENS), (2, TOKENS), (1, TOKENS)]
@@ -144,8 +144,8 @@ def rate(name, warmup, step, steps=8):
     ("name", "warmup"),
     [("constant", 0), ("constant_with_warmup", 3), ("linear", 0), ("linear", 2), ("cosine", 0), ("cosine", 3)],
 )
-@pytest.mark.parametrize("length", [{"max_steps": 8}, {"max_steps": -1, "max_epochs": 2}])
-def test_schedules_by_name_span_the_run(make_trainer, name, warmup, length):
+@pytest.mark.parametrize("length", [{"max_steps": 8}, {"max_steps": -1, "max_epochs": 2}], ids=["steps", "epochs"])
+def test_named_schedules_span_the_run(make_trainer, name, warmup, length):
     """Two epochs of four batches are eight steps."""
     notes = Notes()
     optimizer = functools.partial(torch.optim.SGD, lr=0.02)
@@ -179,7 +179,7 @@ class Endless(IterableDataset):
 
 @pytest.mark.parametrize("train", [loader(), DataLoader(Endless(), batch_size=2)], ids=["sized", "endless"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_a_run_without_an_end_needs_a_schedule_without_one(make_trainer, schedule, train):
+def test_endless_run_accepts_only_constant_schedules(make_trainer, schedule, train):
     module = CausalLM(config={**CONFIG, "num_hidden_layers": 1}, schedule=schedule)
     trainer = make_trainer(Stop(), max_steps=-1, max_epochs=-1, limit_val_batches=0)
     if schedule.startswith("constant"):
@@ -190,7 +190,7 @@ def test_a_run_without_an_end_needs_a_schedule_without_one(make_trainer, schedul
             trainer.fit(module, train, loader())
 
 
-def test_optimizer_holds_what_is_trainable_with_its_arguments(make_trainer):
+def test_optimizer_gets_its_arguments_and_only_trainable_parameters(make_trainer):
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             (self.optimizer,) = trainer.optimizers
@@ -208,7 +208,7 @@ def test_optimizer_holds_what_is_trainable_with_its_arguments(make_trainer):
     assert torch.equal(frozen, before)
 
 
-def test_from_scratch_by_default_is_a_small_llama_over_bytes():
+def test_causal_lm_default_is_a_small_llama_over_bytes():
     model = CausalLM().model
     assert model.config.model_type == "llama"
     assert model.config.vocab_size == TextData().vocab_size
@@ -217,7 +217,7 @@ def test_from_scratch_by_default_is_a_small_llama_over_bytes():
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
-def test_from_a_config_of_any_type_and_dtype(model_type):
+def test_causal_lm_builds_any_model_type_and_dtype_from_a_config(model_type):
     module = CausalLM(config={**CONFIG, "model_type": model_type, "num_hidden_layers": 3}, dtype="bfloat16")
     assert module.model.config.model_type == model_type
     assert {s.block for s in find_sublayers(module)} == {0, 1, 2}
@@ -242,8 +242,8 @@ def folders(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dense", "dropped"])
-@pytest.mark.parametrize("form", ["{}/", "./", "~/", ""])
-def test_from_a_folder_come_its_weights_ready_to_train(folders, tmp_path, name, form):
+@pytest.mark.parametrize("form", ["{}/", "./", "~/", ""], ids=["absolute", "relative", "home", "bare"])
+def test_causal_lm_loads_a_folder_with_equal_logits_in_train_mode(folders, tmp_path, name, form):
     tokens, logits = folders
     module = CausalLM(pretrained=form.format(tmp_path) + name)
     assert all(own.training for own in module.modules())
@@ -253,7 +253,7 @@ def test_from_a_folder_come_its_weights_ready_to_train(folders, tmp_path, name, 
         assert torch.equal(module(input_ids=tokens).logits, logits[name])
 
 
-def test_from_a_dropped_folder_training_goes_on_and_a_checkpoint_comes_back(folders, tmp_path, make_trainer):
+def test_training_a_dropped_folder_saves_a_checkpoint_that_reloads(folders, tmp_path, make_trainer):
     tokens, _ = folders
     module = CausalLM(pretrained="dropped", optimizer=functools.partial(torch.optim.AdamW, lr=1e-2))
     trainer = make_trainer()
@@ -267,7 +267,7 @@ def test_from_a_dropped_folder_training_goes_on_and_a_checkpoint_comes_back(fold
     assert len(dropped_sublayers(loaded.model)) == 3
 
 
-def test_fields_of_config_override_those_of_a_folder(folders):
+def test_config_fields_override_those_of_the_folder(folders):
     module = CausalLM(pretrained="dense", config={"model_type": "llama", "attention_dropout": 0.25}, dtype="bfloat16")
     assert module.model.config.attention_dropout == 0.25
     assert module.model.model.layers[0].self_attn.attention_dropout == 0.25
@@ -275,8 +275,8 @@ def test_fields_of_config_override_those_of_a_folder(folders):
     assert CausalLM(pretrained="dense").model.config.attention_dropout == 0
 
 
-def test_gradient_checkpointing_gives_the_same_weights(make_trainer):
-    """And it is on: the decoder layers run again in the backward pass."""
+def test_gradient_checkpointing_trains_to_the_same_weights(make_trainer):
+    """The decoder layers must run again in the backward pass."""
     states, passes = [], []
     for on in (False, True):
         torch.manual_seed(0)
@@ -291,8 +291,8 @@ def test_gradient_checkpointing_gives_the_same_weights(make_trainer):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_checkpoint_is_plain_data_and_loads_without_pickle(make_trainer, tmp_path):
-    """Also with the default optimizer, a class, and with a function that could not be pickled."""
+def test_checkpoint_is_plain_data_and_loads_without_pickle(make_trainer, tmp_path):
+    """Also with an optimizer class and with a function that cannot be pickled."""
     for optimizer in (
         torch.optim.AdamW,
         functools.partial(torch.optim.SGD, lr=0.1),
@@ -316,8 +316,8 @@ def test_a_checkpoint_is_plain_data_and_loads_without_pickle(make_trainer, tmp_p
         assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_a_run_of_epochs_is_resumed_where_it_stood(make_trainer, tmp_path):
-    """The length of the run is asked for before Lightning knows the loader's position, and must not lose it."""
+def test_run_of_epochs_resumes_to_the_same_weights(make_trainer, tmp_path):
+    """Reading the length of the run must not lose the position of the loader."""
     (tmp_path / "words.txt").write_text("\n\n".join(f"{i} and {i * i} are two numbers" for i in range(30)))
 
     class Save(pl.Callback):
@@ -357,8 +357,18 @@ def one_sentence(error):
         ({**CONFIG, "hidden_act": "nope"}, "nope"),
         ({**CONFIG, "num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
     ],
+    ids=[
+        "empty",
+        "no type",
+        "typo in type",
+        "unknown type",
+        "odd size",
+        "size a word",
+        "unknown activation",
+        "no heads",
+    ],
 )
-def test_a_config_that_builds_no_model_is_explained(config, match):
+def test_invalid_model_config_gives_a_one_sentence_error(config, match):
     with pytest.raises(ModelError, match=match) as caught:
         CausalLM(config=config)
     assert one_sentence(caught.value).startswith("config: ")
@@ -399,7 +409,7 @@ def broken(tmp_path, kind):
         ("broken gguf", "not a GGUF file"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_explained(tmp_path, kind, match):
+def test_unreadable_pretrained_source_gives_a_one_sentence_error(tmp_path, kind, match):
     with pytest.raises(LayershedError, match=match) as caught:
         CausalLM(pretrained=broken(tmp_path, kind))
     assert kind in one_sentence(caught.value)
@@ -415,7 +425,7 @@ def test_a_source_that_cannot_be_read_is_explained(tmp_path, kind, match):
         ("nowhere.gguf", "no such GGUF file"),
     ],
 )
-def test_a_source_that_is_not_there_is_named_without_asking_the_hub(folders, monkeypatch, pretrained, match):
+def test_missing_local_source_is_named_without_asking_the_hub(folders, monkeypatch, pretrained, match):
     def refuse(*_, **__):
         raise AssertionError("the hub was asked")
 
@@ -435,8 +445,9 @@ def test_a_source_that_is_not_there_is_named_without_asking_the_hub(folders, mon
         ("dropped", {"attention_dropout": 0.1}, "leave out attention_dropout"),
         ("dropped", {"model_type": "gpt2"}, "of model_type 'llama', not 'gpt2'"),
     ],
+    ids=["unknown field", "other shape", "other type", "field of a dropped model", "other type of a dropped model"],
 )
-def test_overrides_that_a_folder_cannot_take_are_refused(folders, name, config, match):
+def test_config_fields_that_a_folder_cannot_take_are_an_error(folders, name, config, match):
     with pytest.raises(ModelError, match=match) as caught:
         CausalLM(pretrained=name, config=config)
     assert f"'{name}'" in one_sentence(caught.value)

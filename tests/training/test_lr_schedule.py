@@ -1,4 +1,4 @@
-"""Schedules against transformers' own, and the length of the run that they span."""
+"""Schedules equal those of transformers and span the length of the run."""
 
 import math
 
@@ -17,7 +17,7 @@ CONFIG = {"model_type": "llama", **SIZES, "num_hidden_layers": 1}
 
 @pytest.mark.parametrize("warmup", [0, 3, 20])
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
-def test_shares_equal_the_schedules_of_transformers(name, warmup):
+def test_share_of_peak_equals_the_schedules_of_transformers(name, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=9)
     wanted = scheduler.lr_lambdas[0]
@@ -37,8 +37,8 @@ def test_shares_equal_the_schedules_of_transformers(name, warmup):
     ],
     ids=["steps", "epochs", "the shorter", "accumulated", "limited", "share"],
 )
-def test_the_schedule_spans_the_steps_that_are_taken(length, steps, tmp_path):
-    """Eight batches an epoch, counted by hand; the rate of a linear schedule is 0 after the last step alone."""
+def test_schedule_ends_at_the_last_optimizer_step(length, steps, tmp_path):
+    """Eight batches per epoch. The rate of a linear schedule is 0 only after the last step."""
     rates = []
 
     class Look(pl.Callback):

@@ -64,7 +64,7 @@ def built(source, **options):
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A cache of its own for datasets, so that a write into the user's would be seen."""
+    """A temporary cache for datasets, so that a test sees writes into the user's cache."""
     cache = tmp_path / "home"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     return cache
@@ -84,7 +84,7 @@ def check_against_reference(data, documents, size):
     assert rows(data.val_dataset) == blocks(byte_stream(documents[index] for index in held), size)
 
 
-def test_pydoc_is_packed_like_plain_python():
+def test_pydoc_source_packs_like_plain_python():
     data = TextData()
     data.prepare_data()
     data.setup("fit")
@@ -92,13 +92,13 @@ def test_pydoc_is_packed_like_plain_python():
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "A.TXT"])
-def test_a_file_is_packed_like_plain_python(tmp_path, name):
+def test_file_source_packs_like_plain_python(tmp_path, name):
     blank = [" \t\n "] if name.lower().endswith("txt") else ["", "  \n", None]
     path = write(tmp_path, name, DOCUMENTS[:10] + blank + DOCUMENTS[10:])
     check_against_reference(built(path), DOCUMENTS, 16)
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+def test_folder_source_reads_files_in_order_of_name(tmp_path):
     folder = tmp_path / "folder"
     (folder / "deeper").mkdir(parents=True)
     (folder / "README.md").write_text("not text of the source")
@@ -107,12 +107,12 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     check_against_reference(built(str(folder)), DOCUMENTS, 16)
 
 
-def test_a_path_may_start_at_home(tmp_path, text_file, monkeypatch):
+def test_source_path_expands_the_home_folder(tmp_path, text_file, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     check_against_reference(built("~/text.txt"), DOCUMENTS, 16)
 
 
-def test_the_text_column_is_the_named_one(tmp_path):
+def test_text_column_selects_the_column(tmp_path):
     check_against_reference(
         built(write(tmp_path, "a.jsonl", DOCUMENTS, column="body"), text_column="body"), DOCUMENTS, 16
     )
@@ -133,7 +133,7 @@ def test_packing_does_not_depend_on_how_documents_are_batched(documents, batch, 
 
 
 @given(st.integers(2, 200), st.floats(0.001, 0.999), st.integers(0, 5))
-def test_the_split_is_a_partition_in_order(count, fraction, seed):
+def test_document_split_is_an_ordered_partition(count, fraction, seed):
     kept, held = split_documents(count, fraction, seed)
     assert sorted(kept + held) == list(range(count))
     assert (kept, held) == (sorted(kept), sorted(held))
@@ -143,11 +143,11 @@ def test_the_split_is_a_partition_in_order(count, fraction, seed):
     assert split_documents(count, fraction, seed) == (kept, held)
 
 
-def test_the_split_depends_on_the_seed():
+def test_document_split_depends_on_the_seed():
     assert split_documents(100, 0.1, 0) != split_documents(100, 0.1, 1)
 
 
-def test_one_document_is_split_by_sequences(tmp_path):
+def test_single_document_is_split_by_sequences(tmp_path):
     text = "one document, " * 40
     data = built(write(tmp_path, "one.txt", [text]), val_fraction=0.25)
     expected = blocks(byte_stream([text]), 16)
@@ -164,7 +164,7 @@ def test_max_tokens_keeps_the_first_training_sequences(tmp_path, documents):
     assert rows(capped.val_dataset) == rows(whole.val_dataset)
 
 
-def test_max_tokens_stops_the_tokenising():
+def test_max_tokens_stops_tokenizing_early():
     seen = []
 
     class Spy:
@@ -179,7 +179,7 @@ def test_max_tokens_stops_the_tokenising():
     assert seen == ["abc", "defgh"]
 
 
-def test_setup_builds_once(text_file):
+def test_second_setup_keeps_the_datasets(text_file):
     data = built(text_file)
     train, val = data.train_dataset, data.val_dataset
     data.setup("validate")
@@ -187,7 +187,7 @@ def test_setup_builds_once(text_file):
     assert data.val_dataset is val
 
 
-def test_nothing_is_left_on_disk(text_file, tmp_path, home, monkeypatch):
+def test_text_data_leaves_no_files_on_disk(text_file, tmp_path, home, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -197,7 +197,7 @@ def test_nothing_is_left_on_disk(text_file, tmp_path, home, monkeypatch):
     assert not list(scratch.iterdir())
 
 
-def test_an_edited_file_is_read_again(text_file, tmp_path):
+def test_edited_text_file_is_read_again(text_file, tmp_path):
     before = os.stat(text_file)
     first = rows(built(text_file).train_dataset)
     write(tmp_path, "text.txt", [text.replace("0", "1") for text in DOCUMENTS])
@@ -205,8 +205,8 @@ def test_an_edited_file_is_read_again(text_file, tmp_path):
     assert rows(built(text_file).train_dataset) != first
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_progress_bars_are_hidden_and_put_back(text_file, tmp_path, shown, capfd):
+@pytest.mark.parametrize("shown", [True, False], ids=["shown", "hidden"])
+def test_datasets_progress_bars_are_hidden_and_restored(text_file, tmp_path, shown, capfd):
     empty = write(tmp_path, "blank.txt", [" "])
     (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
     try:
@@ -219,7 +219,7 @@ def test_progress_bars_are_hidden_and_put_back(text_file, tmp_path, shown, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_progress_bars_stay_where_the_environment_wants_them(text_file, monkeypatch, capfd):
+def test_datasets_progress_bars_stay_if_the_environment_asks(text_file, monkeypatch, capfd):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_DISABLE_PROGRESS_BARS", False)
     built(text_file)
     assert "Map" in capfd.readouterr().err
@@ -229,14 +229,14 @@ def test_progress_bars_stay_where_the_environment_wants_them(text_file, monkeypa
 
 
 @pytest.mark.parametrize("name", [None, "bytes"])
-def test_the_byte_tokenizer(name):
+def test_byte_tokenizer_gives_one_id_per_byte(name):
     data = TextData(tokenizer=name)
     assert data.vocab_size == 259
     assert data.tokenizer is data.tokenizer
     assert data.tokenizer("é", add_special_tokens=False)["input_ids"] == [0xC3 + 3, 0xA9 + 3]
 
 
-def test_a_local_tokenizer_without_eos_and_with_a_short_context(text_file, tmp_path, caplog):
+def test_local_tokenizer_without_eos_packs_long_documents_without_warnings(text_file, tmp_path, caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)  # its records do not reach the root
     words = sorted({word for text in DOCUMENTS for word in text.split()})
     model = tokenizers.Tokenizer(
@@ -254,7 +254,7 @@ def test_a_local_tokenizer_without_eos_and_with_a_short_context(text_file, tmp_p
 
 
 @pytest.mark.pretrained
-def test_a_gguf_tokenizer():
+def test_gguf_tokenizer_round_trips_the_first_document():
     data = TextData("pydoc", tokenizer=os.environ["LAYERSHED_SMOLLM2"])
     data.setup()
     assert data.vocab_size == 49152
@@ -269,7 +269,7 @@ def test_a_gguf_tokenizer():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that serves what the test puts into ``splits``, and notes how it was asked."""
+    """A hub that serves the content of ``splits`` and records its calls."""
     served = SimpleNamespace(splits=datasets.DatasetDict(), calls=[])
 
     def load_dataset(*args, **options):
@@ -282,8 +282,12 @@ def hub(monkeypatch):
     return served
 
 
-@pytest.mark.parametrize(("source", "asked"), [("hub:me/text", ("me/text", None)), ("hub:text:v1", ("text", "v1"))])
-def test_a_hub_dataset_with_a_validation_split(hub, source, asked):
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [("hub:me/text", ("me/text", None)), ("hub:text:v1", ("text", "v1"))],
+    ids=["name", "name and config"],
+)
+def test_hub_validation_split_becomes_the_held_out_text(hub, source, asked):
     hub.splits = datasets.DatasetDict(
         train=datasets.Dataset.from_dict({"text": DOCUMENTS[:25]}),
         validation=datasets.Dataset.from_dict({"text": DOCUMENTS[25:]}),
@@ -296,12 +300,12 @@ def test_a_hub_dataset_with_a_validation_split(hub, source, asked):
     assert rows(data.val_dataset) == blocks(byte_stream(DOCUMENTS[25:]), 16)
 
 
-def test_a_hub_dataset_without_a_validation_split(hub):
+def test_hub_dataset_without_a_validation_split_is_split_here(hub):
     hub.splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": DOCUMENTS}))
     check_against_reference(built("hub:text"), DOCUMENTS, 16)
 
 
-def test_the_cache_of_a_hub_dataset_is_only_read(hub, tmp_path):
+def test_hub_dataset_cache_is_not_written(hub, tmp_path):
     cache = tmp_path / "hub"
     train = datasets.Dataset.from_json(write(tmp_path, "a.jsonl", DOCUMENTS), cache_dir=str(cache))
     hub.splits = datasets.DatasetDict(train=train)
@@ -310,20 +314,20 @@ def test_the_cache_of_a_hub_dataset_is_only_read(hub, tmp_path):
     assert sorted(cache.rglob("*")) == before != []
 
 
-def test_a_hub_dataset_needs_a_training_split(hub):
+def test_hub_dataset_without_a_training_split_is_an_error(hub):
     hub.splits = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": DOCUMENTS}))
-    with pytest.raises(DataError, match=r"'hub:text'.*no split 'train'.*has the splits test\.$"):
+    with pytest.raises(DataError, match=r"'hub:text'.*no split 'train' among test; give another dataset\.$"):
         built("hub:text")
 
 
-def test_a_hub_that_cannot_be_reached(hub):
+def test_unreachable_hub_is_a_data_error(hub):
     hub.splits = ConnectionError("Couldn't reach the Hub.\nsecond line")
     with pytest.raises(DataError, match=r"'hub:text'.*hub \(Couldn't reach the Hub\)\.$") as raised:
         small("hub:text").prepare_data()
     assert raised.value.__cause__ is hub.splits
 
 
-def test_other_sources_download_nothing(hub):
+def test_pydoc_source_downloads_nothing(hub):
     small("pydoc").prepare_data()
     assert hub.calls == []
 
@@ -346,13 +350,26 @@ def test_other_sources_download_nothing(hub):
         ({"source": "wikitext"}, r"'wikitext'.*\"pydoc\", a .txt, .jsonl, .json or .parquet file, a folder.*\"hub:"),
         ({"source": "no/such.txt"}, r"'no/such.txt'\): there is no such file or folder; source must be \"pydoc\""),
     ],
+    ids=[
+        "block_size 1",
+        "batch_size 0",
+        "num_workers -1",
+        "val_fraction 0",
+        "val_fraction 1",
+        "max_tokens below a batch",
+        "missing gguf tokenizer",
+        "hub without a name",
+        "hub with three parts",
+        "unknown source",
+        "missing file",
+    ],
 )
-def test_arguments_are_checked_at_once(options, message):
+def test_text_data_refuses_invalid_arguments_at_once(options, message):
     with pytest.raises(DataError, match=message):
         TextData(**options)
 
 
-def test_files_are_checked_at_once(tmp_path):
+def test_text_data_refuses_unusable_files_at_once(tmp_path):
     (tmp_path / "a.csv").write_text("text\nfine\n")
     with pytest.raises(DataError, match=r"a.csv'\): its name does not end in .txt, .jsonl, .json or .parquet; source"):
         TextData(str(tmp_path / "a.csv"))
@@ -379,14 +396,25 @@ def test_files_are_checked_at_once(tmp_path):
         ("a.txt", b"short", r"there are 6 training tokens, but one batch needs 64 \(batch_size=4 times block_size=16"),
         ("a.txt", b"x" * 70, r"there are 55 training tokens, but one batch needs 64"),  # 71 less one held-out sequence
     ],
+    ids=[
+        "no column",
+        "numbers",
+        "lists",
+        "blank row",
+        "blank paragraphs",
+        "not UTF-8",
+        "not parquet",
+        "short",
+        "short without the held-out text",
+    ],
 )
-def test_unusable_text(tmp_path, name, content, message):
+def test_unusable_text_file_is_a_data_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         built(str(tmp_path / name))
 
 
-def test_too_little_held_out_text(tmp_path):
+def test_too_little_held_out_text_is_an_error(tmp_path):
     path = write(tmp_path, "a.txt", ["short"] * 100)
     with pytest.raises(
         DataError, match=r"there are 6 validation tokens, but one sequence needs block_size=16; .* val_fraction"
@@ -394,7 +422,7 @@ def test_too_little_held_out_text(tmp_path):
         built(path, val_fraction=0.01)
 
 
-def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
+def test_tokenizer_that_cannot_be_loaded_is_a_data_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer could not be loaded .*; set data\.tokenizer") as raised:
         TextData(tokenizer=str(tmp_path)).prepare_data()
@@ -408,7 +436,7 @@ def sequences(batches):
     return [row for batch in batches for row in batch["input_ids"].tolist()]
 
 
-def test_training_batches(text_file):
+def test_training_batches_are_shuffled_and_depend_on_seed_and_epoch(text_file):
     data = small(text_file, seed=3)  # the loaders call setup, as there is no Trainer here
     loader = data.train_dataloader()
     epochs = []
@@ -431,7 +459,7 @@ def test_training_batches(text_file):
     assert sequences(small(text_file, seed=4).train_dataloader()) != epochs[0]
 
 
-def test_held_out_batches(text_file):
+def test_held_out_loaders_give_every_sequence_in_order(text_file):
     data = small(text_file)
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert sequences(loader) == rows(data.val_dataset)
@@ -454,7 +482,7 @@ def on_rank(rank, text_file, **options):
     return data
 
 
-def test_two_devices_share_the_sequences_and_the_state(text_file):
+def test_two_devices_get_disjoint_sequences_and_one_state(text_file):
     first, second = (on_rank(rank, text_file).train_dataloader() for rank in range(2))
     seen = [[*map(tuple, sequences(loader))] for loader in (first, second)]
     assert len(seen[0]) == len(seen[1]) == len(first) * 4
@@ -462,7 +490,7 @@ def test_two_devices_share_the_sequences_and_the_state(text_file):
     assert first.state_dict() == second.state_dict()
 
 
-def test_every_device_needs_a_batch(text_file):
+def test_too_little_text_for_one_batch_per_device_is_an_error(text_file):
     with pytest.raises(DataError, match=r"one batch needs 4800 \(batch_size=150 times block_size=16 times 2 device"):
         on_rank(0, text_file, batch_size=150).setup()
     with pytest.raises(DataError, match="there are 70 training tokens, but one batch needs 128"):
@@ -514,14 +542,14 @@ def whole(text_file, tmp_path):
 
 
 @lightning_is_quiet
-def test_a_run_shuffles_anew_in_each_epoch(whole):
+def test_training_text_is_shuffled_differently_in_each_epoch(whole):
     assert len(whole) == 12
     assert whole[:6] != whole[6:]
 
 
 @lightning_is_quiet
 @pytest.mark.parametrize(("cut", "workers"), [*((step, 0) for step in range(1, 12)), (3, 1), (9, 1)])
-def test_an_interrupted_run_goes_on_where_it_stopped(whole, text_file, tmp_path, cut, workers):
+def test_interrupted_run_resumes_at_the_next_batch(whole, text_file, tmp_path, cut, workers):
     options = {"workers": workers, "every_n_train_steps": cut}
     first = batches_of_run(text_file, tmp_path / "cut", trainer={"max_steps": cut}, **options)
     second = batches_of_run(text_file, tmp_path / "resumed", resume=tmp_path / "cut" / f"step={cut}.ckpt", **options)
@@ -531,6 +559,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(whole, text_file, tmp_path,
 
 @lightning_is_quiet
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_goes_on_from_the_end_of_an_epoch(whole, text_file, tmp_path, workers):
+def test_run_resumed_at_an_epoch_end_sees_the_next_epoch(whole, text_file, tmp_path, workers):
     checkpoint = tmp_path / "whole" / "step=6.ckpt"
     assert batches_of_run(text_file, tmp_path / "resumed", resume=checkpoint, workers=workers) == whole[6:]

@@ -1,1 +1,1 @@
-"""The command line: parsing, the commands, what they print."""
+"""The command line: parsing, commands and their output."""

@@ -1,4 +1,4 @@
-"""``train.py benchmark``: quality and speed of a dropped model beside its dense base, or of a sweep over drops."""
+"""``train.py benchmark``: compares a dropped model with its dense base, or sweeps over drops of a dense model."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def benchmark(
     quality: QualityName,
     speed: SpeedSettings,
 ) -> Benchmark:
-    """Measure, print and write. The arguments are those of :meth:`layershed.cli.trainer.Trainer.benchmark`.
+    """Measure the models, print tables, write files. Arguments: see :meth:`layershed.cli.trainer.Trainer.benchmark`.
 
     Raises:
-        LayershedError: Before anything is measured, if nothing can be compared, or too little can be dropped.
+        LayershedError: Before measuring, if there is nothing to compare or too few sublayers can be dropped.
     """
     speed.check(model.model)
     check_scoring(metric, batches, quality_batches)

@@ -1,4 +1,4 @@
-"""The commands of ``train.py``: what each is for, and the help that lists them. It needs no torch."""
+"""The commands of ``train.py`` and the help that lists them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PROGRAM = "train.py"
 DESCRIPTION = "Training-aware layer dropping for transformers."
 CONFIG_HELP = "Path to a configuration file in json or yaml format."
 PURPOSES = {
-    "fit": "Train, and drop sublayers on the way. Without --config it runs the quickstart.",
+    "fit": "Train, and drop sublayers during training. Without --config it runs the quickstart.",
     "validate": "Measure loss and perplexity on the held-out text; --ckpt_path takes a checkpoint of fit.",
     "test": "The same as validate, under the names test_loss and test_perplexity.",
     "predict": "Run the model over the held-out text, for a callback that writes its predictions.",
     "score": "Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.",
     "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
     "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
-    "plan": "Predict what a drop would bring on a device, from the model's config alone: no weights, no text.",
+    "plan": "Predict size and speed after a drop on a device. Needs the model's config only: no weights, no text.",
 }
-# The commands that do not train; LightningCLI brings the others.
+# Usage of the commands that do not train. LightningCLI provides the others.
 USAGE = {
     "score": "--model.pretrained MODEL [--OPTION VALUE ...]",
     "prune": "--model.pretrained MODEL (--ratio SHARE | --count NUMBER) [--OPTION VALUE ...]",
@@ -32,7 +32,7 @@ USAGE = {
 
 
 class _Overview(argparse.ArgumentParser):
-    """The list of commands, without their options."""
+    """Parser that lists the commands without their options."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -40,13 +40,12 @@ class _Overview(argparse.ArgumentParser):
 
 
 def answer_overview(words: Sequence[str]) -> None:
-    """Answer a command line that asks only for the list of commands, or names none of them.
+    """Print the list of commands, or an error if the command is missing or unknown, and exit.
 
-    The parsers of the commands know all options of Lightning's Trainer, so building them imports torch: this answer
-    comes seconds earlier.
+    Does nothing if the command is known. The full parsers import torch, so this answer comes seconds earlier.
 
     Raises:
-        SystemExit: After the answer; any other command line returns.
+        SystemExit: After the answer.
     """
     first = words[0] if words else ""
     if first in PURPOSES or (first.startswith("-") and first not in ("-h", "--help")):

@@ -1,4 +1,4 @@
-"""What the commands print: tables, progress, and where the files are."""
+"""Output of the commands: tables, progress bars, paths of written files."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _WIDTH = 120
 
 
 def wide_console() -> Console:
-    """A console whose tables are not folded to 80 columns where the output is a file or a pipe."""
+    """A console that is 120 columns wide, not 80, if the output is a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def tell_files(console: Console, **written: Path) -> None:
-    """Say where something was written, so that the path can be copied."""
+    """Print the path of each written file on one line, so that it can be copied."""
     for what, path in written.items():
         console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)
 
 
 def watched(loader: Any, batches: int, what: str) -> Iterable[Any]:
-    """The first batches, with a progress bar on a terminal: a large model takes minutes."""
+    """The first batches, with a progress bar on a terminal."""
     console = Console()
     total = min(batches, len(loader))
     return track(islice(loader, batches), what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def importance_table(scores: ImportanceScores) -> Table:
-    """Importances by block, the least important first in each column's rank."""
+    """A table of importances by block. The rank #1 is the least important sublayer."""
     by_cell: dict[tuple[int, str], float] = {(block, kind): value for block, kind, value in scores.rows()}
     order = {s: rank for rank, s in enumerate(sorted(scores, key=lambda s: (scores[s], s)), start=1)}
     ranks: dict[tuple[int, str], int] = {(sublayer.block, sublayer.kind): rank for sublayer, rank in order.items()}
@@ -65,7 +65,7 @@ def importance_table(scores: ImportanceScores) -> Table:
 
 
 def prediction_table(prediction: Prediction, model: str) -> Table:
-    """Dense against dropped, as theory has it."""
+    """A table of what is predicted for the dense and the dropped model."""
     before, after, ceilings = prediction.dense, prediction.dropped, prediction.ceilings
     sequences, tokens = prediction.batch_size, prediction.prompt_tokens + prediction.new_tokens
     title = _plain(f"{model}: {counts_of(prediction.plan)} dropped")
@@ -99,30 +99,32 @@ def prediction_table(prediction: Prediction, model: str) -> Table:
 
 
 def prediction_notes(prediction: Prediction, *, by_depth: bool) -> Iterator[str]:
-    """What must be known to read the table.
+    """Notes for reading the table.
 
     Args:
-        prediction: What it shows.
-        by_depth: Whether the deepest were chosen for want of importances.
+        prediction: The prediction in the table.
+        by_depth: Whether the deepest sublayers were chosen, because there are no importances.
     """
     ceilings = prediction.ceilings
     if by_depth:
-        which = (
-            "not on which" if prediction.uniform else "and here on which, too: give a plan that a run wrote (--plan)"
+        yield "The deepest sublayers go first: a skeleton has no importances."
+        yield (
+            "The prediction depends only on how many are dropped."
+            if prediction.uniform
+            else "The prediction also depends on which are dropped: give the plan of a run by --plan."
         )
-        yield f"The deepest go first: a skeleton has no importances. Costs depend on how many go, {which}."
     yield (
         f"Ceilings: {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bandwidth / 1e9:,.4g} GB/s ({ceilings.source}). "
-        "Theory is the least time they allow; what runs takes longer."
+        "The prediction is the least time they allow; a real run takes longer."
     )
     if ceilings.memory is not None and prediction.dense.devices(ceilings.memory) > 1:
-        yield "Times are those of one such device as if its memory sufficed; n of them take an nth at best."
+        yield "Times assume one device with enough memory; n devices take 1/n of the time at best."
     if prediction.dtype == "float32" and ceilings in ACCELERATORS.values():
-        yield "The ceiling is that of 16-bit products; in float32 computing takes several times as long."
+        yield "The ceiling is for 16-bit products; float32 computes several times slower."
 
 
 def benchmark_tables(result: Benchmark) -> Iterator[Table]:
-    """Three tables with a row for the dense model and one for each dropped one: size and quality, prefill, decode."""
+    """Three tables (size and quality, prefill, decode): a row for the dense model and one for each dropped model."""
     speeds = [one.speed for one in result.measurements]
     first = speeds[0]
     table = _table_of(f"{result.model}: size and quality", "", "parameters", "file", "peak memory", "KV cache/token")
@@ -140,7 +142,7 @@ def benchmark_tables(result: Benchmark) -> Iterator[Table]:
         table.add_row(_label(one), *_sizes(*sizes), *_qualities(one.quality), "-" if math.isnan(sdr) else f"{sdr:.3f}")
     yield table
 
-    # one phase a table: side by side their intervals would be folded
+    # one table per phase: side by side, the intervals would be wrapped
     for phase, unit in (("prefill", "ms"), ("decode", "ms/token")):
         table = _table_of(phase, "", "tokens/s", unit, "speedup [95 %]", "theory")
         milliseconds = [getattr(speed, f"{phase}_ms") for speed in speeds]
@@ -153,29 +155,27 @@ def benchmark_tables(result: Benchmark) -> Iterator[Table]:
 
 
 def benchmark_notes(result: Benchmark) -> Iterator[str]:
-    """What must be known to read the tables."""
+    """Notes for reading the tables."""
     settings = result.settings
     unit = "points of accuracy" if result.quality == "accuracy" else f"hundredths of {result.quality}"
     yield printable(f"Dense: {result.base}.")
     if result.base == LIFTED:
         yield (
-            "It may have been trained on since the drop: its quality is not that before the drop, and there is no SDR; "
-            "name the model before the drop by --base."
+            "It may have been trained since the drop, so its quality is not the quality before the drop, and there is "
+            "no SDR. Give the model before the drop by --base."
         )
     else:
-        yield (
-            f"SDR: {unit} lost per % of decode speed gained; - where none measurably is, as with fewer than six runs."
-        )
-    yield "Theory: the speedup by this machine's ceilings, and measured over predicted in brackets."
+        yield (f"SDR: {unit} lost per % of decode speed gained; - if no speedup is measurable (it takes six runs).")
+    yield "Theory: the speedup that this machine's ceilings predict; in brackets, measured over predicted."
     yield (
         f"Median of {settings['runs']} pairs, {settings['batch_size']} x {settings['prompt_tokens']} tokens prefill "
         f"and {settings['new_tokens']} decoded, on {result.machine['device']}; "
-        f"quality of {result.dense.tokens:,} tokens."
+        f"quality over {result.dense.tokens:,} tokens."
     )
 
 
 def _plain(text: str) -> Text:
-    """A title in which neither markup nor control codes act, as it may hold a stranger's name."""
+    """A title without active markup or control codes: it may contain a stranger's text."""
     return Text(printable(text))
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint ``--ckpt_path last`` means: every run has a folder of its own, and the last run is not this one."""
+"""Finds the checkpoint that ``--ckpt_path last`` means. Every run has its own folder, so it looks in former runs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from layershed.files.checkpoint_file import UNREADABLE, damage_of
 
 
 def resolve_last(command: str, trainer: Any) -> Path | None:
-    """The newest intact checkpoint of the newest run that has one.
+    """Find the newest intact checkpoint of the newest run that has one.
 
     Args:
-        command: Subcommand of the command line.
-        trainer: The config of its Trainer: default_root_dir, logger and callbacks.
+        command: Name of the command.
+        trainer: Config of its Trainer: default_root_dir, logger and callbacks.
 
     Returns:
-        Its path; None for ``fit`` where there is no checkpoint yet, which is said in one printed line.
+        Path of the checkpoint. None for ``fit`` if there is no checkpoint yet; a printed line says so.
 
     Raises:
-        CheckpointError: For the other commands if there is none, for all if every one of them is damaged, or may not be
-            read.
+        CheckpointError: If every checkpoint is damaged or unreadable. For commands other than ``fit``, also if there is
+            no checkpoint.
     """
     root = Path(trainer.get("default_root_dir") or "runs")
     verdicts: dict[Path, str] = {}
@@ -45,21 +45,21 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
         seen, states = len(verdicts), " or ".join(sorted(set(verdicts.values()), reverse=True))
         mend = "let this user read them, " if "cannot" in states else ""
         raise CheckpointError(
-            f"ckpt_path='last': every checkpoint under {str(root)!r} {states} ({seen} of {seen}); {mend}train anew "
-            "without it, or give the path of another."
+            f"ckpt_path='last': every checkpoint under {str(root)!r} {states} ({seen} of {seen}); {mend}train "
+            "without --ckpt_path, or give the path of another."
         )
     if command != "fit":
         raise CheckpointError(
             f"ckpt_path='last': there is no checkpoint under {str(root)!r}; train first, or give the path of one."
         )
-    _say(f"note: starting anew, as there is no checkpoint yet under {str(root)!r}")
+    _say(f"note: there is no checkpoint under {str(root)!r} yet; training starts from the beginning")
     return None
 
 
 def _candidates(root: Path, trainer: Any) -> Iterator[tuple[Path, str | None]]:
-    """Every checkpoint that a run of this config may have left, in the order in which to take them.
+    """Every checkpoint that a run of this config may have written, in the order to try them.
 
-    Where a folder may not be read, that folder, and why.
+    An unreadable folder is yielded with the reason.
     """
     for folder in _own_folders(trainer):
         yield from _listed(Path(folder), _checkpoints)
@@ -74,7 +74,7 @@ def _candidates(root: Path, trainer: Any) -> Iterator[tuple[Path, str | None]]:
 
 def _listed(folder: Path, inside: Callable[[Path], list[Path]]) -> Iterator[tuple[Path, str | None]]:
     try:
-        os.listdir(folder)  # of one that may not be read, glob says that it is empty
+        os.listdir(folder)  # glob reports an unreadable folder as empty
         found = inside(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -85,19 +85,19 @@ def _listed(folder: Path, inside: Callable[[Path], list[Path]]) -> Iterator[tupl
 
 
 def _runs(place: Path) -> list[Path]:
-    """The newest first."""
+    """Folders of runs, the newest first."""
     found = [path for path in place.glob("version_*") if path.name[8:].isdigit()]
     return sorted(found, key=lambda run: int(run.name[8:]), reverse=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The last one of a run comes first, then what else it kept; a link to a file that is gone is one of them, too."""
+    """Checkpoints of a run: ``last`` first, then the newest. Includes links to files that are gone."""
     ages: dict[Path, int] = {}
     for name in os.listdir(folder):
         path = folder / name
         if path.suffix == ".ckpt" and not os.path.isdir(path):
-            with suppress(FileNotFoundError):  # it was there a moment ago
-                ages[path] = os.lstat(path).st_mtime_ns  # raises where Path.is_file may say that there is none
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                ages[path] = os.lstat(path).st_mtime_ns  # raises where Path.is_file may return False
     return sorted(ages, key=lambda path: (bool(re.match(r"last(-v\d+)?$", path.stem)), ages[path]), reverse=True)
 
 
@@ -106,7 +106,7 @@ def _why_skipped(path: Path) -> str | None:
         os.stat(path)
     except FileNotFoundError:
         return "it leads to a file that is gone"
-    except OSError:  # of which damage_of says more
+    except OSError:  # damage_of reports it
         pass
     return damage_of(path)
 
@@ -120,7 +120,7 @@ def _own_folders(trainer: Any) -> Iterator[str]:
 
 
 def _logged(trainer: Any) -> Iterator[Path]:
-    """Where the first logger of the config's own keeps its versions."""
+    """Folder in which the first configured logger keeps its versions."""
     for logger in _entries(trainer.get("logger")):
         settings = logger.get("init_args") or {}
         folder = settings.get("save_dir") or settings.get("root_dir")
@@ -130,7 +130,7 @@ def _logged(trainer: Any) -> Iterator[Path]:
 
 
 def _entries(value: Any) -> list[Any]:
-    """Classes of a config: one, several or none."""
+    """The classes in a config value: one, several or none."""
     entries = value if isinstance(value, list) else [value]
     return [entry for entry in entries if hasattr(entry, "get") and entry.get("class_path")]
 

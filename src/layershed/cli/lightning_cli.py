@@ -1,6 +1,6 @@
-"""The parsers of the commands: those of LightningCLI, and our score, prune, benchmark and plan.
+"""The parsers of the commands: those of LightningCLI, and layershed's score, prune, benchmark and plan.
 
-Importing this module takes seconds, as their options are those of Lightning's Trainer.
+Importing this module takes seconds, because the options are those of Lightning's Trainer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from layershed import callbacks  # imported, they are also known by their short names
+from layershed import callbacks  # the import makes their short names known to jsonargparse
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
@@ -34,14 +34,14 @@ from layershed.performance.roofline import ACCELERATORS
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
-# Instead of what Lightning and the docstrings, which know nothing of a command line, say of these options.
+# Help for options whose docstrings in Lightning or layershed do not fit a command line.
 _HELP = {
-    "seed_everything": "Seed of every random number generator; true draws one, false sets none.",
+    "seed_everything": "Seed of every random number generator; true draws a seed, false sets none.",
     "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
     "--trainer.callbacks.help NAME lists the options of one.",
     "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
-    "null takes that of model.pretrained, or bytes where there is none.",
-    "device": "What it would run on: this, whose ceilings are measured, or by its published ceilings one of "
+    "null takes the tokenizer of model.pretrained, or bytes if that is null.",
+    "device": "Device to predict for: this (ceilings are measured), or a device with published ceilings: "
     f"{', '.join(ACCELERATORS)}.",
 }
 _SECTIONS = {
@@ -49,21 +49,21 @@ _SECTIONS = {
     "model": "the model (layershed.training.causal_lm.CausalLM)",
     "data": "the text (layershed.training.text_data.TextData)",
 }
-# What the commands without training have a use for; the rest is accepted, so that a config of fit serves them too, but
-# not listed.
+# Options that the help of the commands without training lists. They accept the others too, so that a config of fit
+# works with them.
 _TRAINING_FREE = {
     "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
     "model": {"pretrained", "config", "dtype"},
 }
-# What the config that fit leaves in a run directory says beside its sections: those commands that have no such option
-# take it as long as it says nothing.
+# Options that the config of a fit run holds outside its sections. Commands without such an option accept null for it.
 _OF_FIT = ("ckpt_path", "weights_only")
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
 _CHECKPOINT_WORDS = ("best", "hpc", "registry")
+_SEE_HELP = f"; see {PROGRAM} COMMAND --help"
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Help without the markup of docstrings, and without the names of all classes that happen to be imported."""
+    """Formats help without docstring markup and without the names of all imported classes."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action) or "")
@@ -71,20 +71,21 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class CommandParser(LightningArgumentParser):
-    """A parser that says what is wrong in one sentence, with the nearest name that would have been right."""
+    """A parser whose errors are one sentence and suggest the nearest known name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with one sentence; the parser of a class inside a config leaves that to the outer one."""
+        """Exit with one sentence. The parser of a class inside a config raises, and the outer parser exits."""
         if not self.exit_on_error:
-            super().error(message + hint(message, self._options()), ex)
+            super().error(message + hint(message, ex, self._names()), ex)
         reason = in_short(message, ex)
         if "subcommand" in message:
             self.print_usage(sys.stderr)
-        self.exit(2, f"error: {reason}{hint(reason, self._options())}\n")
+        advice = hint(reason, ex, self._names()) or ("" if "did you mean" in reason else _SEE_HELP)
+        self.exit(2, f"error: {reason}{advice}\n")
 
-    def _options(self) -> set[str]:
+    def _names(self) -> set[str]:
         inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        return {action.dest for parser in (self, *inner) for action in parser._actions}
+        return {action.dest for parser in (self, *inner) for action in parser._actions} | set(callbacks.__all__)
 
 
 class LayershedCLI(LightningCLI):
@@ -92,11 +93,11 @@ class LayershedCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """LightningCLI's own, and those of :class:`Trainer`."""
+        """The commands of LightningCLI and those of :class:`Trainer`."""
         return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in USAGE}}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Say in plain words what the subcommands and the groups of options are for."""
+        """Build the parsers, with layershed's help for commands and groups of options."""
         super().setup_parser(*args, **kwargs)
         subcommands = self.parser._subcommands_action
         for choice in subcommands._choices_actions if subcommands else ():
@@ -117,17 +118,17 @@ class LayershedCLI(LightningCLI):
             for section, group in (parser.groups or {}).items():
                 group.title = _SECTIONS.get(section, f"options of {name} alone")
         if "plan" in self._subcommand_parsers:
-            # what a model is run in, where it is planned for
+            # the usual dtype for running a model
             self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults for a first run."""
+        """Set the default seed."""
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, find the last checkpoint, and refuse one that could not be read later.
+        """Parse, find the last checkpoint, and refuse an unreadable one.
 
-        Lightning's own warns when there is a ``sys.argv`` besides ``args``; here ``args`` are made of it.
+        Lightning's own method warns if ``sys.argv`` and ``args`` are both given; here ``args`` come from ``sys.argv``.
         """
         self.config = parser.parse_args(args)
         check_seed(self.config[self.config.subcommand].seed_everything)
@@ -160,24 +161,26 @@ class LayershedCLI(LightningCLI):
             with redirect_stderr(io.StringIO()) as told:
                 self.config = self.parser.parse_object({subcommand: {"model": options}}, self.config)
         except SystemExit:
-            reason = told.getvalue().strip().removeprefix("error: ")
-            raise CheckpointError(f"ckpt_path={str(path)!r}: the options of its model do not fit ({reason}).") from None
+            reason = told.getvalue().strip().removeprefix("error: ").removesuffix(_SEE_HELP)
+            raise CheckpointError(
+                f"ckpt_path={str(path)!r}: the options of its model do not fit ({reason}); give another checkpoint."
+            ) from None
 
     def before_instantiate_classes(self) -> None:
-        """The text is tokenized as the model expects it, unless said otherwise."""
+        """Take the model's tokenizer unless another is given."""
         config = self.config[self.subcommand]
         if self.subcommand == "plan":
-            config.data.source, config.data.tokenizer = "pydoc", None  # no text is needed: none is looked for
+            config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
 
     def instantiate_classes(self) -> None:
-        """To plan takes the model's skeleton alone."""
+        """Build the model without weights for ``plan``."""
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """A run of ``fit`` resumes exactly, also where its config does not list the callback."""
+        """Add :class:`ExactResume` to every ``fit``, so that it resumes exactly even if the config does not list it."""
         given = self.config_init[self.subcommand].trainer.get("callbacks") if self.subcommand == "fit" else None
         listed = given if isinstance(given, list) else [] if given is None else [given]
         if self.subcommand == "fit" and not any(isinstance(callback, ExactResume) for callback in listed):
@@ -185,7 +188,7 @@ class LayershedCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse text that the model has no embedding or no position for."""
+        """Refuse text for which the model has too few embeddings or positions."""
         if self.subcommand == "plan":
             return
         config = self.model.model.config.get_text_config()
@@ -202,7 +205,7 @@ class LayershedCLI(LightningCLI):
 
 
 def _asked_checkpoint(words: Sequence[str]) -> str | None:
-    """The checkpoint that a command line names."""
+    """The value of --ckpt_path in a command line."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         if option == "--ckpt_path":
@@ -216,10 +219,10 @@ def run_command(words: Sequence[str]) -> None:
 
     Raises:
         SystemExit: With 0 after a help text, with 2 after wrong usage.
-        LayershedError: If something that the command needs is missing or wrong.
+        LayershedError: If an input of the command is missing or wrong.
     """
     check_configs(words)
-    # With --config first, the config may name the command: then all of them have a parser.
+    # If --config comes first, the config may name the command, so all commands need a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
     with quiet():
         cli(
@@ -235,7 +238,7 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def _only(command: str) -> type[LayershedCLI]:
-    """The command line with one command: the parsers of all eight take half a second to build."""
+    """The command line with one command only: building the parsers of all eight takes half a second."""
 
     class OneCommand(LayershedCLI):
         @staticmethod

@@ -1,4 +1,4 @@
-"""``python train.py``: runs a command, and answers an error in one sentence. What needs torch is imported at need."""
+"""``python train.py``: runs a command and reports an error in one sentence. Imports torch only if it needs it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
 
     Args:
         arguments: Words of the command line; None takes those of the process.
-        quickstart: Config that ``fit`` runs when none is given.
+        quickstart: Config that ``fit`` uses if none is given.
 
     Returns:
-        Exit code: 0; 1 after an error, which is printed as one sentence; 130 after an interrupt.
+        Exit code: 0; 1 after an error, printed as one sentence; 130 after an interrupt.
 
     Raises:
         SystemExit: With 0 after a help text, with 2 after wrong usage.
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
 
 
 def _sentence_of(error: Exception) -> str | None:
-    """What to print instead of a traceback; None for a bug, which keeps its own."""
+    """Sentence to print instead of a traceback; None for a bug, which keeps its traceback."""
     for cause in causes(error):
         if isinstance(cause, LayershedError):
             return str(cause)

@@ -1,59 +1,71 @@
-"""What argument parsers say of wrong usage, in one sentence, with the nearest name that would have been right."""
+"""Shortens an argument parser's error to one sentence and suggests the nearest known name."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 
+# The key or the class in which something is wrong. jsonargparse puts it only into its text.
+_PLACE = re.compile(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""")
+# A name that jsonargparse does not know: an option or a class. It, too, is only in the text.
+_UNKNOWN = re.compile(r"(?:[Oo]ption '|unrecognized arguments: (?:--)?|dot import path string: )([^\s=']+)")
+
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+    """An error and, in order, the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def hint(message: str, options: Iterable[str]) -> str:
-    """The nearest name there is, where a message tells of one that there is not."""
-    config = re.search(r"arguments: (\S+\.ya?ml)", message)
-    if config:
-        return f"; did you mean --config {config[1]}?"
-    wrong = re.search(r"(?:option '|arguments: --)([\w.]+)", message, re.IGNORECASE)
-    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        wrong, options = missing, dir(sys.modules[missing[1]])
-    name = wrong[wrong.lastindex or 0] if wrong else ""
-    near = difflib.get_close_matches(name, options, n=1)
-    # an option of another command has itself for its nearest name
-    return f"; did you mean {near[0]}?" if near and near[0] != name and "did you mean" not in message else ""
+def hint(reason: str, error: BaseException | None, known: Iterable[str]) -> str:
+    """Suggest what to write instead of an unknown name.
+
+    Args:
+        reason: Text that names an option or a class.
+        error: The parser's error.
+        known: Names of options and classes.
+
+    Returns:
+        The end of a sentence; empty if the text names nothing unknown, or already suggests a name.
+    """
+    *_, root = causes(error) if error is not None else [None]
+    found = _UNKNOWN.search(reason)
+    name = found[1] if found else ""
+    if isinstance(root, AttributeError) and root.name:  # a module that has no such class
+        name, known = root.name, dir(root.obj)
+    if not name or "did you mean" in reason:
+        return ""
+    if name.endswith((".yaml", ".yml")):
+        return f"; did you mean --config {name}?"
+    near = difflib.get_close_matches(name, known, n=1)
+    if near and near[0] != name:  # an option of another command is nearest to itself
+        return f"; did you mean {near[0]}?"
+    return "; give the full path of a class, such as bitsandbytes.optim.AdamW8bit" if "import path" in reason else ""
 
 
 def in_short(message: str, error: BaseException | None) -> str:
-    """What jsonargparse tells in nested paragraphs: where it went wrong, and the innermost reason."""
+    """Place and innermost reason of jsonargparse's error, such as ``trainer.max_steps: Expected a <class 'int'>...``.
+
+    Args:
+        message: The outermost text.
+        error: The parser's error, with its causes.
+    """
     if message.startswith("Problems parsing config"):
-        return one_line(message.replace('"<unicode string>", ', ""))
-    chain = [message, *(str(cause) for cause in causes(error))]
-    reason = next(text for text in chain if text.startswith(chain[-1]))
-    found = [re.match(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""", text) for text in chain]
-    places = dict.fromkeys(match[1] for match in found if match)
-    reason = re.sub(
-        r"Expected a dot import path string: (.*)",
-        r"there is no class \1 among those with short names; give its full path, as bitsandbytes.optim.AdamW8bit",
-        reason,
-    )
-    if reason.startswith("Expected a") and len(chain) > 1:
-        # of several types that would do, the reason names only the first
-        types = re.findall(r"^\s*- Expected an? (.+)$", chain[-2], re.MULTILINE)
-        expected = " or ".join(types) or r"\1"
-        reason = re.sub(r"Expected an? (.*?)\. Got value: ", rf"expected {expected}, got ", reason)
-        reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason)
-        reason = reason.replace("collections.abc.Sequence", "a list in square brackets")
-        reason = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", reason).replace("NoneType", "null")
-    return one_line(": ".join([*places, reason]))
+        return one_line(message.replace('"<unicode string>", ', ""))  # its last line says where
+    chain = [message, *map(str, causes(error))]
+    places = dict.fromkeys(found[1] for found in map(_PLACE.match, chain) if found)
+    reason = next(text for text in chain if text.startswith(chain[-1])).strip()  # a cause may add a suggestion
+    lines = reason.splitlines()[:1]
+    if len(chain) > 1 and chain[-2].startswith("Does not validate against any") and "Got value" in reason:
+        union = chain[-2].splitlines()
+        # all accepted types, and the value: the reason names only the first type
+        lines = [union[1].replace("Subtypes", "Expected one of"), union[-1]]
+    return one_line(": ".join([*places, "; ".join(lines).removesuffix(".")]))
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, and not endless."""
+    """The text on one line, at most 500 characters long."""
     return textwrap.shorten(text, 500, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""``train.py plan``: what a drop would bring on a device, from the model's config alone."""
+"""``train.py plan``: predicts size and speed after a drop on a device, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def predict_plan(
     device: str,
     speed: SpeedSettings,
 ) -> Prediction:
-    """Predict, print and write. The arguments are those of :meth:`layershed.cli.trainer.Trainer.plan`.
+    """Predict, print tables, write files. Arguments: see :meth:`layershed.cli.trainer.Trainer.plan`.
 
     Raises:
         LayershedError: If the drop is impossible or cannot be predicted.
@@ -62,19 +62,21 @@ def predict_plan(
 def _planned(
     transformer: PreTrainedModel, scope: Scope, count: int | None, ratio: float | None, plan: str | None
 ) -> DropPlan | None:
-    """What would be dropped; None for what the skeleton lacks already."""
+    """The plan to predict; None if the model has already been dropped."""
     if plan is not None:
         if count is not None or ratio is not None:
-            raise SelectionError(f"plan={plan!r}, count={count}, ratio={ratio}: give a plan, a count or a ratio.")
+            raise SelectionError(
+                f"plan={plan!r}, count={count}, ratio={ratio}: give only one of plan, count and ratio."
+            )
         given = DropPlan.load(plan)
         if not given.drops:
-            raise SelectionError(f"plan={plan!r}: it drops nothing, so that there is nothing to predict.")
+            raise SelectionError(f"plan={plan!r}: it drops nothing, so there is nothing to predict; give another plan.")
         return given
     if gone := dropped_sublayers(transformer):
         if count is not None or ratio is not None:
             raise SelectionError(
                 f"plan: the model already lacks {', '.join(sublayer.name for sublayer in gone)}; leave out count and "
-                "ratio to predict what that brings, or plan for the model that it came from."
+                "ratio to predict for these, or plan for the dense model."
             )
         return None
     if count is None and ratio is None:

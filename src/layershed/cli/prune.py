@@ -1,4 +1,4 @@
-"""``train.py prune``: drop sublayers of a pretrained model without training."""
+"""``train.py prune``: drops sublayers of a pretrained model without training."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def prune(
     speed: SpeedSettings,
     output: str,
 ) -> DropPlan:
-    """Score, drop, measure and save. The arguments are those of :meth:`layershed.cli.trainer.Trainer.prune`.
+    """Score, drop, measure and save. Arguments: see :meth:`layershed.cli.trainer.Trainer.prune`.
 
     Raises:
-        LayershedError: Before anything is measured, if the model cannot be dropped, measured or saved like that.
+        LayershedError: Before measuring, if the sublayers cannot be dropped, or the model cannot be measured or saved.
     """
     check_selection(scope, count=count, ratio=ratio)
     check_scoring(metric, batches, quality_batches)
@@ -65,8 +65,8 @@ def prune(
     check_output(run_directory(trainer), output, model)
     if gone := dropped_sublayers(model):
         raise SelectionError(
-            f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so that there is no "
-            "dense one to compare with; prune the model that it came from."
+            f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so there is no dense "
+            "model to compare with; prune the dense model."
         )
     select_sublayers(equal_scores(find_sublayers(model)), scope, count=count, ratio=ratio, protect=protect)
 

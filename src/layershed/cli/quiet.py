@@ -1,4 +1,4 @@
-"""Silence for what other libraries print about themselves: it would bury what the run has to say."""
+"""Hides messages of other libraries that would bury the output of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGS = (
     "datasets.packaged_modules.json.json",
     "datasets.packaged_modules.parquet.parquet",
 )
-# Advertisements, echoes of the config, and hardware that is not there.
+# Advertisements, echoes of the config, absent hardware.
 _CHATTER = (
     "Tip: For seamless",
     "Seed set to",
@@ -28,7 +28,7 @@ _CHATTER = (
     "Failed to load CPU gemm_4bit_forward",
     "MatMul8bitLt: inputs will be cast",
     "Restoring states from the checkpoint",
-    # our own sentence says the same
+    # layershed raises an error with the same content
     "Failed to load JSON from file",
     "Failed to read schema from",
 )
@@ -36,7 +36,7 @@ _CHATTER = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the chatter of other libraries; afterwards their settings are as they were."""
+    """Hide the messages of other libraries, and restore their settings afterwards."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     logs = [logging.getLogger(name) for name in LOGS]
     with warnings.catch_warnings():
@@ -45,9 +45,9 @@ def quiet() -> Iterator[None]:
         for log in logs:
             log.addFilter(_worth_saying)
         warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-        # two cores: more loader processes than the one would only compete with training
+        # a small machine gains nothing from more loader processes
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate
+        # Lightning 2.6 calls functions that torch 2.13 and jsonargparse 4.53 deprecate
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli|jsonargparse")
         try:

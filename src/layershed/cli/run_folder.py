@@ -1,4 +1,4 @@
-"""What the commands beside training share: the run directory, preparation as Lightning does it, scores and quality."""
+"""Parts that the commands without training share: run directory, preparation, scores and quality."""
 
 from __future__ import annotations
 
@@ -27,71 +27,75 @@ from layershed.training.text_data import TextData
 
 
 class TrainerError(LayershedError, ValueError):
-    """A Trainer that cannot be had on this machine."""
+    """The Trainer cannot be built on this machine with these options."""
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that nothing can be written to.
+    """Check that a folder can be written to.
 
     Raises:
-        TrainerError: If so.
+        TrainerError: If it cannot.
     """
     try:
         if "\0" in str(folder):
-            raise ValueError("it holds a null byte")
+            raise ValueError("it contains a null byte")
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         what = f"trainer.default_root_dir={str(folder)!r}"
-        raise TrainerError(f"{what}: no folder can have that name ({reason}).") from None
+        raise TrainerError(f"{what}: no folder can have that name ({reason}); give another.") from None
     if not there.is_dir():
-        raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: {str(there)!r} is a file, not a folder.")
+        raise TrainerError(
+            f"trainer.default_root_dir={str(folder)!r}: {str(there)!r} is a file, not a folder; give another."
+        )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise TrainerError(f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r}.")
+        raise TrainerError(
+            f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r}; give another folder."
+        )
     try:
-        # even root cannot write into /proc, nor where the disk is full
+        # even root cannot write into /proc or onto a full disk
         with tempfile.TemporaryDirectory(dir=there) as trial:
             (Path(trial) / "trial").write_bytes(bytes(4096))
     except OSError as error:
         raise TrainerError(
-            f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r} ({error.strerror})."
+            f"trainer.default_root_dir={str(folder)!r}: nothing can be written to {str(there)!r} ({error.strerror}); "
+            "give another folder."
         ) from None
 
 
 def check_seed(seed: int | bool | None) -> None:
-    """Refuse a seed that no random number generator takes.
+    """Check that every random number generator accepts the seed.
 
     Raises:
-        TrainerError: If so.
+        TrainerError: If one does not.
     """
     if seed is not None and not 0 <= seed < 2**32:
         raise TrainerError(f"seed_everything={seed}: it must be in [0, {2**32}).")
 
 
 def check_devices(options: Mapping[str, Any]) -> None:
-    """Refuse options of Lightning's Trainer that it takes, and that no run comes of.
+    """Check the options that Lightning's Trainer accepts although no run can succeed with them.
 
     Raises:
-        TrainerError: If so.
+        TrainerError: If an option has such a value.
     """
     accumulated = options.get("accumulate_grad_batches", 1)
     if accumulated < 1:
         raise TrainerError(f"trainer: accumulate_grad_batches={accumulated}: it must be at least 1.")
     devices, cores = options.get("devices"), os.cpu_count() or 1
     given = str(devices)
-    # two, so that a distributed run can be tried anywhere
+    # at least two, so that a distributed run can be tried on any machine
     if options.get("accelerator") == "cpu" and given.isdecimal() and int(given) > max(2, cores):
         raise TrainerError(
-            f"trainer: devices={devices}: each would be a process of its own, and this machine has {cores} cores; "
-            "lower it."
+            f"trainer: devices={devices}: each device is a process, but this machine has {cores} cores; lower it."
         )
 
 
 def check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
-    """Refuse an unknown metric, or no batches.
+    """Check the metric and the numbers of batches.
 
     Raises:
-        LayershedError: If so.
+        LayershedError: If the metric is unknown or a number is below 1.
     """
     get_metric(metric)
     for name, number in (("batches", batches), ("quality_batches", quality_batches)):
@@ -100,28 +104,28 @@ def check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
 
 
 def next_version(folder: Path) -> int:
-    """The number of the next run in a folder."""
+    """Number of the next run in a folder."""
     taken = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*") if path.name[8:].isdigit()]
     return max(taken, default=-1) + 1
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
-    """Where the results of this run go."""
+    """Folder for the results of this run."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def check_output(directory: Path, output: str, model: CausalLM) -> None:
-    """Refuse, before anything is computed, a place for the dropped model where something else would be destroyed.
+    """Check, before computing, that saving the dropped model destroys nothing.
 
     Raises:
-        ExportError: If it holds something else, the run directory, or the model that it is made of.
+        ExportError: If the output folder holds other files, the run directory or the source model.
     """
     check_folder(directory / output, apart=directory)
     refuse_source(directory / output, model.hparams.get("pretrained"))
 
 
 def open_folder(trainer: pl.Trainer, model: CausalLM) -> Path:
-    """The run directory, with the config in it that repeats the run."""
+    """Create the run directory and write the config into it, so that the run can be repeated."""
     folder = run_directory(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     for callback in getattr(trainer, "callbacks", ()):
@@ -131,9 +135,9 @@ def open_folder(trainer: pl.Trainer, model: CausalLM) -> Path:
 
 
 def prepare(trainer: pl.Trainer, model: CausalLM, data: TextData, ckpt_path: str | None = None) -> Path:
-    """What Lightning does before it trains: data, device, precision, and the config on disk."""
+    """Prepare as Lightning does before training: data, device, precision, config on disk."""
     if model.hparams.get("pretrained") is None and ckpt_path is None:
-        note = "note: without --model.pretrained the weights are random, and so is what is measured of them"
+        note = "note: without --model.pretrained the weights are random, so the results mean nothing"
         print(note)
     data.prepare_data()
     data.setup()
@@ -145,7 +149,7 @@ def prepare(trainer: pl.Trainer, model: CausalLM, data: TextData, ckpt_path: str
 def score_sublayers(
     trainer: pl.Trainer, model: CausalLM, data: TextData, metric: str, batches: int, folder: Path
 ) -> ImportanceScores:
-    """The importances, written into ``importance.csv``."""
+    """Measure the importances and write them to ``importance.csv``."""
     with trainer.precision_plugin.forward_context():
         scores = estimate_importance(model, watched(data.train_dataloader(), batches, "Scoring"), metric)
     rows = [f"0,{block},{kind},{metric},{value!r}\n" for block, kind, value in scores.rows()]
@@ -154,33 +158,36 @@ def score_sublayers(
 
 
 def held_out_quality(trainer: pl.Trainer, model: nn.Module, data: TextData, batches: int, when: str = "") -> Quality:
-    """Quality on the held-out text."""
+    """Measure quality on the held-out text."""
     with trainer.precision_plugin.forward_context():
         return evaluate_quality(model, watched(data.val_dataloader(), batches, f"Measuring quality {when}".rstrip()))
 
 
 def load_base(trainer: pl.Trainer, source: str, model: CausalLM, data: TextData) -> nn.Module:
-    """The dense model to compare with, where and as the model itself is.
+    """Load the dense model to compare with, on the device and in the dtype of the model.
 
     Raises:
-        LayershedError: If it cannot be built, is not dense, or has no embedding for every token of the text.
+        LayershedError: If it cannot be built, is not dense, or has too few embeddings for the tokenizer.
     """
     try:
         base = build_model(source, None, next(model.model.parameters()).dtype).eval()
-    except ModelError as error:  # it calls it by another option
+    except ModelError as error:  # it names another option
         raise ModelError(f"base: {error}") from error
     if gone := dropped_sublayers(base):
         names = ", ".join(sublayer.name for sublayer in gone)
-        raise ModelError(f"base={source!r}: it lacks {names}, so it is not dense; give the model that it came from.")
+        raise ModelError(f"base={source!r}: it lacks {names}, so it is not dense; give the dense model.")
     vocabulary = base.config.get_text_config().vocab_size
     if data.vocab_size > vocabulary:
-        raise DataError(f"base={source!r}: the tokenizer has {data.vocab_size} ids and the base only {vocabulary}.")
+        raise DataError(
+            f"base={source!r}: the tokenizer has {data.vocab_size} ids, but the base has only {vocabulary} embeddings; "
+            "give the model before the drop."
+        )
     trainer.precision_plugin.convert_module(base)
     base.to(trainer.strategy.root_device)
     return base
 
 
 def name_of(model: CausalLM) -> str:
-    """The model as it is called in titles."""
+    """Name of the model in titles."""
     source = str(model.hparams.get("pretrained") or type(model.model).__name__)
     return Path(source).stem if source.endswith(".gguf") else source

@@ -1,4 +1,4 @@
-"""``train.py score``: the importance of every sublayer of a pretrained model, as a table and a heat map."""
+"""``train.py score``: measures the importance of every sublayer; shows a table and a heat map."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from layershed.training.text_data import TextData
 
 
 def score(trainer: pl.Trainer, model: CausalLM, data: TextData, metric: str, batches: int) -> ImportanceScores:
-    """Measure, print and write the importances. The arguments are those of :meth:`layershed.cli.trainer.Trainer.score`.
+    """Measure the importances, print a table, write files. Arguments: see :meth:`layershed.cli.trainer.Trainer.score`.
 
     Raises:
-        LayershedError: Before anything is measured, if an argument has no meaning.
+        LayershedError: Before measuring, if an argument is invalid.
     """
     check_scoring(metric, batches)
-    find_sublayers(model)  # or say that there are none before the text is read
+    find_sublayers(model)  # fails early if there are none
 
     console, folder = Console(), prepare(trainer, model, data)
     scores = score_sublayers(trainer, model, data, metric, batches, folder)
@@ -29,11 +29,11 @@ def score(trainer: pl.Trainer, model: CausalLM, data: TextData, metric: str, bat
     figure.suptitle(f"{name_of(model)}: importance ({metric})", fontsize=11, parse_math=False)
     figure.savefig(folder / "importance.png", dpi=150)
     console.print(importance_table(scores))
-    console.print(f"#1 is the most redundant and would go first; measured over {scores.tokens:,} tokens.")
+    console.print(f"#1 is the most redundant and would be dropped first; measured over {scores.tokens:,} tokens.")
     tell_files(console, Importances=folder / "importance.csv", Picture=folder / "importance.png")
     return scores
 
 
 def importance_points(scores: ImportanceScores) -> tuple[ImportancePoint, ...]:
-    """The importances as a figure takes them, at step 0."""
+    """The importances as points of a figure, at step 0."""
     return tuple(ImportancePoint(0, block, kind, scores.metric, value) for block, kind, value in scores.rows())

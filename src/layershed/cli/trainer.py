@@ -1,6 +1,6 @@
-"""The Trainer of the command line: a Lightning Trainer whose four commands without training call plain functions.
+"""The Trainer of the command line: a Lightning Trainer with four commands that do not train.
 
-The signatures and docstrings of the methods are what ``train.py COMMAND --help`` lists.
+``train.py COMMAND --help`` shows the signatures and docstrings of its methods.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from layershed.training.text_data import TextData
 
 
 class Trainer(pl.Trainer):
-    """A Lightning Trainer with training-free commands, and CSV and TensorBoard logs in one numbered directory.
+    """A Lightning Trainer with commands that do not train, and CSV and TensorBoard logs in one numbered folder.
 
     Args:
-        logger: Loggers; true or null for CSV and TensorBoard files in default_root_dir/version_N, false for none.
-        default_root_dir: Folder for the results of all runs; each run gets a version_N of its own in it.
-        kwargs: As of lightning.pytorch.Trainer.
+        logger: Loggers. true or null writes CSV and TensorBoard files to default_root_dir/version_N; false: none.
+        default_root_dir: Folder for the results of all runs. Each run creates its own version_N in it.
+        kwargs: Arguments of lightning.pytorch.Trainer.
 
     Raises:
-        TrainerError: If nothing can be written to the folder, or Lightning refuses an argument.
+        TrainerError: If the folder is not writable, or Lightning refuses an argument.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer(pl.Trainer):
             super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise TrainerError(f"trainer: {error}") from error
-        keep_checkpoints_whole(self.strategy)  # validate and test, too, answer a damaged one in a sentence
+        keep_checkpoints_whole(self.strategy)  # validate and test, too, report a damaged checkpoint in one sentence
 
     def score(
         self, model: CausalLM, datamodule: TextData, metric: str = "cosine", batches: int = 16
@@ -68,7 +68,7 @@ class Trainer(pl.Trainer):
 
         Args:
             model: The model to score.
-            datamodule: Where the text comes from; its training split is scored.
+            datamodule: The text; the training split is scored.
             metric: cosine, relative_magnitude or angular.
             batches: Number of batches to score.
 
@@ -76,7 +76,7 @@ class Trainer(pl.Trainer):
             The importances.
 
         Raises:
-            LayershedError: Before anything is measured, if an argument has no meaning.
+            LayershedError: Before measuring, if an argument is invalid.
         """
         return score(self, model, datamodule, metric, batches)
 
@@ -103,26 +103,26 @@ class Trainer(pl.Trainer):
 
         Args:
             model: The model to prune.
-            datamodule: Where the text comes from; the training split is scored, the held-out one is for quality.
-            scope: What is ranked, and dropped: attention, mlp, block, or joint (attention and MLP in one ranking).
-            count: How many to drop: blocks with scope block, else sublayers. Give this or ratio.
+            datamodule: The text; the training split is scored, the held-out split measures quality.
+            scope: What to rank and drop: attention, mlp, block, or joint (attention and MLP in one ranking).
+            count: Number to drop: blocks with scope block, else sublayers. Give this or ratio.
             ratio: Share to drop, in (0, 1): of the blocks with scope block, else of the sublayers. Give this or count.
             metric: cosine, relative_magnitude or angular.
-            objective: importance (the least important goes first) or speed (what costs least importance per measured
-                millisecond of decoding).
-            protect: Indices of blocks that stay whole, such as [0, -1]; negative ones count from the end.
+            objective: importance (drop the least important first) or speed (drop the least importance per measured
+                millisecond of decoding first).
+            protect: Indices of blocks to keep whole, such as [0, -1]; negative indices count from the end.
             batches: Number of batches to score.
             quality_batches: Number of held-out batches for loss and accuracy.
             prompt_tokens: Tokens per prompt of the speed measurement.
             new_tokens: Tokens decoded by the speed measurement.
             runs: Pairs of dense and dropped runs of the speed measurement.
-            output: Folder for the dropped model; a relative path is one inside the run directory.
+            output: Folder for the dropped model. A relative path is inside the run directory.
 
         Returns:
-            What was dropped.
+            The drop plan.
 
         Raises:
-            LayershedError: Before anything is measured, if that cannot be dropped, measured or saved.
+            LayershedError: Before measuring, if the sublayers cannot be dropped, or the model not measured or saved.
         """
         return prune(
             self,
@@ -158,34 +158,34 @@ class Trainer(pl.Trainer):
         batch_size: int = 1,
         runs: int = 10,
     ) -> Benchmark:
-        """Measure a dropped model against its dense base, or sweep over drops of a dense one: quality beside speed.
+        """Measure quality and speed of a dropped model against its dense base, or sweep over drops of a dense model.
 
-        Writes ``benchmark.json``, and for a sweep ``frontier.png`` and ``importance.csv``.
+        Writes ``benchmark.json``; a sweep also writes ``frontier.png`` and ``importance.csv``.
 
         Args:
-            model: The dropped model; for a sweep the dense one.
-            datamodule: Where the text comes from; quality is measured on the held-out split.
-            base: The dense model to compare with: a folder, a hub id or a GGUF file. null compares with the same
-                weights, the bypass lifted, which a checkpoint still has.
-            ckpt_path: A checkpoint of fit; it brings the options of its model along.
-            counts: For a sweep, how many are dropped, such as [2, 4, 8]; blocks with scope block, else sublayers.
-            scopes: For a sweep, what is ranked; every scope is measured with every count.
+            model: The dropped model; for a sweep the dense model.
+            datamodule: The text; the held-out split measures quality.
+            base: The dense model to compare with: a folder, a hub id or a GGUF file. null compares a checkpoint with
+                its own weights, the bypass lifted.
+            ckpt_path: A checkpoint of fit. It also sets the options of the model.
+            counts: For a sweep, the numbers to drop, such as [2, 4, 8]: blocks with scope block, else sublayers.
+            scopes: For a sweep, what to rank. Every scope is measured with every count.
             metric: For a sweep: cosine, relative_magnitude or angular.
-            objective: For a sweep: importance (the least important goes first) or speed (what costs least importance
-                per measured millisecond of decoding).
+            objective: For a sweep: importance (drop the least important first) or speed (drop the least importance per
+                measured millisecond of decoding first).
             batches: For a sweep, number of batches to score.
             quality_batches: Number of held-out batches for loss and accuracy.
-            quality: What the picture shows and the SDR counts: accuracy, loss or perplexity.
+            quality: The quality in the picture and in the SDR: accuracy, loss or perplexity.
             prompt_tokens: Tokens per prompt of the speed measurement.
             new_tokens: Tokens decoded by the speed measurement.
-            batch_size: Sequences at once of the speed measurement.
+            batch_size: Sequences per batch of the speed measurement.
             runs: Pairs of dense and dropped runs of the speed measurement.
 
         Returns:
-            What was measured.
+            The measurements.
 
         Raises:
-            LayershedError: Before anything is measured, if there is nothing to compare, or too little to drop.
+            LayershedError: Before measuring, if there is nothing to compare or too few sublayers can be dropped.
         """
         return benchmark(
             self,
@@ -216,29 +216,29 @@ class Trainer(pl.Trainer):
         prompt_tokens: int = 256,
         new_tokens: int = 64,
     ) -> Prediction:
-        """Predict what a drop would bring on a device, from the model's config alone: no weight is read or allocated.
+        """Predict size and speed after a drop on a device. Reads the model's config only and allocates no weights.
 
         Writes ``prediction.json`` into the run directory.
 
         Args:
             model: A skeleton on the meta device.
             datamodule: Not used; no text is needed.
-            scope: What goes, the deepest first, as there are no importances: attention, mlp or block. For joint give
-                a plan.
-            count: How many go: blocks with scope block, else sublayers. Give this, ratio or plan; without any, half
-                of the attention goes, or of a dropped model what it lacks.
-            ratio: Share that goes, in (0, 1).
-            plan: A drop_plan.json that a run wrote, instead of scope, count and ratio.
-            device: this, whose ceilings are measured, or one by its published ceilings (DEVICES).
-            batch_size: Sequences at once.
-            prompt_tokens: Tokens of each prompt.
-            new_tokens: Tokens decoded after it; the KV cache is that of prompt and new tokens.
+            scope: What to drop: attention, mlp or block. The deepest go first, because there are no importances. For
+                joint give a plan.
+            count: Number to drop: blocks with scope block, else sublayers. Give this, ratio or plan. Without any, half
+                of the attention is dropped; for a dropped model, what it already lacks.
+            ratio: Share to drop, in (0, 1).
+            plan: A drop_plan.json of a run, instead of scope, count and ratio.
+            device: this (ceilings are measured) or the name of a device with published ceilings (DEVICES).
+            batch_size: Sequences per batch.
+            prompt_tokens: Tokens per prompt.
+            new_tokens: Tokens to decode; the KV cache holds prompt and new tokens.
 
         Returns:
-            What theory predicts.
+            The prediction.
 
         Raises:
-            LayershedError: If that cannot be dropped or predicted.
+            LayershedError: If the drop is impossible or cannot be predicted.
         """
         speed = SpeedSettings(prompt_tokens, new_tokens, batch_size)
         return predict_plan(self, model, scope=scope, count=count, ratio=ratio, plan=plan, device=device, speed=speed)

@@ -1,4 +1,4 @@
-"""A causal language model as a LightningModule: from a config, a folder, a hub id or a GGUF file."""
+"""A causal language model as a LightningModule, built from a config, a folder, a hub id or a GGUF file."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from layershed.training.lr_schedule import Schedule, share_of_peak
 class CausalLM(pl.LightningModule):
     """Trains, validates and tests a Hugging Face causal language model.
 
-    Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation; with
-    distillation also its parts, ``train_lm_loss`` and ``train_divergence``, and its cost, ``teacher_seconds`` a step.
+    Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation.
+    Distillation also logs its parts, ``train_lm_loss`` and ``train_divergence``, and ``teacher_seconds`` per step.
 
     Args:
-        pretrained: What to start from: a local folder (also one that layershed saved), a hub id, or the path of a
+        pretrained: Model to start from: a local folder (also one that layershed saved), a hub id, or the path of a
             GGUF file. None trains from scratch.
-        config: Fields of the model's config, ``model_type`` among them, for training from scratch; with
-            ``pretrained``, fields to override. None without ``pretrained`` is a 12-block Llama over bytes.
+        config: Fields of the model's config, including ``model_type``, for training from scratch. With ``pretrained``,
+            fields to override. None without ``pretrained`` builds a 12-block Llama over bytes.
         optimizer: Optimizer class and its arguments.
-        schedule: Learning-rate schedule over the whole run; the formulas are those of ``transformers.get_scheduler``.
+        schedule: Learning-rate schedule over the whole run, with the formulas of ``transformers.get_scheduler``.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
-        dtype: Weights as ``float32``, ``bfloat16`` or ``float16``.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
-        distillation: How to learn from the model as it was before the drop: weight, temperature and kind, as of
-            layershed.Distillation; None learns from the text alone. With adapters (LoRARecovery) the teacher stays what
-            it was; trained in full, it changes along.
+        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        gradient_checkpointing: Recompute activations in the backward pass. Saves memory, takes about 30 % more time.
+        distillation: How to learn from the dense model (the teacher): weight, temperature and kind of
+            layershed.Distillation. None learns from the text only. With adapters (LoRARecovery) the teacher does not
+            change; in full recovery its weights are trained too.
 
     Raises:
-        ModelError: If the model cannot be built; says why in one sentence.
-        LayershedError: Before training, if distillation has no teacher, as sublayers were removed.
-        ScheduleError: If the warm-up is negative; before training, if the schedule needs to know the run's length and
-            the run has no end.
+        ModelError: If the model cannot be built. The message gives the reason in one sentence.
+        LayershedError: Before training, if distillation has no teacher because sublayers were removed.
+        ScheduleError: If the warm-up is negative. Before training, if the schedule needs the length of the run and the
+            run has no end.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class CausalLM(pl.LightningModule):
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
-        # only primitives: a class or a function would make the checkpoint unreadable under weights_only=True
+        # primitives only: a class or a function would make the checkpoint unreadable with weights_only=True
         self.save_hyperparameters(ignore=["optimizer", "distillation"])
-        given: Any = distillation  # a checkpoint has it as a dict
+        given: Any = distillation  # a dict if it comes from a checkpoint
         self.distillation: Distillation | None = Distillation(**given) if isinstance(given, dict) else given
         self.save_hyperparameters({"distillation": None if self.distillation is None else asdict(self.distillation)})
         if warmup_steps < 0:
-            raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): it must not be negative.")
+            raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): warmup_steps must be at least 0.")
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self._total_steps = math.inf  # until training starts; the rate before the first step does not depend on it
-        # what comes from a folder comes in eval mode, and Lightning leaves every module in the mode it finds it in
+        self._total_steps = math.inf  # until training starts; the first learning rate does not depend on it
+        # transformers loads a folder in eval mode, and Lightning does not change the mode of a module
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -79,11 +79,11 @@ class CausalLM(pl.LightningModule):
         self.test_perplexity = Perplexity(ignore_index=-100)
 
     def forward(self, **inputs: Any) -> Any:
-        """The transformer's own forward."""
+        """Call the transformer."""
         return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean next-token cross-entropy of a batch, in nats, mixed with the divergence from the teacher."""
+        """Mean next-token cross-entropy of a batch, in nats; with distillation mixed with the divergence."""
         if self.distillation is None:
             loss: Tensor = self.model(**batch, use_cache=False).loss
         else:
@@ -95,21 +95,21 @@ class CausalLM(pl.LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
-        """Refuse a distillation without a teacher, or without anything to learn from it."""
+        """Check that distillation has a teacher and a drop to learn from."""
         if self.distillation is not None:
             check_teacher(self.model)
             if waits_for_nothing(self.trainer, self):
                 raise RecoveryError(
-                    "CausalLM(distillation=...): it begins with a drop, and nothing is dropped, and no SublayerDrop is "
-                    "among the callbacks; add one, or leave it out."
+                    "CausalLM(distillation=...): It starts at the drop, but nothing is dropped and no SublayerDrop is "
+                    "listed. Add one, or leave out distillation."
                 )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss and perplexity of a validation batch."""
+        """Log loss and perplexity of a validation batch."""
         self._evaluate(batch, "val", self.val_perplexity)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss and perplexity of a test batch."""
+        """Log loss and perplexity of a test batch."""
         self._evaluate(batch, "test", self.test_perplexity)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -117,20 +117,22 @@ class CausalLM(pl.LightningModule):
         return self.model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer over what is trainable, and its schedule by step."""
+        """Build the optimizer of the trainable parameters and its schedule per step."""
         if self.trainer.max_epochs == -1:
             self._count_steps()
         try:
             optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        except ValueError as error:  # torch's optimizers say so of every number out of range
-            raise OptimizerError(f"CausalLM(optimizer=...): its arguments are refused ({error}).") from error
+        except ValueError as error:  # torch raises it for every number out of range
+            raise OptimizerError(
+                f"CausalLM(optimizer=...): torch refuses its arguments ({error}); correct them."
+            ) from error
         scheduler = LambdaLR(
             optimizer, lambda step: share_of_peak(self.schedule, step, self.warmup_steps, self._total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Learn the length of the run: from here on Lightning knows the length of the train loader."""
+        """Read the length of the run: Lightning knows it from here on."""
         self._count_steps()
 
     def _count_steps(self) -> None:
@@ -138,12 +140,12 @@ class CausalLM(pl.LightningModule):
         self._total_steps = steps if 0 <= steps < math.inf else math.inf
         if self._total_steps == math.inf and not self.schedule.startswith("constant"):
             raise ScheduleError(
-                f"CausalLM(schedule={self.schedule!r}): it needs to know how long the run is; set max_steps or "
-                "max_epochs, or take a constant schedule."
+                f"CausalLM(schedule={self.schedule!r}): the schedule needs the length of the run; set max_steps or "
+                "max_epochs, or use a constant schedule."
             )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of torch; the error for weights that do not fit is one sentence."""
+        """Load as torch does; the error for weights that do not fit is one sentence."""
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
@@ -153,11 +155,11 @@ class CausalLM(pl.LightningModule):
             ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what is dropped, quantized and adapted, also in a checkpoint of the weights alone."""
+        """Record what is dropped, quantized and adapted, even if the checkpoint holds the weights only."""
         write_structure(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Become the model that was saved; never the dense one in silence."""
+        """Drop, quantize and adapt the model as it was when it was saved."""
         apply_structure(checkpoint, self)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity) -> None:

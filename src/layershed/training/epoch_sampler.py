@@ -1,4 +1,4 @@
-"""A sampler whose order survives an interruption: it depends on the seed and the epoch, and on nothing else."""
+"""A sampler whose order survives an interruption: it depends on seed and epoch only."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.utils.data import DistributedSampler
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A rank's full batches in an order that (seed, epoch) alone decides, however often it is iterated.
+    """Samples full batches for one rank, in an order that depends on seed and epoch only.
 
-    Lightning leaves a DistributedSampler alone, and sets its epoch. The torchdata samplers lose the epoch on a resume:
-    their order depends on how often a generator was drawn from, or on an epoch that is set after workers prefetch.
+    Lightning does not replace a DistributedSampler, and sets its epoch. The torchdata samplers lose the epoch on a
+    resume: their order depends on the number of draws from a generator, or on an epoch set after workers prefetch.
 
     Args:
         dataset: Anything with a length.
-        batch_size: Sequences per batch; what does not fill one on every rank is left out.
+        batch_size: Sequences per batch. Sequences that do not fill a batch on every rank are left out.
         seed: Seed of the orders.
         num_replicas: Number of ranks.
-        rank: This rank.
+        rank: Index of this rank.
     """
 
     def __init__(self, dataset: Any, batch_size: int, seed: int, num_replicas: int, rank: int) -> None:
@@ -37,7 +37,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class _Position(Iterator[int]):
-    """Where a pass over an :class:`EpochSampler` stands; its state is the epoch and the number of indices given."""
+    """Position in a pass over an :class:`EpochSampler`: the epoch and the number of indices given."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler, self.epoch, self.given = sampler, sampler.epoch, 0
@@ -54,9 +54,9 @@ class _Position(Iterator[int]):
         return {"epoch": self.epoch, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore the epoch and the position."""
         self.epoch, self.given = state["epoch"], state["given"]
-        # Lightning fetches the next epoch from a loader whose state it saved after the last batch of an epoch.
+        # The state was saved after the last batch of an epoch: Lightning fetches the next epoch.
         if self.given == len(self.order):
             self.epoch, self.given = self.epoch + 1, 0
         self.order = self.sampler.order(self.epoch)

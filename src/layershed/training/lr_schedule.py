@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name: shares of the peak rate, as transformers.get_scheduler has them."""
+"""Learning-rate schedules by name, as shares of the peak rate. Same formulas as transformers.get_scheduler."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 def share_of_peak(schedule: Schedule, step: int, warmup: int, total: float) -> float:
     """Share of the peak learning rate at an optimizer step, counted from 0.
 
-    It rises linearly over the warm-up, then::
+    The share rises linearly over the warm-up, then::
 
         linear: (total - step) / (total - warmup)
         cosine: (1 + cos(pi * (step - warmup) / (total - warmup))) / 2
 
     Args:
         schedule: Name of the schedule; ``constant`` has no warm-up.
-        step: Optimizer steps that were taken.
+        step: Optimizer steps taken so far.
         warmup: Optimizer steps of the warm-up.
         total: Optimizer steps of the run; infinite for a run without an end.
 

@@ -1,4 +1,4 @@
-"""Documents to packed sequences of tokens, and which of them are held out. Pure: no files, no loaders."""
+"""Packs documents into sequences of tokens and splits off held-out documents. Uses no files and no loaders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def split_documents(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the documents to train on and of those to hold out, each ascending and never empty.
+    """Indices of the training documents and of the held-out documents, each ascending and never empty.
 
     Args:
         count: Number of documents, at least 2.
@@ -24,17 +24,17 @@ def split_documents(count: int, fraction: float, seed: int) -> tuple[list[int], 
 
 
 def held_out_count(count: int, fraction: float) -> int:
-    """How many of ``count`` things a share of them is: at least one, and never all."""
+    """Number of items to hold out of ``count``: at least one and never all."""
     return min(count - 1, max(1, round(count * fraction)))
 
 
 class Packer:
-    """Documents to sequences, keeping what is left over for the next call.
+    """Packs documents into sequences and keeps the remaining tokens for the next call.
 
     Args:
-        tokenizer: A transformers tokenizer; its end-of-text token, if it has one, closes every document.
+        tokenizer: A transformers tokenizer. Its end-of-text token, if it has one, ends every document.
         block_size: Tokens per sequence.
-        limit: Number of sequences after which it stops; None for no limit.
+        limit: Largest number of sequences; None for no limit.
     """
 
     def __init__(self, tokenizer: Any, block_size: int, limit: int | None) -> None:
@@ -47,7 +47,7 @@ class Packer:
         """The full sequences that these texts complete, as a column for ``datasets``."""
         if self.made == self.limit:
             return {"input_ids": []}
-        # verbose=False: a document longer than the model's context is no mistake, it is cut into blocks below.
+        # verbose=False: no warning about documents longer than the context, because they are cut into blocks below.
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         stream = self.rest + [token for ids in encoded for token in (*ids, *self.end)]
         self.tokens += len(stream) - len(self.rest)

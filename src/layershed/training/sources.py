@@ -1,4 +1,4 @@
-"""Where text comes from: the forms of ``TextData(source=...)``, and the files of a local one."""
+"""Parses ``TextData(source=...)`` and lists the files of a local source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FORMS = f'"pydoc", a {_ENDINGS} file, a folder of such files of one type, or "h
 
 
 def parse_hub(source: str) -> tuple[str, str | None] | None:
-    """The name and configuration of a ``"hub:..."`` source, or None for any other."""
+    """Name and configuration of a ``"hub:..."`` source; None for another source."""
     prefix, *parts = source.split(":")
     if prefix != "hub":
         return None
@@ -22,7 +22,7 @@ def parse_hub(source: str) -> tuple[str, str | None] | None:
 
 
 def local_files(source: str) -> list[Path]:
-    """The files of a local source, sorted by name, all of one type and none of them empty."""
+    """Files of a local source, sorted by name, of one type and not empty."""
     path, where = Path(source).expanduser(), f"TextData(source={source!r})"
     if not path.exists():
         raise DataError(f"{where}: there is no such file or folder; source must be {_FORMS}.")

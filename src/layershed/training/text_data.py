@@ -1,4 +1,4 @@
-"""Text for causal language modelling: documents, packed sequences of tokens, loaders that resume exactly."""
+"""Text for causal language modelling: documents, packed sequences, loaders that resume exactly."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from layershed.training.sources import BUILDERS, local_files, parse_hub
 
 
 class TextData(pl.LightningDataModule):
-    """Any text as batches ``{"input_ids": (B, T), "labels": (B, T)}`` of int64 token ids, labels equal to the inputs.
+    """Text as batches ``{"input_ids": (B, T), "labels": (B, T)}`` of int64 token ids; labels equal the inputs.
 
-    Documents are split into training and validation, tokenised, ended with the tokenizer's eos, concatenated and cut
-    into sequences of ``block_size`` tokens; the tail is dropped. The same arguments give the same batches, and a run
-    that is resumed from a checkpoint sees what the uninterrupted run would have seen, for the same ``num_workers``.
+    Documents are split into training and validation, tokenized, ended with the tokenizer's eos, concatenated and cut
+    into sequences of ``block_size`` tokens. An incomplete last sequence is left out. The same arguments give the same
+    batches. A resumed run sees the batches of the uninterrupted run, for the same ``num_workers``.
 
-    Packed tokens are held in memory, 4 bytes each. Nothing is left on disk but what ``"hub:..."`` downloads. Training
-    sequences are shared out among the devices here; Lightning adds no sampler of its own. Lightning counts the epochs
-    that the shuffling depends on; a loop of your own calls ``loader.sampler.set_epoch(epoch)``.
+    Packed tokens are held in memory, 4 bytes each. Only ``"hub:..."`` writes to disk. The training loader shares the
+    sequences among the devices; Lightning adds no sampler. The order depends on the epoch, which Lightning sets; in
+    your own loop call ``loader.sampler.set_epoch(epoch)``.
 
     Args:
-        source: Where the text is. ``"pydoc"``, the English of Python's own help topics (0.5 MB, offline); a .txt file
-            (a document is a paragraph), or a .jsonl, .json or .parquet file (a row); a folder of such files of one
+        source: The text: ``"pydoc"``, the English of Python's help topics (0.5 MB, offline); a .txt file (a document
+            is a paragraph), or a .jsonl, .json or .parquet file (a document is a row); a folder of such files of one
             type; ``"hub:<name>"`` or ``"hub:<name>:<config>"``, a dataset of the Hugging Face hub.
-        tokenizer: None or ``"bytes"`` for one token a byte (a vocabulary of 259); else a local folder, a hub id, or
+        tokenizer: None or ``"bytes"`` for one token per byte (a vocabulary of 259); else a local folder, a hub id, or
             the path of a .gguf file.
         text_column: Column of the text, in .jsonl, .json, .parquet and hub sources.
-        block_size: Tokens a sequence, T; at least 2.
-        batch_size: Sequences a batch and device, B.
-        val_fraction: Share of the documents held out, in (0, 1); of the sequences if there is only one document. Not
-            used if a hub dataset has a split named "validation".
-        max_tokens: Cap of the training tokens, for quick runs; None for all of them.
+        block_size: Tokens per sequence, T; at least 2.
+        batch_size: Sequences per batch and device, B.
+        val_fraction: Share of the documents to hold out, in (0, 1); of the sequences if there is only one document.
+            Not used if a hub dataset has a split named "validation".
+        max_tokens: Largest number of training tokens, for quick runs; None for all.
         num_workers: Processes that load batches; 0 for none.
         seed: Seed of the split and of the shuffling.
 
     Raises:
-        DataError: At once, if an argument has no meaning or a file is missing, empty or of an unknown type; in
-            ``prepare_data`` and ``setup``, if the text cannot be read or is too little.
+        DataError: At once, if an argument is invalid, or a file is missing, empty or of an unknown type. In
+            ``prepare_data`` and ``setup``, if the text cannot be read or is too short.
 
     Example:
         >>> data = TextData("pydoc", block_size=128)
@@ -88,7 +88,7 @@ class TextData(pl.LightningDataModule):
                 f"batch_size * block_size = {batch_size * block_size}, the tokens of one batch."
             )
         if tokenizer is not None and tokenizer.endswith(".gguf") and not Path(tokenizer).expanduser().is_file():
-            raise DataError(f"TextData(tokenizer={tokenizer!r}): there is no such file.")
+            raise DataError(f"TextData(tokenizer={tokenizer!r}): there is no such file; give the path of a .gguf file.")
         self.source, self.text_column, self.seed = source, text_column, seed
         self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
         self.val_fraction, self.max_tokens = val_fraction, max_tokens
@@ -100,7 +100,7 @@ class TextData(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer, loaded at its first use.
+        """The transformers tokenizer, loaded at first use.
 
         Raises:
             DataError: If it cannot be loaded.
@@ -111,14 +111,14 @@ class TextData(pl.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, ``len(tokenizer)``: what the model's embedding must hold."""
+        """Number of token ids, ``len(tokenizer)``; the model needs at least as many embeddings."""
         return len(self.tokenizer)
 
     def prepare_data(self) -> None:
-        """Download what comes from the hub. Lightning calls it in one process of each machine.
+        """Download from the hub. Lightning calls it in one process of each machine.
 
         Raises:
-            DataError: If the dataset or the tokenizer cannot be had.
+            DataError: If the dataset or the tokenizer cannot be loaded.
         """
         _ = self.tokenizer
         if self._hub:
@@ -128,25 +128,25 @@ class TextData(pl.LightningDataModule):
         """Build ``train_dataset`` and ``val_dataset``, once; items are ``{"input_ids": (T,)}``.
 
         Args:
-            stage: Ignored; every stage needs the same.
+            stage: Not used; every stage needs the same data.
 
         Raises:
-            DataError: If the text cannot be read, has no such column, or is too little for one training batch on
-                every device and one sequence of validation.
+            DataError: If the text cannot be read, lacks the column, or is too short for one training batch on every
+                device and one validation sequence.
         """
         if self.train_dataset is not None:
             return
-        # The text is mapped from a cache of this call's own: an edited file is never mistaken for its former self.
+        # Each call has its own cache, so that an edited file is read again.
         with _no_progress_bars(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             train, val = self._packed(*self._load(cache))
         self.train_dataset, self.val_dataset = train, val
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled full batches of this device's share; the state is the epoch and the position, on every rank."""
+        """Shuffled full batches of this device's share. The state is epoch and position, on every rank."""
         self.setup()
         sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
         if self.trainer is not None:
-            # Resuming at an epoch's end, Lightning iterates the loader before it says which epoch it is.
+            # Resuming at the end of an epoch, Lightning iterates the loader before it sets the epoch.
             sampler.set_epoch(epoch_in_progress(self.trainer))
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
@@ -154,7 +154,7 @@ class TextData(pl.LightningDataModule):
             return StatefulDataLoader(self.train_dataset, sampler=sampler, drop_last=True, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out sequences in order, the last batch possibly smaller."""
+        """The held-out sequences in order. The last batch can be smaller."""
         self.setup()
         return DataLoader(self.val_dataset, shuffle=False, **self._loader_options())
 
@@ -167,7 +167,7 @@ class TextData(pl.LightningDataModule):
         return self.val_dataloader()
 
     def _loader_options(self) -> dict[str, Any]:
-        # A generator of its own: reading batches must not move the global random state that dropout draws from.
+        # Its own generator: reading batches must not change the global random state, which dropout uses.
         own = torch.Generator().manual_seed(self.seed)
         sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         return {**sizes, "collate_fn": _collate, "generator": own}
@@ -177,16 +177,16 @@ class TextData(pl.LightningDataModule):
         return distributed or {"num_replicas": 1, "rank": 0}
 
     def _load(self, cache: str) -> tuple[Any, Any]:
-        """Documents for training, and those for validation if the source says so, else None."""
+        """Documents for training, and for validation if the source has such a split, else None."""
         if self._hub:
             splits = self._load_hub(*self._hub)
             if "train" not in splits:
                 raise DataError(
-                    f"{self._where}: there is no split 'train'; the dataset has the splits {', '.join(splits)}."
+                    f"{self._where}: there is no split 'train' among {', '.join(splits)}; give another dataset."
                 )
             own = splits.get("validation")
             return self._texts(splits["train"]), None if own is None else self._texts(own)
-        import datasets  # at need: it takes half a second
+        import datasets  # here because it takes half a second
 
         if self.source == "pydoc":
             topics = importlib.import_module("pydoc_data.topics").topics
@@ -205,7 +205,7 @@ class TextData(pl.LightningDataModule):
             return datasets.load_dataset(name, config)
 
     def _texts(self, rows: Any) -> Any:
-        """The rows that hold any text, with that column only."""
+        """The rows with text, reduced to the text column."""
         if self.text_column not in rows.column_names:
             raise DataError(
                 f"{self._where}: there is no column {self.text_column!r}; set text_column to one of "
@@ -213,12 +213,14 @@ class TextData(pl.LightningDataModule):
             )
         kind = getattr(rows.features[self.text_column], "dtype", "nested")
         if kind not in ("string", "large_string"):
-            raise DataError(f"{self._where}: the column {self.text_column!r} must hold text, but its type is {kind}.")
+            raise DataError(
+                f"{self._where}: the column {self.text_column!r} must hold text, but its type is {kind}; name another."
+            )
         texts = rows.select_columns(self.text_column).filter(
             _have_text, batched=True, input_columns=self.text_column, keep_in_memory=True, load_from_cache_file=False
         )
         if len(texts) == 0:
-            raise DataError(f"{self._where}: there is no text in it; give a source with some.")
+            raise DataError(f"{self._where}: there is no text in it; give a source with text.")
         return texts
 
     def _packed(self, documents: Any, held_out: Any) -> tuple[Any, Any]:
@@ -241,7 +243,7 @@ class TextData(pl.LightningDataModule):
         return train, val
 
     def _pack(self, documents: Any, limit: int | None) -> tuple[Any, int]:
-        """At most ``limit`` sequences, and the number of tokens that were made for them."""
+        """At most ``limit`` sequences, and the number of tokens they were packed from."""
         from datasets import Features, List, Value
 
         packer = Packer(self.tokenizer, self.block_size, limit)
@@ -298,18 +300,18 @@ def _load_tokenizer(name: str | None) -> Any:
 
 @contextmanager
 def _as_data_error(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any error of the Hugging Face libraries into a DataError of one sentence."""
+    """Turn an error of the Hugging Face libraries into a DataError of one sentence."""
     try:
         yield
-    except Exception as error:  # whatever their back ends raise: tokenizers' own is a bare Exception
-        # datasets' message for a broken file only says that something went wrong; the cause says what.
+    except Exception as error:  # their back ends raise anything: tokenizers raises a bare Exception
+        # for a broken file, the message of datasets gives no reason; its cause does
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise DataError(f"{what} ({reason.rstrip('.')}){remedy}.") from error
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Hide datasets' progress bars, unless the user's environment asks for them, and put them back."""
+    """Hide the progress bars of datasets, unless the environment asks for them, and restore them."""
     import datasets
 
     hide = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not datasets.are_progress_bars_disabled()
