@@ -50,7 +50,9 @@ def test_public_name_is_the_object_of_its_module(name):
 
 
 def test_star_import_brings_every_public_name():
-    assert fresh("from layershed import *; import layershed; print(set(layershed.__all__) <= set(dir()))") == "True"
+    names = {}
+    exec("from layershed import *", names)
+    assert set(ls.__all__) <= set(names)
 
 
 def test_public_class_survives_pickling():

@@ -9,7 +9,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import cosine_similarity
 
 from layershed.errors import LayershedError, UnknownNameError
@@ -23,6 +22,7 @@ from layershed.importance.metrics import (
 )
 from layershed.importance.running_sums import PassSums
 from layershed.importance.tracker import estimate_importance
+from tests.support.forked import fork_server
 from tests.support.models import build_model
 
 FORMULAS = {
@@ -224,7 +224,7 @@ def _rank(rank, store, results):
         dist.destroy_process_group()
 
 
-def _child(_, store, path):
+def _child(store, path):
     results = {}
     _rank(1, store, results)
     torch.save(results[1], path)
@@ -234,13 +234,14 @@ def _child(_, store, path):
 def ranks(tmp_path_factory):
     """What each of two processes computed; this one is rank 0."""
     folder, results = tmp_path_factory.mktemp("ranks"), {}
-    workers = mp.spawn(_child, args=(str(folder / "store"), str(folder / "1.pt")), join=False)
+    other = fork_server().Process(target=_child, args=(str(folder / "store"), str(folder / "1.pt")))
+    other.start()
     try:
         _rank(0, folder / "store", results)
-        assert workers.join(timeout=60)
+        other.join(60)
+        assert other.exitcode == 0
     finally:
-        for process in workers.processes:
-            process.kill()
+        other.kill()
     return results[0], torch.load(folder / "1.pt", weights_only=True)
 
 

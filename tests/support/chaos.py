@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from tests.support.chaos_runs import KINDS, MODULES, RESULT, SAVE_EVERY, STEPS, Kill, segment
+from tests.support.forked import fork_server
 
 PLACES = ("middle", "fsync", "replace", "after")
 WRITES = 2 * (STEPS // SAVE_EVERY)  # the numbered checkpoint and last.ckpt, each time
@@ -47,12 +47,7 @@ def run_segment(module: str, kind: str, folder: Path, kill: Kill | None = None) 
     Raises:
         RuntimeError: If it ended in any other way than by the kill, or by being done.
     """
-    context = get_context("forkserver")
-    # Python 3.11 does not tell the fork server where its parent finds modules, and it forgoes what it does not find
-    here = str(Path(__file__).parents[2])
-    if here not in os.environ.get("PYTHONPATH", ""):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    context.set_forkserver_preload(["tests.support.chaos_runs"])
+    context = fork_server()
     ours, theirs = context.Pipe(duplex=False)
     folder.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=segment, args=(module, kind, folder, kill, theirs))

@@ -1,18 +1,18 @@
 """Two gloo processes on this machine, started as torchrun would start them."""
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
+
+from tests.support.forked import start_module
 
 
 def run_two_ranks(module, folder, *words, timeout=180):
     """Run ``python -m module folder words`` on both ranks; fails with what they printed if one of them fails."""
     with two_ranks(module, folder, *words) as processes:
-        codes = [process.wait(timeout=timeout) for process in processes]
+        for process in processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in processes]
     assert codes == [0, 0], said(folder)
 
 
@@ -27,13 +27,12 @@ def seconds_to_follow(module, folder, *words, dies, timeout=180):
         timeout: Seconds for the first to die.
     """
     with two_ranks(module, folder, *words) as processes:
-        first = processes[dies].wait(timeout=timeout)
+        processes[dies].join(timeout)
         start = time.monotonic()
-        try:
-            second = processes[1 - dies].wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            second = None
-    return first, second, time.monotonic() - start
+        processes[1 - dies].join(60)
+        seconds = time.monotonic() - start
+        first, second = processes[dies].exitcode, processes[1 - dies].exitcode
+    return first, second, seconds
 
 
 @contextmanager
@@ -47,21 +46,13 @@ def two_ranks(module, folder, *words):
     try:
         for rank in (0, 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
-            with (folder / f"output-{rank}.txt").open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-W", "ignore", "-m", module, str(folder), *words],
-                        env={**os.environ, **shared, **own},
-                        cwd=Path(__file__).parents[2],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            output = folder / f"output-{rank}.txt"
+            processes.append(start_module(module, [str(folder), *words], {**shared, **own}, output))
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 def said(folder):

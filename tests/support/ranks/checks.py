@@ -313,7 +313,7 @@ def other_adapters_are_refused(shards, found):
 def checks_of_sharded(which):
     """Those for the runs that were made."""
     checks = {}
-    for name, shards, cuts in {"every": sharded.EVERY, "some": sharded.SOME}[which]:
+    for name, shards, cuts, evaluated in {"every": sharded.EVERY, "some": sharded.SOME}[which]:
         title = f"FSDP2, {name}, {'shards' if shards else 'one file'}"
         checks[f"{title}: both ranks the same"] = partial(same_on_both_ranks, ("fit", name, shards, None))
         if name == "drop":
@@ -330,9 +330,7 @@ def checks_of_sharded(which):
         if name == "headed":
             continue
         checks[f"{title}: read in one process"] = partial(read_in_one_process, name, shards)
-        # a step before the drop is read from the whole file of the same run
-        early = (sharded.CUTS[0],) if which == "every" or name == "drop" else ()
-        for step in (*early, sharded.STEPS):
+        for step in evaluated:
             checks[f"{title}: step {step} evaluated"] = partial(evaluates_to, name, shards, step)
         checks[f"{title}: exported"] = partial(exported, name, shards)
     checks["FSDP2, drop, shards: read by one of two"] = read_by_one_of_two

@@ -179,15 +179,21 @@ def loaded_densely(folder, name, shards, step):
 
 
 def main(folder, combinations):
-    """Runs with their name, whether checkpoints are folders of shards, and the steps from which to resume."""
+    """Fit, resume and evaluate.
+
+    Args:
+        folder: Where the results go.
+        combinations: Of each run its name, whether its checkpoints are folders of shards, the steps from which it is
+            resumed, and the steps whose checkpoints are evaluated.
+    """
     torch.set_num_threads(1)
     results = {}
-    for name, shards, cuts in combinations:
+    for name, shards, cuts, evaluated in combinations:
         for cut in (None, *cuts):
             results["fit", name, shards, cut] = fit(folder, name, shards, cut)
         for step in (STEPS, AFTER):
             results["dense", name, shards, step] = loaded_densely(folder, name, shards, step)
-        for cut in (CUTS[0], STEPS) if name != "headed" else ():
+        for cut in evaluated:
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
     if os.environ["RANK"] == "0":  # one of two reads by itself, and waits for nobody
         found = Foreign()
@@ -199,8 +205,14 @@ def main(folder, combinations):
     torch.save(results, folder / f"{os.environ['RANK']}.pt")
 
 
-EVERY = [(name, shards, CUTS) for name in RUNS for shards in (True, False)]
-SOME = [("drop", True, ()), ("lora", True, ()), ("headed", True, (START,)), ("drop", False, (CUTS[0],))]
+EARLY_AND_LATE = (CUTS[0], STEPS)  # before the drop and after it
+EVERY = [(name, shards, CUTS, () if name == "headed" else EARLY_AND_LATE) for name in RUNS for shards in (True, False)]
+SOME = [
+    ("drop", True, (), EARLY_AND_LATE),
+    ("lora", True, (), (STEPS,)),
+    ("headed", True, (START,), ()),
+    ("drop", False, (CUTS[0],), (STEPS,)),
+]
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), {"every": EVERY, "some": SOME}[sys.argv[2]])

@@ -1,0 +1,41 @@
+"""Child processes that begin at once: a server imports the libraries one time, and each child is a fork of it."""
+
+import os
+import runpy
+import sys
+import warnings
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = ["tests.support.chaos_runs", "tests.support.ranks.sharded"]
+
+
+def fork_server() -> ForkServerContext:
+    """The context whose processes are forks of a server with everything imported."""
+    # Python 3.11 does not tell the server where its parent finds modules, and it skips modules that it does not find
+    if str(ROOT) not in os.environ.get("PYTHONPATH", ""):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+def start_module(module: str, words: list[str], environment: dict[str, str], output: Path) -> BaseProcess:
+    """Start ``python -m module words`` as a fork; what it prints goes to a file."""
+    process = fork_server().Process(target=_run, args=(module, words, environment, output))
+    process.start()
+    return process
+
+
+def _run(module: str, words: list[str], environment: dict[str, str], output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    warnings.simplefilter("ignore")
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
