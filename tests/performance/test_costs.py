@@ -294,18 +294,20 @@ def test_a_model_inside_another_is_found_by_its_name():
 
 def test_an_encoder_is_refused():
     config = AutoConfig.for_model("bert", **SIZES)
-    with pytest.raises(CostError, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(CostError, match="BertForMaskedLM is not a causal language model"):
         CostModel(AutoModelForMaskedLM.from_config(config))
 
 
 def test_experts_of_which_nobody_says_how_many_a_token_takes_are_refused(monkeypatch):
     monkeypatch.setattr("layershed.performance.costs._TOP_K", ("experts_a_token_takes",))
     model = build_model("mixtral")
-    with pytest.raises(CostError, match=r"MixtralForCausalLM has a stack of 8 experts, .* does not say how many"):
+    with pytest.raises(CostError, match=r"8 experts of MixtralForCausalLM are unknown.*number of experts per token"):
         CostModel(model)
 
 
 def test_attention_that_caches_nothing_is_refused():
     model = build_model("openai-gpt", n_embd=32, n_layer=2, n_head=4)
-    with pytest.raises(CostError, match=r"attention\.0 of OpenAIGPTLMHeadModel has no keys and values in the cache"):
+    with pytest.raises(
+        CostError, match=r"attention\.0 of OpenAIGPTLMHeadModel are unknown, as it has no keys and values"
+    ):
         CostModel(model)

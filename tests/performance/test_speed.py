@@ -341,7 +341,7 @@ def test_under_autocast_no_side_casts_weights_anew_that_the_other_one_keeps():
 def test_a_wrapper_of_compiled_code_is_refused(dropped):
     holder = nn.ModuleDict({"net": torch.compile(dropped, backend="eager")})
     for model in (holder, holder["net"]):
-        with pytest.raises(MeasurementError, match=r"compile it in place: model\.compile\(\)"):
+        with pytest.raises(MeasurementError, match=r"Compile in place: model\.compile\(\)"):
             measured(model)
 
 
@@ -353,7 +353,7 @@ def test_what_cannot_decode_from_a_cache_is_refused_before_anything_is_timed(dro
 
     dense = dropped.forward
     monkeypatch.setattr(dropped, "forward", forward)
-    said = r"LlamaForCausalLM could not decode a token from its KV cache \(IndexError: no place left\)\.$"
+    said = r"LlamaForCausalLM could not decode a token from its KV cache \(IndexError: no place left\)\. Check"
     with pytest.raises(MeasurementError, match=said):
         measured(dropped, clock=lambda: pytest.fail("it was timed"))
 
