@@ -65,14 +65,14 @@ def predictable(model, batch):
     return {**batch, "labels": labels}
 
 
-def test_loss_and_accuracy_are_means_over_tokens_of_batches_of_unequal_size(model):
+def test_quality_is_the_mean_over_tokens_of_unequal_batches(model):
     batches = [predictable(model, make_batch(i, rows, length)) for i, (rows, length) in enumerate([(3, 9), (1, 4)])]
     expected = plain_quality(model, rows_of(batches))
     assert 0.2 < expected[1] < 0.8
     check(evaluate_quality(model, batches), expected)
 
 
-def test_padding_on_either_side_changes_nothing(llama):
+def test_padding_on_either_side_does_not_change_quality(llama):
     shapes = [(2, 12, (5, -3)), (3, 7, (0, 6, -6)), (1, 5, (4,))]
     batches = [predictable(llama, make_batch(i, *shape)) for i, shape in enumerate(shapes)]
     expected = plain_quality(llama, rows_of(batches))
@@ -80,7 +80,7 @@ def test_padding_on_either_side_changes_nothing(llama):
     check(evaluate_quality(llama, batches), expected)
 
 
-def test_labels_of_minus_100_are_not_counted(llama):
+def test_quality_ignores_labels_of_minus_100(llama):
     batch = make_batch(0, 3, 10, (0, 4, -2))
     labels = batch["input_ids"].flip(1).clone()
     labels[0, 2:5] = -100
@@ -90,13 +90,13 @@ def test_labels_of_minus_100_are_not_counted(llama):
     check(evaluate_quality(llama, batches), plain_quality(llama, rows_of(batches)))
 
 
-def test_without_padding_the_loss_is_the_models_own(model, tokens):
+def test_quality_loss_without_padding_equals_the_models_loss(model, tokens):
     with torch.no_grad():
         expected = model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
     assert evaluate_quality(model, [{"input_ids": tokens}]).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_model_is_measured_as_it_stands(llama):
+def test_quality_of_a_bypassed_model_equals_that_of_zeroed_branches(llama):
     batches = [make_batch(0, 2, 8)]
     dense = evaluate_quality(llama, batches)
     zeroed = copy.deepcopy(llama)
@@ -109,12 +109,12 @@ def test_the_model_is_measured_as_it_stands(llama):
     assert dropped.loss != pytest.approx(dense.loss, rel=1e-3)
 
 
-def test_sequences_of_one_token_predict_nothing_and_harm_nothing(llama):
+def test_quality_ignores_sequences_of_one_token(llama):
     batches = [make_batch(0, 3, 1), make_batch(1, 2, 5), make_batch(2, 1, 1)]
     check(evaluate_quality(llama, batches), plain_quality(llama, rows_of(batches)))
 
 
-def test_max_batches_takes_no_more_than_that_from_a_stream(llama):
+def test_max_batches_limits_the_batches_taken_from_a_stream(llama):
     taken = []
 
     def stream():
@@ -127,24 +127,24 @@ def test_max_batches_takes_no_more_than_that_from_a_stream(llama):
     assert taken == [0, 1]
 
 
-def test_a_module_that_holds_several_is_told_which(llama):
+def test_quality_is_measured_of_the_named_transformer(llama):
     holder = nn.ModuleDict({"student": llama, "teacher": build_model("gpt2")})
     batches = [make_batch(0, 2, 6)]
     check(evaluate_quality(holder, batches, name="student"), plain_quality(llama, rows_of(batches)))
 
 
-def test_bare_token_ids_are_a_batch_without_padding(llama):
+def test_bare_token_ids_are_accepted_as_a_batch(llama):
     batch = make_batch(0, 2, 6)
     check(evaluate_quality(llama, [batch["input_ids"]]), plain_quality(llama, rows_of([batch])))
 
 
-def test_other_entries_of_a_batch_are_left_alone(llama):
+def test_quality_ignores_other_entries_of_a_batch(llama):
     batch = make_batch(0, 2, 6)
     noisy = {**batch, "text": ["a", "b"], "token_type_ids": torch.zeros(2, 6)}
     assert evaluate_quality(llama, [noisy]) == evaluate_quality(llama, [batch])
 
 
-def test_bfloat16_logits_are_summed_in_float32(llama):
+def test_quality_of_bfloat16_logits_is_summed_in_float32(llama):
     model = llama.to(torch.bfloat16)
     batches = [make_batch(i, 2, 12) for i in range(2)]
     total = 0.0
@@ -155,7 +155,7 @@ def test_bfloat16_logits_are_summed_in_float32(llama):
     assert evaluate_quality(model, batches).loss == pytest.approx(total / (2 * 2 * 11), rel=1e-5)
 
 
-def test_training_flags_random_state_and_gradients_are_as_before(make_model):
+def test_quality_leaves_training_flags_random_state_and_gradients_unchanged(make_model):
     model = make_model(attention_dropout=0.5)
     model.train()
     model.model.layers[1].eval()
@@ -172,7 +172,7 @@ def test_training_flags_random_state_and_gradients_are_as_before(make_model):
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients, strict=True))
 
 
-def test_training_flags_are_as_before_after_an_error(llama):
+def test_quality_error_leaves_training_flags_unchanged(llama):
     llama.train()
     with pytest.raises(MeasurementError, match="input_ids"):
         evaluate_quality(llama, [make_batch(0, 1, 4), {"tokens": 3}])
@@ -189,24 +189,26 @@ def test_training_flags_are_as_before_after_an_error(llama):
     ],
     ids=["no batch", "one token", "one token and padding", "every label ignored"],
 )
-def test_nothing_to_predict_is_refused(llama, batches):
+def test_batches_without_a_token_to_predict_are_refused(llama, batches):
     with pytest.raises(MeasurementError, match="no token to predict"):
         evaluate_quality(llama, batches)
 
 
-@pytest.mark.parametrize("batch", [torch.ones(2, 3), [1, 2], {"labels": torch.ones(2, 3)}])
-def test_what_is_no_batch_is_refused(llama, batch):
+@pytest.mark.parametrize(
+    "batch", [torch.ones(2, 3), [1, 2], {"labels": torch.ones(2, 3)}], ids=["floats", "list", "labels"]
+)
+def test_invalid_batch_is_refused(llama, batch):
     with pytest.raises(MeasurementError, match="mapping with input_ids"):
         evaluate_quality(llama, [batch])
 
 
-def test_a_model_without_a_head_is_refused(llama):
+def test_quality_of_a_model_without_a_head_is_refused(llama):
     model = AutoModel.from_config(llama.config)
     with pytest.raises(MeasurementError, match="LlamaModel does not predict the next token"):
         evaluate_quality(model, [make_batch(0, 1, 4)])
 
 
-def test_a_loss_that_is_not_a_number_in_one_batch_is_not_hidden_by_the_others(llama):
+def test_nan_loss_of_one_batch_makes_the_mean_nan(llama):
     good, bad = make_batch(0, 2, 6), make_batch(1, 2, 6)
     good["input_ids"][good["input_ids"] == 50] = 51
     bad["input_ids"][0, 0] = 50

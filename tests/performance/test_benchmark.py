@@ -94,7 +94,7 @@ def case(monkeypatch):
 
 
 @pytest.mark.parametrize(("objective", "seed"), [("importance", 0), ("speed", 1)])
-def test_a_sweep_measures_every_scope_with_every_count(monkeypatch, objective, seed):
+def test_sweep_measures_every_scope_with_every_count(monkeypatch, objective, seed):
     case = Case(monkeypatch, seed)
     bench = Bench(case.model, share_of_kept, SETTINGS)
     seen = []
@@ -115,7 +115,7 @@ def test_a_sweep_measures_every_scope_with_every_count(monkeypatch, objective, s
 
 
 @pytest.mark.parametrize("where", ["quality", "caller"])
-def test_whatever_ends_a_sweep_leaves_the_model_dense(case, where):
+def test_interrupted_sweep_restores_the_dense_model(case, where):
     def quality(model):
         if where == "quality" and len(bypassed_sublayers(model)) == 2:
             raise RuntimeError("no more text")
@@ -133,7 +133,7 @@ def test_whatever_ends_a_sweep_leaves_the_model_dense(case, where):
     assert all(torch.equal(weight, state[name]) for name, weight in case.model.state_dict().items())
 
 
-def test_a_removed_model_is_measured_against_another_one(case):
+def test_removed_model_is_measured_against_its_base(case):
     gone = case.sublayers[1:4]  # an attention between two MLPs
     base = build_model()
     case.clock.watch(base)
@@ -169,7 +169,7 @@ def plain_quality(model, tokens):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_dense_quality_is_that_of_the_weights_before_drop_and_adapters(case, adapted, tokens):
+def test_dense_quality_excludes_bypass_and_adapters(case, adapted, tokens):
     expected = plain_quality(build_model(), tokens)
     bypass(case.model, case.sublayers[1:4])
     if adapted:
@@ -189,7 +189,7 @@ def test_the_dense_quality_is_that_of_the_weights_before_drop_and_adapters(case,
     assert bypassed_sublayers(case.model) == case.sublayers[1:4]
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_runs(llama):
+def test_bench_refuses_unmeasurable_models_before_running_them(llama):
     llama.register_forward_pre_hook(lambda *_: None if probing() else pytest.fail("the model ran"))
     long = SpeedSettings(prompt_tokens=100, new_tokens=29)
     with pytest.raises(MeasurementError, match="128 positions"):
@@ -201,7 +201,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(llama):
         Bench(llama, share_of_kept, SETTINGS, encoder)
 
 
-def test_a_benchmark_says_where_and_with_what_it_ran(case):
+def test_benchmark_records_machine_and_versions(case):
     case.model.bfloat16()
     found = Bench(case.model, share_of_kept, SETTINGS).machine()
     assert found["dtype"] == "bfloat16"
@@ -283,7 +283,7 @@ COMPARISONS = {
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_what_leaves_nothing_to_compare_is_refused(name):
+def test_check_comparison_refuses_only_invalid_comparisons(name):
     make, base, scopes, counts, error, message = COMPARISONS[name]
     if error is None:
         check_comparison(make(), base, scopes, counts)
@@ -338,7 +338,7 @@ def with_decode(median, low, high):
         ("perplexity", 100 * (math.exp(2.5) - math.exp(2.0)) / 11),
     ],
 )
-def test_sdr_is_what_was_lost_by_percent_gained(quality, expected):
+def test_sdr_divides_points_lost_by_percent_gained(quality, expected):
     result = benchmark_of(MEASURED, quality=quality)
     assert result.degradation(MEASURED) == pytest.approx(expected)
     better = replace(MEASURED, quality=Quality(loss=1.5, accuracy=0.7, tokens=1))
@@ -350,7 +350,7 @@ def test_sdr_is_what_was_lost_by_percent_gained(quality, expected):
         assert round(result.degradation(MEASURED), 2) == 0.22
 
 
-def test_quality_is_shown_in_the_units_that_it_is_called_by():
+def test_quality_is_shown_in_the_unit_of_its_name():
     quality = Quality(loss=math.log(16), accuracy=0.375, tokens=8)
     names = ("accuracy", "loss", "perplexity")
     assert [shown_quality(quality, name) for name in names] == pytest.approx([37.5, 2.772588722, 16.0])
@@ -400,7 +400,7 @@ def printed(table, width=80):
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
-def test_the_tables_show_sizes_quality_and_both_phases():
+def test_benchmark_tables_show_sizes_quality_and_both_phases():
     slower = replace(with_decode(1.02, 0.98, 1.06), scope="block", count=12)
     sizes, prefill, decode = benchmark_tables(benchmark_of(MEASURED, slower))
     assert printed(sizes, 120) == [
@@ -433,14 +433,15 @@ def test_the_tables_show_sizes_quality_and_both_phases():
 @pytest.mark.parametrize(
     ("drops", "label"),
     [(PLAN.drops, "1 attention, 1 mlp"), (PLAN.drops[:1], "1 attention"), ((), "compared")],
+    ids=["both kinds", "one kind", "nothing"],
 )
-def test_a_model_as_it_is_goes_by_what_it_lacks(drops, label):
+def test_single_model_is_labelled_by_its_dropped_sublayers(drops, label):
     one = replace(MEASURED, scope=None, count=None, plan=DropPlan(drops))
     for table in benchmark_tables(benchmark_of(one)):
         assert [row[0] for row in printed(table, 120)][2:4] == ["dense", label]
 
 
-def test_the_dense_row_of_a_sweep_is_the_middle_of_all_its_measurements():
+def test_dense_row_of_a_sweep_is_the_median_of_its_measurements():
     faster = [replace(MEASURED, speed=replace(SPEED, decode=replace(DECODE, dense=d))) for d in (80.0, 125.0, 200.0)]
     *_, decode = benchmark_tables(benchmark_of(*faster))
     assert printed(decode)[2] == ["dense", "125", "16"]
@@ -450,7 +451,7 @@ def test_the_dense_row_of_a_sweep_is_the_middle_of_all_its_measurements():
     ("quality", "unit"),
     [("accuracy", "points of accuracy"), ("loss", "hundredths of loss"), ("perplexity", "hundredths of perplexity")],
 )
-def test_the_notes_say_what_the_figures_are(quality, unit):
+def test_benchmark_notes_name_the_unit_of_the_sdr(quality, unit):
     notes = " ".join(benchmark_notes(benchmark_of(MEASURED, quality=quality)))
     assert "Dense: llama." in notes
     assert f"SDR: {unit} lost per % of decode speed gained" in notes
@@ -458,7 +459,7 @@ def test_the_notes_say_what_the_figures_are(quality, unit):
     assert "quality of 12,345 tokens" in notes
 
 
-def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
+def test_lifted_base_without_adapters_has_no_sdr():
     """Lifted, they are not the model before the drop."""
     result = benchmark_of(MEASURED, base=LIFTED)
     notes = " ".join(benchmark_notes(result))
@@ -481,7 +482,7 @@ def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
         ("perplexity", 4.4, "perplexity, lower is better", "log"),  # eleven times
     ],
 )
-def test_only_perplexities_of_different_sizes_need_a_logarithmic_axis(quality, loss, label, scale):
+def test_only_wide_perplexity_range_gets_a_logarithmic_axis(quality, loss, label, scale):
     worse = Quality(loss=loss, accuracy=0.01, tokens=8)
     result = benchmark_of(MEASURED, Measurement("mlp", 4, MEASURED.plan, MEASURED.speed, worse), quality=quality)
     figure = command._frontier(result)

@@ -20,7 +20,7 @@ def holds(k, n):
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 7, 9, 10, 13, 19, 40])
-def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
+def test_interval_is_the_wider_of_bootstrap_and_order_statistics(n):
     values = [1 + i / 100 for i in range(n)]
     random.Random(0).shuffle(values)
     bootstrap = next(k for k in range(1, n + 1) if n % 2 == 0 or at_most(k, n) >= 0.025)
@@ -38,7 +38,7 @@ def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
 
 
 @pytest.mark.parametrize("n", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 10))])
-def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
+def test_interval_holds_the_true_median_in_95_percent_of_samples(n):
     generator = random.Random(n)
     rounds = 300
     found = [bootstrap_interval([generator.lognormvariate(0, 1) for _ in range(n)]) for _ in range(rounds)]
@@ -47,13 +47,13 @@ def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
     assert held / rounds > 0.95 - 3 * (0.95 * 0.05 / rounds) ** 0.5
 
 
-def test_the_interval_of_one_constant_is_that_constant():
+def test_interval_of_equal_values_has_no_width():
     assert bootstrap_interval([1.25] * 7) == Interval(1.25, 1.25, 1.25)
     assert bootstrap_interval([1.25]) == Interval(1.25, 1.25, 1.25)
 
 
 @pytest.mark.parametrize("n", [2, 9, 15, 24])
-def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
+def test_interval_is_symmetric_and_deterministic(n):
     generator = random.Random(1)
     values = [generator.gauss(1, 0.1) for _ in range(n)]
     state = random.getstate()
@@ -64,7 +64,7 @@ def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
     assert random.getstate() == state
 
 
-def test_the_interval_widens_with_the_spread_and_narrows_with_the_number():
+def test_interval_widens_with_spread_and_narrows_with_count():
     generator = random.Random(1)
     noise = [generator.gauss(0, 1) for _ in range(101)]
     few, wide, many = (

@@ -97,7 +97,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused_before_anything_is_measured(name, known, monkeypatch):
+def test_invalid_call_is_refused_before_measuring(name, known, monkeypatch):
     call, probed = REFUSALS[name]
     model, passes = build_model(), []
     model.model.register_forward_pre_hook(lambda _module, _args, kwargs: passes.append(kwargs), with_kwargs=True)
