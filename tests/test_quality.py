@@ -1,4 +1,4 @@
-"""Quality against the plain way: float64, one token at a time."""
+"""Quality against a plain reference in float64, one token at a time."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from tests.support.models import build_model
 
 
 def make_batch(seed, rows, length, padding=(), **extra):
-    """Random tokens; ``padding`` says how many positions of each row are padding, on the left if negative."""
+    """Random tokens. ``padding`` is the number of padding positions of each row; negative pads on the left."""
     ids = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row, number in enumerate(padding):
@@ -57,7 +57,7 @@ def check(found, expected):
 
 
 def predictable(model, batch):
-    """Half of the labels are what the model predicts, so that the accuracy is neither 0 nor 1."""
+    """Set half of the labels to the model's predictions, so that the accuracy is neither 0 nor 1."""
     with torch.no_grad():
         likely = model(**batch, use_cache=False).logits.argmax(-1)
     labels = batch["input_ids"].clone()

@@ -1,4 +1,4 @@
-"""Dropped models against their base, on a clock and by a quality of which every figure is known beforehand."""
+"""Benchmarks of dropped models with a fake clock and a fake quality, whose figures are known in advance."""
 
 import io
 import json
@@ -47,13 +47,13 @@ SCOPES = ("attention", "mlp", "joint", "block")
 
 
 def share_of_kept(model):
-    """A quality by which every other drop leaves another figure."""
+    """A fake quality that differs for every drop."""
     gone = bypassed_sublayers(model)
     return Quality(loss=2 + sum(s.block + 1 + 0.5 * (s.kind == "mlp") for s in gone), accuracy=1 / 2, tokens=8)
 
 
 class Case:
-    """A model whose sublayers take known seconds, and importances drawn at random."""
+    """A model with known seconds per sublayer and random importances."""
 
     def __init__(self, monkeypatch, seed=0):
         generator = random.Random(seed)
@@ -76,7 +76,7 @@ class Case:
         return self.clock.speedup({(s.block, s.kind) for s in gone}, phase=phase)
 
     def ranked(self, scope, objective):
-        """What goes first, worked out apart from the code that is tested."""
+        """Expected order of dropping, computed without the tested code."""
         if scope == "block":
             groups = {b: [s for s in self.sublayers if s.block == b] for b in range(4)}
             importance = self.scores.blocks
@@ -151,7 +151,7 @@ def test_removed_model_is_measured_against_its_base(case):
     assert sizes == (base.num_parameters(), case.model.num_parameters())
     assert sizes[0] - sizes[1] == 2 * (3 * 32 * 48 + 32) + 2 * 32 * 32 + 2 * 32 * 16 + 32
     assert one.speed.kv_bytes_dense == 4 * 2 * 2 * 8 * 4
-    # of the dropped attention one number is left, which tells all ten tokens how many they are
+    # the dropped attention keeps one number, the length of the cache, for all ten tokens
     assert one.speed.kv_bytes_dropped == 3 * 2 * 2 * 8 * 4 + 4 / 10
     slow, fast = CostModel(base), CostModel(case.model)
     for phase, before, after in zip(
@@ -161,7 +161,7 @@ def test_removed_model_is_measured_against_its_base(case):
 
 
 def plain_quality(model, tokens):
-    """Loss and accuracy over all next tokens."""
+    """Compute loss and accuracy over all next tokens."""
     with torch.no_grad():
         logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
@@ -180,7 +180,7 @@ def test_dense_quality_excludes_bypass_and_adapters(case, adapted, tokens):
                     parameter.fill_(0.1)
     dropped = plain_quality(case.model, tokens)
     bench = Bench(case.model, lambda model: evaluate_quality(model, [tokens]), SETTINGS)
-    for _ in range(2):  # and nothing of it remains
+    for _ in range(2):  # the second time shows that nothing was changed
         found = bench.dense_quality()
         assert (found.loss, found.accuracy) == pytest.approx(expected)
         after = bench.measure(plan_of(case.sublayers[1:4])).quality
@@ -212,7 +212,7 @@ def test_benchmark_records_machine_and_versions(case):
     assert found["cores"] >= 1
 
 
-# ---- is there anything to compare? ----
+# ---- check_comparison ----
 
 
 def dropped_by(make, *indices):
@@ -293,7 +293,7 @@ def test_check_comparison_refuses_only_invalid_comparisons(name):
         assert isinstance(caught.value, LayershedError)
 
 
-# ---- what came out ----
+# ---- results and tables ----
 
 DECODE = PhaseSpeed(100.0, 111.0, Interval(1.11, 1.08, 1.14), predicted=1.2)
 PREFILL = PhaseSpeed(4000.0, 4040.0, Interval(1.01, 0.97, 1.05))
@@ -393,7 +393,7 @@ def test_benchmark_result_is_plain_json():
 
 
 def printed(table, width=80):
-    """Cells of a printed table, which stand two blanks apart or more."""
+    """Cells of a printed table, separated by two blanks or more."""
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     lines = [line.rstrip() for line in console.export_text().splitlines() if line.strip() and "\u2500" not in line]
@@ -410,7 +410,7 @@ def test_benchmark_tables_show_sizes_quality_and_both_phases():
         ["joint 2", "10.92 B", "21.8 GB", "22.0 GB", "409.6 kB", "2.5000", "65.8 %", "12.2", "0.218"],
         ["block 12", "10.92 B", "21.8 GB", "22.0 GB", "409.6 kB", "2.5000", "65.8 %", "12.2", "-"],
     ]
-    # eighty columns are enough for these, also where nothing was gained
+    # the tables fit into eighty columns, even without a speedup
     assert printed(prefill) == [
         ["prefill"],
         ["tokens/s", "ms", "speedup [95 %]", "theory"],
@@ -460,7 +460,7 @@ def test_benchmark_notes_name_the_unit_of_the_sdr(quality, unit):
 
 
 def test_lifted_base_without_adapters_has_no_sdr():
-    """Lifted, they are not the model before the drop."""
+    """Their weights may have changed since the drop, so they are not the dense model."""
     result = benchmark_of(MEASURED, base=LIFTED)
     notes = " ".join(benchmark_notes(result))
     assert "Dense: the same weights with the bypass lifted." in notes

@@ -1,4 +1,4 @@
-"""What theory counts against torch's own FLOP counter, the real KV cache, and formulas written out by hand."""
+"""Predicted costs against torch's FLOP counter, the real KV cache and formulas by hand."""
 
 import copy
 import inspect
@@ -51,7 +51,7 @@ EXACT = [(name, own) for name, own in MODELS if name != "jamba"]
 
 
 def countable(model_type, **overrides):
-    """A model all of whose products the counter knows: neither flash attention on a CPU nor grouped products."""
+    """A model whose products torch can count: no flash attention on a CPU, no grouped products."""
     model = build_model(model_type, **overrides)
     model.set_attn_implementation("eager")
     if hasattr(model, "set_experts_implementation") and model_type in ("mixtral", "qwen2_moe", "deepseek_v3"):
@@ -61,7 +61,7 @@ def countable(model_type, **overrides):
 
 @torch.no_grad()
 def counted(model, batch_size, tokens):
-    """The counters of a prefill and of the cached step behind it."""
+    """FLOP counters of a prefill and of the cached step after it."""
     words = torch.randint(3, 97, (batch_size, tokens), generator=torch.Generator().manual_seed(0))
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with FlopCounterMode(display=False) as prefill:
@@ -96,7 +96,9 @@ def test_flops_equal_torch_flop_counter_dense_and_dropped(model_type, overrides,
     for own, counter in zip(passes(dropped, batch_size, tokens), counted(model, batch_size, tokens), strict=True):
         assert flops(own.without(dropped.dropped)) == pytest.approx(counter.get_total_flops(), rel=1e-12)
         assert flops(own.without(())) > flops(own.without(dropped.dropped))
-    assert passes(dropped, batch_size, tokens) == passes(costs, batch_size, tokens)  # lifted, it is as it was
+    assert passes(dropped, batch_size, tokens) == passes(
+        costs, batch_size, tokens
+    )  # costs before the drop are unchanged
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_llama_costs_equal_the_formula(tied, batch_size, tokens, context):
     mlp = Cost(2 * rows * 3 * 32 * 48, size * (3 * 32 * 48 + 32 + rows * 3 * (32 + 48)))
     for sublayer, cost in own.sublayers.items():
         assert cost == (attention if sublayer.kind == "attention" else mlp)
-    head = batch_size * 97 * 32  # of the last position alone
+    head = batch_size * 97 * 32  # the last position only
     # weights, activations and the final norm; the rows of an embedding are read, and where it is tied the head has it
     rest = size * (97 * 32 + batch_size * (97 + 32) + 32 + (0 if tied else rows * 32))
     assert own.rest == Cost(2 * head, rest)
@@ -158,7 +160,7 @@ def test_expert_flops_follow_the_share_per_token_and_bytes_the_experts_in_use():
             if sublayer.kind == "mlp"
         )
         assert own.flops == 2 * rows * (2 * 3 * 32 * 48 + 8 * 32)  # two experts, and the router
-        weights = 8 * 3 * 32 * 48 * (1 - 0.75**rows)  # of each expert the chance that some token takes it
+        weights = 8 * 3 * 32 * 48 * (1 - 0.75**rows)  # probability that some token takes an expert
         # in and out of gate and up in one, and of down, of both experts; the router; the norm
         activations = rows * (2 * (32 + 96 + 48 + 32) + 8 + 32)
         assert own.bytes == pytest.approx(4 * (weights + 8 * 32 + 32 + activations))
@@ -178,7 +180,7 @@ def test_predicted_cache_bytes_equal_the_real_cache_dense_and_dropped(model_type
     assert costs.kv_bytes(batch_size=2, tokens=20) == generated(model, settings)
     bypass(model, [s for s in find_sublayers(model) if s.kind == "attention"][:1])
     dropped = CostModel(model)
-    # one number per token at most tells the length of a slot that is not filled
+    # an unfilled slot holds at most one number per token, for its length
     assert 0 <= generated(model, settings) - dropped.kv_bytes(batch_size=2, tokens=20) <= 2 * 2 * 20 * 4
     assert dropped.kv_bytes(batch_size=2, tokens=20, dropped=()) == costs.kv_bytes(batch_size=2, tokens=20)
 
@@ -199,7 +201,7 @@ def test_removed_sublayers_cost_the_same_as_bypassed_ones(model_type):
 def test_sliding_window_bounds_cache_and_keys(tokens, held):
     model = countable("mistral", sliding_window=8)
     costs = CostModel(model)
-    # of a full window the oldest token is only looked past, its memory is there until the next step
+    # in a full window the oldest token is ignored, but keeps its memory until the next step
     own = costs.kv_bytes(batch_size=1, tokens=tokens)
     assert own == 4 * held * 2 * 2 * 8 * 4 == generated(model, SpeedSettings(prompt_tokens=1, new_tokens=tokens - 1))
     _, counter = counted(model, 1, tokens)

@@ -10,12 +10,12 @@ from layershed.performance.intervals import Interval, bootstrap_interval
 
 
 def at_most(k, n):
-    """Probability that the median of n draws from n sorted values is at most the k-th, so that most draws are."""
+    """Probability that the median of n draws from n sorted values is at most the k-th value."""
     return sum(math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
 
 
 def holds(k, n):
-    """Probability that the k-th lowest and the k-th highest of n values have the true median between them."""
+    """Probability that the true median lies between the k-th lowest and the k-th highest of n values."""
     return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
 
 
@@ -27,7 +27,7 @@ def test_interval_is_the_wider_of_bootstrap_and_order_statistics(n):
     order = max([k for k in range(1, n // 2 + 1) if holds(k, n) >= 0.95], default=1)
     found = bootstrap_interval(values)
     if n % 2:
-        # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
+        # the quantile is well inside its step, so 2,000 resamples cannot decide otherwise
         assert at_most(bootstrap - 1, n) < 0.016
         assert at_most(bootstrap, n) > 0.03
         k = min(bootstrap, order)

@@ -1,4 +1,4 @@
-"""Latencies on a clock that moves only when told modules run, so that every figure can be worked out by hand."""
+"""Latencies on a fake clock that only chosen modules move, so that every figure is known by hand."""
 
 import random
 
@@ -14,14 +14,14 @@ from layershed.recovery.lora import inject_lora
 from layershed.surgery import bypass, bypassed_sublayers, remove
 from tests.support.models import build_model
 
-# what no longer runs once a sublayer is dropped, by architecture: modules of a block
+# modules of a block that do not run once a sublayer is dropped, by architecture
 LLAMA = {"attention": ["input_layernorm", "self_attn"], "mlp": ["post_attention_layernorm", "mlp"]}
 OPT = {
     "attention": ["self_attn_layer_norm", "self_attn"],
-    "mlp": ["final_layer_norm", "fc1", "activation_fn", "fc2"],  # it has no module of its own
+    "mlp": ["final_layer_norm", "fc1", "activation_fn", "fc2"],  # OPT has no MLP module
 }
 GPT2 = {"attention": ["ln_1", "attn"], "mlp": ["ln_2", "mlp"]}
-PHI = {"attention": ["self_attn"], "mlp": ["mlp"]}  # a norm that both share stops with neither
+PHI = {"attention": ["self_attn"], "mlp": ["mlp"]}  # the shared norm stops with neither
 CASES = {
     "llama": ("model.layers", LLAMA, ["model.norm", "lm_head"]),
     "opt": ("model.decoder.layers", OPT, ["model.decoder.final_layer_norm"]),
@@ -31,7 +31,7 @@ CASES = {
 
 
 class Clock:
-    """Moves by the seconds of each module that runs: others over a prompt than over one token."""
+    """Fake clock that each running module moves by its seconds, which differ between prompt and token."""
 
     def __init__(self, model, paths):
         self.now, self.factor, self.decoding = 0.0, 1.0, False

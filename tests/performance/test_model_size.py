@@ -13,7 +13,7 @@ from tests.support.models import MODEL_TYPES, build_model
 
 
 def saved_bytes(folder):
-    """Bytes of the tensors in a folder: a file but for its header, whose length stands in the first 8 bytes."""
+    """Bytes of the tensors in a folder: the files without their headers, whose length is in the first 8 bytes."""
     files = list(folder.glob("**/*.safetensors"))
     assert files
     return sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
@@ -40,7 +40,7 @@ def test_weight_bytes_equal_the_saved_file_dense_and_dropped(tmp_path, model_typ
     assert weight_sizes(model, lifted=True) == dense
     remove(model, None)
     assert weight_sizes(model) == dropped
-    assert weight_sizes(model, lifted=True) == dropped  # what was removed cannot be lifted
+    assert weight_sizes(model, lifted=True) == dropped  # removed sublayers cannot be lifted
 
 
 def test_shared_weights_count_once():

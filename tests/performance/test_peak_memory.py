@@ -55,7 +55,7 @@ def freed_in_between(_before):
 
 
 def kept_by_a_view(_before):
-    part = torch.empty(1000)[:1]  # holds all of it
+    part = torch.empty(1000)[:1]  # the view keeps all 1000 numbers
     return part, torch.empty(1000)
 
 
@@ -99,7 +99,7 @@ def test_peak_excludes_memory_held_before_the_context():
         made = torch.empty(10)
         assert told() == 40
         more = made + 1
-        assert told() == 80  # it may be asked again
+        assert told() == 80  # it can be called again
         del made, more
         assert told() == 80
 
@@ -119,7 +119,7 @@ def test_peak_of_two_layers_equals_the_hand_calculation():
     rows = torch.ones(10, 4)
     with watching_memory(CPU) as told:
         model(rows)
-    # both sides of the ReLU, 10 x 8 float32 each; behind it one of them and 10 x 2
+    # both sides of the ReLU, 10 x 8 float32 each; after it one of them and 10 x 2
     assert told() == 2 * 320
 
 
@@ -153,7 +153,7 @@ def test_gpu_peak_comes_from_the_allocator(monkeypatch):
         log.append("work")
         assert told() == 700
     device = "cuda:1"
-    # what was there before is read before the peak starts anew, and both with nothing left in the queue
+    # order: empty the queue, read the allocated bytes, reset the peak
     assert log == [
         ("synchronize", device),
         ("memory_allocated", device),

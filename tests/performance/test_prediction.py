@@ -1,4 +1,4 @@
-"""What theory predicts against the paper's memory table, published sizes, and a roofline summed up by hand."""
+"""Predictions against the paper's memory table, published sizes and a roofline by hand."""
 
 import io
 import json
@@ -36,9 +36,9 @@ PARAMETERS = {
     "llama-2-70b": 68_976_648_192,
     "llama-3-70b": 70_553_706_496,
 }
-# Table 4 of arXiv 2406.15786: 16-bit caches of so many sequences of 2,048 tokens, attentions before and after the drop,
-# and the table's GB before and after. They are GiB: by 2 bytes x 2 x key-value heads x head size x attentions x tokens
-# three rows come out to the byte. Llama-2-13B's does not: that is 50 GiB (53.7 GB), where the table says 52.
+# Table 4 of arXiv 2406.15786: sequences of 2,048 tokens in a 16-bit cache, attentions before and after the drop, and
+# GB before and after. The GB are GiB: 2 bytes x 2 x key-value heads x head size x attentions x tokens gives three rows
+# exactly. For Llama-2-13B it gives 50 GiB (53.7 GB), where the table says 52.
 PAPER = {
     "mistral-7b": (64, 32, 20, 16, 10),
     "llama-2-13b": (32, 40, 20, 52, 26),
@@ -59,13 +59,13 @@ def fields_of(name):
 
 
 def attention_numbers(config):
-    """Numbers in the four matrices of an attention, and in its norm."""
+    """Numbers in the four matrices of an attention and in its norm."""
     width, kept = config.hidden_size, config.num_key_value_heads * config.head_dim
     return 2 * width * width + 2 * width * kept + width
 
 
 def attentions(first, last):
-    """Those of these blocks."""
+    """Numbers of these blocks."""
     return [Sublayer(i, "attention", f"model.layers.{i}.self_attn") for i in range(first, last)]
 
 
@@ -102,7 +102,7 @@ def test_cache_size_equals_the_papers_table(name):
 
 
 def test_llama_2_13b_cache_equals_the_paper_at_another_length():
-    """As docs/performance.md says: in decimal GB, of 16 sequences of 3,968 tokens."""
+    """The figures match in decimal GB with 16 sequences of 3,968 tokens, as docs/performance.md says."""
     costs = CostModel(skeleton("llama-2-13b"))
     caches = [costs.kv_bytes(batch_size=16, tokens=3968, dropped=gone) for gone in ((), attentions(20, 40))]
     assert [round(size / 1e9, 1) for size in caches] == [52.0, 26.0]
@@ -143,13 +143,13 @@ def by_hand(rows, keys, batch_size, element=4):
         element * (numbers_read + 32 + rows * activations + cached),
     )
     mlp = Cost(2 * rows * 3 * 32 * 48, element * (3 * 32 * 48 + 32 + rows * 3 * (32 + 48)))
-    head = batch_size * 97 * 32  # of the last position alone
+    head = batch_size * 97 * 32  # the last position only
     rest = Cost(2 * head, element * (97 * 32 + batch_size * (97 + 32) + 32 + rows * 32))
     return {"attention": attention, "mlp": mlp, "rest": rest}
 
 
 def seconds_by_hand(costs, counts, ceilings):
-    """Seconds of all pieces one after the other, and of those among them that wait for products."""
+    """Seconds of all consecutive pieces, and of the compute-bound ones among them."""
     times = [
         (number, cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for number, cost in zip(counts, costs, strict=True)
@@ -170,7 +170,7 @@ GONE = (
     [
         ("cpu", 1e3, 1e9, ("compute", "compute")),
         ("cpu", 1e9, 1e3, ("memory", "memory")),
-        # a prompt computes 10 FLOPs a byte and more, a step of three sequences hardly 2
+        # a prompt computes at least 10 FLOPs per byte, a step of three sequences about 2
         ("cpu", 5e6, 1e6, ("compute", "memory")),
         ("meta", 2e6, 1.3e6, ("compute", "memory")),
     ],
@@ -365,7 +365,7 @@ def measured(monkeypatch):
     return asked
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="it says there how much memory there is")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs the memory size in /proc/meminfo")
 def test_ceilings_of_this_machine_include_the_kernels_memory_size(measured):
     told = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     found = ceilings_of("this", torch.device("cpu"), torch.bfloat16)
@@ -386,7 +386,7 @@ def test_ceilings_of_a_gpu_include_its_own_memory(measured, monkeypatch):
 
 
 def rows_of(table, width=140):
-    """Cells of a printed table, which stand two blanks apart."""
+    """Cells of a printed table, separated by two blanks."""
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     lines = [line for line in console.export_text().splitlines() if line.strip() and "\u2500" not in line]
@@ -456,7 +456,7 @@ def test_prediction_notes_match_the_prediction():
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_costs_depend_only_on_the_number_dropped(kind):
-    """As the note below the table says of a plan by depth."""
+    """The note below the table of a plan by depth says so."""
     model = build_model()
     of_kind = [sublayer for sublayer in find_sublayers(model) if sublayer.kind == kind]
     one, other = (predict(model, plan_of(some), MADE_UP, SETTINGS).dropped for some in (of_kind[:2], of_kind[2:]))

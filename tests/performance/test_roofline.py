@@ -1,4 +1,4 @@
-"""Ceilings of made-up machines, whose clock moves by the work that they are given."""
+"""Ceilings of simulated machines, whose clock moves with their work."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_roofline_time_is_that_of_the_slower_resource(costs, seconds):
 
 
 class Machine(TorchDispatchMode):
-    """A made-up machine: it computes nothing, and its clock moves by what each operation would take.
+    """A simulated machine. It computes nothing; its clock moves by the time of each operation.
 
     Args:
         flops: Of its products, in FLOP/s.
@@ -82,7 +82,7 @@ def test_measured_ceilings_equal_the_simulated_machine(flops, bandwidth):
 def test_measuring_ceilings_stays_within_its_time(flops, bandwidth, start):
     machine = Machine(flops, bandwidth, start)
     measured_on(machine)
-    # a machine too slow for the smallest size does it twice: a warm-up, and the one that counts
+    # a machine too slow for the smallest size runs it twice: a warm-up and a counted run
     least = 2 * (2 * 64**3 / flops + start), 2 * (2 * 2**23 / bandwidth + start)
     warm_ups = least[0] / 2 + least[1] / 2
     assert machine.now <= max(0.2, least[0] / 2) + max(0.1, least[1] / 2) + warm_ups + 1e-9
@@ -203,7 +203,7 @@ def test_published_ceilings_are_plausible_and_have_a_source(name):
     assert 1e14 < found.flops < 2e15
     assert 2e11 < found.bandwidth < 1e13
     assert 1e10 < found.memory < 3e11
-    # none fills its memory's bandwidth with fewer than 100 or needs more than 500 FLOPs per byte
+    # every accelerator computes between 100 and 500 FLOPs per byte
     assert 100 < found.flops / found.bandwidth < 500
     assert found.name.startswith(("NVIDIA", "AMD"))
     assert found.source.startswith(found.name.split()[0])

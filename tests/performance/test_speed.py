@@ -1,4 +1,4 @@
-"""Measured speed on a clock that moves only when the model runs, so that every figure can be worked out by hand."""
+"""Measured speed on a fake clock that only the model moves, so that every figure is known by hand."""
 
 import copy
 import json
@@ -32,12 +32,12 @@ MADE_UP = Ceilings("a machine", flops=1e6, bandwidth=1e6, source="made up")
 
 
 class Bench:
-    """A model that takes seconds of its own clock: so many per prompt and per decoded token, as told for each run."""
+    """A model with its own clock and given seconds per prompt and per decoded token for each run."""
 
     def __init__(self, model, prefill, decode):
         self.model, self.costs = model, {"prefill": prefill, "decode": decode}
         self.now = 1000.0
-        self.passes = []  # of each forward pass: side, tokens, tokens in the cache before
+        self.passes = []  # per forward pass: side, tokens, earlier tokens in the cache
         self.runs = {"dense": -1, "dropped": -1}
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
@@ -198,7 +198,7 @@ def test_model_with_unknown_costs_is_measured_without_a_prediction(dropped, monk
 
 
 def ticking(*models):
-    """A clock that a pass of each model moves by as many seconds as its attentions and MLPs that run."""
+    """A clock that each pass moves by one second per running attention and MLP."""
     now = [0.0]
 
     def tick(*_):
@@ -228,7 +228,7 @@ def test_removed_model_with_a_base_measures_like_a_bypassed_one(dropped):
     lifted = measured(dropped, clock=ticking(dropped))
     assert lifted.decode.speedup.median == 8 / 5
     report = measured(without, base=base, clock=ticking(base, without))
-    # a module that is gone returns what stands in for it a little otherwise than one that is bypassed
+    # the stand-in of a removed module differs slightly from that of a bypassed one
     assert report.peak_memory_dropped == pytest.approx(lifted.peak_memory_dropped, rel=0.001)
     assert replace(report, peak_memory_dropped=lifted.peak_memory_dropped) == lifted
 
@@ -285,7 +285,9 @@ def test_compiled_model_is_measured_compiled_and_stays_compiled():
     assert graphs
     assert math.isfinite(report.decode.speedup.median)
     assert (report.kv_bytes_dense, report.file_bytes_dropped) == (alone.kv_bytes_dense, alone.file_bytes_dropped)
-    assert report.peak_memory_dropped == alone.peak_memory_dropped  # in compiled code it could not be watched
+    assert (
+        report.peak_memory_dropped == alone.peak_memory_dropped
+    )  # measured eagerly, as compiled code cannot be watched
     assert report.decode.predicted == alone.decode.predicted
     assert dropped._compiled_call_impl is compiled
     assert state_of(dropped) == before
@@ -307,7 +309,7 @@ def test_under_autocast_the_model_runs_in_half_precision(dropped):
 
 
 class Casts(TorchDispatchMode):
-    """Counts what is cast to bfloat16."""
+    """Counts casts to bfloat16."""
 
     count = 0
 
@@ -318,7 +320,7 @@ class Casts(TorchDispatchMode):
 
 
 def test_autocast_casts_weights_equally_often_on_both_sides():
-    """Autocast keeps the casts of trainable weights alone, and a bypass freezes."""
+    """Autocast caches the casts of trainable weights only, and a bypass freezes weights."""
     counts = {}
     for name in ("lifted", "never bypassed"):
         model = build_model()
@@ -332,7 +334,7 @@ def test_autocast_casts_weights_equally_often_on_both_sides():
 
         with torch.autocast("cpu", torch.bfloat16), casts:
             measured(model, base=base, runs=2, clock=clock)
-        # of the second pair: what was cast between the first mark of the dense half and its last
+        # casts between the first and the last mark of the dense half of the second pair
         counts[name] = seen[11] - seen[8]
         assert not any(parameter.requires_grad for parameter in model.model.layers[0].mlp.parameters())
     assert counts["lifted"] == counts["never bypassed"] > 0
@@ -370,7 +372,7 @@ def test_printed_report_marks_unmeasurable_speedups():
 
 @pytest.mark.parametrize("runs", [1, 5, 6])
 def test_speedup_is_measurable_only_from_six_runs(dropped, runs):
-    """Of fewer all lie on one side of the median with more than 5 %."""
+    """Fewer runs all lie on one side of the median with a probability above 5 %."""
     bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
     report = measured(dropped, runs=runs, clock=bench.clock)
     assert report.decode.measurable == (2 * 0.5**runs <= 0.05)

@@ -1,4 +1,4 @@
-"""Search by a clock on which every sublayer takes known seconds, against every prefix of the ranking tried out."""
+"""The search for a target speedup, with known seconds per sublayer, against all prefixes of the ranking."""
 
 import math
 import random
@@ -24,7 +24,7 @@ SETTINGS = SpeedSettings(prompt_tokens=3, new_tokens=2, runs=1, warmup=0)
 
 
 class Case:
-    """A model of four blocks, a clock and scores, all drawn at random."""
+    """A model of four blocks with random seconds and random scores."""
 
     def __init__(self, monkeypatch, seed=0):
         generator = random.Random(seed)
@@ -51,7 +51,7 @@ def case(monkeypatch):
 
 
 def prefixes(case, scope, phase, objective="importance", gone=()):
-    """Every beginning of the ranking, worked out apart from the code that is tested."""
+    """All prefixes of the ranking, computed without the tested code."""
     if scope == "block":
         groups = {b: [s for s in case.sublayers if s.block == b] for b in range(4)}
         importance = case.scores.blocks
@@ -146,7 +146,7 @@ def test_search_uses_only_measurements_of_rank_0(case):
         asked.append(type(measured))
         if isinstance(measured, Latency):
             return measured
-        # there everything took less, so that two are needed to be fast
+        # rank 0 needs two drops to be fast
         fast = 9.0 if len(bypassed_sublayers(case.model)) >= 2 else 1.0
         return replace(measured, decode=replace(measured.decode, speedup=Interval(fast, fast, fast)))
 
@@ -168,7 +168,7 @@ def test_error_during_the_search_restores_the_model(case, failing):
         if len(calls) == failing:
             raise KeyboardInterrupt
         if failing == 3 and isinstance(measured, SpeedReport):
-            slow = Interval(1.0, 1.0, 1.0)  # so that it goes on
+            slow = Interval(1.0, 1.0, 1.0)  # too slow, so the search goes on
             return replace(measured, decode=replace(measured.decode, speedup=slow))
         return measured
 
@@ -278,7 +278,7 @@ def test_check_choice_accepts_valid_arguments(given):
 
 
 def noisy(case, monkeypatch, spread, seed=0):
-    """Every measurement is off by chance."""
+    """Add random noise to every measurement."""
     generator = random.Random(seed)
     exact = targeting.measure_speed
 
@@ -315,7 +315,7 @@ def test_target_in_doubt_drops_everything_with_a_warning(case, monkeypatch):
 
 
 def test_search_finds_a_distant_target_in_few_measurements(case, monkeypatch):
-    """Where the latencies promise far too much, it must not creep on by one."""
+    """The search must not advance one by one if the latencies promise far too much."""
     seen = noisy(case, monkeypatch, 0.0)
     monkeypatch.setattr(targeting._Search, "learn", crippled(targeting._Search.learn))
     target = case.speedup(prefixes(case, "joint", "decode")[7]) * (1 - 1e-9)
@@ -325,7 +325,7 @@ def test_search_finds_a_distant_target_in_few_measurements(case, monkeypatch):
 
 
 def crippled(learn):
-    """Predictions that no measurement corrects, and that always say: one more is enough."""
+    """Predictions that always say that one more is enough, whatever was measured."""
 
     def learn_nothing(self, number, speedup):
         learn(self, number, speedup)

@@ -1,4 +1,4 @@
-"""Clocks and the stopwatch, on fakes of every device call."""
+"""Clocks and the stopwatch, with a fake for every device call."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_event_clock_waits_only_when_seconds_are_read(log):
     clock = EventClock(CUDA)
     first, second, third = clock.mark(), clock.mark(), clock.mark()
     assert log == [("record", "stream of cuda:1")] * 3
-    assert clock.seconds(first, third) == 2.0  # elapsed_time tells milliseconds
+    assert clock.seconds(first, third) == 2.0  # elapsed_time is in milliseconds
     assert log[3:] == [("synchronize", 2000.0), ("elapsed", 0.0, 2000.0)]
     assert clock.seconds(second, third) == 1.0
 
@@ -100,7 +100,7 @@ def test_speed_settings_refuse_invalid_numbers(llama, settings, message):
 def test_speed_settings_accept_tokens_that_fit(llama):
     assert SpeedSettings(100, 28, warmup=0).check(llama) is llama
     bloom = build_model("bloom")
-    del bloom.config.max_position_embeddings  # which it has no use for, and a real one does not say
+    del bloom.config.max_position_embeddings  # BLOOM does not use it, and real configs lack it
     assert SpeedSettings(5000, 5000).check(bloom) is bloom
 
 
@@ -127,7 +127,7 @@ class Ticks:
 
 @torch.no_grad()
 def test_stopwatch_run_takes_four_marks_and_measures_the_cache(llama):
-    """Two of each phase: a queue must be empty of the prefill before decoding begins."""
+    """Two marks per phase, as the queue must be empty before decoding begins."""
     stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=6, new_tokens=3, batch_size=2), Ticks())
     timing = stopwatch.run()
     assert stopwatch.clock.now == 4

@@ -1,4 +1,4 @@
-"""Drop plans: what goes into JSON comes out again, and nothing else gets in."""
+"""Drop plans survive JSON unchanged, and malformed ones are refused."""
 
 import json
 import math

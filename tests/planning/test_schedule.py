@@ -1,4 +1,4 @@
-"""Schedules against steps that are written out."""
+"""Drop schedules against explicit lists of steps."""
 
 import pytest
 

@@ -27,13 +27,13 @@ def sublayer(block, kind):
 
 def make_scores(attention, mlp, blocks=None):
     """Scores from lists by block; None where a sublayer is already dropped."""
-    by_kind = {"mlp": mlp, "attention": attention}  # not the forward order: the mapping's order must not matter
+    by_kind = {"mlp": mlp, "attention": attention}  # deliberately not in forward order, which must not matter
     content = {sublayer(i, kind): s for kind, own in by_kind.items() for i, s in enumerate(own) if s is not None}
     return ImportanceScores(content, blocks=dict(enumerate(blocks or [])))
 
 
 def brute_force(scores, scope, count, protected_blocks=()):
-    """Scan in forward order for the least, ``count`` times over."""
+    """Take the least important candidate ``count`` times, scanning in forward order."""
     ranked = scores.blocks if scope == "block" else scores
     left = [c for c in sorted(ranked) if (c if scope == "block" else c.block) not in protected_blocks]
     if scope in ("attention", "mlp"):
@@ -170,7 +170,7 @@ def test_protecting_a_missing_block_is_refused(block):
 
 @pytest.mark.parametrize(("protect", "left"), [([2], {0, 1}), ([-2], {0}), ([-1], {0, 1})], ids=str)
 def test_protected_blocks_stay_protected_in_later_rounds(protect, left):
-    """Block 2 of three is bypassed: its scores are absent, and among those left -2 would mean another block."""
+    """Block 2 of three is bypassed and has no scores. Resolved anew, -2 would mean another block."""
     model = make_scores([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     kept = protected_sublayers(iter(model), protect)
     later = make_scores([0.1, 0.2], [0.1, 0.2])
@@ -252,7 +252,7 @@ def test_speed_objective_ranks_by_importance_per_millisecond():
     latency = times([1, 4], [8, 1])
     plan = select_sublayers(scores, count=4, objective="speed", latency=latency)
     assert [s.name for s in plan] == ["mlp.0", "attention.1", "mlp.1", "attention.0"]
-    assert [drop.score for drop in plan.drops] == [0.4, 0.3, 0.1, 0.2]  # importances, not prices
+    assert [drop.score for drop in plan.drops] == [0.4, 0.3, 0.1, 0.2]  # importances, not importances per millisecond
     assert [s.name for s in select_sublayers(scores, count=4)] == ["mlp.1", "attention.0", "attention.1", "mlp.0"]
     one = select_sublayers(scores, "attention", count=1, objective="speed", latency=latency)
     assert [s.name for s in one] == ["attention.1"]
@@ -272,7 +272,7 @@ def test_speed_objective_adds_the_latencies_of_a_block():
 def test_speed_objective_treats_negative_importance_as_zero():
     scores = make_scores([-1e-8, -2e-8], [0.0, 0.1])
     plan = select_sublayers(scores, count=3, objective="speed", latency=times([1, 100], [10, 1]))
-    assert [s.name for s in plan] == ["attention.0", "mlp.0", "attention.1"]  # all of them free: in forward order
+    assert [s.name for s in plan] == ["attention.0", "mlp.0", "attention.1"]  # all cost nothing, so forward order
 
 
 @given(cases(), st.integers(0, 99))
@@ -309,7 +309,7 @@ def test_missing_latency_error_names_the_sublayer():
                 select_sublayers(scores, scope, count=1, objective="speed", latency=latency)
     with pytest.raises(SelectionError, match=r"no latency of mlp\.1"):
         select_sublayers(scores, count=1, objective="speed", latency=known)
-    # neither ranked nor asked for
+    # not ranked, so its latency is not needed
     plan = select_sublayers(scores, "mlp", count=1, protect=[1], objective="speed", latency=known)
     assert [s.name for s in plan] == ["mlp.0"]
 
