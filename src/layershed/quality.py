@@ -20,12 +20,12 @@ from layershed.errors import MeasurementError
 
 @dataclass(frozen=True)
 class Quality:
-    """What :func:`evaluate_quality` measured.
+    """Result of :func:`evaluate_quality`.
 
     Args:
         loss: Mean cross-entropy per predicted token, in nats.
         accuracy: Share of tokens whose most likely prediction is right, in [0, 1].
-        tokens: Number of predicted tokens, those of all ranks.
+        tokens: Number of predicted tokens of all ranks.
     """
 
     loss: float
@@ -36,16 +36,16 @@ class Quality:
 def evaluate_quality(
     model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None, name: str | None = None
 ) -> Quality:
-    """Next-token loss and accuracy of the model as it stands, in eval mode, without gradients.
+    """Measure the next-token loss and accuracy of the model in its current state, in eval mode, without gradients.
 
     In a distributed run every rank gets the means over the batches of all ranks.
 
     Args:
         model: A causal language model, or a module that holds one.
-        batches: Mappings with ``input_ids`` of shape (batch, tokens); ``labels`` (-100 ignored) and
-            ``attention_mask`` (0 ignored) of the same shape are heeded. Or the token ids alone.
-        max_batches: Stop after that many batches; None takes all.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
+        batches: Mappings with ``input_ids`` of shape (batch, tokens), or the token ids alone. Optional entries of the
+            same shape are ``labels`` (-100 is ignored) and ``attention_mask`` (0 is ignored).
+        max_batches: Maximum number of batches; None takes all.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
 
     Returns:
         Means over tokens, not over batches.
@@ -59,11 +59,11 @@ def evaluate_quality(
     transformer = find_transformer(model, name=name)
     check_head(transformer)
     device = next(transformer.parameters()).device
-    # torchmetrics would leave a NaN out of the mean
+    # by default torchmetrics leaves NaN out of the mean
     loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(device) for _ in range(2))
-    # Apple's GPUs know no float64
+    # Apple's GPUs have no float64
     counted = SumMetric().set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
-    # this rank may have no token, and the others some
+    # a rank without tokens must still update, as other ranks may have some
     loss.update(0.0, 0.0)
     accuracy.update(0.0, 0.0)
     counted.update(0.0)
@@ -75,27 +75,30 @@ def evaluate_quality(
             counted.update(targets.numel())
             loss.update(cross_entropy(logits, targets, reduction="mean"), targets.numel())
             accuracy.update((logits.argmax(-1) == targets).float().mean(), targets.numel())
-    tokens = int(counted.compute())  # after all batches of all ranks, so that they agree on the answer
+    tokens = int(counted.compute())  # summed over all ranks, so that they agree
     if tokens == 0:
-        raise MeasurementError("There is no token to predict: the batches are empty, or every label is ignored.")
+        raise MeasurementError(
+            "evaluate_quality: there is no token to predict, as the batches are empty or every label is ignored. Check "
+            "the data."
+        )
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
 
 
 def check_head(transformer: nn.Module) -> None:
-    """Refuse, before anything runs, a model whose quality cannot be measured.
+    """Refuse a model whose quality cannot be measured, without running it.
 
     Raises:
-        MeasurementError: If it does not predict the next token.
+        MeasurementError: If the model does not predict the next token.
     """
     if not predicts_next_token(transformer):
         raise MeasurementError(
-            f"{type(transformer).__name__} does not predict the next token; quality needs a causal language model "
-            "(callbacks: set quality_batches=0)."
+            f"{type(transformer).__name__} does not predict the next token, so quality cannot be measured. Use a "
+            "causal language model, or set quality_batches=0 in callbacks."
         )
 
 
 def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits of shape (predicted tokens, vocabulary) and their targets of shape (predicted tokens)."""
+    """Return logits of shape (predicted tokens, vocabulary) and targets of shape (predicted tokens)."""
     inputs = as_inputs(batch)
     if inputs is None:
         raise MeasurementError(
@@ -108,6 +111,6 @@ def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     targets = labels.get("labels", inputs["input_ids"])[:, 1:]
     counted = targets != -100
     if "attention_mask" in inputs:
-        # a target counts, and so does a prediction, only where there is no padding
+        # a token counts if neither it nor the token before it is padding
         counted &= inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
     return output.logits[:, :-1][counted].float(), targets[counted]

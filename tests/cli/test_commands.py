@@ -217,14 +217,14 @@ ERRORS = {
     "benchmark: dropped without a base": (
         ["benchmark", "--model.pretrained=DROPPED", *DATA, *SPEED],
         1,
-        ["the model lacks attention.1, mlp.2", "by --base"],
+        ["weights of attention.1, mlp.2 were removed", "with --base"],
     ),
     "benchmark: sweep of a dropped model": (
         ["benchmark", "--model.pretrained=DROPPED", *DATA, *SPEED, "--counts=[1]"],
         1,
         ["begins with the dense model", "already lacks attention.1, mlp.2"],
     ),
-    "benchmark: sweep with a base": ([*BENCHMARK, "--counts=[1]", "--base=SAVED"], 1, ["leave out base"]),
+    "benchmark: sweep with a base": ([*BENCHMARK, "--counts=[1]", "--base=SAVED"], 1, ["Leave out base"]),
     "benchmark: no such base": ([*BENCHMARK, "--base=./nope"], 1, ["base: ", "./nope", "no such folder"]),
     "benchmark: no such GGUF base": ([*BENCHMARK, "--base=nope.gguf"], 1, ["base: ", "no such GGUF file"]),
     "benchmark: base without a model": ([*BENCHMARK, "--base=afolder"], 1, ["'afolder'", "config.json"]),

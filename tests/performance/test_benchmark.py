@@ -1,4 +1,4 @@
-"""Dropped models against their base, on a clock and by a quality of which every figure is known beforehand."""
+"""Benchmarks of dropped models with a fake clock and a fake quality, whose figures are known in advance."""
 
 import io
 import json
@@ -47,13 +47,13 @@ SCOPES = ("attention", "mlp", "joint", "block")
 
 
 def share_of_kept(model):
-    """A quality by which every other drop leaves another figure."""
+    """A fake quality that differs for every drop."""
     gone = bypassed_sublayers(model)
     return Quality(loss=2 + sum(s.block + 1 + 0.5 * (s.kind == "mlp") for s in gone), accuracy=1 / 2, tokens=8)
 
 
 class Case:
-    """A model whose sublayers take known seconds, and importances drawn at random."""
+    """A model with known seconds per sublayer and random importances."""
 
     def __init__(self, monkeypatch, seed=0):
         generator = random.Random(seed)
@@ -76,7 +76,7 @@ class Case:
         return self.clock.speedup({(s.block, s.kind) for s in gone}, phase=phase)
 
     def ranked(self, scope, objective):
-        """What goes first, worked out apart from the code that is tested."""
+        """Expected order of dropping, computed without the tested code."""
         if scope == "block":
             groups = {b: [s for s in self.sublayers if s.block == b] for b in range(4)}
             importance = self.scores.blocks
@@ -94,7 +94,7 @@ def case(monkeypatch):
 
 
 @pytest.mark.parametrize(("objective", "seed"), [("importance", 0), ("speed", 1)])
-def test_a_sweep_measures_every_scope_with_every_count(monkeypatch, objective, seed):
+def test_sweep_measures_every_scope_with_every_count(monkeypatch, objective, seed):
     case = Case(monkeypatch, seed)
     bench = Bench(case.model, share_of_kept, SETTINGS)
     seen = []
@@ -115,7 +115,7 @@ def test_a_sweep_measures_every_scope_with_every_count(monkeypatch, objective, s
 
 
 @pytest.mark.parametrize("where", ["quality", "caller"])
-def test_whatever_ends_a_sweep_leaves_the_model_dense(case, where):
+def test_interrupted_sweep_restores_the_dense_model(case, where):
     def quality(model):
         if where == "quality" and len(bypassed_sublayers(model)) == 2:
             raise RuntimeError("no more text")
@@ -133,7 +133,7 @@ def test_whatever_ends_a_sweep_leaves_the_model_dense(case, where):
     assert all(torch.equal(weight, state[name]) for name, weight in case.model.state_dict().items())
 
 
-def test_a_removed_model_is_measured_against_another_one(case):
+def test_removed_model_is_measured_against_its_base(case):
     gone = case.sublayers[1:4]  # an attention between two MLPs
     base = build_model()
     case.clock.watch(base)
@@ -151,7 +151,7 @@ def test_a_removed_model_is_measured_against_another_one(case):
     assert sizes == (base.num_parameters(), case.model.num_parameters())
     assert sizes[0] - sizes[1] == 2 * (3 * 32 * 48 + 32) + 2 * 32 * 32 + 2 * 32 * 16 + 32
     assert one.speed.kv_bytes_dense == 4 * 2 * 2 * 8 * 4
-    # of the dropped attention one number is left, which tells all ten tokens how many they are
+    # the dropped attention keeps one number, the length of the cache, for all ten tokens
     assert one.speed.kv_bytes_dropped == 3 * 2 * 2 * 8 * 4 + 4 / 10
     slow, fast = CostModel(base), CostModel(case.model)
     for phase, before, after in zip(
@@ -161,7 +161,7 @@ def test_a_removed_model_is_measured_against_another_one(case):
 
 
 def plain_quality(model, tokens):
-    """Loss and accuracy over all next tokens."""
+    """Compute loss and accuracy over all next tokens."""
     with torch.no_grad():
         logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
@@ -169,7 +169,7 @@ def plain_quality(model, tokens):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_dense_quality_is_that_of_the_weights_before_drop_and_adapters(case, adapted, tokens):
+def test_dense_quality_excludes_bypass_and_adapters(case, adapted, tokens):
     expected = plain_quality(build_model(), tokens)
     bypass(case.model, case.sublayers[1:4])
     if adapted:
@@ -180,7 +180,7 @@ def test_the_dense_quality_is_that_of_the_weights_before_drop_and_adapters(case,
                     parameter.fill_(0.1)
     dropped = plain_quality(case.model, tokens)
     bench = Bench(case.model, lambda model: evaluate_quality(model, [tokens]), SETTINGS)
-    for _ in range(2):  # and nothing of it remains
+    for _ in range(2):  # the second time shows that nothing was changed
         found = bench.dense_quality()
         assert (found.loss, found.accuracy) == pytest.approx(expected)
         after = bench.measure(plan_of(case.sublayers[1:4])).quality
@@ -189,7 +189,7 @@ def test_the_dense_quality_is_that_of_the_weights_before_drop_and_adapters(case,
     assert bypassed_sublayers(case.model) == case.sublayers[1:4]
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_runs(llama):
+def test_bench_refuses_unmeasurable_models_before_running_them(llama):
     llama.register_forward_pre_hook(lambda *_: None if probing() else pytest.fail("the model ran"))
     long = SpeedSettings(prompt_tokens=100, new_tokens=29)
     with pytest.raises(MeasurementError, match="128 positions"):
@@ -201,7 +201,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(llama):
         Bench(llama, share_of_kept, SETTINGS, encoder)
 
 
-def test_a_benchmark_says_where_and_with_what_it_ran(case):
+def test_benchmark_records_machine_and_versions(case):
     case.model.bfloat16()
     found = Bench(case.model, share_of_kept, SETTINGS).machine()
     assert found["dtype"] == "bfloat16"
@@ -212,7 +212,7 @@ def test_a_benchmark_says_where_and_with_what_it_ran(case):
     assert found["cores"] >= 1
 
 
-# ---- is there anything to compare? ----
+# ---- check_comparison ----
 
 
 def dropped_by(make, *indices):
@@ -228,7 +228,7 @@ COMPARISONS = {
         SCOPES,
         [],
         MeasurementError,
-        "nothing to compare; .* --base .* --ckpt_path",
+        r"nothing to compare\. .* --base .* --ckpt_path",
     ),
     "removed, no base": (
         lambda: dropped_by(remove, 0, 3),
@@ -236,21 +236,28 @@ COMPARISONS = {
         SCOPES,
         [],
         MeasurementError,
-        r"lacks attention\.0, mlp\.1, .* by --base",
+        r"weights of attention\.0, mlp\.1 were removed\. .* with --base",
     ),
     "removed, base": (lambda: dropped_by(remove, 0), "dense", SCOPES, [], None, ""),
     "bypassed": (lambda: dropped_by(bypass, 0), None, SCOPES, [], None, ""),
     "bypassed, base": (lambda: dropped_by(bypass, 0), "dense", SCOPES, [], None, ""),
     "two dense ones": (build_model, "dense", SCOPES, [], None, ""),
     "sweep": (build_model, None, SCOPES, [1, 4], None, ""),
-    "sweep with a base": (build_model, "dense", SCOPES, [1], MeasurementError, "is itself the base; leave out base"),
+    "sweep with a base": (
+        build_model,
+        "dense",
+        SCOPES,
+        [1],
+        MeasurementError,
+        "that model is the base. Leave out base",
+    ),
     "sweep of a bypassed one": (
         lambda: dropped_by(bypass, 3),
         None,
         SCOPES,
         [1],
         MeasurementError,
-        r"begins with the dense model, and it already lacks mlp\.1",
+        r"begins with the dense model, and this model already lacks mlp\.1",
     ),
     "sweep of a removed one": (
         lambda: dropped_by(remove, 3),
@@ -258,7 +265,7 @@ COMPARISONS = {
         SCOPES,
         [1],
         MeasurementError,
-        r"it already lacks mlp\.1",
+        r"this model already lacks mlp\.1",
     ),
     "sweep of no scope": (build_model, None, [], [1], SelectionError, "scopes is empty"),
     "sweep of too many": (build_model, None, ["joint", "mlp"], [1, 5], SelectionError, "drop 5, .* only 4"),
@@ -276,7 +283,7 @@ COMPARISONS = {
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_what_leaves_nothing_to_compare_is_refused(name):
+def test_check_comparison_refuses_only_invalid_comparisons(name):
     make, base, scopes, counts, error, message = COMPARISONS[name]
     if error is None:
         check_comparison(make(), base, scopes, counts)
@@ -286,7 +293,7 @@ def test_what_leaves_nothing_to_compare_is_refused(name):
         assert isinstance(caught.value, LayershedError)
 
 
-# ---- what came out ----
+# ---- results and tables ----
 
 DECODE = PhaseSpeed(100.0, 111.0, Interval(1.11, 1.08, 1.14), predicted=1.2)
 PREFILL = PhaseSpeed(4000.0, 4040.0, Interval(1.01, 0.97, 1.05))
@@ -331,7 +338,7 @@ def with_decode(median, low, high):
         ("perplexity", 100 * (math.exp(2.5) - math.exp(2.0)) / 11),
     ],
 )
-def test_sdr_is_what_was_lost_by_percent_gained(quality, expected):
+def test_sdr_divides_points_lost_by_percent_gained(quality, expected):
     result = benchmark_of(MEASURED, quality=quality)
     assert result.degradation(MEASURED) == pytest.approx(expected)
     better = replace(MEASURED, quality=Quality(loss=1.5, accuracy=0.7, tokens=1))
@@ -343,7 +350,7 @@ def test_sdr_is_what_was_lost_by_percent_gained(quality, expected):
         assert round(result.degradation(MEASURED), 2) == 0.22
 
 
-def test_quality_is_shown_in_the_units_that_it_is_called_by():
+def test_quality_is_shown_in_the_unit_of_its_name():
     quality = Quality(loss=math.log(16), accuracy=0.375, tokens=8)
     names = ("accuracy", "loss", "perplexity")
     assert [shown_quality(quality, name) for name in names] == pytest.approx([37.5, 2.772588722, 16.0])
@@ -386,14 +393,14 @@ def test_benchmark_result_is_plain_json():
 
 
 def printed(table, width=80):
-    """Cells of a printed table, which stand two blanks apart or more."""
+    """Cells of a printed table, separated by two blanks or more."""
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     lines = [line.rstrip() for line in console.export_text().splitlines() if line.strip() and "\u2500" not in line]
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
-def test_the_tables_show_sizes_quality_and_both_phases():
+def test_benchmark_tables_show_sizes_quality_and_both_phases():
     slower = replace(with_decode(1.02, 0.98, 1.06), scope="block", count=12)
     sizes, prefill, decode = benchmark_tables(benchmark_of(MEASURED, slower))
     assert printed(sizes, 120) == [
@@ -403,7 +410,7 @@ def test_the_tables_show_sizes_quality_and_both_phases():
         ["joint 2", "10.92 B", "21.8 GB", "22.0 GB", "409.6 kB", "2.5000", "65.8 %", "12.2", "0.218"],
         ["block 12", "10.92 B", "21.8 GB", "22.0 GB", "409.6 kB", "2.5000", "65.8 %", "12.2", "-"],
     ]
-    # eighty columns are enough for these, also where nothing was gained
+    # the tables fit into eighty columns, even without a speedup
     assert printed(prefill) == [
         ["prefill"],
         ["tokens/s", "ms", "speedup [95 %]", "theory"],
@@ -426,14 +433,15 @@ def test_the_tables_show_sizes_quality_and_both_phases():
 @pytest.mark.parametrize(
     ("drops", "label"),
     [(PLAN.drops, "1 attention, 1 mlp"), (PLAN.drops[:1], "1 attention"), ((), "compared")],
+    ids=["both kinds", "one kind", "nothing"],
 )
-def test_a_model_as_it_is_goes_by_what_it_lacks(drops, label):
+def test_single_model_is_labelled_by_its_dropped_sublayers(drops, label):
     one = replace(MEASURED, scope=None, count=None, plan=DropPlan(drops))
     for table in benchmark_tables(benchmark_of(one)):
         assert [row[0] for row in printed(table, 120)][2:4] == ["dense", label]
 
 
-def test_the_dense_row_of_a_sweep_is_the_middle_of_all_its_measurements():
+def test_dense_row_of_a_sweep_is_the_median_of_its_measurements():
     faster = [replace(MEASURED, speed=replace(SPEED, decode=replace(DECODE, dense=d))) for d in (80.0, 125.0, 200.0)]
     *_, decode = benchmark_tables(benchmark_of(*faster))
     assert printed(decode)[2] == ["dense", "125", "16"]
@@ -443,7 +451,7 @@ def test_the_dense_row_of_a_sweep_is_the_middle_of_all_its_measurements():
     ("quality", "unit"),
     [("accuracy", "points of accuracy"), ("loss", "hundredths of loss"), ("perplexity", "hundredths of perplexity")],
 )
-def test_the_notes_say_what_the_figures_are(quality, unit):
+def test_benchmark_notes_name_the_unit_of_the_sdr(quality, unit):
     notes = " ".join(benchmark_notes(benchmark_of(MEASURED, quality=quality)))
     assert "Dense: llama." in notes
     assert f"SDR: {unit} lost per % of decode speed gained" in notes
@@ -451,8 +459,8 @@ def test_the_notes_say_what_the_figures_are(quality, unit):
     assert "quality over 12,345 tokens" in notes
 
 
-def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
-    """Lifted, they are not the model before the drop."""
+def test_lifted_base_without_adapters_has_no_sdr():
+    """Their weights may have changed since the drop, so they are not the dense model."""
     result = benchmark_of(MEASURED, base=LIFTED)
     notes = " ".join(benchmark_notes(result))
     assert "Dense: the same weights with the bypass lifted." in notes
@@ -474,7 +482,7 @@ def test_weights_that_may_have_been_trained_on_since_the_drop_have_no_sdr():
         ("perplexity", 4.4, "perplexity, lower is better", "log"),  # eleven times
     ],
 )
-def test_only_perplexities_of_different_sizes_need_a_logarithmic_axis(quality, loss, label, scale):
+def test_only_wide_perplexity_range_gets_a_logarithmic_axis(quality, loss, label, scale):
     worse = Quality(loss=loss, accuracy=0.01, tokens=8)
     result = benchmark_of(MEASURED, Measurement("mlp", 4, MEASURED.plan, MEASURED.speed, worse), quality=quality)
     figure = command._frontier(result)

@@ -10,24 +10,24 @@ from layershed.performance.intervals import Interval, bootstrap_interval
 
 
 def at_most(k, n):
-    """Probability that the median of n draws from n sorted values is at most the k-th, so that most draws are."""
+    """Probability that the median of n draws from n sorted values is at most the k-th value."""
     return sum(math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i) for i in range(n // 2 + 1, n + 1))
 
 
 def holds(k, n):
-    """Probability that the k-th lowest and the k-th highest of n values have the true median between them."""
+    """Probability that the true median lies between the k-th lowest and the k-th highest of n values."""
     return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 7, 9, 10, 13, 19, 40])
-def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
+def test_interval_is_the_wider_of_bootstrap_and_order_statistics(n):
     values = [1 + i / 100 for i in range(n)]
     random.Random(0).shuffle(values)
     bootstrap = next(k for k in range(1, n + 1) if n % 2 == 0 or at_most(k, n) >= 0.025)
     order = max([k for k in range(1, n // 2 + 1) if holds(k, n) >= 0.95], default=1)
     found = bootstrap_interval(values)
     if n % 2:
-        # the chance that 2,000 resamples decide otherwise is nil: the quantile is well inside its step
+        # the quantile is well inside its step, so 2,000 resamples cannot decide otherwise
         assert at_most(bootstrap - 1, n) < 0.016
         assert at_most(bootstrap, n) > 0.03
         k = min(bootstrap, order)
@@ -38,7 +38,7 @@ def test_the_interval_is_the_wider_one_of_bootstrap_and_order_statistics(n):
 
 
 @pytest.mark.parametrize("n", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 10))])
-def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
+def test_interval_holds_the_true_median_in_95_percent_of_samples(n):
     generator = random.Random(n)
     rounds = 300
     found = [bootstrap_interval([generator.lognormvariate(0, 1) for _ in range(n)]) for _ in range(rounds)]
@@ -47,13 +47,13 @@ def test_the_interval_holds_the_true_median_at_least_as_often_as_it_says(n):
     assert held / rounds > 0.95 - 3 * (0.95 * 0.05 / rounds) ** 0.5
 
 
-def test_the_interval_of_one_constant_is_that_constant():
+def test_interval_of_equal_values_has_no_width():
     assert bootstrap_interval([1.25] * 7) == Interval(1.25, 1.25, 1.25)
     assert bootstrap_interval([1.25]) == Interval(1.25, 1.25, 1.25)
 
 
 @pytest.mark.parametrize("n", [2, 9, 15, 24])
-def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
+def test_interval_is_symmetric_and_deterministic(n):
     generator = random.Random(1)
     values = [generator.gauss(1, 0.1) for _ in range(n)]
     state = random.getstate()
@@ -64,7 +64,7 @@ def test_the_interval_mirrors_with_its_values_and_is_always_the_same(n):
     assert random.getstate() == state
 
 
-def test_the_interval_widens_with_the_spread_and_narrows_with_the_number():
+def test_interval_widens_with_spread_and_narrows_with_count():
     generator = random.Random(1)
     noise = [generator.gauss(0, 1) for _ in range(101)]
     few, wide, many = (

@@ -1,4 +1,4 @@
-"""Latencies on a clock that moves only when told modules run, so that every figure can be worked out by hand."""
+"""Latencies on a fake clock that only chosen modules move, so that every figure is known by hand."""
 
 import random
 
@@ -14,14 +14,14 @@ from layershed.recovery.lora import inject_lora
 from layershed.surgery import bypass, bypassed_sublayers, remove
 from tests.support.models import build_model
 
-# what no longer runs once a sublayer is dropped, by architecture: modules of a block
+# modules of a block that do not run once a sublayer is dropped, by architecture
 LLAMA = {"attention": ["input_layernorm", "self_attn"], "mlp": ["post_attention_layernorm", "mlp"]}
 OPT = {
     "attention": ["self_attn_layer_norm", "self_attn"],
-    "mlp": ["final_layer_norm", "fc1", "activation_fn", "fc2"],  # it has no module of its own
+    "mlp": ["final_layer_norm", "fc1", "activation_fn", "fc2"],  # OPT has no MLP module
 }
 GPT2 = {"attention": ["ln_1", "attn"], "mlp": ["ln_2", "mlp"]}
-PHI = {"attention": ["self_attn"], "mlp": ["mlp"]}  # a norm that both share stops with neither
+PHI = {"attention": ["self_attn"], "mlp": ["mlp"]}  # the shared norm stops with neither
 CASES = {
     "llama": ("model.layers", LLAMA, ["model.norm", "lm_head"]),
     "opt": ("model.decoder.layers", OPT, ["model.decoder.final_layer_norm"]),
@@ -31,7 +31,7 @@ CASES = {
 
 
 class Clock:
-    """Moves by the seconds of each module that runs: others over a prompt than over one token."""
+    """Fake clock that each running module moves by its seconds, which differ between prompt and token."""
 
     def __init__(self, model, paths):
         self.now, self.factor, self.decoding = 0.0, 1.0, False
@@ -76,7 +76,7 @@ def measured(model, **settings):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("model_type", CASES)
-def test_every_sublayer_takes_what_its_own_modules_take(model_type, phase):
+def test_sublayer_latency_is_the_time_of_its_modules(model_type, phase):
     model, clock, own = clocked(model_type)
     found = measured(model, phase=phase, clock=clock)
     assert {(s.block, s.kind): seconds for s, seconds in found.sublayers.items()} == {
@@ -86,7 +86,7 @@ def test_every_sublayer_takes_what_its_own_modules_take(model_type, phase):
     assert found.total == clock.of(clock.costs, phase)
 
 
-def test_the_median_over_the_runs_counts_without_the_warm_up():
+def test_latency_is_the_median_without_warmup_runs():
     model, clock, own = clocked("llama")
     factors = iter([100.0, 100.0, 1.0, 7.0, 2.0])
 
@@ -100,14 +100,14 @@ def test_the_median_over_the_runs_counts_without_the_warm_up():
     assert next(iter(found.sublayers.values())) == 2 * clock.of(own[0, "attention"], "decode")
 
 
-def test_the_dense_model_is_timed_whatever_is_bypassed():
+def test_latency_times_the_dense_model_despite_a_bypass():
     model, clock, _ = clocked("llama")
     dense = measured(model, clock=clock)
     bypass(model, find_sublayers(model)[2:5])
     assert measured(model, clock=clock) == dense
 
 
-def test_what_was_removed_takes_nothing():
+def test_removed_sublayers_have_no_latency():
     model = build_model()
     gone = find_sublayers(model)[:1]
     remove(model, gone)
@@ -129,7 +129,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_as_before_also_after_an_error(fails):
+def test_latency_measurement_leaves_the_model_unchanged(fails):
     model = build_model().train()
     model.model.layers[1].eval()
     bypass(model, find_sublayers(model)[1:4])
@@ -155,7 +155,7 @@ def test_the_model_is_as_before_also_after_an_error(fails):
     assert state_of(model) == before
 
 
-def test_adapters_are_off_and_stay_on_afterwards():
+def test_latency_measurement_turns_adapters_off_and_on_again():
     model = build_model()
     inject_lora(model)
     adapters = [module for path, module in model.named_modules() if path.endswith("lora_A.recovery")]
@@ -168,7 +168,7 @@ def test_adapters_are_off_and_stay_on_afterwards():
     assert len(ran) == len(adapters) > 0
 
 
-def test_a_compiled_model_runs_eagerly_meanwhile():
+def test_latency_measurement_runs_a_compiled_model_eagerly():
     model, clock, _ = clocked("llama")
     dense = measured(model, clock=clock)
     model.compile(backend=lambda *_: pytest.fail("it was compiled"))
@@ -176,14 +176,14 @@ def test_a_compiled_model_runs_eagerly_meanwhile():
     assert model._compiled_call_impl is not None
 
 
-def test_real_latencies_are_parts_of_the_whole():
+def test_real_sublayer_latencies_are_parts_of_the_total():
     found = measured(build_model(), runs=3)
     assert len(found.sublayers) == 8
     assert all(seconds > 0 for seconds in found.sublayers.values())
     assert isinstance(found, Latency)
 
 
-def test_a_model_inside_another_is_found_by_its_name():
+def test_latency_measurement_finds_a_transformer_by_name():
     model, clock, _ = clocked("llama")
     holder = nn.ModuleDict({"student": model, "teacher": build_model("gpt2")})
     assert measured(holder, name="student", clock=clock) == measured(model, clock=clock)
@@ -192,8 +192,9 @@ def test_a_model_inside_another_is_found_by_its_name():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"runs": 0}, "runs=0"), ({"new_tokens": 0}, "new_tokens=0"), ({"prompt_tokens": 126}, "128 positions")],
+    ids=["runs", "new tokens", "positions"],
 )
-def test_settings_that_cannot_be_measured_are_refused_before_anything_runs(llama, settings, message):
+def test_latency_measurement_refuses_invalid_settings_before_running(llama, settings, message):
     llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(MeasurementError, match=message):
         measured(llama, **settings)

@@ -13,7 +13,7 @@ from tests.support.models import MODEL_TYPES, build_model
 
 
 def saved_bytes(folder):
-    """Bytes of the tensors in a folder: a file but for its header, whose length stands in the first 8 bytes."""
+    """Bytes of the tensors in a folder: the files without their headers, whose length is in the first 8 bytes."""
     files = list(folder.glob("**/*.safetensors"))
     assert files
     return sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
@@ -26,9 +26,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("model_type", "overrides"), MODELS)
-def test_bytes_are_those_of_the_saved_file_dense_and_dropped(tmp_path, model_type, overrides, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("model_type", "overrides"), MODELS, ids=["-".join((name, *own)) for name, own in MODELS])
+def test_weight_bytes_equal_the_saved_file_dense_and_dropped(tmp_path, model_type, overrides, dtype):
     model = build_model(model_type, **overrides).to(dtype)
     dense = weight_sizes(model)
     assert dense.bytes == saved_bytes(save_pretrained(model, tmp_path / "dense"))
@@ -40,10 +40,10 @@ def test_bytes_are_those_of_the_saved_file_dense_and_dropped(tmp_path, model_typ
     assert weight_sizes(model, lifted=True) == dense
     remove(model, None)
     assert weight_sizes(model) == dropped
-    assert weight_sizes(model, lifted=True) == dropped  # what was removed cannot be lifted
+    assert weight_sizes(model, lifted=True) == dropped  # removed sublayers cannot be lifted
 
 
-def test_weights_that_two_modules_share_count_once():
+def test_shared_weights_count_once():
     tied, untied = (weight_sizes(build_model(tie_word_embeddings=tie)) for tie in (True, False))
     assert untied.parameters - tied.parameters == 97 * 32
     assert untied.bytes - tied.bytes == 97 * 32 * 4
@@ -51,7 +51,7 @@ def test_weights_that_two_modules_share_count_once():
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_quantized_weights_are_fewer_bytes_of_as_many_parameters(tmp_path, model_type, mode):
+def test_quantized_weights_have_fewer_bytes_and_equal_parameters(tmp_path, model_type, mode):
     model = build_model(model_type, hidden_size=64, intermediate_size=128)
     dense = weight_sizes(model)
     quantize(model, mode)
@@ -65,7 +65,7 @@ def test_quantized_weights_are_fewer_bytes_of_as_many_parameters(tmp_path, model
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_adapters_do_not_count(quantized):
+def test_weight_sizes_exclude_adapters(quantized):
     model = build_model(hidden_size=64)
     if quantized:
         quantize(model)
@@ -80,7 +80,7 @@ def test_adapters_do_not_count(quantized):
     assert {id(parameter) for parameter in adapter_parameters(model)} == lora != set()
 
 
-def test_the_shape_of_a_packed_weight_is_that_of_the_weight():
+def test_packed_weight_has_its_unpacked_shape():
     model = build_model(hidden_size=64)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     quantize(model)

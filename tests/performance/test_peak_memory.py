@@ -55,7 +55,7 @@ def freed_in_between(_before):
 
 
 def kept_by_a_view(_before):
-    part = torch.empty(1000)[:1]  # holds all of it
+    part = torch.empty(1000)[:1]  # the view keeps all 1000 numbers
     return part, torch.empty(1000)
 
 
@@ -84,7 +84,7 @@ def several_results(_before):
         (several_results, 8000 + 50 * 4 + 50 * 8),
     ],
 )
-def test_the_peak_is_that_of_the_allocations(work, peak):
+def test_peak_equals_the_largest_sum_of_allocations(work, peak):
     before = torch.zeros(250)
     with watching_memory(CPU) as told:
         kept = work(before)
@@ -92,19 +92,19 @@ def test_the_peak_is_that_of_the_allocations(work, peak):
     del kept
 
 
-def test_what_was_freed_before_it_began_does_not_count():
+def test_peak_excludes_memory_held_before_the_context():
     before = torch.zeros(5000)
     with watching_memory(CPU) as told:
         del before
         made = torch.empty(10)
         assert told() == 40
         more = made + 1
-        assert told() == 80  # it may be asked again
+        assert told() == 80  # it can be called again
         del made, more
         assert told() == 80
 
 
-def test_nothing_is_watched_outside():
+def test_peak_excludes_allocations_after_the_context():
     with watching_memory(CPU) as told:
         inside = torch.empty(10)
     outside = torch.empty(1000)
@@ -114,17 +114,17 @@ def test_nothing_is_watched_outside():
 
 
 @torch.no_grad()
-def test_a_pass_of_two_layers_is_as_worked_out():
+def test_peak_of_two_layers_equals_the_hand_calculation():
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
     rows = torch.ones(10, 4)
     with watching_memory(CPU) as told:
         model(rows)
-    # both sides of the ReLU, 10 x 8 float32 each; behind it one of them and 10 x 2
+    # both sides of the ReLU, 10 x 8 float32 each; after it one of them and 10 x 2
     assert told() == 2 * 320
 
 
 @torch.no_grad()
-def test_generation_has_the_same_peak_every_time_and_holds_its_cache(llama):
+def test_generation_peak_is_repeatable_and_includes_the_cache(llama):
     def peak(new_tokens):
         stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=8, new_tokens=new_tokens))
         with watching_memory(CPU) as told:
@@ -137,7 +137,7 @@ def test_generation_has_the_same_peak_every_time_and_holds_its_cache(llama):
     assert many[0] - few[0] >= many[1] - few[1] > 0
 
 
-def test_on_a_gpu_the_allocator_tells(monkeypatch):
+def test_gpu_peak_comes_from_the_allocator(monkeypatch):
     log, figures = [], {"memory_allocated": 1000, "max_memory_allocated": 1700}
 
     def fake(name):
@@ -153,7 +153,7 @@ def test_on_a_gpu_the_allocator_tells(monkeypatch):
         log.append("work")
         assert told() == 700
     device = "cuda:1"
-    # what was there before is read before the peak starts anew, and both with nothing left in the queue
+    # order: empty the queue, read the allocated bytes, reset the peak
     assert log == [
         ("synchronize", device),
         ("memory_allocated", device),

@@ -1,4 +1,4 @@
-"""What theory predicts against the paper's memory table, published sizes, and a roofline summed up by hand."""
+"""Predictions against the paper's memory table, published sizes and a roofline by hand."""
 
 import io
 import json
@@ -36,9 +36,9 @@ PARAMETERS = {
     "llama-2-70b": 68_976_648_192,
     "llama-3-70b": 70_553_706_496,
 }
-# Table 4 of arXiv 2406.15786: 16-bit caches of so many sequences of 2,048 tokens, attentions before and after the drop,
-# and the table's GB before and after. They are GiB: by 2 bytes x 2 x key-value heads x head size x attentions x tokens
-# three rows come out to the byte. Llama-2-13B's does not: that is 50 GiB (53.7 GB), where the table says 52.
+# Table 4 of arXiv 2406.15786: sequences of 2,048 tokens in a 16-bit cache, attentions before and after the drop, and
+# GB before and after. The GB are GiB: 2 bytes x 2 x key-value heads x head size x attentions x tokens gives three rows
+# exactly. For Llama-2-13B it gives 50 GiB (53.7 GB), where the table says 52.
 PAPER = {
     "mistral-7b": (64, 32, 20, 16, 10),
     "llama-2-13b": (32, 40, 20, 52, 26),
@@ -59,13 +59,13 @@ def fields_of(name):
 
 
 def attention_numbers(config):
-    """Numbers in the four matrices of an attention, and in its norm."""
+    """Numbers in the four matrices of an attention and in its norm."""
     width, kept = config.hidden_size, config.num_key_value_heads * config.head_dim
     return 2 * width * width + 2 * width * kept + width
 
 
 def attentions(first, last):
-    """Those of these blocks."""
+    """Numbers of these blocks."""
     return [Sublayer(i, "attention", f"model.layers.{i}.self_attn") for i in range(first, last)]
 
 
@@ -77,7 +77,7 @@ def numbers(config):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_skeletons_have_the_published_number_of_parameters(name):
+def test_skeleton_has_the_published_number_of_parameters(name):
     model = skeleton(name)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert numbers(fields_of(name)) == PARAMETERS[name]
@@ -85,12 +85,12 @@ def test_the_skeletons_have_the_published_number_of_parameters(name):
     assert (sizes.parameters, sizes.bytes) == (PARAMETERS[name], 2 * PARAMETERS[name])
 
 
-def test_every_config_of_a_model_is_one_of_these():
+def test_every_model_config_is_in_the_parameter_table():
     assert {path.name for path in MODELS.iterdir()} == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-2-70b"])
-def test_the_cache_is_that_of_the_papers_table(name):
+def test_cache_size_equals_the_papers_table(name):
     batch_size, before, after, gb_before, gb_after = PAPER[name]
     config, costs = fields_of(name), CostModel(skeleton(name))
     caches = [
@@ -101,14 +101,14 @@ def test_the_cache_is_that_of_the_papers_table(name):
     assert caches == [gb_before * GIB, gb_after * GIB]
 
 
-def test_the_papers_figures_of_llama_2_13b_come_out_at_another_length():
-    """As docs/performance.md says: in decimal GB, of 16 sequences of 3,968 tokens."""
+def test_llama_2_13b_cache_equals_the_paper_at_another_length():
+    """The figures match in decimal GB with 16 sequences of 3,968 tokens, as docs/performance.md says."""
     costs = CostModel(skeleton("llama-2-13b"))
     caches = [costs.kv_bytes(batch_size=16, tokens=3968, dropped=gone) for gone in ((), attentions(20, 40))]
     assert [round(size / 1e9, 1) for size in caches] == [52.0, 26.0]
 
 
-def test_half_of_the_attentions_of_a_model_that_fits_nowhere_here():
+def test_skeleton_of_a_huge_model_predicts_dropping_half_the_attentions():
     config, model = fields_of("llama-2-13b"), skeleton("llama-2-13b")
     batch_size, before, after, gb_before, gb_after = PAPER["llama-2-13b"]
     plan = plan_of(attentions(after, before))
@@ -143,13 +143,13 @@ def by_hand(rows, keys, batch_size, element=4):
         element * (numbers_read + 32 + rows * activations + cached),
     )
     mlp = Cost(2 * rows * 3 * 32 * 48, element * (3 * 32 * 48 + 32 + rows * 3 * (32 + 48)))
-    head = batch_size * 97 * 32  # of the last position alone
+    head = batch_size * 97 * 32  # the last position only
     rest = Cost(2 * head, element * (97 * 32 + batch_size * (97 + 32) + 32 + rows * 32))
     return {"attention": attention, "mlp": mlp, "rest": rest}
 
 
 def seconds_by_hand(costs, counts, ceilings):
-    """Seconds of all pieces one after the other, and of those among them that wait for products."""
+    """Seconds of all consecutive pieces, and of the compute-bound ones among them."""
     times = [
         (number, cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for number, cost in zip(counts, costs, strict=True)
@@ -170,12 +170,13 @@ GONE = (
     [
         ("cpu", 1e3, 1e9, ("compute", "compute")),
         ("cpu", 1e9, 1e3, ("memory", "memory")),
-        # a prompt computes 10 FLOPs a byte and more, a step of three sequences hardly 2
+        # a prompt computes at least 10 FLOPs per byte, a step of three sequences about 2
         ("cpu", 5e6, 1e6, ("compute", "memory")),
         ("meta", 2e6, 1.3e6, ("compute", "memory")),
     ],
+    ids=["compute-bound", "memory-bound", "mixed", "meta device"],
 )
-def test_times_are_the_sums_of_a_roofline_by_hand(device, flops, bandwidth, bound):
+def test_predicted_times_equal_a_roofline_by_hand(device, flops, bandwidth, bound):
     with torch.device(device):
         model = build(None, {"model_type": "llama", **SIZES})
     ceilings = Ceilings("made up", flops, bandwidth, "nowhere")
@@ -202,7 +203,7 @@ def test_times_are_the_sums_of_a_roofline_by_hand(device, flops, bandwidth, boun
     assert (found.dtype, found.ceilings) == ("float32", ceilings)
 
 
-def test_sizes_are_counted_by_hand_and_a_device_more_is_needed_once_one_is_full():
+def test_predicted_sizes_and_devices_equal_hand_counts():
     model = build_model()
     found = predict(model, plan_of(GONE), MADE_UP, SETTINGS)
     attention, mlp = 2 * 32 * 32 + 2 * 32 * 16 + 32, 3 * 32 * 48 + 32
@@ -217,8 +218,8 @@ def test_sizes_are_counted_by_hand_and_a_device_more_is_needed_once_one_is_full(
         assert (side.devices(needed + 1), side.devices(needed - 1)) == (1, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_the_precision_moves_half_the_bytes(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_prediction_in_half_precision_halves_the_bytes(dtype):
     full, half = (predict(build_model().to(d), plan_of(GONE), MADE_UP, SETTINGS) for d in (torch.float32, dtype))
     assert half.dtype == str(dtype).removeprefix("torch.")
     for one, other in ((full.dense, half.dense), (full.dropped, half.dropped)):
@@ -229,7 +230,7 @@ def test_half_the_precision_moves_half_the_bytes(dtype):
         }
 
 
-def test_the_model_is_left_as_it_was():
+def test_predict_leaves_the_model_unchanged():
     model = build_model().train()
     bypass(model, GONE[:1])
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -241,7 +242,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 
-def test_what_is_bypassed_counts_as_dropped_with_a_plan_and_without():
+def test_predict_counts_bypassed_sublayers_as_dropped():
     dense, dropped = build_model(), build_model()
     expected = predict(dense, plan_of(GONE), MADE_UP, SETTINGS)
     bypass(dropped, GONE)
@@ -254,19 +255,19 @@ def test_what_is_bypassed_counts_as_dropped_with_a_plan_and_without():
     assert replace(found, plan=expected.plan) == expected
 
 
-def test_without_a_drop_nothing_is_gained():
+def test_predict_without_a_drop_gives_no_speedup():
     found = predict(build_model(), None, MADE_UP, SETTINGS)
     assert found.dense == found.dropped
     assert (len(found.plan), found.prefill_speedup, found.decode_speedup) == (0, 1.0, 1.0)
 
 
-def test_a_model_inside_another_is_found_by_its_name():
+def test_predict_finds_a_transformer_by_name():
     holder = torch.nn.ModuleDict({"student": build_model(), "teacher": build_model("gpt2")})
     own = predict(holder, plan_of(GONE), MADE_UP, SETTINGS, name="student")
     assert own == predict(build_model(), plan_of(GONE), MADE_UP, SETTINGS)
 
 
-def test_what_cannot_be_predicted_is_refused_and_leaves_the_model_as_it_was(llama):
+def test_refused_prediction_leaves_the_model_unchanged(llama):
     with pytest.raises(MeasurementError, match="128 positions"):
         predict(llama, plan_of(GONE), MADE_UP, SpeedSettings(100, 29))
     with pytest.raises(MeasurementError, match="batch_size=0"):
@@ -278,7 +279,7 @@ def test_what_cannot_be_predicted_is_refused_and_leaves_the_model_as_it_was(llam
         predict(AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SIZES)), None, MADE_UP, SETTINGS)
 
 
-def test_it_is_written_as_plain_json():
+def test_prediction_is_plain_json():
     plan = DropPlan(tuple(Drop(sublayer, 0.25) for sublayer in GONE), "joint", "cosine")
     found = predict(build_model(), plan, MADE_UP, SETTINGS)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -309,8 +310,9 @@ def test_it_is_written_as_plain_json():
         ("block", {"count": 1}, ["attention.3", "mlp.3"]),
         ("block", {"ratio": 0.5}, ["attention.3", "mlp.3", "attention.2", "mlp.2"]),
     ],
+    ids=str,
 )
-def test_the_deepest_go_first_and_nothing_is_made_up_about_their_importance(llama, scope, wanted, expected):
+def test_deepest_sublayers_go_first_without_scores(llama, scope, wanted, expected):
     plan = deepest_sublayers(find_sublayers(llama), scope, **wanted)
     assert [sublayer.name for sublayer in plan] == expected
     assert (plan.scope, plan.metric, {drop.score for drop in plan.drops}) == (scope, None, {None})
@@ -328,8 +330,9 @@ def test_the_deepest_go_first_and_nothing_is_made_up_about_their_importance(llam
         ("attention", {"ratio": 0.2}, r"the smallest ratio that drops something is 0\.25"),
         ("cross_attention", {"count": 1}, "none of the 8"),
     ],
+    ids=str,
 )
-def test_what_depth_does_not_decide_or_is_not_there_is_refused(llama, scope, wanted, message):
+def test_deepest_sublayers_refuses_invalid_requests(llama, scope, wanted, message):
     with pytest.raises(SelectionError, match=message):
         deepest_sublayers(find_sublayers(llama), scope, **wanted)
 
@@ -337,14 +340,14 @@ def test_what_depth_does_not_decide_or_is_not_there_is_refused(llama, scope, wan
 # ---- ceilings ----
 
 
-def test_ceilings_are_those_of_a_name():
+def test_ceilings_of_a_known_name_are_the_published_ones():
     for name, expected in ACCELERATORS.items():
         for spelled in (name, name.upper()):
             assert ceilings_of(spelled, torch.device("cpu"), torch.bfloat16) is expected
 
 
 @pytest.mark.parametrize(("name", "near"), [("a1000", "a100"), ("rtx-4090", "rtx4090"), ("thsi", "this")])
-def test_an_unknown_name_is_refused_with_the_nearest(name, near):
+def test_ceilings_of_an_unknown_name_suggest_the_nearest(name, near):
     with pytest.raises(UnknownNameError, match=rf"Unknown device '{name}'. Did you mean '{near}'\? .*this") as caught:
         ceilings_of(name, torch.device("cpu"), torch.float32)
     assert set(caught.value.available) == {"this", *ACCELERATORS}
@@ -362,15 +365,15 @@ def measured(monkeypatch):
     return asked
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="it says there how much memory there is")
-def test_this_machine_is_measured_and_has_the_memory_that_its_kernel_tells(measured):
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs the memory size in /proc/meminfo")
+def test_ceilings_of_this_machine_include_the_kernels_memory_size(measured):
     told = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     found = ceilings_of("this", torch.device("cpu"), torch.bfloat16)
     assert found == replace(MADE_UP, memory=1024 * int(told.split()[1]))
     assert measured == [(torch.device("cpu"), torch.bfloat16)]
 
 
-def test_a_gpu_has_its_own_memory(measured, monkeypatch):
+def test_ceilings_of_a_gpu_include_its_own_memory(measured, monkeypatch):
     sizes = {0: 80, 1: 24}
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=sizes[device.index])
@@ -383,14 +386,14 @@ def test_a_gpu_has_its_own_memory(measured, monkeypatch):
 
 
 def rows_of(table, width=140):
-    """Cells of a printed table, which stand two blanks apart."""
+    """Cells of a printed table, separated by two blanks."""
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     lines = [line for line in console.export_text().splitlines() if line.strip() and "\u2500" not in line]
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
-def test_the_table_says_what_was_predicted():
+def test_prediction_table_shows_the_prediction():
     side = predict(build_model(), plan_of(GONE), MADE_UP, SETTINGS)
     slow, fast = PredictedPhase(2.5, 100.0, "memory"), PredictedPhase(0.0125, 20_000.0, "compute")
     work = {"attention": Cost(2.5e9, 3e9), "mlp": Cost(1e9, 2.5e8), "rest": Cost(5e8, 1e6)}
@@ -432,7 +435,7 @@ def test_the_table_says_what_was_predicted():
     assert not [row for row in rows_of(prediction_table(unknown, "x")) if "devices" in row[0]]
 
 
-def test_the_notes_say_what_holds_for_this_prediction():
+def test_prediction_notes_match_the_prediction():
     found = predict(build_model(), plan_of(GONE), accelerator("a100"), SETTINGS)
     notes = " ".join(prediction_notes(found, by_depth=True))
     assert "The prediction depends only on how many are dropped." in notes
@@ -452,8 +455,8 @@ def test_the_notes_say_what_holds_for_this_prediction():
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_costs_depend_on_how_many_go_and_not_on_which(kind):
-    """As the note below the table says of a plan by depth."""
+def test_costs_depend_only_on_the_number_dropped(kind):
+    """The note below the table of a plan by depth says so."""
     model = build_model()
     of_kind = [sublayer for sublayer in find_sublayers(model) if sublayer.kind == kind]
     one, other = (predict(model, plan_of(some), MADE_UP, SETTINGS).dropped for some in (of_kind[:2], of_kind[2:]))

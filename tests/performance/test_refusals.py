@@ -1,4 +1,4 @@
-"""What is refused by its arguments, or by the model's structure, is refused before a pass, a clock or the ceilings."""
+"""Invalid arguments and models are refused before any forward pass, timing or measurement of ceilings."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def swept(model, known, **options):
     return list(Bench(model, lambda _: pytest.fail("quality was measured"), SpeedSettings(8, 2)).sweep(**given))
 
 
-# name: (call, whether discovery or the trial of the cache may run the model)
+# name: (call, True if discovery or the trial of the cache may run the model)
 REFUSALS = {
     "measure_speed: dense": (lambda m, k: measure_speed(m, prompt_tokens=8), False),
     "measure_speed: no runs": (lambda m, k: measure_speed(m, runs=0), False),
@@ -97,7 +97,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused_before_anything_is_measured(name, known, monkeypatch):
+def test_invalid_call_is_refused_before_measuring(name, known, monkeypatch):
     call, probed = REFUSALS[name]
     model, passes = build_model(), []
     model.model.register_forward_pre_hook(lambda _module, _args, kwargs: passes.append(kwargs), with_kwargs=True)

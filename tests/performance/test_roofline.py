@@ -1,4 +1,4 @@
-"""Ceilings of made-up machines, whose clock moves by the work that they are given."""
+"""Ceilings of simulated machines, whose clock moves with their work."""
 
 import math
 
@@ -23,13 +23,14 @@ MACHINE = Ceilings("made up", flops=100.0, bandwidth=10.0, source="nowhere")
         ([Cost()], 0.0),
         ([], 0.0),
     ],
+    ids=["compute", "memory", "equal", "two pieces", "one sum", "no cost", "no piece"],
 )
-def test_work_takes_as_long_as_its_narrowest_resource(costs, seconds):
+def test_roofline_time_is_that_of_the_slower_resource(costs, seconds):
     assert MACHINE.seconds(iter(costs)) == seconds
 
 
 class Machine(TorchDispatchMode):
-    """A made-up machine: it computes nothing, and its clock moves by what each operation would take.
+    """A simulated machine. It computes nothing; its clock moves by the time of each operation.
 
     Args:
         flops: Of its products, in FLOP/s.
@@ -68,7 +69,7 @@ def measured_on(machine, device="cpu", dtype=torch.float32, **options):
 
 @pytest.mark.parametrize("flops", [1e8, 3e9, 1e11, 4e13])
 @pytest.mark.parametrize("bandwidth", [1e9, 3e10])
-def test_measured_ceilings_are_those_of_the_machine(flops, bandwidth):
+def test_measured_ceilings_equal_the_simulated_machine(flops, bandwidth):
     found = measured_on(Machine(flops, bandwidth))
     assert (found.flops, found.bandwidth) == pytest.approx((flops, bandwidth))
     assert found.name == f"cpu (float32, {torch.get_num_threads()} threads)"
@@ -78,10 +79,10 @@ def test_measured_ceilings_are_those_of_the_machine(flops, bandwidth):
 @pytest.mark.parametrize("flops", [1e6, 1e8, 3e9, 1e11, 4e13])
 @pytest.mark.parametrize("bandwidth", [1e8, 1e9, 3e10])
 @pytest.mark.parametrize("start", [0.0, 1e-4])
-def test_measuring_ceilings_keeps_its_time(flops, bandwidth, start):
+def test_measuring_ceilings_stays_within_its_time(flops, bandwidth, start):
     machine = Machine(flops, bandwidth, start)
     measured_on(machine)
-    # a machine too slow for the smallest size does it twice: a warm-up, and the one that counts
+    # a machine too slow for the smallest size runs it twice: a warm-up and a counted run
     least = 2 * (2 * 64**3 / flops + start), 2 * (2 * 2**23 / bandwidth + start)
     warm_ups = least[0] / 2 + least[1] / 2
     assert machine.now <= max(0.2, least[0] / 2) + max(0.1, least[1] / 2) + warm_ups + 1e-9
@@ -104,20 +105,20 @@ def test_copies_double_until_three_of_the_next_would_not_fit():
     assert found.source.endswith("copies of 67 MB")
 
 
-def test_products_that_collapse_at_a_size_leave_the_best_rate_before_it():
+def test_compute_ceiling_is_the_best_rate_before_a_slow_size():
     machine = Machine(flops=1e11, slow_from=512)
     assert measured_on(machine).flops == pytest.approx(1e11)
     assert max(machine.products) == 512
     assert machine.now <= 0.2 + 0.1 + 100 * 2 * 512**3 / 1e11
 
 
-def test_what_every_call_takes_is_outgrown():
+def test_overhead_per_call_does_not_lower_the_ceilings():
     """The smallest product reaches a thousandth of the rate, the largest nearly all of it."""
     found = measured_on(Machine(flops=1e11, start=5e-3 / 64))
     assert 0.99e11 < found.flops < 1e11
 
 
-def test_a_device_with_a_queue_is_waited_for_after_twenty(monkeypatch):
+def test_queued_device_is_synchronised_after_twenty_calls(monkeypatch):
     machine = Machine(flops=4e14, bandwidth=2e12)
     waits = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waits.append((device, len(machine.products))))
@@ -131,7 +132,7 @@ def test_a_device_with_a_queue_is_waited_for_after_twenty(monkeypatch):
     assert max(machine.products) == 8192  # 20 take 0.055 s
 
 
-def test_ceilings_are_measured_once():
+def test_ceilings_are_measured_once_and_cached():
     machine = Machine()
     first = measured_on(machine)
     before = machine.now
@@ -140,7 +141,7 @@ def test_ceilings_are_measured_once():
     assert machine.now == before
 
 
-def test_ceilings_are_measured_anew_on_request_and_kept():
+def test_ceilings_are_measured_anew_on_request_and_cached():
     machine = Machine(flops=1e11)
     measured_on(machine)
     machine.flops = 2e11
@@ -171,7 +172,7 @@ def autocast_to_another_dtype(machine, _monkeypatch):
 @pytest.mark.parametrize(
     "change", [another_dtype, another_device, another_number_of_threads, autocast_to_another_dtype]
 )
-def test_ceilings_are_measured_anew_for(change, monkeypatch):
+def test_ceilings_are_measured_anew_after_a_change(change, monkeypatch):
     machine = Machine(flops=1e11)
     before = measured_on(machine)
     machine.flops = 2e11
@@ -180,7 +181,7 @@ def test_ceilings_are_measured_anew_for(change, monkeypatch):
     assert found.flops == pytest.approx(2e11)
 
 
-def test_autocast_measures_products_of_its_own_dtype():
+def test_ceilings_under_autocast_use_its_dtype():
     machine = Machine()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = measured_on(machine)
@@ -188,8 +189,8 @@ def test_autocast_measures_products_of_its_own_dtype():
     assert measured_on(machine, dtype=torch.bfloat16) is found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_this_machine_has_ceilings(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_real_ceilings_of_this_machine_are_plausible(dtype):
     found = measure_ceilings(dtype=dtype)
     assert 1e7 < found.flops < 1e15
     assert 1e7 < found.bandwidth < 1e13
@@ -202,7 +203,7 @@ def test_published_ceilings_are_plausible_and_have_a_source(name):
     assert 1e14 < found.flops < 2e15
     assert 2e11 < found.bandwidth < 1e13
     assert 1e10 < found.memory < 3e11
-    # none fills its memory's bandwidth with fewer than 100 or needs more than 500 FLOPs per byte
+    # every accelerator computes between 100 and 500 FLOPs per byte
     assert 100 < found.flops / found.bandwidth < 500
     assert found.name.startswith(("NVIDIA", "AMD"))
     assert found.source.startswith(found.name.split()[0])
@@ -215,6 +216,6 @@ def test_published_ceilings_differ_between_accelerators():
     assert ACCELERATORS["a100"].flops == ACCELERATORS["a100-40gb"].flops
 
 
-def test_an_unknown_accelerator_is_refused_with_those_that_are_known():
+def test_unknown_accelerator_error_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match=r"a1000.*a100"):
         accelerator("a1000")

@@ -1,4 +1,4 @@
-"""Measured speed on a clock that moves only when the model runs, so that every figure can be worked out by hand."""
+"""Measured speed on a fake clock that only the model moves, so that every figure is known by hand."""
 
 import copy
 import json
@@ -32,12 +32,12 @@ MADE_UP = Ceilings("a machine", flops=1e6, bandwidth=1e6, source="made up")
 
 
 class Bench:
-    """A model that takes seconds of its own clock: so many per prompt and per decoded token, as told for each run."""
+    """A model with its own clock and given seconds per prompt and per decoded token for each run."""
 
     def __init__(self, model, prefill, decode):
         self.model, self.costs = model, {"prefill": prefill, "decode": decode}
         self.now = 1000.0
-        self.passes = []  # of each forward pass: side, tokens, tokens in the cache before
+        self.passes = []  # per forward pass: side, tokens, earlier tokens in the cache
         self.runs = {"dense": -1, "dropped": -1}
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
@@ -72,7 +72,7 @@ def measured(model, **settings):
     return measure_speed(model, **{**defaults, **settings})
 
 
-def test_twice_the_time_is_exactly_half_the_speed(dropped):
+def test_twice_the_time_gives_exactly_half_the_speed(dropped):
     bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [0.75], "dropped": [0.25]})
     report = measured(dropped, runs=3, batch_size=3, prompt_tokens=8, new_tokens=4, clock=bench.clock)
     # 3 x 8 prompt tokens in 2 s or 1 s; 3 x 4 new tokens in 4 x 0.75 s or 4 x 0.25 s
@@ -85,7 +85,7 @@ def test_twice_the_time_is_exactly_half_the_speed(dropped):
     assert report.device.startswith("cpu")
 
 
-def test_the_speedup_is_the_median_over_pairs_not_the_ratio_of_medians(dropped):
+def test_speedup_is_the_median_over_pairs_not_the_ratio_of_medians(dropped):
     # pairs: 8/1, 2/2, 6/4; medians 6 and 2 would give 3
     bench = Bench(dropped, {"dense": [8.0, 2.0, 6.0], "dropped": [1.0, 2.0, 4.0]}, {"dense": [1.0], "dropped": [1.0]})
     report = measured(dropped, runs=3, clock=bench.clock)
@@ -102,7 +102,7 @@ def test_dense_and_dropped_alternate_and_warm_up_is_not_counted(dropped):
     assert report.runs == 1
 
 
-def test_the_clock_sees_dense_while_dense_runs_and_dropped_while_dropped_runs(dropped):
+def test_clock_marks_fall_into_the_runs_of_their_own_side(dropped):
     seen = []
 
     def clock():
@@ -115,7 +115,7 @@ def test_the_clock_sees_dense_while_dense_runs_and_dropped_while_dropped_runs(dr
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
-def test_decoding_goes_token_by_token_through_the_cache(model_type):
+def test_decoding_feeds_one_token_at_a_time_from_the_cache(model_type):
     model = build_model(model_type)
     bypass(model, find_sublayers(model)[:1])
     bench = Bench(model, {"dense": [1.0], "dropped": [1.0]}, {"dense": [1.0], "dropped": [1.0]})
@@ -125,7 +125,7 @@ def test_decoding_goes_token_by_token_through_the_cache(model_type):
     assert bench.passes == [(side, *step) for side in ("dense", "dropped") for step in steps] * 2
 
 
-def test_every_token_decoded_is_the_most_likely_one(dropped):
+def test_decoding_is_greedy(dropped):
     fed = []
     dropped.register_forward_pre_hook(
         lambda _m, _a, kwargs: fed.append((bool(bypassed_sublayers(dropped)), kwargs["input_ids"].clone())),
@@ -138,7 +138,7 @@ def test_every_token_decoded_is_the_most_likely_one(dropped):
     assert torch.equal(whole[:, 5:], likely[:, 4:-1])
 
 
-def test_cache_bytes_and_parameters_are_those_of_theory(dropped):
+def test_reported_cache_bytes_and_parameters_equal_theory(dropped):
     report = measured(dropped, prompt_tokens=64, new_tokens=8, batch_size=2)
     per_attention = 2 * 2 * 8 * 4  # keys and values, KV heads, head size, bytes of a float32
     assert report.kv_bytes_dense == 4 * per_attention
@@ -154,7 +154,7 @@ def test_cache_bytes_and_parameters_are_those_of_theory(dropped):
 
 
 @torch.no_grad()
-def test_peak_memory_is_weights_and_what_generation_allocates(dropped):
+def test_peak_memory_is_weights_plus_generation_peak(dropped):
     report = measured(dropped, prompt_tokens=20, new_tokens=3, batch_size=2)
 
     def peak():
@@ -168,8 +168,8 @@ def test_peak_memory_is_weights_and_what_generation_allocates(dropped):
     assert report.peak_memory_dense == peak() > report.peak_memory_dropped
 
 
-@pytest.mark.parametrize("ceilings", [MADE_UP, Ceilings("another", 1e12, 1e5, "made up")])
-def test_the_predicted_speedup_is_that_of_the_roofline_and_stands_beside_the_measured_one(dropped, ceilings):
+@pytest.mark.parametrize("ceilings", [MADE_UP, Ceilings("another", 1e12, 1e5, "made up")], ids=["usual", "other"])
+def test_report_holds_the_roofline_speedup_beside_the_measured_one(dropped, ceilings):
     bench = Bench(dropped, {"dense": [3.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
     report = measured(dropped, prompt_tokens=20, new_tokens=4, batch_size=2, ceilings=ceilings, clock=bench.clock)
     costs, settings = CostModel(dropped), SpeedSettings(20, 4, 2)
@@ -179,14 +179,14 @@ def test_the_predicted_speedup_is_that_of_the_roofline_and_stands_beside_the_mea
         assert phase.measured_over_predicted == own / phase.predicted
 
 
-def test_without_ceilings_those_of_this_machine_are_measured(dropped, monkeypatch):
+def test_missing_ceilings_are_measured_on_this_machine(dropped, monkeypatch):
     asked = []
     monkeypatch.setattr("layershed.performance.speed.measure_ceilings", lambda *given: asked.append(given) or MADE_UP)
     assert measured(dropped, ceilings=None).decode.predicted == measured(dropped).decode.predicted
     assert asked == [(torch.device("cpu"), torch.float32)]
 
 
-def test_a_model_whose_costs_cannot_be_told_is_measured_without_a_prediction(dropped, monkeypatch):
+def test_model_with_unknown_costs_is_measured_without_a_prediction(dropped, monkeypatch):
     def refuse(_model):
         raise CostError("no costs")
 
@@ -198,7 +198,7 @@ def test_a_model_whose_costs_cannot_be_told_is_measured_without_a_prediction(dro
 
 
 def ticking(*models):
-    """A clock that a pass of each model moves by as many seconds as its attentions and MLPs that run."""
+    """A clock that each pass moves by one second per running attention and MLP."""
     now = [0.0]
 
     def tick(*_):
@@ -211,7 +211,7 @@ def ticking(*models):
     return lambda: now[0]
 
 
-def test_a_twin_is_as_fast(llama):
+def test_identical_base_has_no_measurable_speedup(llama):
     twin = copy.deepcopy(llama)
     report = measured(llama, base=twin, clock=ticking(llama, twin))
     for phase in (report.prefill, report.decode):
@@ -222,18 +222,18 @@ def test_a_twin_is_as_fast(llama):
         assert getattr(report, f"{name}_dense") == getattr(report, f"{name}_dropped")
 
 
-def test_with_a_base_what_was_removed_is_measured_as_what_is_bypassed(dropped):
+def test_removed_model_with_a_base_measures_like_a_bypassed_one(dropped):
     base, without = build_model(), copy.deepcopy(dropped)
     remove(without)
     lifted = measured(dropped, clock=ticking(dropped))
     assert lifted.decode.speedup.median == 8 / 5
     report = measured(without, base=base, clock=ticking(base, without))
-    # a module that is gone returns what stands in for it a little otherwise than one that is bypassed
+    # the stand-in of a removed module differs slightly from that of a bypassed one
     assert report.peak_memory_dropped == pytest.approx(lifted.peak_memory_dropped, rel=0.001)
     assert replace(report, peak_memory_dropped=lifted.peak_memory_dropped) == lifted
 
 
-def test_a_base_is_taken_as_it_is(dropped):
+def test_base_is_measured_as_it_is(dropped):
     base = build_model()
     bypass(base, [Sublayer(0, "attention", "model.layers.0.self_attn")])
     report = measured(dropped, base=base, clock=ticking(dropped, base))
@@ -245,7 +245,7 @@ def test_a_base_is_taken_as_it_is(dropped):
         measured(dropped, base=AutoModel.from_config(base.config))
 
 
-def test_adapters_are_off_on_both_sides(dropped):
+def test_speed_measurement_turns_adapters_off_on_both_sides(dropped):
     alone = measured(dropped)
     inject_lora(dropped)
 
@@ -262,7 +262,7 @@ def test_adapters_are_off_on_both_sides(dropped):
     )
 
 
-def test_a_compiled_model_is_measured_compiled_and_stays_so():
+def test_compiled_model_is_measured_compiled_and_stays_compiled():
     dropped = build_model(num_hidden_layers=2)
     bypass(dropped, find_sublayers(dropped)[1:2])
     tokens = torch.arange(3, 9)[None]
@@ -285,7 +285,9 @@ def test_a_compiled_model_is_measured_compiled_and_stays_so():
     assert graphs
     assert math.isfinite(report.decode.speedup.median)
     assert (report.kv_bytes_dense, report.file_bytes_dropped) == (alone.kv_bytes_dense, alone.file_bytes_dropped)
-    assert report.peak_memory_dropped == alone.peak_memory_dropped  # in compiled code it could not be watched
+    assert (
+        report.peak_memory_dropped == alone.peak_memory_dropped
+    )  # measured eagerly, as compiled code cannot be watched
     assert report.decode.predicted == alone.decode.predicted
     assert dropped._compiled_call_impl is compiled
     assert state_of(dropped) == before
@@ -307,7 +309,7 @@ def test_under_autocast_the_model_runs_in_half_precision(dropped):
 
 
 class Casts(TorchDispatchMode):
-    """Counts what is cast to bfloat16."""
+    """Counts casts to bfloat16."""
 
     count = 0
 
@@ -317,8 +319,8 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def test_under_autocast_no_side_casts_weights_anew_that_the_other_one_keeps():
-    """Autocast keeps the casts of trainable weights alone, and a bypass freezes."""
+def test_autocast_casts_weights_equally_often_on_both_sides():
+    """Autocast caches the casts of trainable weights only, and a bypass freezes weights."""
     counts = {}
     for name in ("lifted", "never bypassed"):
         model = build_model()
@@ -332,20 +334,20 @@ def test_under_autocast_no_side_casts_weights_anew_that_the_other_one_keeps():
 
         with torch.autocast("cpu", torch.bfloat16), casts:
             measured(model, base=base, runs=2, clock=clock)
-        # of the second pair: what was cast between the first mark of the dense half and its last
+        # casts between the first and the last mark of the dense half of the second pair
         counts[name] = seen[11] - seen[8]
         assert not any(parameter.requires_grad for parameter in model.model.layers[0].mlp.parameters())
     assert counts["lifted"] == counts["never bypassed"] > 0
 
 
-def test_a_wrapper_of_compiled_code_is_refused(dropped):
+def test_compiled_wrapper_is_refused(dropped):
     holder = nn.ModuleDict({"net": torch.compile(dropped, backend="eager")})
     for model in (holder, holder["net"]):
-        with pytest.raises(MeasurementError, match=r"compile it in place: model\.compile\(\)"):
+        with pytest.raises(MeasurementError, match=r"Compile in place: model\.compile\(\)"):
             measured(model)
 
 
-def test_what_cannot_decode_from_a_cache_is_refused_before_anything_is_timed(dropped, monkeypatch):
+def test_model_without_cached_decoding_is_refused_before_timing(dropped, monkeypatch):
     def forward(*args, **kwargs):
         if kwargs.get("past_key_values") is not None:
             raise IndexError("no place left.\nmore")
@@ -353,12 +355,12 @@ def test_what_cannot_decode_from_a_cache_is_refused_before_anything_is_timed(dro
 
     dense = dropped.forward
     monkeypatch.setattr(dropped, "forward", forward)
-    said = r"LlamaForCausalLM could not decode a token from its KV cache \(IndexError: no place left\)\.$"
+    said = r"LlamaForCausalLM could not decode a token from its KV cache \(IndexError: no place left\)\. Check"
     with pytest.raises(MeasurementError, match=said):
         measured(dropped, clock=lambda: pytest.fail("it was timed"))
 
 
-def test_a_report_can_be_printed_and_says_what_is_no_speedup():
+def test_printed_report_marks_unmeasurable_speedups():
     bench_model = build_model()
     bypass(bench_model, find_sublayers(bench_model)[:1])
     bench = Bench(bench_model, {"dense": [2.0], "dropped": [1.0]}, {"dense": [1.0, 2.0], "dropped": [2.0, 1.0]})
@@ -369,8 +371,8 @@ def test_a_report_can_be_printed_and_says_what_is_no_speedup():
 
 
 @pytest.mark.parametrize("runs", [1, 5, 6])
-def test_a_speedup_takes_six_runs(dropped, runs):
-    """Of fewer all lie on one side of the median with more than 5 %."""
+def test_speedup_is_measurable_only_from_six_runs(dropped, runs):
+    """Fewer runs all lie on one side of the median with a probability above 5 %."""
     bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
     report = measured(dropped, runs=runs, clock=bench.clock)
     assert report.decode.measurable == (2 * 0.5**runs <= 0.05)
@@ -378,7 +380,7 @@ def test_a_speedup_takes_six_runs(dropped, runs):
     assert runs < 6 or report.decode.degradation(3.0) == pytest.approx(0.03)
 
 
-def test_both_sides_have_their_spread(dropped):
+def test_report_holds_the_spread_of_both_sides(dropped):
     times = [float(i) for i in range(1, 10)]
     bench = Bench(dropped, {"dense": [1.0], "dropped": [1.0]}, {"dense": times, "dropped": [1.0]})
     report = measured(dropped, runs=9, new_tokens=1, clock=bench.clock)
@@ -403,7 +405,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("fail_in", ["never", "dense", "dropped"])
-def test_the_model_and_the_random_state_are_as_before_also_after_an_error(dropped, fail_in):
+def test_speed_measurement_leaves_model_and_random_state_unchanged(dropped, fail_in):
     dropped.train()
     dropped.model.layers[1].eval()
     dropped.lm_head.requires_grad_(False)
@@ -429,13 +431,13 @@ def test_the_model_and_the_random_state_are_as_before_also_after_an_error(droppe
     assert all(torch.equal(weight, weights[name]) for name, weight in dropped.state_dict().items())
 
 
-def test_a_module_that_holds_the_model_is_measured_as_the_model(dropped):
+def test_module_holding_the_model_is_measured_like_the_model(dropped):
     bench = Bench(dropped, {"dense": [2.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
     holder = nn.ModuleDict({"student": dropped, "teacher": build_model("gpt2")})
     assert measured(holder, name="student", clock=bench.clock).prefill.speedup.median == 2.0
 
 
-def test_a_report_survives_json(dropped):
+def test_speed_report_survives_json(dropped):
     bench = Bench(dropped, {"dense": [2.0, 3.0], "dropped": [1.0]}, {"dense": [2.0], "dropped": [1.0]})
     report = measured(dropped, runs=2, clock=bench.clock)
     content = json.loads(json.dumps(report.to_dict()))
@@ -453,18 +455,19 @@ def test_a_report_survives_json(dropped):
         ({"warmup": -1}, "warmup=-1"),
         ({"prompt_tokens": 120, "new_tokens": 9}, "128 positions"),
     ],
+    ids=["prompt", "new tokens", "batch size", "runs", "warm-up", "positions"],
 )
-def test_settings_that_cannot_be_measured_are_refused_before_anything_runs(dropped, settings, message):
+def test_speed_measurement_refuses_invalid_settings_before_running(dropped, settings, message):
     dropped.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(MeasurementError, match=message):
         measured(dropped, **settings)
 
 
-def test_as_many_tokens_as_there_are_positions_fit(dropped):
+def test_tokens_up_to_all_positions_are_accepted(dropped):
     assert measured(dropped, prompt_tokens=120, new_tokens=8).prompt_tokens == 120
 
 
-def test_nothing_bypassed_is_refused(llama):
+def test_speed_of_a_model_without_bypass_is_refused(llama):
     with pytest.raises(MeasurementError, match="nothing is bypassed"):
         measured(llama)
     remove(llama, find_sublayers(llama)[:1])
@@ -472,7 +475,7 @@ def test_nothing_bypassed_is_refused(llama):
         measured(llama)
 
 
-def test_a_model_without_a_head_is_refused(llama):
+def test_speed_of_a_model_without_a_head_is_refused(llama):
     model = AutoModel.from_config(llama.config)
     bypass(model, find_sublayers(model)[:1])
     with pytest.raises(MeasurementError, match="LlamaModel"):
@@ -483,7 +486,7 @@ def test_a_model_without_a_head_is_refused(llama):
     ("low", "high", "expected"),
     [(1.01, 1.2, True), (0.8, 0.99, True), (0.9, 1.1, False), (1.0, 1.1, False), (0.9, 1.0, False)],
 )
-def test_a_speedup_is_measurable_where_its_interval_excludes_1(low, high, expected):
+def test_speedup_is_measurable_if_its_interval_excludes_1(low, high, expected):
     assert PhaseSpeed(1.0, 1.0, Interval((low + high) / 2, low, high)).measurable is expected
 
 
@@ -507,11 +510,11 @@ PAPER = [
 
 
 @pytest.mark.parametrize(("dense", "dropped", "speedup", "expected"), PAPER)
-def test_the_speedup_degradation_ratio_is_the_papers(dense, dropped, speedup, expected):
+def test_speedup_degradation_ratio_equals_the_paper(dense, dropped, speedup, expected):
     assert speedup_degradation_ratio(dense - dropped, speedup) == pytest.approx(expected, abs=0.005 + 1e-9)
 
 
-def test_the_speedup_degradation_ratio_of_better_quality_is_negative_and_of_no_gain_is_nan():
+def test_speedup_degradation_ratio_is_negative_for_better_quality_and_nan_without_speedup():
     assert speedup_degradation_ratio(-3.0, 1.5) == pytest.approx(-0.06)
     assert speedup_degradation_ratio(0.0, 1.5) == 0
     assert math.isnan(speedup_degradation_ratio(2.0, 1.0))

@@ -1,4 +1,4 @@
-"""Search by a clock on which every sublayer takes known seconds, against every prefix of the ranking tried out."""
+"""The search for a target speedup, with known seconds per sublayer, against all prefixes of the ranking."""
 
 import math
 import random
@@ -24,7 +24,7 @@ SETTINGS = SpeedSettings(prompt_tokens=3, new_tokens=2, runs=1, warmup=0)
 
 
 class Case:
-    """A model of four blocks, a clock and scores, all drawn at random."""
+    """A model of four blocks with random seconds and random scores."""
 
     def __init__(self, monkeypatch, seed=0):
         generator = random.Random(seed)
@@ -51,7 +51,7 @@ def case(monkeypatch):
 
 
 def prefixes(case, scope, phase, objective="importance", gone=()):
-    """Every beginning of the ranking, worked out apart from the code that is tested."""
+    """All prefixes of the ranking, computed without the tested code."""
     if scope == "block":
         groups = {b: [s for s in case.sublayers if s.block == b] for b in range(4)}
         importance = case.scores.blocks
@@ -72,7 +72,7 @@ def prefixes(case, scope, phase, objective="importance", gone=()):
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("scope", ["joint", "attention", "mlp", "block"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_fewest_that_reach_the_target_go(monkeypatch, seed, scope, phase, objective):
+def test_search_drops_the_fewest_sublayers_that_reach_the_target(monkeypatch, seed, scope, phase, objective):
     case = Case(monkeypatch, seed)
     ways = prefixes(case, scope, phase, objective)
     target = random.Random(seed).uniform(1.01, case.speedup(ways[-1], phase))
@@ -87,7 +87,7 @@ def test_the_fewest_that_reach_the_target_go(monkeypatch, seed, scope, phase, ob
 
 
 @pytest.mark.parametrize("number", [1, 4, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 7))])
-def test_a_target_that_is_just_reached_is_reached(case, number):
+def test_exactly_reached_target_is_accepted(case, number):
     ways = prefixes(case, "joint", "decode")
     for nudge, expected in ((1 - 1e-9, number), (1 + 1e-9, number + 1)):
         target = case.speedup(ways[number]) * nudge
@@ -101,7 +101,7 @@ def test_a_target_that_is_just_reached_is_reached(case, number):
         restore(case.model)
 
 
-def test_protected_sublayers_stay_in_a_search(case):
+def test_search_keeps_protected_sublayers(case):
     ways = prefixes(case, "joint", "decode")[-1]
     protected = ways[0]
     order = [s for s in ways if s.block != 3 and s != protected]
@@ -110,17 +110,17 @@ def test_protected_sublayers_stay_in_a_search(case):
     assert list(plan) == order[:3]
 
 
-def test_out_of_reach_says_what_was_reached_and_leaves_the_model_as_it_was(case):
+def test_unreachable_target_error_names_the_best_speedup_and_restores_the_model(case):
     bypass(case.model, case.sublayers[:1])
     best = case.speedup([*case.sublayers[:1], *(s for s in case.sublayers if s.kind == "mlp")])
-    reached = rf"target_speedup=50 of decode is out of reach: with all 4 candidates dropped it is x{best:.2f} \["
+    reached = rf"target_speedup=50 of decode is out of reach: all 4 candidates dropped give x{best:.2f} \["
     with pytest.raises(SpeedupError, match=reached):
         case.drop(50, "mlp")
     assert bypassed_sublayers(case.model) == case.sublayers[:1]
 
 
-@pytest.mark.parametrize("gone", [[0], [1, 6], [0, 2, 4, 6]])
-def test_what_is_bypassed_already_counts_and_stays(case, gone):
+@pytest.mark.parametrize("gone", [[0], [1, 6], [0, 2, 4, 6]], ids=str)
+def test_earlier_drops_count_and_stay_bypassed(case, gone):
     before = [case.sublayers[i] for i in gone]
     bypass(case.model, before)
     ways = prefixes(case, "joint", "decode", gone=before)
@@ -130,7 +130,7 @@ def test_what_is_bypassed_already_counts_and_stays(case, gone):
     assert bypassed_sublayers(case.model) == tuple(sorted([*before, *ways[2]]))
 
 
-def test_nothing_more_goes_where_earlier_drops_reach_the_target(case):
+def test_search_drops_nothing_if_earlier_drops_reach_the_target(case):
     before = case.sublayers[:4]
     bypass(case.model, before)
     plan, report = case.drop(1.05)
@@ -139,14 +139,14 @@ def test_nothing_more_goes_where_earlier_drops_reach_the_target(case):
     assert report.decode.speedup.median == pytest.approx(case.speedup(before))
 
 
-def test_rank_0_decides_and_is_asked_about_every_measurement(case):
+def test_search_uses_only_measurements_of_rank_0(case):
     asked = []
 
     def agree(measured):
         asked.append(type(measured))
         if isinstance(measured, Latency):
             return measured
-        # there everything took less, so that two are needed to be fast
+        # rank 0 needs two drops to be fast
         fast = 9.0 if len(bypassed_sublayers(case.model)) >= 2 else 1.0
         return replace(measured, decode=replace(measured.decode, speedup=Interval(fast, fast, fast)))
 
@@ -159,7 +159,7 @@ def test_rank_0_decides_and_is_asked_about_every_measurement(case):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_an_error_in_the_middle_leaves_the_model_as_it_was(case, failing):
+def test_error_during_the_search_restores_the_model(case, failing):
     bypass(case.model, case.sublayers[5:6])
     calls = []
 
@@ -168,7 +168,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(case, failing):
         if len(calls) == failing:
             raise KeyboardInterrupt
         if failing == 3 and isinstance(measured, SpeedReport):
-            slow = Interval(1.0, 1.0, 1.0)  # so that it goes on
+            slow = Interval(1.0, 1.0, 1.0)  # too slow, so the search goes on
             return replace(measured, decode=replace(measured.decode, speedup=slow))
         return measured
 
@@ -179,7 +179,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(case, failing):
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])
-def test_latencies_that_mislead_cost_time_and_nothing_else(case, noise):
+def test_wrong_latencies_do_not_change_the_result_of_the_search(case, noise):
     ways = prefixes(case, "joint", "decode")
 
     def agree(measured):
@@ -191,12 +191,12 @@ def test_latencies_that_mislead_cost_time_and_nothing_else(case, noise):
     assert list(plan) == ways[4]
 
 
-def test_where_everything_is_protected_nothing_may_go(case):
+def test_search_with_everything_protected_is_refused(case):
     with pytest.raises(SelectionError, match=r"scope='joint': .*protected"):
         case.drop(1.2, protect=range(4))
 
 
-def test_a_model_inside_another_is_found_by_its_name(case):
+def test_search_finds_a_transformer_by_name(case):
     holder = nn.ModuleDict({"student": case.model, "teacher": build_model("gpt2")})
     ways = prefixes(case, "joint", "decode")
     target = case.speedup(ways[1]) * (1 - 1e-9)
@@ -205,8 +205,8 @@ def test_a_model_inside_another_is_found_by_its_name(case):
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("before", [[], [0, 3]])
-def test_reachable_is_what_dropping_everything_reaches(case, phase, before):
+@pytest.mark.parametrize("before", [[], [0, 3]], ids=["dense", "dropped"])
+def test_check_reachable_accepts_up_to_the_speedup_of_dropping_everything(case, phase, before):
     if before:
         bypass(case.model, [case.sublayers[i] for i in before])
     state = bypassed_sublayers(case.model)
@@ -226,7 +226,7 @@ def test_reachable_is_what_dropping_everything_reaches(case, phase, before):
     assert bypassed_sublayers(case.model) == state
 
 
-def test_what_the_measurement_leaves_in_doubt_is_not_refused(case):
+def test_check_reachable_accepts_a_target_in_doubt(case):
     def agree(measured):
         return replace(measured, decode=replace(measured.decode, speedup=Interval(1.4, 1.2, 1.6)))
 
@@ -235,7 +235,7 @@ def test_what_the_measurement_leaves_in_doubt_is_not_refused(case):
         check_reachable(case.model, case.sublayers, 1.61, settings=SETTINGS, agree=agree)
 
 
-def test_an_error_while_it_is_checked_leaves_the_model_as_it_was(case):
+def test_error_in_check_reachable_restores_the_model(case):
     def agree(_measured):
         raise KeyError("gone")
 
@@ -245,7 +245,7 @@ def test_an_error_while_it_is_checked_leaves_the_model_as_it_was(case):
 
 
 @pytest.mark.parametrize("target", [1.0, 0.5, -2, math.nan])
-def test_a_target_that_is_no_speedup_is_refused_before_anything_runs(llama, target):
+def test_target_of_at_most_1_is_refused_before_running(llama, target):
     llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(SpeedupError, match=f"target_speedup={target}: it must be above 1"):
         drop_to_speedup(llama, {}, target)
@@ -265,19 +265,20 @@ def test_a_target_that_is_no_speedup_is_refused_before_anything_runs(llama, targ
         ({"target_speedup": 1.2, "phase": "training"}, UnknownNameError, "training"),
         ({"target_speedup": 1.2, "objective": "size"}, UnknownNameError, "size"),
     ],
+    ids=["nothing", "count and target", "count and ratio", "count", "target", "scope", "phase", "objective"],
 )
-def test_choices_without_a_meaning_are_refused_without_a_model(given, error, message):
+def test_check_choice_refuses_invalid_arguments(given, error, message):
     with pytest.raises(error, match=message):
         check_choice(**{"scope": "joint", "count": None, "ratio": None, "target_speedup": None, **given})
 
 
-@pytest.mark.parametrize("given", [{"count": 1}, {"ratio": 0.5}, {"target_speedup": 1.2, "phase": "prefill"}])
-def test_choices_with_a_meaning_are_accepted(given):
+@pytest.mark.parametrize("given", [{"count": 1}, {"ratio": 0.5}, {"target_speedup": 1.2, "phase": "prefill"}], ids=str)
+def test_check_choice_accepts_valid_arguments(given):
     assert check_choice(**{"scope": "block", "count": None, "ratio": None, "target_speedup": None, **given}) is None
 
 
 def noisy(case, monkeypatch, spread, seed=0):
-    """Every measurement is off by chance."""
+    """Add random noise to every measurement."""
     generator = random.Random(seed)
     exact = targeting.measure_speed
 
@@ -293,7 +294,7 @@ def noisy(case, monkeypatch, spread, seed=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 12))])
-def test_a_number_must_reach_the_target_twice_and_the_second_measurement_is_told(case, monkeypatch, seed):
+def test_target_must_be_reached_twice_and_the_second_report_is_returned(case, monkeypatch, seed):
     seen = noisy(case, monkeypatch, 0.1, seed)
     target = case.speedup(prefixes(case, "joint", "decode")[4])
     plan, report = case.drop(target)
@@ -304,17 +305,17 @@ def test_a_number_must_reach_the_target_twice_and_the_second_measurement_is_told
     assert bypassed_sublayers(case.model) == tuple(sorted(plan))
 
 
-def test_where_dropping_everything_leaves_it_in_doubt_everything_goes_with_a_warning(case, monkeypatch):
+def test_target_in_doubt_drops_everything_with_a_warning(case, monkeypatch):
     noisy(case, monkeypatch, 0.0)  # the intervals reach up to 99
     everything = prefixes(case, "attention", "decode")[-1]
     best = case.speedup(everything)
-    with pytest.warns(UserWarning, match=rf"with all 4 candidates dropped it is in doubt .*x{best:.2f}"):
+    with pytest.warns(UserWarning, match=rf"in doubt with all 4 candidates dropped .*x{best:.2f}"):
         plan, _ = case.drop(best * 1.01, "attention")
     assert list(plan) == everything
 
 
-def test_a_target_far_off_is_found_in_a_few_measurements(case, monkeypatch):
-    """Where the latencies promise far too much, it must not creep on by one."""
+def test_search_finds_a_distant_target_in_few_measurements(case, monkeypatch):
+    """The search must not advance one by one if the latencies promise far too much."""
     seen = noisy(case, monkeypatch, 0.0)
     monkeypatch.setattr(targeting._Search, "learn", crippled(targeting._Search.learn))
     target = case.speedup(prefixes(case, "joint", "decode")[7]) * (1 - 1e-9)
@@ -324,7 +325,7 @@ def test_a_target_far_off_is_found_in_a_few_measurements(case, monkeypatch):
 
 
 def crippled(learn):
-    """Predictions that no measurement corrects, and that always say: one more is enough."""
+    """Predictions that always say that one more is enough, whatever was measured."""
 
     def learn_nothing(self, number, speedup):
         learn(self, number, speedup)

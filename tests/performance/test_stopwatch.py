@@ -1,4 +1,4 @@
-"""Clocks and the stopwatch, on fakes of every device call."""
+"""Clocks and the stopwatch, with a fake for every device call."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def log():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "xpu", "mps"])
-def test_the_wall_clock_is_read_once_the_device_is_done(monkeypatch, log, device):
+def test_wall_clock_is_read_after_device_synchronisation(monkeypatch, log, device):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda waited: log.append(str(waited)))
 
     def now():
@@ -62,11 +62,11 @@ def cuda(monkeypatch, log):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_events_are_recorded_in_the_stream_and_waited_for_only_when_asked(log):
+def test_event_clock_waits_only_when_seconds_are_read(log):
     clock = EventClock(CUDA)
     first, second, third = clock.mark(), clock.mark(), clock.mark()
     assert log == [("record", "stream of cuda:1")] * 3
-    assert clock.seconds(first, third) == 2.0  # elapsed_time tells milliseconds
+    assert clock.seconds(first, third) == 2.0  # elapsed_time is in milliseconds
     assert log[3:] == [("synchronize", 2000.0), ("elapsed", 0.0, 2000.0)]
     assert clock.seconds(second, third) == 1.0
 
@@ -74,7 +74,7 @@ def test_events_are_recorded_in_the_stream_and_waited_for_only_when_asked(log):
 @pytest.mark.parametrize(
     ("device", "kind"), [("cpu", WallClock), ("mps", WallClock), ("xpu", WallClock), ("cuda", EventClock)]
 )
-def test_every_device_has_its_clock(device, kind):
+def test_clock_of_returns_the_clock_of_each_device(device, kind):
     clock = clock_of(torch.device(device))
     assert type(clock) is kind
     assert clock.device == torch.device(device)
@@ -90,20 +90,21 @@ def test_every_device_has_its_clock(device, kind):
         ({"warmup": -1}, "warmup=-1: it must be at least 0"),
         ({"prompt_tokens": 100, "new_tokens": 29}, "prompt_tokens=100 and new_tokens=29 .* 128 positions"),
     ],
+    ids=["prompt", "new tokens", "batch size", "runs", "warm-up", "positions"],
 )
-def test_numbers_that_cannot_be_measured_are_refused(llama, settings, message):
+def test_speed_settings_refuse_invalid_numbers(llama, settings, message):
     with pytest.raises(MeasurementError, match=message):
         SpeedSettings(**settings).check(llama)
 
 
-def test_what_fits_is_accepted(llama):
+def test_speed_settings_accept_tokens_that_fit(llama):
     assert SpeedSettings(100, 28, warmup=0).check(llama) is llama
     bloom = build_model("bloom")
-    del bloom.config.max_position_embeddings  # which it has no use for, and a real one does not say
+    del bloom.config.max_position_embeddings  # BLOOM does not use it, and real configs lack it
     assert SpeedSettings(5000, 5000).check(bloom) is bloom
 
 
-def test_only_a_causal_language_model_is_accepted(llama):
+def test_speed_settings_accept_only_causal_language_models(llama):
     encoder = AutoModelForMaskedLM.from_config(build_model("bert").config.__class__(**SIZES))
     for model in (encoder, AutoModel.from_config(llama.config), torch.nn.Linear(1, 1)):
         with pytest.raises(MeasurementError, match=f"{type(model).__name__} does not predict the next token"):
@@ -125,8 +126,8 @@ class Ticks:
 
 
 @torch.no_grad()
-def test_a_run_is_timed_by_four_marks_and_its_cache_weighed(llama):
-    """Two of each phase: a queue must be empty of the prefill before decoding begins."""
+def test_stopwatch_run_takes_four_marks_and_measures_the_cache(llama):
+    """Two marks per phase, as the queue must be empty before decoding begins."""
     stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=6, new_tokens=3, batch_size=2), Ticks())
     timing = stopwatch.run()
     assert stopwatch.clock.now == 4
@@ -135,7 +136,7 @@ def test_a_run_is_timed_by_four_marks_and_its_cache_weighed(llama):
 
 
 @torch.no_grad()
-def test_every_run_reads_the_same_prompt_and_moves_no_random_state(llama):
+def test_stopwatch_runs_use_one_prompt_and_keep_the_random_state(llama):
     before = torch.get_rng_state()
     settings = SpeedSettings(prompt_tokens=50, batch_size=2)
     prompts = [Stopwatch(llama, settings).prompt for _ in range(2)]
@@ -148,7 +149,7 @@ def test_every_run_reads_the_same_prompt_and_moves_no_random_state(llama):
 
 @pytest.mark.parametrize("last_only", [True, False])
 @torch.no_grad()
-def test_logits_are_made_for_the_last_position_alone_where_the_model_can(llama, monkeypatch, last_only):
+def test_stopwatch_computes_only_the_last_logits_if_supported(llama, monkeypatch, last_only):
     whole = llama.forward
 
     def forward(input_ids, past_key_values=None, use_cache=None):
@@ -162,7 +163,7 @@ def test_logits_are_made_for_the_last_position_alone_where_the_model_can(llama, 
     assert stopwatch.decode(output).past_key_values.get_seq_length() == 8
 
 
-def test_memory_that_tensors_of_a_cache_share_counts_once():
+def test_cache_bytes_count_shared_memory_once():
     cache = DynamicCache()
     keys = torch.zeros(1, 2, 10, 8)
     cache.update(keys, torch.zeros(1, 2, 10, 8), 0)
@@ -172,13 +173,13 @@ def test_memory_that_tensors_of_a_cache_share_counts_once():
     assert cache_bytes(cache) == alone == 2 * 2 * 10 * 8 * 4
 
 
-def test_the_cache_of_a_decoder_that_could_have_an_encoder_is_that_of_its_own_tokens():
+def test_cache_bytes_of_a_decoder_cover_self_attention_only():
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     cache.self_attention_cache.update(torch.zeros(1, 2, 10, 8), torch.zeros(1, 2, 10, 8), 0)
     assert cache_bytes(cache) == 2 * 2 * 10 * 8 * 4
 
 
-def test_a_device_is_described(monkeypatch):
+def test_describe_device_names_gpu_or_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
     assert describe_device(CUDA) == "GPU 1"

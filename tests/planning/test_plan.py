@@ -1,4 +1,4 @@
-"""Drop plans: what goes into JSON comes out again, and nothing else gets in."""
+"""Drop plans survive JSON unchanged, and malformed ones are refused."""
 
 import json
 import math
@@ -26,7 +26,7 @@ plans = st.builds(
 
 
 @given(plans)
-def test_json_round_trip(plan):
+def test_plan_survives_json(plan):
     again = DropPlan.from_json(plan.to_json())
     assert again == plan
     assert [drop.score for drop in again.drops] == [drop.score for drop in plan.drops]
@@ -34,11 +34,11 @@ def test_json_round_trip(plan):
 
 
 @given(plans)
-def test_repr_evaluates_back(plan):
+def test_plan_repr_evaluates_back(plan):
     assert eval(repr(plan), {"DropPlan": DropPlan, "Drop": Drop, "Sublayer": Sublayer, "inf": math.inf}) == plan
 
 
-def test_json_is_plain_and_readable():
+def test_plan_json_is_plain_and_readable():
     plan = DropPlan((Drop(M1, 0.25, 100), Drop(A0)), scope="joint", metric="cosine")
     assert json.loads(plan.to_json()) == {
         "format": "layershed.drop_plan.v1",
@@ -51,7 +51,7 @@ def test_json_is_plain_and_readable():
     }
 
 
-def test_save_and_load(tmp_path):
+def test_saved_plan_loads_equal(tmp_path):
     plan = DropPlan((Drop(Sublayer(0, "mlp", "Schicht.0.größe"), 1 / 3),), scope="mlp")
     plan.save(tmp_path / "plan.json")
     assert DropPlan.load(tmp_path / "plan.json") == plan
@@ -62,7 +62,7 @@ ENTRY = {"block": 1, "kind": "mlp", "path": "m", "score": 0.5, "step": 3}
 CONTENT = {"format": "layershed.drop_plan.v1", "scope": "mlp", "metric": "cosine", "drops": [ENTRY]}
 
 
-def test_the_content_that_the_table_below_breaks_is_whole():
+def test_valid_content_loads_as_a_plan():
     assert DropPlan.from_dict(CONTENT) == DropPlan((Drop(Sublayer(1, "mlp", "m"), 0.5, 3),), "mlp", "cosine")
     assert DropPlan.from_dict({**CONTENT, "drops": [{**ENTRY, "score": 1}]}).drops[0].score == 1.0
 
@@ -74,21 +74,29 @@ def without(mapping, key):
 @pytest.mark.parametrize(
     ("content", "names"),
     [
-        ([], "the plan must be of type dict"),
-        (None, "the plan must be of type dict"),
-        (without(CONTENT, "format"), "format is None"),
-        ({**CONTENT, "format": "layershed.drop_plan.v2"}, "format is 'layershed.drop_plan.v2', expected"),
-        (without(CONTENT, "scope"), "scope must be of type str"),
-        ({**CONTENT, "scope": ["mlp"]}, "scope must be of type str"),
-        ({**CONTENT, "scope": "layers"}, "scope='layers'.*attention, mlp, block, joint"),
-        ({**CONTENT, "metric": 3}, "metric must be of type str"),
-        (without(CONTENT, "drops"), "drops must be of type list"),
-        ({**CONTENT, "drops": {}}, "drops must be of type list"),
-        ({**CONTENT, "drops": ["mlp.1"]}, "an entry of drops must be of type dict"),
-        ({**CONTENT, "drops": [ENTRY, ENTRY]}, r"mlp\.1 appears twice"),
-        ({**CONTENT, "drops": [ENTRY, {**ENTRY, "path": "other"}]}, r"mlp\.1 appears twice"),
+        pytest.param([], "the plan must be of type dict", id="a list"),
+        pytest.param(None, "the plan must be of type dict", id="null"),
+        pytest.param(without(CONTENT, "format"), "format is None", id="without format"),
+        pytest.param(
+            {**CONTENT, "format": "layershed.drop_plan.v2"},
+            "format is 'layershed.drop_plan.v2', expected",
+            id="newer format",
+        ),
+        pytest.param(without(CONTENT, "scope"), "scope must be of type str", id="without scope"),
+        pytest.param({**CONTENT, "scope": ["mlp"]}, "scope must be of type str", id="scope as a list"),
+        pytest.param(
+            {**CONTENT, "scope": "layers"}, "scope='layers'.*attention, mlp, block, joint", id="unknown scope"
+        ),
+        pytest.param({**CONTENT, "metric": 3}, "metric must be of type str", id="metric as a number"),
+        pytest.param(without(CONTENT, "drops"), "drops must be of type list", id="without drops"),
+        pytest.param({**CONTENT, "drops": {}}, "drops must be of type list", id="drops as a mapping"),
+        pytest.param({**CONTENT, "drops": ["mlp.1"]}, "an entry of drops must be of type dict", id="entry as a name"),
+        pytest.param({**CONTENT, "drops": [ENTRY, ENTRY]}, r"mlp\.1 appears twice", id="entry twice"),
+        pytest.param(
+            {**CONTENT, "drops": [ENTRY, {**ENTRY, "path": "other"}]}, r"mlp\.1 appears twice", id="sublayer twice"
+        ),
         *(
-            ({**CONTENT, "drops": [{**ENTRY, **change}]}, names)
+            pytest.param({**CONTENT, "drops": [{**ENTRY, **change}]}, names, id=str(change)[:24])
             for change, names in [
                 ({"block": -1}, "block must not be negative"),
                 ({"block": 1.0}, "block must be of type int"),
@@ -105,21 +113,28 @@ def without(mapping, key):
                 ({"step": False}, "step must be of type int"),
             ]
         ),
-        *(({**CONTENT, "drops": [without(ENTRY, key)]}, f"{key} must be of type") for key in ("block", "kind", "path")),
+        *(
+            pytest.param({**CONTENT, "drops": [without(ENTRY, key)]}, f"{key} must be of type", id=f"without {key}")
+            for key in ("block", "kind", "path")
+        ),
     ],
 )
-def test_a_malformed_plan_is_refused_by_the_name_of_its_field(content, names):
+def test_malformed_plan_is_refused_with_its_field_name(content, names):
     with pytest.raises(PlanError, match=names):
         DropPlan.from_json(json.dumps(content))
 
 
-@pytest.mark.parametrize("text", ["", "{", "plan", "[" * 100_000, '{"format": ' + "1" * 5000 + "}"])
-def test_what_is_not_json_is_refused(text):
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "plan", "[" * 100_000, '{"format": ' + "1" * 5000 + "}"],
+    ids=["empty", "torn", "word", "nested too deep", "number too long"],
+)
+def test_plan_text_that_is_not_json_is_refused(text):
     with pytest.raises(PlanError, match="not JSON"):
         DropPlan.from_json(text)
 
 
-def test_an_error_on_loading_names_the_file(tmp_path):
+def test_plan_load_error_names_the_file(tmp_path):
     with pytest.raises(PlanError, match=r"no file '.*missing\.json'"):
         DropPlan.load(tmp_path / "missing.json")
     with pytest.raises(PlanError, match="no file"):
@@ -130,33 +145,33 @@ def test_an_error_on_loading_names_the_file(tmp_path):
             DropPlan.load(tmp_path / name)
 
 
-def test_a_sublayer_cannot_be_dropped_twice():
+def test_plan_with_a_repeated_sublayer_is_refused():
     with pytest.raises(PlanError, match=r"mlp\.0 appears twice"):
         DropPlan((Drop(M0), Drop(A0), Drop(M0)))
     with pytest.raises(PlanError, match=r"mlp\.0 appears twice"):
         DropPlan((Drop(M0),)) + DropPlan((Drop(A0), Drop(M0)))
 
 
-def test_scope_and_kind_are_checked_without_json_too():
+def test_plan_constructor_checks_scope_and_kind():
     with pytest.raises(PlanError, match="scope='all'"):
         DropPlan((), scope="all")
     with pytest.raises(PlanError, match="kind 'norm'"):
         DropPlan((Drop(Sublayer(0, "norm", "model.norm")),))
 
 
-def test_at_step_stamps_every_entry_and_keeps_the_rest():
+def test_at_step_sets_the_step_of_every_entry():
     plan = DropPlan((Drop(M1, 0.1), Drop(A0, 0.2, 7)), "joint", "angular")
     assert plan.at_step(50) == DropPlan((Drop(M1, 0.1, 50), Drop(A0, 0.2, 50)), "joint", "angular")
     assert plan.drops[1].step == 7
 
 
-def test_a_sum_is_one_round_after_the_other():
+def test_sum_of_plans_appends_the_later_round():
     first, second = DropPlan((Drop(M1, 0.1, 10),), "mlp", "cosine"), DropPlan((Drop(A0, 0.2, 20),), "joint", "angular")
     assert first + second == DropPlan((Drop(M1, 0.1, 10), Drop(A0, 0.2, 20)), "joint", "angular")
     assert first.at_step(3) + DropPlan((), "mlp", "cosine") == first.at_step(3)
 
 
-def test_a_plan_is_an_ordered_collection_of_sublayers():
+def test_plan_is_an_ordered_collection_of_sublayers():
     plan = DropPlan((Drop(M1, 0.1), Drop(A0, 0.2)))
     assert list(plan) == [M1, A0]
     assert len(plan) == 2
@@ -170,7 +185,7 @@ def test_sublayers_sort_in_forward_order():
     assert A1.name == "attention.1"
 
 
-def test_count_by_kind():
+def test_count_by_kind_includes_zeros():
     assert count_by_kind([A0, M0, A1]) == {"attention": 2, "mlp": 1}
     assert count_by_kind([]) == {"attention": 0, "mlp": 0}
 

@@ -1,4 +1,4 @@
-"""Schedules against steps that are written out."""
+"""Drop schedules against explicit lists of steps."""
 
 import pytest
 
@@ -15,8 +15,9 @@ from layershed.planning.schedule import DropSchedule
         (DropSchedule(5, every_n_steps=1, rounds=4), (5, 6, 7, 8)),
         (DropSchedule(2, every_n_steps=10, rounds=2), (2, 12)),
     ],
+    ids=str,
 )
-def test_steps(schedule, steps):
+def test_schedule_drops_exactly_at_its_steps(schedule, steps):
     assert schedule.steps == steps
     assert [step for step in range(-5, 300) if schedule.should_drop(step)] == list(steps)
 
@@ -33,14 +34,17 @@ def test_steps(schedule, steps):
         ({"start": 1, "rounds": 3}, r"every_n_steps=None, rounds=3.*needs both"),
         ({"start": 1, "every_n_steps": 5}, r"every_n_steps=5, rounds=1.*needs both"),
     ],
+    ids=str,
 )
-def test_what_has_no_meaning_is_refused(arguments, names):
+def test_invalid_schedule_is_refused(arguments, names):
     with pytest.raises(ScheduleError, match=names):
         DropSchedule(**arguments)
 
 
-@pytest.mark.parametrize("schedule", [DropSchedule(10), DropSchedule(4, every_n_steps=3, rounds=3)])
-def test_the_last_drop_must_leave_a_step_to_train(schedule):
+@pytest.mark.parametrize(
+    "schedule", [DropSchedule(10), DropSchedule(4, every_n_steps=3, rounds=3)], ids=["one-shot", "iterative"]
+)
+def test_schedule_without_training_after_its_last_drop_is_refused(schedule):
     schedule.check_against(11)
     schedule.check_against(1000)
     schedule.check_against(-1)
@@ -49,7 +53,7 @@ def test_the_last_drop_must_leave_a_step_to_train(schedule):
             schedule.check_against(max_steps)
 
 
-def test_a_schedule_is_a_value():
+def test_equal_schedules_compare_and_hash_equal():
     assert DropSchedule(1) == DropSchedule(1)
     assert len({DropSchedule(1), DropSchedule(1), DropSchedule(2)}) == 2
     assert issubclass(ScheduleError, LayershedError)

@@ -1,1 +1,1 @@
-"""Speed and size: measured, predicted, and reached."""
+"""Measures and predicts speed and size, and drops to a target speedup."""

@@ -1,4 +1,4 @@
-"""Dropped models against their dense base, quality beside measured speed: one that is there, or a sweep over drops."""
+"""Compares the quality and measured speed of dropped models, one model or a sweep, with their dense base."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from layershed.recovery.lora import adapted_modules, adapters_off
 from layershed.surgery import bypass, bypassed_sublayers, dense, dropped_sublayers, removed_sublayers, restore
 
 QualityName = Literal["accuracy", "loss", "perplexity"]
-# The dense model where there is no other: without adapters it may have been trained on since the drop.
+# Descriptions of a dense base from the dropped model's weights. Without adapters they may have changed since the drop.
 LIFTED = "the same weights with the bypass lifted"
 TEACHER = f"{LIFTED} and the adapters off"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One dropped model.
+    """Measured speed and quality of one dropped model.
 
     Args:
-        scope: What was ranked in a sweep; None for a model that came as it is.
-        count: How many were dropped in a sweep: blocks with scope ``"block"``, else sublayers.
-        plan: What is dropped.
-        speed: Measured against the dense model.
-        quality: On the held-out text.
+        scope: Scope of the ranking in a sweep; None for a single model.
+        count: Number dropped in a sweep: blocks with scope ``"block"``, else sublayers. None for a single model.
+        plan: The dropped sublayers.
+        speed: Speed against the dense model.
+        quality: Quality on the held-out text.
     """
 
     scope: Scope | None
@@ -53,17 +53,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark found.
+    """Result of a benchmark.
 
     Args:
         model: Name or path of the model.
-        base: Name or path of the dense one, or what else it is.
-        dense: Quality of the dense one.
+        base: Name or path of the dense model, or a description such as ``LIFTED``.
+        dense: Quality of the dense model.
         measurements: One for each dropped model.
-        quality: Which measure of quality is shown, and enters the SDR.
-        ceilings: What this machine can do at most, as measured; what the predicted speedups come from.
-        settings: The options that it ran with.
-        machine: Where it ran.
+        quality: The measure of quality that is shown and enters the SDR.
+        ceilings: This machine's measured ceilings, the basis of the predicted speedups.
+        settings: Options of the benchmark.
+        machine: Description of the machine.
     """
 
     model: str
@@ -76,9 +76,9 @@ class Benchmark:
     machine: Mapping[str, Any]
 
     def degradation(self, measurement: Measurement) -> float:
-        """SDR: points lost per percent of decode speed; NaN if none was measurably gained, or who knows what was lost.
+        """SDR: points lost per percent of decode speed. NaN if no speedup is measurable or the loss is unknown.
 
-        A point is a percent point of accuracy, a hundredth of a nat or of perplexity.
+        A point is a percentage point of accuracy, a hundredth of a nat or a hundredth of perplexity.
         """
         if self.base == LIFTED:
             return math.nan
@@ -86,7 +86,7 @@ class Benchmark:
         return measurement.speed.decode.degradation(-lost if self.quality == "accuracy" else 100 * lost)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain primitives, for JSON."""
+        """Convert the result to plain primitives, for JSON."""
         measurements = [
             {
                 "scope": one.scope,
@@ -102,50 +102,50 @@ class Benchmark:
 
 
 def shown_quality(quality: Quality, name: QualityName) -> float:
-    """The accuracy in percent, the loss in nats, or the perplexity."""
+    """Return the accuracy in percent, the loss in nats or the perplexity."""
     return {"accuracy": 100 * quality.accuracy, "loss": quality.loss, "perplexity": math.exp(quality.loss)}[name]
 
 
 def lifted_base(model: nn.Module) -> str:
-    """What the model is with its bypass lifted and its adapters off."""
+    """Describe the dense base that results from lifting the bypass, with adapters off if there are any."""
     return TEACHER if adapted_modules(find_transformer(model)) else LIFTED
 
 
 def check_comparison(model: nn.Module, base: str | None, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
-    """Refuse, before anything runs, what leaves nothing to compare.
+    """Check that there is something to compare, before anything runs.
 
     Args:
         model: The model.
-        base: The dense one to load, if any.
-        scopes: Of a sweep.
-        counts: Of a sweep; empty for a model that is compared as it is.
+        base: The dense model to load, if any.
+        scopes: Scopes of a sweep.
+        counts: Counts of a sweep; empty to compare the model as it is.
 
     Raises:
-        MeasurementError: If nothing is dropped, or there is no dense model.
-        SelectionError: If a sweep asks for more than there is.
+        MeasurementError: If nothing is dropped, there is no dense model, or a sweep starts from a dropped model.
+        SelectionError: If a sweep names no scope or cannot meet a count.
     """
     gone = dropped_sublayers(model)
     names = ", ".join(sublayer.name for sublayer in gone)
     if counts:
         if gone or base is not None:
-            reason = f"it already lacks {names}" if gone else "is itself the base; leave out base"
+            reason = f"this model already lacks {names}" if gone else "that model is the base. Leave out base"
             raise MeasurementError(f"benchmark: a sweep over counts begins with the dense model, and {reason}.")
         _check_sweep(model, scopes, counts)
     elif base is None and removed_sublayers(model):
         raise MeasurementError(
-            f"benchmark: the model lacks {names}, and their weights are not there to compare with; name the dense "
-            "model that it came from by --base."
+            f"benchmark: there is no dense model to compare with, as the weights of {names} were removed. Give the "
+            "original dense model with --base."
         )
     elif base is None and not gone:
         raise MeasurementError(
-            "benchmark: there is nothing to compare; give a dropped model with --base DENSE, a checkpoint with "
+            "benchmark: there is nothing to compare. Give a dropped model with --base DENSE, a checkpoint with "
             "--ckpt_path FILE, or a dense model with --counts '[2, 4, 8]'."
         )
 
 
 def _check_sweep(model: nn.Module, scopes: Sequence[Scope], counts: Sequence[int]) -> None:
     if not scopes:
-        raise SelectionError("benchmark: scopes is empty; give at least one.")
+        raise SelectionError("benchmark: scopes is empty. Give at least one.")
     equal = equal_scores(find_sublayers(model))
     for scope in scopes:
         for count in counts:
@@ -157,7 +157,7 @@ class Bench:
 
     Args:
         model: The model, or a module that holds it.
-        quality: Measures the quality of what it is given.
+        quality: Function that measures the quality of a model.
         settings: Lengths and numbers of the speed measurement.
         base: The dense model; None for ``model`` with its bypass lifted.
     """
@@ -178,21 +178,21 @@ class Bench:
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """What this machine can do at most, measured when it is first asked for."""
+        """This machine's ceilings, measured on first use."""
         return measure_ceilings(self.transformer.device, self.transformer.dtype)
 
     def dense_quality(self) -> Quality:
-        """Quality of the base."""
+        """Measure the quality of the base."""
         if self.base is not None:
             return self.quality(self.base)
         with ExitStack() as contexts:
             if bypassed_sublayers(self.transformer):
                 contexts.enter_context(dense(self.transformer))
-                contexts.enter_context(adapters_off(self.transformer))  # they were trained for what is left
+                contexts.enter_context(adapters_off(self.transformer))  # they were trained for the dropped model
             return self.quality(self.transformer)
 
     def measure(self, plan: DropPlan, scope: Scope | None = None, count: int | None = None) -> Measurement:
-        """The model as it is now."""
+        """Measure the model in its current state."""
         speed = measure_speed(self.transformer, base=self.base, ceilings=self.ceilings, **asdict(self.settings))
         return Measurement(scope, count, plan, speed, self.quality(self.transformer))
 
@@ -203,10 +203,10 @@ class Bench:
         counts: Sequence[int],
         objective: Objective = "importance",
     ) -> Iterator[Measurement]:
-        """Every scope with every count, one after the other; after each the model is what it was.
+        """Measure every scope with every count, and restore the model after each.
 
         Raises:
-            SelectionError: Before anything is measured, if there is no such objective, or a count cannot be met.
+            SelectionError: If the objective is unknown or a count cannot be met; raised before any measurement.
         """
         check_objective(objective)
         for scope in scopes:
@@ -226,7 +226,7 @@ class Bench:
                 yield measured
 
     def machine(self) -> dict[str, Any]:
-        """Where it runs, and with which versions."""
+        """Describe the machine and the versions of the libraries."""
         return {
             "device": describe_device(self.transformer.device),
             "dtype": str(self.transformer.dtype).removeprefix("torch."),
@@ -243,7 +243,7 @@ def _quality_fields(quality: Quality) -> dict[str, float]:
 
 
 def _speed_fields(speed: SpeedReport) -> dict[str, Any]:
-    """All of a report, with what it only computes."""
+    """Convert a report to primitives, computed properties included."""
     fields = speed.to_dict()
     for name in ("prefill", "decode"):
         phase = getattr(speed, name)

@@ -1,15 +1,17 @@
-"""What a forward pass computes and moves, sublayer by sublayer, from shapes alone: also of a model on the meta device.
+"""Computes the FLOPs and bytes of a forward pass for each sublayer, from shapes alone. Works on the meta device, too.
 
-With m the numbers in a sublayer's matrices, n new tokens a sequence, c tokens in the cache before them, B sequences:
+For B sequences with n new tokens and c cached tokens each, a sublayer whose matrices hold m numbers takes
 
     FLOPs = 2 m B n + 2 B n (c + n) H (d_k + d_v)        products with weights; Q K^T and the mix of the values
     bytes = weights + activations in and out of each matrix + keys and values read and written
 
-H is the number of query heads, d_k and d_v the sizes of a key and a value. The whole n x (c + n) square of attention
-counts, as in torch's FlopCounterMode; a kernel that skips the masked half does less. A sliding window bounds c + n
-while decoding. Of experts each token computes its share (k of E), and a pass reads those that some token takes,
-E (1 - (1 - k/E)^(B n)) on average if all are as likely. Norms, activation functions, rotations and softmax are left
-out.
+H is the number of query heads, d_k and d_v the sizes of a key and a value.
+
+- The whole n x (c + n) square of attention counts, as in torch's FlopCounterMode. A kernel that skips the masked half
+  does less. A sliding window bounds c + n while decoding.
+- Each token computes k of E experts. A pass reads every expert that some token takes: E (1 - (1 - k/E)^(B n)) on
+  average if all are equally likely.
+- Norms, activation functions, rotations and softmax are left out.
 """
 
 from __future__ import annotations
@@ -37,40 +39,40 @@ from layershed.stand_ins.stand_in import RemovedModule
 from layershed.surgery import bypassed_sublayers, stopped_by
 
 _Convolution = nn.Conv1d | nn.Conv2d
-# What configs call the number of experts that a token takes, the library's own standard name first.
+# Names in configs for the number of experts per token, the library's standard name first.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token")
-# What the library calls the matrix that multi-head latent attention turns its cache into keys and values with.
+# The library's name for the matrix that turns the cache of multi-head latent attention into keys and values.
 _EXPANSION = "kv_b_proj"
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """The costs of one forward pass.
+    """Costs of one forward pass.
 
     Args:
-        sublayers: Of every sublayer, bypassed ones included, as if it ran.
-        rest: Of everything else: embeddings, head, and what discovery leaves alone.
+        sublayers: Cost of every sublayer as if it ran, bypassed ones included.
+        rest: Cost of everything else: embeddings, head and all modules outside the sublayers.
     """
 
     sublayers: Mapping[Sublayer, Cost]
     rest: Cost
 
     def without(self, dropped: Collection[Sublayer]) -> list[Cost]:
-        """The pieces of work that remain once ``dropped`` are dropped."""
+        """Return the costs that remain after ``dropped`` are dropped."""
         return [*(cost for sublayer, cost in self.sublayers.items() if sublayer not in dropped), self.rest]
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """Shapes of one attention, read off the model's own cache."""
+    """Shapes of one attention, read from the model's own cache."""
 
     query: int  # H (d_k + d_v)
     kept: int  # bytes in the cache per token
     window: int | None
-    expansion: tuple[int, ...]  # of the matrix that turns what is cached into keys and values, of every key anew
+    expansion: tuple[int, ...]  # shape of the matrix that turns every cached latent into key and value, in every pass
 
     def keys(self, tokens: int, context: int) -> int:
-        """Keys that a new token is compared with; a prompt is compared with all of itself, and masked."""
+        """Count the keys that a new token is compared with. A prompt is compared with all of itself and masked."""
         return context + tokens if self.window is None or tokens > 1 else min(context + tokens, self.window)
 
 
@@ -78,11 +80,11 @@ class _Attention:
 class _Part:
     """Weights and shapes of a sublayer, or of the rest."""
 
-    matrices: int = 0  # numbers that each token is multiplied with
+    matrices: int = 0  # numbers that are multiplied with each token
     activations: int = 0  # numbers in and out of the matrices, per token
     read: int = 0  # bytes of weights that every pass reads
     rows: int = 0  # bytes of the rows that a token takes from embedding tables
-    experts: list[tuple[int, int, float]] = field(default_factory=list)  # numbers, bytes, the share that a token takes
+    experts: list[tuple[int, int, float]] = field(default_factory=list)  # numbers, bytes, share used by a token
     attentions: list[_Attention] = field(default_factory=list)
 
     def cost(self, batch_size: int, tokens: int, context: int, element: int) -> Cost:
@@ -96,28 +98,28 @@ class _Part:
             keys = attention.keys(tokens, context)
             flops += 2.0 * rows * keys * attention.query
             moved += batch_size * (keys + tokens) * attention.kept
-            earlier = batch_size * (keys - tokens)  # the new ones are counted among the matrices
+            earlier = batch_size * (keys - tokens)  # new tokens are counted in matrices
             flops += 2.0 * earlier * math.prod(attention.expansion)
             moved += earlier * sum(attention.expansion) * element
         return Cost(flops, moved)
 
 
 class CostModel:
-    """The costs of any forward pass of a causal language model, from one small probe of it.
+    """Computes the costs of any forward pass of a causal language model, after one small probe of the model.
 
     Args:
-        model: A causal language model, or a module that holds one; on the meta device no weight is needed.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
+        model: A causal language model, or a module that holds one. On the meta device no weight is needed.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
 
     Raises:
-        CostError: If the model is no causal language model, or its shapes do not tell what it computes.
+        CostError: If the model is not a causal language model, or its costs cannot be derived from its shapes.
         LayershedError: As :func:`~layershed.discovery.find.find_sublayers`.
     """
 
     def __init__(self, model: nn.Module, *, name: str | None = None) -> None:
         transformer = find_transformer(model, name=name)
         if not predicts_next_token(transformer):
-            raise CostError(f"CostModel: {type(transformer).__name__} is no causal language model.")
+            raise CostError(f"CostModel: {type(transformer).__name__} is not a causal language model. Use one.")
         self.dropped = bypassed_sublayers(transformer)
         self._name, self._text = type(transformer).__name__, transformer.config.get_text_config()
         self._element = _activation_bytes(transformer)
@@ -128,7 +130,7 @@ class CostModel:
         for module in transformer.modules():
             if isinstance(module, RemovedModule) and module.stand_in.layer_idx is not None:
                 slots.pop(module.stand_in.layer_idx, None)  # a placeholder
-        # what was counted is not counted again: weights that two share are read once
+        # ids of counted parameters, so that shared weights count once
         seen = {id(parameter) for parameter in adapter_parameters(transformer)}
         self._head = self._part(transformer.get_output_embeddings(), seen)
         self._parts: dict[Sublayer, _Part] = {}
@@ -138,17 +140,17 @@ class CostModel:
             if branch.sublayer.kind == "attention":
                 part.attentions = [slots.pop(self._slot(branch, slots))]
             self._parts[branch.sublayer] = part
-        # what waits for an encoder or an image does not run for text
+        # modules for an encoder's output or an image do not run for text
         self._rest = self._part(transformer, seen, ran)
-        self._rest.attentions = list(slots.values())  # what discovery leaves alone
+        self._rest.attentions = list(slots.values())  # attentions outside the sublayers
 
     def of_pass(self, *, batch_size: int, tokens: int, context: int = 0) -> PassCosts:
-        """Costs of one forward pass.
+        """Compute the costs of one forward pass.
 
         Args:
-            batch_size: Sequences.
-            tokens: New tokens of each.
-            context: Tokens of each that are in the KV cache already.
+            batch_size: Number of sequences.
+            tokens: New tokens per sequence.
+            context: Tokens per sequence that are already in the KV cache.
         """
         sizes = (batch_size, tokens, context, self._element)
         head = self._head.cost(batch_size, tokens if self._all_logits else 1, 0, self._element)
@@ -158,27 +160,27 @@ class CostModel:
     def seconds(
         self, ceilings: Ceilings, settings: SpeedSettings, *, dropped: Collection[Sublayer] | None = None
     ) -> tuple[float, float]:
-        """Least time of a prefill and of the cached decoding of all new tokens after it, in seconds.
+        """Return the least seconds of a prefill, and of the cached decoding of all new tokens after it.
 
-        A decoding step in the middle stands for all, as costs grow evenly with what is in the cache.
+        Costs grow evenly with the cache, so the middle decoding step represents all steps.
 
         Args:
-            ceilings: What the machine can do at most.
-            settings: Lengths; the numbers of runs mean nothing here.
-            dropped: Sublayers that do not run; None for those that are bypassed.
+            ceilings: The machine's ceilings.
+            settings: Lengths. The numbers of runs are ignored.
+            dropped: Sublayers that do not run; None for the bypassed sublayers.
         """
         gone = set(self.dropped if dropped is None else dropped)
         prompt, step = (phase.without(gone) for phase in self.passes(settings))
         return ceilings.seconds(prompt), settings.new_tokens * ceilings.seconds(step)
 
     def passes(self, settings: SpeedSettings) -> tuple[PassCosts, PassCosts]:
-        """Costs of the prefill, and of the decoding step in the middle, which stands for all of them."""
+        """Return the costs of the prefill and of the middle decoding step, which represents all steps."""
         prompt = self.of_pass(batch_size=settings.batch_size, tokens=settings.prompt_tokens)
         middle = settings.prompt_tokens + (settings.new_tokens - 1) // 2
         return prompt, self.of_pass(batch_size=settings.batch_size, tokens=1, context=middle)
 
     def kv_bytes(self, *, batch_size: int, tokens: int, dropped: Collection[Sublayer] | None = None) -> int:
-        """Bytes of the KV cache that holds so many tokens of each sequence; arguments as of :meth:`seconds`."""
+        """Return the bytes of a KV cache with ``tokens`` tokens per sequence; ``dropped`` as in :meth:`seconds`."""
         gone = set(self.dropped if dropped is None else dropped)
         parts = [*(part for sublayer, part in self._parts.items() if sublayer not in gone), self._rest]
         held = (
@@ -189,7 +191,7 @@ class CostModel:
         return batch_size * sum(held)
 
     def _slots(self, transformer: PreTrainedModel, cache: object) -> dict[int, _Attention]:
-        """The attentions that the model's own cache holds keys and values of, or the latents of both."""
+        """Find the attentions whose keys and values, or latents of both, are in the model's cache, by cache slot."""
         heads = getattr(self._text, "num_attention_heads", None)
         expansions = {
             getattr(module, "layer_idx", None): weight_shape(module.get_submodule(_EXPANSION).weight)
@@ -202,13 +204,13 @@ class CostModel:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
                 if not isinstance(heads, int):
-                    raise CostError(f"CostModel: the config of {self._name} does not say how many heads it has.")
+                    raise CostError(f"CostModel: the config of {self._name} lacks num_attention_heads. Add it.")
                 query = heads * (keys.shape[-1] + values.shape[-1])
-                # as the cache holds them, which under autocast is not what the matrices put out; fake ones tell nothing
+                # under autocast the cache may hold another dtype than the matrices return; fake tensors hide that
                 size = self._element if isinstance(keys, FakeTensor) else keys.element_size()
                 kept = size * (keys.shape[1] * keys.shape[-1] + values.shape[1] * values.shape[-1])
                 expansion = expansions.get(slot, (0, 0))
-                query += expansion[0] - heads * expansion[1]  # the latent gives way to what it becomes
+                query += expansion[0] - heads * expansion[1]  # keys and values instead of the latent
                 found[slot] = _Attention(query, kept, getattr(layer, "sliding_window", None), expansion)
         return found
 
@@ -216,8 +218,8 @@ class CostModel:
         slot = next((s.layer_idx for _, s in branch.stand_ins if s.layer_idx is not None), None)
         if slot is None or slot not in slots:
             raise CostError(
-                f"CostModel: {branch.sublayer.name} of {self._name} has no keys and values in the cache, so that its "
-                "costs cannot be told."
+                f"CostModel: the costs of {branch.sublayer.name} of {self._name} are unknown, as it has no keys and "
+                "values in the cache. Measure its speed instead."
             )
         return slot
 
@@ -250,8 +252,8 @@ class CostModel:
         taken = next((k for name in _TOP_K if isinstance(k := getattr(self._text, name, None), int)), None)
         if taken is None:
             raise CostError(
-                f"CostModel: {self._name} has a stack of {shape[0]} experts, and its config does not say how many of "
-                "them a token takes."
+                f"CostModel: the costs of the {shape[0]} experts of {self._name} are unknown, as its config lacks the "
+                f"number of experts per token. Add {_TOP_K[0]} to the config."
             )
         share = min(1.0, taken / shape[0])
         part.experts.append((math.prod(shape) if len(shape) == 3 else 0, parameter.nbytes, share))
@@ -260,7 +262,7 @@ class CostModel:
 
 @contextmanager
 def _noting_runs(transformer: nn.Module) -> Iterator[set[nn.Module]]:
-    """Within the context every module that runs is added to the set that it hands out."""
+    """Yield a set that collects every module that runs within the context."""
     ran: set[nn.Module] = set()
     with ExitStack() as hooks:
         for module in transformer.modules():
@@ -269,7 +271,7 @@ def _noting_runs(transformer: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def _activation_bytes(transformer: PreTrainedModel) -> int:
-    """Bytes of one number in activations and cache."""
+    """Return the bytes of one number in activations and cache."""
     device = transformer.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device).itemsize

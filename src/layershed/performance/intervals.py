@@ -1,4 +1,4 @@
-"""Medians with their uncertainty. Pure: no torch, the same answer every time."""
+"""Medians with their 95 % intervals. Deterministic, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _RESAMPLES = 2000
-# Of fewer values no interval holds the median with 95 %: all are above it, or all below, with 2 * 0.5**n.
+# With fewer values no interval reaches 95 %: all lie on one side of the median with probability 2 * 0.5**n.
 ENOUGH = 6
 
 
@@ -18,11 +18,11 @@ class Interval:
     """A median with its 95 % interval.
 
     Args:
-        median: Of the values.
+        median: Median of the values.
         low: Lower end.
         high: Upper end.
-        values: How many there were; None if that is not said. Below six, the ends are those of the values, and hold the
-            median less often.
+        values: Number of values; None if unknown. Below six, the ends are the lowest and highest value, and the
+            interval holds the median less often.
     """
 
     median: float
@@ -32,17 +32,17 @@ class Interval:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether there were enough values for 95 %."""
+        """True if there were enough values for 95 %."""
         return self.values is None or self.values >= ENOUGH
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """Median with its 95 % interval, always the same: the percentile bootstrap, widened where it is too narrow.
+    """Compute the median and its 95 % interval: a deterministic percentile bootstrap, widened if it is too narrow.
 
-    Of few values the bootstrap (Efron and Tibshirani 1993, chapter 13) of a median holds it too seldom, of seven with
-    87 %. So the interval is never narrower than from the k-th lowest to the k-th highest value, with the largest k for
-    which 2 P(Bin(n, 1/2) < k) <= 5 %, which holds it with 95 % whatever the distribution (David and Nagaraja 2003,
-    section 7.1).
+    With few values the bootstrap interval (Efron and Tibshirani 1993, chapter 13) holds the median too seldom: with
+    seven values in 87 % of cases. The interval therefore reaches at least from the k-th lowest to the k-th highest
+    value, with the largest k for which 2 P(Bin(n, 1/2) < k) <= 5 %. That holds the median with 95 % for every
+    distribution (David and Nagaraja 2003, section 7.1).
 
     Args:
         values: Measurements, at least one.

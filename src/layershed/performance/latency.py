@@ -1,4 +1,4 @@
-"""How long each sublayer takes, measured where it runs."""
+"""Measures the time of each sublayer inside real forward passes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from layershed.surgery import stopped_by
 
 @dataclass(frozen=True)
 class Latency:
-    """How long a forward pass takes, and how much of it is each sublayer's.
+    """Time of a forward pass, in total and by sublayer.
 
     Args:
-        sublayers: Seconds per pass by sublayer: of the modules that no longer run once it is dropped.
+        sublayers: Seconds per pass by sublayer. They cover the modules that do not run once the sublayer is dropped.
         total: Seconds per pass of the whole model.
     """
 
@@ -50,23 +50,23 @@ def measure_latency(
 ) -> Latency:
     """Time every sublayer of the dense model inside real forward passes.
 
-    What is bypassed runs meanwhile, adapters are off, and a compiled model runs eagerly, as in compiled code no
-    sublayer has a beginning and an end. On CUDA the marks are events in the stream, so that nothing waits for them.
+    Bypassed sublayers run during the measurement, and adapters are off. A compiled model runs eagerly, as compiled code
+    has no boundaries between sublayers. On CUDA the marks are events in the stream, so nothing waits for them.
 
     Args:
         model: A causal language model, or a module that holds one.
-        phase: ``"prefill"``, one pass over the prompt, or ``"decode"``, a cached one-token step.
+        phase: ``"prefill"`` (one pass over the prompt) or ``"decode"`` (a cached one-token step).
         prompt_tokens: Tokens per prompt.
         new_tokens: Tokens decoded one at a time.
-        batch_size: Sequences at once.
-        runs: Number of runs; the median over them counts.
-        warmup: Runs that go first and are not counted.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
-        clock: For tests; None for that of the device.
+        batch_size: Sequences per run.
+        runs: Number of runs. The result is their median.
+        warmup: Number of uncounted runs before them.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
+        clock: Clock for tests; None for the clock of the device.
 
     Raises:
-        UnknownNameError: If there is no such phase.
-        MeasurementError: If a number is below 1, or the model has no place for that many tokens.
+        UnknownNameError: If the phase is unknown.
+        MeasurementError: If a number is too low, or the tokens exceed the model's positions.
     """
     check_phase(phase)
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
@@ -88,7 +88,7 @@ def measure_latency(
 
 
 class _Recorder:
-    """Marks the begin and the end of every module that a bypass would stop."""
+    """Marks the start and the end of every module that a bypass would stop."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -96,11 +96,11 @@ class _Recorder:
         self._begun: dict[nn.Module, Any] = {}
 
     def run(self, stopwatch: Stopwatch, phase: Phase) -> tuple[dict[Sublayer, float], float]:
-        """Seconds of each sublayer in a phase, and of the whole phase."""
+        """Run a phase and return the seconds of each sublayer and of the whole phase."""
         output = None
         if phase == "decode":
             output, done = stopwatch.prefill(), self.clock.mark()
-            self.clock.seconds(done, done)  # waits for it
+            self.clock.seconds(done, done)  # waits for the prefill
         self._marks.clear()
         start = self.clock.mark()
         if output is None:
@@ -116,14 +116,14 @@ class _Recorder:
 
     @contextmanager
     def attached(self, transformer: PreTrainedModel) -> Iterator[None]:
-        """Within the context the modules are watched."""
+        """Watch the modules within the context."""
         branches = dissect(transformer).branches
         with ExitStack() as hooks:
             for branch in branches:
                 paths = sorted(path for path, _ in stopped_by(branches, {branch.sublayer}))
                 for path in paths:
                     if any(path.startswith(f"{outer}.") for outer in paths):
-                        continue  # it runs inside another one that is watched
+                        continue  # it runs inside another watched module
                     module = transformer.get_submodule(path)
                     end = partial(self._end, branch.sublayer)
                     hooks.callback(module.register_forward_pre_hook(self._begin).remove)

@@ -1,4 +1,4 @@
-"""How many weights a model computes with, and how large they are: of quantized ones what they stand for."""
+"""Counts the weights that a model computes with, and their bytes. Quantized weights count unpacked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class WeightSizes:
     """Sizes of a model without what is dropped and without adapters.
 
     Args:
-        parameters: Number of weights; of a packed 4-bit one those that it stands for.
-        bytes: Bytes of the weights and of what is saved beside them, which is a safetensors file but for its header.
+        parameters: Number of weights. A packed 4-bit tensor counts with its unpacked weights.
+        bytes: Bytes of the weights and of the buffers saved beside them: a safetensors file without its header.
     """
 
     parameters: int
@@ -26,11 +26,11 @@ class WeightSizes:
 
 
 def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes:
-    """Sizes of what a model computes with; a weight that two modules share counts once.
+    """Measure the sizes of the weights that a model computes with. Shared weights count once.
 
     Args:
         transformer: The transformer itself.
-        lifted: Count what is bypassed, too.
+        lifted: Also count bypassed sublayers.
     """
     gone = set() if lifted else dropped_parameter_names(transformer)
     adapters = {id(parameter) for parameter in adapter_parameters(transformer)}
@@ -49,12 +49,12 @@ def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes
 
 
 def weight_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a weight; of a packed 4-bit one that of the weight that it stands for."""
+    """Return the shape of a weight; for a packed 4-bit weight its unpacked shape."""
     return tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
 def adapter_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of LoRA adapters, which cost nothing once they are merged."""
+    """Yield the weights of LoRA adapters, which cost nothing after merging."""
     for layer in adapted_modules(transformer).values():
         for name, parameter in layer.named_parameters():
             if not name.startswith("base_layer."):

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the allocator's own figure on a GPU, every tensor counted on a CPU."""
+"""Measures the peak memory of a piece of work: by the allocator on a GPU, by counting tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def watching_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Within the context, the call that it hands out tells the peak of what was allocated since it began, in bytes.
+    """Yield a function that returns the peak of the bytes allocated since the context began.
 
-    Exact and repeatable, unlike a process's resident memory, which includes what the allocator keeps for later. On a
-    CPU the work runs more slowly meanwhile, and what a kernel allocates for itself alone is not seen.
+    The peak is exact and repeatable. A process's resident memory is not, as the allocator keeps freed memory. On a CPU
+    the work runs more slowly within the context, and a kernel's own temporary memory is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -31,7 +31,7 @@ def watching_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of every storage from the operation that makes it until nothing holds it any more."""
+    """Counts the bytes of every storage from its creation until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Allocations(TorchDispatchMode):
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for storage in {storage._cdata: storage for storage in _storages(result)}.values():
-            if storage._cdata not in given:  # else a view of an argument, or the argument written over
+            if storage._cdata not in given:  # else a view of an argument, or the argument itself, changed in place
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self._now)

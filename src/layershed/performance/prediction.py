@@ -1,6 +1,6 @@
-"""What theory predicts of a drop, from shapes alone: sizes, KV cache, and the least time on a machine.
+"""Predicts the effect of a drop from shapes alone: sizes, KV cache and the least time on a machine.
 
-A skeleton on the meta device is enough, so that a model which fits nowhere here can be planned for.
+A skeleton on the meta device is enough, so the model need not fit on this machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Part = Kind | Literal["rest"]
 
 @dataclass(frozen=True)
 class PredictedPhase:
-    """The least time of one phase.
+    """Least time of one phase.
 
     Args:
-        seconds: Of the prefill, or of one decoding step.
-        tokens_per_s: Tokens of all sequences in that time.
-        bound: What takes most of it: computing, or moving weights and cache from and to memory.
+        seconds: Seconds of the prefill, or of one decoding step.
+        tokens_per_s: Tokens per second over all sequences.
+        bound: The part that takes most of the time: ``"compute"``, or ``"memory"`` for moving weights and cache.
     """
 
     seconds: float
@@ -45,15 +45,15 @@ class PredictedPhase:
 
 @dataclass(frozen=True)
 class PredictedSide:
-    """What theory says of one of the two, the dense model or the dropped one.
+    """Prediction for one side, the dense or the dropped model.
 
     Args:
-        parameters: Weights that it computes with.
-        weight_bytes: Their bytes.
-        kv_bytes: Bytes of the KV cache once every sequence has its prompt and all new tokens.
+        parameters: Number of weights that the model computes with.
+        weight_bytes: Bytes of these weights.
+        kv_bytes: Bytes of the KV cache after the prompt and all new tokens of every sequence.
         prefill: The prefill.
         decode: A cached decoding step in the middle of the new tokens.
-        work: FLOPs and bytes of that step by kind of sublayer, and of the ``"rest"``, for one token of one sequence.
+        work: FLOPs and bytes of that step for one token of one sequence, by kind of sublayer and for the ``"rest"``.
     """
 
     parameters: int
@@ -64,24 +64,24 @@ class PredictedSide:
     work: Mapping[Part, Cost]
 
     def devices(self, memory: float) -> int:
-        """The least number of devices whose memory holds weights and cache; activations come on top."""
+        """Return the least number of devices whose memory holds weights and cache. Activations are not counted."""
         return math.ceil((self.weight_bytes + self.kv_bytes) / memory)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What :func:`predict` found.
+    """Result of :func:`predict`.
 
     Args:
         dense: The dense model.
-        dropped: The model without what ``plan`` drops.
-        plan: What is dropped.
-        dtype: Of the weights and the cache, such as ``"bfloat16"``.
-        batch_size: Sequences at once.
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens decoded after it.
-        ceilings: What the machine can do at most. Times are of one device, also where it takes several to hold it.
-        uniform: Whether all sublayers of a kind cost the same, so that it does not matter which ones go.
+        dropped: The model without the sublayers of ``plan``.
+        plan: The dropped sublayers.
+        dtype: Type of the weights and the cache, such as ``"bfloat16"``.
+        batch_size: Number of sequences.
+        prompt_tokens: Tokens per prompt.
+        new_tokens: Decoded tokens per sequence.
+        ceilings: The machine's ceilings. Times are those of one device, even if the model needs several.
+        uniform: True if all sublayers of a kind cost the same, so that only their number matters.
     """
 
     dense: PredictedSide
@@ -96,16 +96,16 @@ class Prediction:
 
     @property
     def prefill_speedup(self) -> float:
-        """Dropped over dense."""
+        """Prefill speed, dropped over dense."""
         return self.dense.prefill.seconds / self.dropped.prefill.seconds
 
     @property
     def decode_speedup(self) -> float:
-        """Dropped over dense."""
+        """Decode speed, dropped over dense."""
         return self.dense.decode.seconds / self.dropped.decode.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain primitives, for JSON."""
+        """Convert the prediction to plain primitives, for JSON."""
         sides = {}
         for name in ("dense", "dropped"):
             side: PredictedSide = getattr(self, name)
@@ -123,19 +123,18 @@ def predict(
     *,
     name: str | None = None,
 ) -> Prediction:
-    """What a drop changes in theory, by the roofline model.
+    """Predict the effect of a drop by the roofline model. The model is not changed.
 
     Args:
-        model: A causal language model, or a module that holds one; on the meta device no weight is needed. It is
-            left as it was.
-        plan: What would be dropped; None for what is bypassed. What is bypassed counts as dropped in either case.
-        ceilings: What the machine can do at most.
-        settings: Lengths; the numbers of runs mean nothing here.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
+        model: A causal language model, or a module that holds one. On the meta device no weight is needed.
+        plan: The sublayers to drop; None for the bypassed ones. Bypassed sublayers count as dropped in either case.
+        ceilings: The machine's ceilings.
+        settings: Lengths. The numbers of runs are ignored.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
 
     Raises:
-        CostError: If the model's shapes do not tell what it computes.
-        LayershedError: If the plan does not fit the model, or the tokens do not fit its positions.
+        CostError: If the model's costs cannot be derived from its shapes.
+        LayershedError: If the plan does not fit the model, or the tokens exceed its positions.
     """
     transformer = settings.check(find_transformer(model, name=name))
     before = bypassed_sublayers(transformer)
@@ -165,23 +164,23 @@ def predict(
 def deepest_sublayers(
     sublayers: Iterable[Sublayer], scope: Scope, *, count: int | None = None, ratio: float | None = None
 ) -> DropPlan:
-    """A plan without importances, for a skeleton, which has none: the deepest sublayers go first.
+    """Build a plan that drops the deepest sublayers, for a skeleton, which has no importances.
 
-    In most models costs do not depend on which ones of a kind go, only on how many (:attr:`Prediction.uniform`).
+    In most models costs depend only on the number dropped of each kind (:attr:`Prediction.uniform`).
 
     Args:
-        sublayers: Of the model.
-        scope: What goes: one kind, or whole blocks. With ``"joint"`` the importances decide how many of which kind go.
-        count: How many to drop; or
-        ratio: which share of the candidates.
+        sublayers: The sublayers of the model.
+        scope: One kind or ``"block"``. ``"joint"`` is refused, as it needs importances.
+        count: Number to drop. Give count or ratio.
+        ratio: Share of the candidates to drop.
 
     Raises:
         SelectionError: With scope ``"joint"``, and as :func:`~layershed.planning.selection.select_sublayers`.
     """
     if scope == "joint":
         raise SelectionError(
-            "scope='joint': how many of each kind go is decided by importances, and a skeleton has none; give a "
-            "drop_plan.json that a run wrote by --plan, or a scope of one kind."
+            "scope='joint': the number of each kind is decided by importances, and a skeleton has none. Give the "
+            "drop_plan.json of a run with --plan, or a scope of one kind."
         )
     by_depth = {sublayer: -float(sublayer.block) for sublayer in sublayers}
     blocks = {sublayer.block: -float(sublayer.block) for sublayer in by_depth}
@@ -190,20 +189,20 @@ def deepest_sublayers(
 
 
 def plan_of(sublayers: Iterable[Sublayer], scope: Scope = "joint") -> DropPlan:
-    """A plan without scores."""
+    """Build a plan without scores."""
     return DropPlan(tuple(Drop(sublayer) for sublayer in sublayers), scope)
 
 
 def ceilings_of(name: str, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The ceilings of an accelerator by its name, or of this machine.
+    """Return the published ceilings of an accelerator, or the measured ceilings of this machine.
 
     Args:
-        name: A key of ``ACCELERATORS``, in any case, or ``"this"``, whose ceilings are measured.
-        device: What is measured.
-        dtype: Of the matrices that are multiplied.
+        name: A key of ``ACCELERATORS``, in upper or lower case, or ``"this"`` to measure this machine.
+        device: The device to measure.
+        dtype: Type of the matrices in the measurement.
 
     Raises:
-        UnknownNameError: If it is neither.
+        UnknownNameError: If the name is unknown.
     """
     known = name.lower()  # vendors write A100
     if known != "this":

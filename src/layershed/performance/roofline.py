@@ -1,4 +1,4 @@
-"""What a machine can do at most, and how long work must take at least: the roofline model.
+"""The roofline model: a machine's ceilings, and the least time of work under them.
 
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures",
 Communications of the ACM 52(4), 2009.
@@ -17,7 +17,7 @@ from layershed.errors import UnknownNameError
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stretch of work takes.
+    """Cost of a piece of work.
 
     Args:
         flops: Floating-point operations; a multiply-add is two.
@@ -33,14 +33,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine can do at most.
+    """Highest rates of a machine.
 
     Args:
-        name: Its name.
-        flops: Dense matrix products, in FLOP/s.
-        bandwidth: Of its main memory, in bytes/s.
-        source: Where the figures come from.
-        memory: Bytes of its main memory; None if that is not said.
+        name: Name of the machine.
+        flops: Rate of dense matrix products, in FLOP/s.
+        bandwidth: Bandwidth of the main memory, in bytes/s.
+        source: Source of the figures.
+        memory: Bytes of the main memory; None if unknown.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Ceilings:
     memory: float | None = None
 
     def seconds(self, costs: Iterable[Cost]) -> float:
-        """Least time for pieces of work done one after the other: max(flops / ceiling, bytes / ceiling) of each."""
+        """Return the least seconds of consecutive pieces of work: the sum of max(flops / ceiling, bytes / ceiling)."""
         return sum(max(cost.flops / self.flops, cost.bytes / self.bandwidth) for cost in costs)
 
 
 def _accelerator(name: str, teraflops: float, gigabytes_per_s: float, gigabytes: float, source: str) -> Ceilings:
-    # memory is sold in binary gigabytes, unlike its bandwidth
+    # memory sizes are in binary gigabytes, bandwidths in decimal ones
     return Ceilings(name, teraflops * 1e12, gigabytes_per_s * 1e9, source, gigabytes * 2**30)
 
 
-# Dense BF16 tensor-core rates with FP32 accumulation (FP16 on the V100), without sparsity; vendors' own figures.
+# Dense BF16 tensor-core rates with FP32 accumulation (FP16 on the V100), without sparsity; figures of the vendors.
 ACCELERATORS: dict[str, Ceilings] = {
     "v100": _accelerator("NVIDIA V100 SXM2 32 GB", 125, 900, 32, "NVIDIA V100 datasheet, January 2020"),
     "a100": _accelerator("NVIDIA A100 SXM 80 GB", 312, 2039, 80, "NVIDIA A100 datasheet, June 2021"),
@@ -74,13 +74,13 @@ ACCELERATORS: dict[str, Ceilings] = {
 
 
 def accelerator(name: str) -> Ceilings:
-    """The published ceilings of a common accelerator.
+    """Return the published ceilings of a common accelerator.
 
     Args:
         name: A key of ``ACCELERATORS``, such as ``"a100"``.
 
     Raises:
-        UnknownNameError: If it is none.
+        UnknownNameError: If the name is unknown.
     """
     if name not in ACCELERATORS:
         raise UnknownNameError("accelerator", name, ACCELERATORS)
@@ -94,22 +94,21 @@ def measure_ceilings(
     anew: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ceilings:
-    """The ceilings of this machine, from short matrix products and short copies.
+    """Measure the ceilings of this machine with short matrix products and short copies.
 
-    - Products and copies start small. Their size doubles as long as three of the next size fit into the time that is
-      left: 0.2 s for the products, 0.1 s for the copies. The rest of the time repeats the last size.
-    - The ceiling of computing is the best rate of all products. The ceiling of the memory is the best rate of the
-      largest copies alone, as small ones stay in the processor's caches.
-    - A device with a queue works through 20 of each between two readings of the clock, so that the way there and back
-      does not count.
-    - What was measured is kept for the process, by device, dtype and number of CPU threads.
+    - Products and copies start small. Their size doubles while three of the next size fit into the remaining time, of
+      0.2 s for the products and 0.1 s for the copies. The rest of the time repeats the last size.
+    - The compute ceiling is the best rate of all products. The memory ceiling is the best rate of the largest copies
+      alone, as small ones stay in the processor's caches.
+    - A device with a queue runs 20 pieces of work between two readings of the clock, so that latency does not count.
+    - The result is cached for the process, by device, dtype and number of CPU threads.
 
     Args:
         device: The device to measure.
-        dtype: Of the matrices. Under autocast on this device they are of its type.
+        dtype: Type of the matrices. Autocast on this device overrides it.
         anew: Measure again. Needed after a change that this function cannot see, such as a new precision of float32
             products (TF32).
-        clock: Returns seconds; for tests. What one clock measured is not given to another.
+        clock: Function that returns seconds, for tests. Each clock has its own cached result.
     """
     device = torch.empty(0, device=device).device  # with its index
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
@@ -125,15 +124,15 @@ _MEASURED: dict[tuple[torch.device, torch.dtype, int | None, Callable[[], float]
 
 @dataclass(frozen=True)
 class _Work:
-    """Work that can be done in any size.
+    """Work of variable size.
 
     Args:
-        prepare: From a size to the work of that size.
-        amount: From a size to the FLOPs or bytes of one piece of work.
+        prepare: Function from a size to the work of that size.
+        amount: Function from a size to the FLOPs or bytes of one piece of work.
         smallest: The size to start with.
         largest: The size to stop at.
-        growth: How much longer twice the size takes.
-        seconds: The time for all sizes together.
+        growth: Factor of the time when the size doubles.
+        seconds: Time for all sizes together.
     """
 
     prepare: Callable[[int], Callable[[], object]]
@@ -154,7 +153,7 @@ def _measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float
 
     def copy_of(size: int) -> Callable[[], object]:
         source = torch.ones(size, dtype=torch.uint8, device=device)
-        target = source.clone()  # its pages are there before the first copy
+        target = source.clone()  # allocates its pages before the first copy
         return lambda: target.copy_(source)
 
     def timed(work: Callable[[], object]) -> float:
@@ -181,20 +180,20 @@ def _measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float
 
 
 _QUEUED = 20
-_REPEATS = 3  # of the next size must fit
+_REPEATS = 3  # pieces of the next size that must fit
 
 
 def _rates(work: _Work, timed: Callable[[Callable[[], object]], float], clock: Callable[[], float]) -> dict[int, float]:
-    """The best rate by size, in FLOP/s or bytes/s, of every size that fits into the time."""
+    """Return the best rate, in FLOP/s or bytes/s, of every size that fits into the time."""
     size, piece = work.smallest, work.prepare(work.smallest)
-    timed(piece)  # the first product on a device loads its libraries, which is no part of the time
+    timed(piece)  # not counted, as the first product on a device loads its libraries
     rates: dict[int, float] = {}
     begin = clock()
     while True:
         start = clock()
         seconds = timed(piece)
         rates[size] = max(rates.get(size, 0.0), work.amount(size) / seconds)
-        one = clock() - start  # with all that a queue holds
+        one = clock() - start  # a whole queue of them
         left = work.seconds - (clock() - begin)
         if size < work.largest and _REPEATS * work.growth * one <= left:
             size *= 2

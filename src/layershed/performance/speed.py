@@ -1,13 +1,11 @@
-"""Measured speed: dense against dropped, interleaved in one process, prefill and cached decode apart."""
+"""Measures speed, dense against dropped, interleaved in one process, with prefill and cached decode apart."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,12 +14,12 @@ from transformers import PreTrainedModel
 from layershed.discovery.find import find_transformer
 from layershed.discovery.probe import eager, evaluating
 from layershed.errors import LayershedError, MeasurementError
-from layershed.formatting import short_bytes, short_count, short_number
 from layershed.performance.costs import CostModel
 from layershed.performance.intervals import Interval, bootstrap_interval
 from layershed.performance.model_size import WeightSizes, weight_sizes
 from layershed.performance.peak_memory import watching_memory
 from layershed.performance.roofline import Ceilings, measure_ceilings
+from layershed.performance.speed_report import PhaseSpeed, SpeedReport, speedup_degradation_ratio
 from layershed.performance.stopwatch import (
     SpeedSettings,
     Stopwatch,
@@ -34,152 +32,8 @@ from layershed.performance.stopwatch import (
 from layershed.recovery.lora import adapters_off
 from layershed.surgery import bypassed_sublayers, dense
 
-
-@dataclass(frozen=True)
-class PhaseSpeed:
-    """Speed of one phase, prefill or decode.
-
-    Args:
-        dense: Tokens per second of the dense model, median over runs.
-        dropped: Tokens per second of the dropped model, median over runs.
-        speedup: dropped over dense, from the paired runs.
-        predicted: The speedup that the roofline model predicts from this machine's ceilings; None if the costs of the
-            model could not be told.
-        dense_spread: ``dense`` with its interval.
-        dropped_spread: ``dropped`` with its interval.
-    """
-
-    dense: float
-    dropped: float
-    speedup: Interval
-    predicted: float | None = None
-    dense_spread: Interval | None = field(default=None, compare=False)
-    dropped_spread: Interval | None = field(default=None, compare=False)
-
-    @property
-    def measurable(self) -> bool:
-        """Whether there were enough runs for a 95 % interval of the speedup, and it excludes 1."""
-        return self.speedup.trustworthy and not self.speedup.low <= 1 <= self.speedup.high
-
-    @property
-    def measured_over_predicted(self) -> float | None:
-        """The measured speedup over the predicted one; None without a prediction."""
-        return None if self.predicted is None else self.speedup.median / self.predicted
-
-    def degradation(self, points_lost: float) -> float:
-        """SDR of so many points, as :func:`speedup_degradation_ratio`; NaN where no speedup is measurable."""
-        return speedup_degradation_ratio(points_lost, self.speedup.median) if self.measurable else math.nan
-
-    def __str__(self) -> str:
-        """In one line."""
-        speedup = f"x{self.speedup.median:.2f} [{self.speedup.low:.2f}, {self.speedup.high:.2f}]"
-        if self.predicted is not None:
-            speedup += f", x{self.predicted:.2f} in theory"
-        doubt = "" if self.measurable else "no measurable speedup, "
-        return f"{short_number(self.dense)} -> {short_number(self.dropped)} tokens/s, {doubt}{speedup}"
-
-
-@dataclass(frozen=True)
-class SpeedReport:
-    """What :func:`measure_speed` measured.
-
-    Args:
-        prefill: Speed over the prompt.
-        decode: Speed of cached one-token steps.
-        parameters_dense: Number of parameters of the dense model.
-        parameters_dropped: Number of parameters that the dropped model computes with.
-        kv_bytes_dense: Bytes of the dense model's KV cache per token and sequence, read off the real cache.
-        kv_bytes_dropped: The same of the dropped model.
-        file_bytes_dense: Bytes of the dense model's saved weights, but for the header of the file.
-        file_bytes_dropped: The same of what is left of them.
-        peak_memory_dense: Bytes of the dense model's weights and of the most that a prefill and the decoding after it
-            allocate beside them.
-        peak_memory_dropped: The same of the dropped model, its dropped weights not counted.
-        runs: Number of paired runs.
-        batch_size: Sequences per run.
-        prompt_tokens: Tokens per prompt.
-        new_tokens: Decoded tokens per run.
-        device: Such as ``"cpu (2 threads)"`` or ``"NVIDIA H100"``.
-    """
-
-    prefill: PhaseSpeed
-    decode: PhaseSpeed
-    parameters_dense: int
-    parameters_dropped: int
-    kv_bytes_dense: float
-    kv_bytes_dropped: float
-    file_bytes_dense: int
-    file_bytes_dropped: int
-    peak_memory_dense: int
-    peak_memory_dropped: int
-    runs: int
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
-    device: str
-
-    @property
-    def prefill_ms(self) -> tuple[float, float]:
-        """Milliseconds until the prompt is read, dense and dropped."""
-        tokens = 1000 * self.batch_size * self.prompt_tokens
-        return tokens / self.prefill.dense, tokens / self.prefill.dropped
-
-    @property
-    def decode_ms(self) -> tuple[float, float]:
-        """Milliseconds per decoded token of a sequence, dense and dropped."""
-        return 1000 * self.batch_size / self.decode.dense, 1000 * self.batch_size / self.decode.dropped
-
-    def __str__(self) -> str:
-        """In a few lines, the dense model first."""
-        file, memory = (
-            f"{short_bytes(dense)} -> {short_bytes(dropped)}"
-            for dense, dropped in (
-                (self.file_bytes_dense, self.file_bytes_dropped),
-                (self.peak_memory_dense, self.peak_memory_dropped),
-            )
-        )
-        lines = (
-            f"prefill: {self.prefill}",
-            f"decode: {self.decode}",
-            f"parameters: {short_count(self.parameters_dense)} -> {short_count(self.parameters_dropped)}",
-            f"file: {file}",
-            f"peak memory: {memory}",
-            f"KV cache per token: {self.kv_bytes_dense:,.0f} -> {self.kv_bytes_dropped:,.0f} bytes",
-            f"{self.runs} pairs, {self.batch_size} x {self.prompt_tokens} + {self.new_tokens} tokens, {self.device}",
-        )
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain primitives, for JSON and for checkpoints."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SpeedReport:
-        """The inverse of :meth:`to_dict`."""
-        phases = {}
-        for name in ("prefill", "decode"):
-            fields = content[name]
-            intervals = {key: Interval(**value) for key, value in fields.items() if isinstance(value, dict)}
-            phases[name] = PhaseSpeed(**{**fields, **intervals})
-        return cls(**{**content, **phases})
-
-
-def speedup_degradation_ratio(points_lost: float, speedup: float) -> float:
-    r"""SDR :math:`\gamma = \Delta\mathrm{avg} / \Delta\mathrm{speedup}` of arXiv 2406.15786.
-
-    Args:
-        points_lost: Points of the average score lost, in percent (68.2 -> 65.8 is 2.4).
-        speedup: Dropped over dense, such as 1.11.
-
-    Returns:
-        Points lost per percent of speed gained; lower is better, negative where quality rose. NaN without a gain.
-
-    Example:
-        >>> round(speedup_degradation_ratio(68.2 - 65.8, 1.11), 2)
-        0.22
-    """
-    gained = (speedup - 1) * 100
-    return points_lost / gained if gained > 0 else float("nan")
+# The results are defined in speed_report and exported here, beside the function that returns them.
+__all__ = ["Interval", "PhaseSpeed", "SpeedReport", "measure_speed", "speedup_degradation_ratio"]
 
 
 def measure_speed(
@@ -195,34 +49,36 @@ def measure_speed(
     ceilings: Ceilings | None = None,
     clock: Callable[[], float] | None = None,
 ) -> SpeedReport:
-    """Speed of the dropped model against the dense one: the same weights with the bypass lifted, or another model.
+    """Measure the speed of the dropped model against the dense one: its own weights without the bypass, or ``base``.
 
-    Dense and dropped alternate in one process (A B A B ...), in eval mode without gradients, so that whatever else the
-    machine does hits both. The speedup is the median over the pairs, with a 95 % bootstrap interval, which takes at
-    least six runs. On CUDA the marks are events. Recovery adapters are off on both sides, as if they were
-    merged; of a quantized model both sides are quantized. Under ``torch.autocast``, or of a compiled model, what is
-    measured is that; give a compiled one enough warm-up.
+    - Dense and dropped alternate in one process (A B A B ...), in eval mode without gradients. Other load on the
+      machine therefore affects both.
+    - The speedup is the median over the pairs, with a 95 % bootstrap interval. The interval needs at least six runs.
+    - On CUDA the marks are events.
+    - Recovery adapters are off on both sides, as merged adapters cost nothing. Both sides of a quantized model are
+      quantized.
+    - Compiled code and ``torch.autocast`` are measured as they are. Give a compiled model enough warm-up.
 
     Args:
         model: A causal language model with bypassed sublayers, or a module that holds one.
-        base: The dense model to compare with; None for ``model`` with its bypass lifted. With it, ``model`` is taken as
-            it is, so that also one whose sublayers were removed can be measured.
+        base: The dense model to compare with; None for ``model`` with its bypass lifted. With a base, ``model`` is
+            measured as it is, and its sublayers may be removed.
         prompt_tokens: Tokens per prompt (prefill).
         new_tokens: Tokens decoded one at a time from the KV cache.
         batch_size: Sequences per run.
         runs: Number of dense and dropped pairs.
-        warmup: Pairs that run first and are not counted.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
-        ceilings: What the machine can do at most, for the predicted speedup; None measures it, which
-            takes a third of a second once per process.
-        clock: Returns seconds; for tests. None for that of the device.
+        warmup: Number of uncounted pairs before them.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
+        ceilings: The machine's ceilings, for the predicted speedup. None measures them, which takes a third of a
+            second once per process.
+        clock: Function that returns seconds, for tests; None for the clock of the device.
 
     Returns:
         Tokens per second, speedups, parameters, memory and KV-cache bytes, dense and dropped.
 
     Raises:
-        MeasurementError: If nothing is bypassed and there is no base, a number is too low, the model has no place for
-            that many tokens or cannot decode from a cache, or a wrapper of ``torch.compile`` is around it.
+        MeasurementError: If nothing is bypassed and there is no base, a number is too low, the tokens exceed the
+            model's positions, the model cannot decode from a cache, or a wrapper of ``torch.compile`` holds it.
     """
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
     transformer = settings.check_structure(find_transformer(model, name=name))
@@ -269,7 +125,7 @@ def measure_speed(
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two that are compared."""
+    """One side of the comparison, dense or dropped."""
 
     stopwatch: Stopwatch
     lifted: bool
@@ -283,7 +139,7 @@ class _Side:
             return self.stopwatch.run()
 
     def working_memory(self) -> int:
-        """The most bytes that are allocated beside the weights; compiled code would not let itself be watched."""
+        """Measure the peak bytes allocated beside the weights. Runs eagerly, as compiled code cannot be watched."""
         with self._as_compared(), eager(self.transformer), watching_memory(self.transformer.device) as peak:
             self.stopwatch.decode(self.stopwatch.prefill())
             return peak()
@@ -292,7 +148,7 @@ class _Side:
         return weight_sizes(self.transformer, lifted=self.lifted)
 
     def seconds(self, costs: CostModel, ceilings: Ceilings, settings: SpeedSettings) -> tuple[float, float]:
-        """The least time of both phases that theory allows."""
+        """Return the least seconds of both phases in theory."""
         return costs.seconds(ceilings, settings, dropped=() if self.lifted else costs.dropped)
 
     def _as_compared(self) -> AbstractContextManager[None]:
@@ -305,7 +161,7 @@ def _predicted_speedups(
     try:
         costs = CostModel(after.transformer)
         other = costs if before.lifted else CostModel(before.transformer)
-    except LayershedError:  # of a model whose structure does not tell, there is no prediction
+    except LayershedError:  # without known costs there is no prediction
         return None, None
     if ceilings is None:
         ceilings = measure_ceilings(after.transformer.device, after.transformer.dtype)

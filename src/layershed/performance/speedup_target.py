@@ -1,4 +1,4 @@
-"""Drops until a measured speedup is reached: how much goes is decided by the clock, what goes by the ranking."""
+"""Drops sublayers until a measured speedup is reached. Importance decides their order, the clock their number."""
 
 from __future__ import annotations
 
@@ -37,34 +37,35 @@ def drop_to_speedup(
     name: str | None = None,
     agree: Callable[[Any], Any] = lambda measured: measured,
 ) -> tuple[DropPlan, SpeedReport]:
-    """Bypass as few sublayers as give a measured speedup, in the order of their importance.
+    """Bypass the fewest sublayers that reach a measured speedup, the least important first.
 
-    The first number to try comes from the measured latencies of the sublayers; what is measured there corrects it,
-    until that many reach the target and one fewer do not. A number must reach it twice, as of several that are tried
-    one might by chance; what is returned is the second measurement. What is bypassed already stays so, and counts as
-    well: where that is enough, nothing more goes. Where everything that may go leaves it in doubt, everything goes,
-    with a warning.
+    - The latencies of the sublayers give the first number to try. Measurements correct it until that number reaches the
+      target and one fewer does not.
+    - A number must reach the target twice, as one of several tries may reach it by chance. The returned report is the
+      second measurement.
+    - Sublayers that are already bypassed stay bypassed and count. If they reach the target, nothing more is dropped.
+    - If the target stays in doubt with all candidates dropped, all are dropped, with a warning.
 
     Args:
         model: A causal language model, or a module that holds one.
-        scores: Importance by sublayer, as of :func:`~layershed.planning.selection.select_sublayers`.
-        target_speedup: Dropped over dense, such as 1.3: the median of the paired runs.
-        scope: What is ranked; scope, protect and objective are those of
+        scores: Importance by sublayer, as for :func:`~layershed.planning.selection.select_sublayers`.
+        target_speedup: Speed, dropped over dense, such as 1.3. The median of the paired runs must reach it.
+        scope: Scope of the ranking. Scope, protect and objective are those of
             :func:`~layershed.planning.selection.select_sublayers`.
-        phase: Whose speedup counts, ``"decode"`` or ``"prefill"``.
-        protect: What stays.
-        objective: In which order they go.
-        settings: How speed is measured.
-        name: Path of the transformer inside ``model``, needed where it holds more than one.
-        agree: Hands on what rank 0 measured; for distributed runs, in which no two clocks agree.
+        phase: The phase whose speedup counts, ``"decode"`` or ``"prefill"``.
+        protect: Sublayers or block indices that stay.
+        objective: The order of dropping.
+        settings: Settings of the speed measurement.
+        name: Path of the transformer inside ``model``; needed if the model holds several.
+        agree: Function that returns the measurement of rank 0 on every rank, for distributed runs.
 
     Returns:
-        What was dropped, and the speed that was measured with it.
+        The plan and the measured speed of the dropped model.
 
     Raises:
-        SpeedupError: If with everything that may go the whole 95 % interval lies below the target; nothing is bypassed
-            then that was not before.
-        SelectionError: If nothing may go.
+        SpeedupError: If the whole 95 % interval lies below the target with all candidates dropped. The model is then
+            as before.
+        SelectionError: If no sublayer may be dropped.
         LayershedError: As the functions that it calls.
     """
     check_choice(scope, count=None, ratio=None, target_speedup=target_speedup, phase=phase, objective=objective)
@@ -73,7 +74,8 @@ def drop_to_speedup(
     gone = bypassed_sublayers(transformer)
     if not _without(rank_sublayers(scores, scope, protect=protect), gone) and not gone:
         raise SelectionError(
-            f"scope={scope!r}: no sublayer may be dropped, as there is none of that scope, or all are protected."
+            f"scope={scope!r}: no sublayer may be dropped, as the scope is empty or all are protected. Widen the scope "
+            "or protect less."
         )
     latency: Latency = agree(measure_latency(transformer, phase=phase, **asdict(settings)))
     ranked = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency.sublayers)
@@ -95,7 +97,10 @@ def drop_to_speedup(
         _bypass_first(transformer, ranked, 0)
         raise _out_of_reach(target_speedup, phase, number, reached)
     if reached.speedup.median < target_speedup:
-        text = f"target_speedup={target_speedup}: with all {number} candidates dropped it is in doubt ({reached})."
+        text = (
+            f"target_speedup={target_speedup} is in doubt with all {number} candidates dropped ({reached}). Lower it, "
+            "protect less, or widen the scope."
+        )
         warnings.warn(text, stacklevel=2)
     _bypass_first(transformer, ranked, number)
     return plan_of_groups(scores, scope, ranked[:number]), reports[number]
@@ -111,16 +116,16 @@ def check_reachable(
     name: str | None = None,
     agree: Callable[[SpeedReport], SpeedReport] = lambda measured: measured,
 ) -> None:
-    """Refuse a target that is out of reach even without all these sublayers, beyond the doubt of the measurement.
+    """Refuse a target that is out of reach even with all these sublayers dropped.
 
     Args:
-        model: As of :func:`drop_to_speedup`, and so are the others but:
-        sublayers: Everything that may be dropped.
-        target_speedup: Dropped over dense.
-        phase: Whose speedup counts.
-        settings: How speed is measured.
-        name: Path of the transformer.
-        agree: Hands on what rank 0 measured.
+        model: A causal language model, or a module that holds one.
+        sublayers: All sublayers that may be dropped.
+        target_speedup: Speed, dropped over dense.
+        phase: The phase whose speedup counts.
+        settings: Settings of the speed measurement.
+        name: Path of the transformer inside ``model``.
+        agree: Function that returns the measurement of rank 0 on every rank.
 
     Raises:
         SpeedupError: If the whole 95 % interval lies below the target.
@@ -147,12 +152,12 @@ def check_choice(
     phase: Phase = "decode",
     objective: Objective = "importance",
 ) -> None:
-    """Refuse what can be refused without a model, where a number, a share or a speedup may be asked for.
+    """Check the arguments of a drop that need no model.
 
     Raises:
-        SelectionError: If they are not exactly one, or out of range.
-        SpeedupError: If the target is no speedup.
-        UnknownNameError: If there is no such phase or objective.
+        SelectionError: If not exactly one of count, ratio and target_speedup is given, or it is out of range.
+        SpeedupError: If the target is not above 1.
+        UnknownNameError: If the phase or the objective is unknown.
     """
     if sum(given is not None for given in (count, ratio, target_speedup)) != 1:
         raise SelectionError(
@@ -170,28 +175,28 @@ def check_choice(
 
 
 def check_target(target_speedup: float) -> None:
-    """Refuse what is no speedup.
+    """Refuse a target that is not a speedup.
 
     Raises:
-        SpeedupError: If it is not above 1.
+        SpeedupError: If the target is not above 1.
     """
     if not 1 < target_speedup < math.inf:
         raise SpeedupError(f"target_speedup={target_speedup}: it must be above 1, such as 1.3 for 30 % faster.")
 
 
 def phase_of(report: SpeedReport, phase: Phase) -> PhaseSpeed:
-    """The prefill or the decode part of a report."""
+    """Return the prefill or the decode part of a report."""
     return report.prefill if phase == "prefill" else report.decode
 
 
 class _Search:
-    """For the least number that reaches the target twice: a prediction that measurements correct, between bounds."""
+    """Searches the least number of groups that reaches the target twice, by a prediction that measurements correct."""
 
     def __init__(
         self, latency: Latency, gone: Sequence[Sublayer], ranked: Sequence[tuple[Drop, ...]], target: float
     ) -> None:
         self.target, self.count = target, len(ranked)
-        # none are too few, unless what is gone may do alone; the latter stands for more than there are
+        # dropping none is too few, unless earlier drops may be enough; one above the count means: no number is enough
         self.too_few, self.enough = -1 if gone else 0, len(ranked) + 1
         left = latency.total - sum(latency.sublayers.get(sublayer, 0.0) for sublayer in gone)
         self._gained = []  # predicted speedup - 1 without the first 0, 1, 2, ... groups
@@ -202,7 +207,7 @@ class _Search:
         self._confirmed = False
 
     def next_number(self) -> int | None:
-        """How many to try next; None once it is settled."""
+        """Return the next number to try; None at the end of the search."""
         if self.enough - self.too_few <= 1:
             return None if self._confirmed or self.enough > self.count else self.enough
         if self._measured >= _GUESSES:
@@ -212,11 +217,11 @@ class _Search:
         return min(max(guess, self.too_few + 1), self.enough - 1)
 
     def learn(self, number: int, speedup: float) -> None:
-        """Take up what was measured."""
+        """Update the bounds and the prediction with a measurement."""
         if speedup >= self.target:
             self._confirmed = number == self.enough
             self.enough = number
-        elif number == self.enough:  # the first time it was chance
+        elif number == self.enough:  # it reached the target by chance before
             self.too_few, self.enough = number, number + 1
         else:
             self.too_few = number
@@ -226,13 +231,13 @@ class _Search:
 
 
 def _without(ranked: Sequence[tuple[Drop, ...]], gone: Collection[Sublayer]) -> list[tuple[Drop, ...]]:
-    """The groups less what is bypassed already, which no search may restore."""
+    """Remove bypassed sublayers from the groups, as the search must not restore them."""
     left = (tuple(drop for drop in group if drop.sublayer not in gone) for group in ranked)
     return [group for group in left if group]
 
 
 def _bypass_first(transformer: nn.Module, ranked: Sequence[tuple[Drop, ...]], number: int) -> None:
-    """Of the ranked ones, exactly the first ``number`` are bypassed."""
+    """Bypass exactly the first ``number`` of the ranked groups."""
     before = set(bypassed_sublayers(transformer))
     back = [drop.sublayer for group in ranked[number:] for drop in group if drop.sublayer in before]
     if back:
@@ -244,6 +249,6 @@ def _bypass_first(transformer: nn.Module, ranked: Sequence[tuple[Drop, ...]], nu
 def _out_of_reach(target: float, phase: Phase, count: int, reached: PhaseSpeed) -> SpeedupError:
     speedup = reached.speedup
     return SpeedupError(
-        f"target_speedup={target} of {phase} is out of reach: with all {count} candidates dropped it is "
-        f"x{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]; lower it, protect less, or widen the scope."
+        f"target_speedup={target} of {phase} is out of reach: all {count} candidates dropped give "
+        f"x{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]. Lower it, protect less, or widen the scope."
     )

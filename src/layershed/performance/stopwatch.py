@@ -1,4 +1,4 @@
-"""Times the two phases of generation: the prefill of a prompt, and cached decoding after it."""
+"""Times the two phases of generation: the prefill of a prompt and the cached decoding after it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SpeedSettings:
     Args:
         prompt_tokens: Tokens per prompt (prefill).
         new_tokens: Tokens decoded one at a time from the KV cache.
-        batch_size: Sequences at once.
-        runs: Number of measured runs, or of pairs of a dense and a dropped one.
-        warmup: Runs, or pairs, that go first and are not counted.
+        batch_size: Sequences per run.
+        runs: Number of measured runs, or of pairs of a dense and a dropped run.
+        warmup: Number of uncounted runs, or pairs, before them.
     """
 
     prompt_tokens: int = 128
@@ -39,10 +39,10 @@ class SpeedSettings:
     warmup: int = 1
 
     def check(self, transformer: nn.Module) -> PreTrainedModel:
-        """Refuse a model that cannot be measured: by its structure first, then by decoding one token.
+        """Refuse a model that cannot be measured. Checks its structure, then decodes one token.
 
         Returns:
-            The transformer, known to be a causal language model.
+            The transformer, typed as a causal language model.
 
         Raises:
             MeasurementError: As :meth:`check_structure`, or if the model cannot generate from a KV cache.
@@ -53,14 +53,14 @@ class SpeedSettings:
         return causal
 
     def check_structure(self, transformer: nn.Module) -> PreTrainedModel:
-        """Refuse what cannot be measured, without running the model.
+        """Refuse settings and models that cannot be measured, without running the model.
 
         Returns:
-            The transformer, known to be a causal language model.
+            The transformer, typed as a causal language model.
 
         Raises:
-            MeasurementError: If a number is too low, the model is no causal language model, or prompt and new tokens
-                exceed its positions.
+            MeasurementError: If a number is too low, the model is not a causal language model, or prompt and new
+                tokens exceed its positions.
         """
         for name, number in asdict(self).items():
             least = 0 if name == "warmup" else 1
@@ -68,84 +68,84 @@ class SpeedSettings:
                 raise MeasurementError(f"speed: {name}={number}: it must be at least {least}.")
         if not predicts_next_token(transformer):
             raise MeasurementError(
-                f"speed: {type(transformer).__name__} does not predict the next token; decoding needs a causal "
-                "language model."
+                f"speed: {type(transformer).__name__} does not predict the next token, so it cannot decode. Use a "
+                "causal language model."
             )
         places = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
         if places is not None and 0 < places < self.prompt_tokens + self.new_tokens:
             raise MeasurementError(
                 f"speed: prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit into the "
-                f"model's {places} positions."
+                f"model's {places} positions. Lower one of them."
             )
         return transformer
 
 
 class Clock(Protocol):
-    """Marks points in time, and tells how far apart two of them are."""
+    """Marks points in time and computes the seconds between them."""
 
     def mark(self) -> Any:
-        """Now, once all work before is done or in the order of the device's queue."""
+        """Mark the time after all earlier work of the device."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Seconds between two marks."""
+        """Return the seconds between two marks."""
 
 
 class WallClock:
-    """For a device whose work is done when the call returns, or that is waited for.
+    """Clock for a CPU, and for any device that can be synchronised.
 
     Args:
-        device: The device that works; anything but a CPU is synchronised at every mark.
-        now: Returns seconds.
+        device: The device. Any device but a CPU is synchronised at every mark.
+        now: Function that returns seconds.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.now = device, now
 
     def mark(self) -> float:
-        """The time, with nothing left in the device's queue."""
+        """Return the time after the device's queue is empty."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return self.now()
 
     def seconds(self, start: float, end: float) -> float:
-        """Seconds between two marks."""
+        """Return the seconds between two marks."""
         return end - start
 
 
 class EventClock:
-    """For CUDA: events in the stream, so that the host never waits between two marks.
+    """Clock for CUDA. It records events in the stream, so the host never waits between two marks.
 
     Args:
-        device: The device that works.
+        device: The CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event after everything that is in the stream."""
+        """Record an event after all work in the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Seconds between two events; waits for the later one."""
+        """Wait for the later event and return the seconds between both."""
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device: CUDA events there, else the wall's."""
+    """Return an :class:`EventClock` for CUDA, else a :class:`WallClock`."""
     return EventClock(device) if device.type == "cuda" else WallClock(device)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One prefill and the decoding after it.
+    """Times of one prefill and of the decoding after it.
 
     Args:
-        prefill: Seconds.
-        decode: Seconds, all steps together.
+        prefill: Seconds of the prefill.
+        decode: Seconds of all decoding steps together.
         kv_bytes: Bytes of the KV cache at the end.
     """
 
@@ -155,12 +155,12 @@ class Timing:
 
 
 class Stopwatch:
-    """Times generation from the same prompt, over and over, on a model in eval mode and without gradients.
+    """Times repeated greedy generation from one prompt. The caller sets eval mode and turns gradients off.
 
     Args:
         transformer: A causal language model.
-        settings: Lengths; each new token is the most likely one.
-        clock: None for that of the device.
+        settings: Lengths of the prompt and of the decoding.
+        clock: The clock; None for the clock of the device.
     """
 
     def __init__(self, transformer: PreTrainedModel, settings: SpeedSettings, clock: Clock | None = None) -> None:
@@ -170,26 +170,26 @@ class Stopwatch:
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens), generator=generator)
         self.prompt = prompt.to(transformer.device)
-        # as generate() does: logits of the last position only, where the model can
+        # like generate(): logits of the last position only, if the model supports it
         last_only = "logits_to_keep" in inspect.signature(transformer.forward).parameters
         self.options = {"use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
 
     def prefill(self) -> Any:
-        """The model's output for the prompt, with its KV cache."""
+        """Run the prompt and return the model's output with its KV cache."""
         return self.transformer(input_ids=self.prompt, **self.options)
 
     def decode(self, output: Any) -> Any:
-        """The output of the last of the cached one-token steps that follow."""
+        """Run the cached one-token steps after ``output`` and return the last output."""
         for _ in range(self.new_tokens):
             token = output.logits[:, -1:].argmax(-1)
             output = self.transformer(input_ids=token, past_key_values=output.past_key_values, **self.options)
         return output
 
     def run(self) -> Timing:
-        """One prefill, and the decoding after it."""
+        """Time one prefill and the decoding after it."""
         start = self.clock.mark()
         output = self.prefill()
-        # read before decoding begins, which waits for it: else the host would prepare the first steps meanwhile
+        # reading the clock waits for the prefill; else the host would already prepare the first decoding steps
         prefill = self.clock.seconds(start, self.clock.mark())
         start = self.clock.mark()
         output = self.decode(output)
@@ -201,7 +201,7 @@ def check_phase(phase: Phase) -> None:
     """Refuse an unknown phase.
 
     Raises:
-        UnknownNameError: If it is neither ``"prefill"`` nor ``"decode"``.
+        UnknownNameError: If the phase is neither ``"prefill"`` nor ``"decode"``.
     """
     if phase not in get_args(Phase):
         raise UnknownNameError("phase", phase, get_args(Phase))
@@ -209,10 +209,10 @@ def check_phase(phase: Phase) -> None:
 
 @contextmanager
 def casting_alike(transformer: nn.Module) -> Iterator[None]:
-    """Within the context every weight counts as trainable.
+    """Make every floating-point weight trainable within the context.
 
-    Autocast keeps the cast of trainable weights alone; what a bypass has frozen, it would cast anew in every pass of
-    the dense model, which would look slower than it is.
+    Autocast caches the cast of trainable weights only. It would cast weights that a bypass froze in every pass of the
+    dense model, which would then look too slow.
     """
     frozen = [p for p in transformer.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
@@ -225,39 +225,39 @@ def casting_alike(transformer: nn.Module) -> Iterator[None]:
 
 
 def check_compiled(model: nn.Module, transformer: nn.Module) -> None:
-    """Refuse a transformer whose compiled code stands in a wrapper around it, and would not be measured.
+    """Refuse a transformer inside a compiled wrapper, as the compiled code would not be measured.
 
     Args:
-        model: What holds the transformer.
+        model: The module that holds the transformer.
         transformer: The transformer itself.
 
     Raises:
-        MeasurementError: If so.
+        MeasurementError: If a wrapper of ``torch.compile`` holds the transformer.
     """
     wrappers = (module for module in model.modules() if "_orig_mod" in module._modules)
     if any(transformer is inner for wrapper in wrappers for inner in wrapper.modules()):
         raise MeasurementError(
-            "speed: torch.compile(...) has put the transformer into a wrapper, and without that it would be measured "
-            "eagerly; compile it in place: model.compile()."
+            "speed: the compiled code cannot be measured, as torch.compile(...) put it into a wrapper around the "
+            "transformer. Compile in place: model.compile()."
         )
 
 
 def _try_out(transformer: PreTrainedModel) -> None:
-    """Generate a token from the cache of two, which some models that predict a next token cannot."""
+    """Decode one token from a cache of two. Some models that predict the next token cannot do that."""
     with quietly(transformer):
         stopwatch = Stopwatch(transformer, SpeedSettings(prompt_tokens=2, new_tokens=1))
         try:
             cache_bytes(stopwatch.decode(stopwatch.prefill()).past_key_values)
-        except Exception as error:  # whatever its own code raises
+        except Exception as error:  # the model's own code may raise anything
             reason = next(iter(str(error).splitlines()), "no message").rstrip(".")
             raise MeasurementError(
                 f"speed: {type(transformer).__name__} could not decode a token from its KV cache "
-                f"({type(error).__name__}: {reason})."
+                f"({type(error).__name__}: {reason}). Check that its generate(use_cache=True) works."
             ) from error
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory behind the keys and values that a KV cache holds; memory that two share counts once."""
+    """Return the bytes of the keys and values in a KV cache. Shared memory counts once."""
     cache = getattr(cache, "self_attention_cache", cache)
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
@@ -265,7 +265,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def describe_device(device: torch.device) -> str:
-    """Such as ``cpu (2 threads)`` or ``NVIDIA H100``."""
+    """Describe a device, such as ``cpu (2 threads)`` or ``NVIDIA H100``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,1 +1,1 @@
-"""Which sublayers go, and when. Needs no torch."""
+"""Drop plans, drop schedules and the selection of sublayers. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What to drop: sublayers, their importances and the drop plan. No torch, no model."""
+"""Sublayers, their importances and the drop plan. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Sublayer:
     """One residual branch of a block, ``Y = X + f(norm(X))``.
 
     Args:
-        block: Index of the block it belongs to, from 0.
-        kind: ``"attention"``, ``"cross_attention"`` (of a decoder, to what an encoder wrote) or ``"mlp"``.
-        path: Dotted path of the module of f, from the transformer's root.
+        block: Index of its block, from 0.
+        kind: ``"attention"``, ``"cross_attention"`` (a decoder's attention to the encoder's output) or ``"mlp"``.
+        path: Dotted path of the module that computes f, from the transformer's root.
 
     Example:
         >>> Sublayer(3, "attention", "model.layers.3.self_attn").name
@@ -53,7 +53,7 @@ class ImportanceScores(dict[Sublayer, float]):
         scores: Importance by sublayer.
         blocks: Importance by block index, measured from a block's input to its output.
         metric: Name of the metric that measured them.
-        tokens: Number of tokens they average over.
+        tokens: Number of tokens in the average.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ImportanceScores(dict[Sublayer, float]):
         )
 
     def rows(self) -> Iterator[tuple[int, str, float]]:
-        """Rows (block, kind, importance) of all sublayers and then all blocks, for tables and CSV files."""
+        """Yield rows (block, kind, importance): first all sublayers, then all blocks."""
         for sublayer in sorted(self):
             yield sublayer.block, sublayer.kind, self[sublayer]
         for block in sorted(self.blocks):
@@ -88,9 +88,9 @@ class Drop:
     """One entry of a drop plan.
 
     Args:
-        sublayer: What is dropped.
-        score: The importance it was chosen by (the block's, with scope ``"block"``).
-        step: The optimizer step at which it was dropped, or None outside training.
+        sublayer: The sublayer to drop.
+        score: The importance that it was chosen by. With scope ``"block"`` this is the importance of the block.
+        step: The optimizer step of the drop; None outside training.
     """
 
     sublayer: Sublayer
@@ -104,11 +104,11 @@ class DropPlan:
 
     Args:
         drops: The entries, in the order in which they were chosen.
-        scope: What was ranked: one of ``SCOPES``.
-        metric: Name of the importance metric, or None for a plan written by hand.
+        scope: The scope of the ranking, one of ``SCOPES``.
+        metric: Name of the importance metric; None for a plan written by hand.
 
     Raises:
-        PlanError: If a sublayer appears twice or a field has no meaning.
+        PlanError: If a sublayer appears twice or a field is invalid.
 
     Example:
         >>> plan = DropPlan((Drop(Sublayer(1, "mlp", "model.layers.1.mlp"), 0.02),), scope="mlp", metric="cosine")
@@ -129,7 +129,7 @@ class DropPlan:
                 kinds = ", ".join(KINDS)
                 raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
             if (sublayer.block, sublayer.kind) in seen:
-                raise PlanError(f"DropPlan: {sublayer.name} appears twice.")
+                raise PlanError(f"DropPlan: {sublayer.name} appears twice. List it once.")
             seen.add((sublayer.block, sublayer.kind))
 
     def __iter__(self) -> Iterator[Sublayer]:
@@ -142,16 +142,16 @@ class DropPlan:
         return any(sublayer == own for own in self)
 
     def __add__(self, later: DropPlan) -> DropPlan:
-        """This plan followed by a later round of the same schedule."""
+        """Append a later round of the same schedule."""
         return DropPlan(self.drops + later.drops, scope=later.scope, metric=later.metric)
 
     def at_step(self, step: int) -> DropPlan:
-        """The same plan with every entry stamped with the optimizer step at which it is carried out."""
+        """Copy the plan and set the optimizer step of every entry."""
         stamped = tuple(Drop(drop.sublayer, drop.score, step) for drop in self.drops)
         return DropPlan(stamped, scope=self.scope, metric=self.metric)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain primitives, for JSON and for checkpoints."""
+        """Convert the plan to plain primitives, for JSON and for checkpoints."""
         return {
             "format": _FORMAT,
             "scope": self.scope,
@@ -161,10 +161,10 @@ class DropPlan:
 
     @classmethod
     def from_dict(cls, content: object) -> DropPlan:
-        """The inverse of :meth:`to_dict`; checks every field, so that a file from a stranger is safe to read.
+        """Read the result of :meth:`to_dict`. Checks every field, so that an untrusted file is safe to read.
 
         Raises:
-            PlanError: If anything is missing or of the wrong type; names the field.
+            PlanError: If a field is missing or of the wrong type. The error names the field.
         """
         fields = _typed(content, dict, "the plan")
         if fields.get("format") != _FORMAT:
@@ -174,15 +174,15 @@ class DropPlan:
         return cls(drops, scope=cast(Scope, _typed(fields.get("scope"), str, "scope")), metric=metric)
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
+        """Convert the plan to JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DropPlan:
-        """The inverse of :meth:`to_json`.
+        """Read the result of :meth:`to_json`.
 
         Raises:
-            PlanError: If the text is not JSON, or not a drop plan.
+            PlanError: If the text is not JSON or not a drop plan.
         """
         try:
             content = json.loads(text)
@@ -191,10 +191,10 @@ class DropPlan:
         return cls.from_dict(content)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file, whole or not at all.
+        """Write the plan as a JSON file, atomically.
 
         Raises:
-            ExportError: If the disk is full, or nothing can be written there.
+            ExportError: If the disk is full or the path is not writable.
         """
         write_text(path, self.to_json())
 
@@ -203,10 +203,10 @@ class DropPlan:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
-            PlanError: If there is no such file, or it holds no drop plan; names the file.
+            PlanError: If the file does not exist or holds no drop plan. The error names the file.
         """
         if not Path(path).is_file():
-            raise PlanError(f"Drop plan: there is no file {str(path)!r}.")
+            raise PlanError(f"Drop plan: there is no file {str(path)!r}. Check the path.")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (PlanError, UnicodeDecodeError) as error:
@@ -214,7 +214,7 @@ class DropPlan:
 
 
 def count_by_kind(sublayers: Iterable[Sublayer]) -> dict[Kind, int]:
-    """Number of sublayers of each kind; zeros included, but for the cross-attention that few models have."""
+    """Count the sublayers of each kind. Zeros are included, except for cross-attention, which few models have."""
     kinds = [sublayer.kind for sublayer in sublayers]
     return {kind: kinds.count(kind) for kind in KINDS if kind in kinds or kind != "cross_attention"}
 
@@ -231,17 +231,17 @@ def _number(value: object, where: str) -> float:
     try:
         number = float(value)
     except OverflowError:
-        raise PlanError(f"Drop plan: {where} is too large to be a number.") from None
+        raise PlanError(f"Drop plan: {where} is too large for a float.") from None
     if math.isnan(number):
         raise PlanError(f"Drop plan: {where} must be a number, got {number}.")
     return number
 
 
 def sublayer_from(entry: object) -> Sublayer:
-    """The sublayer that a mapping from a file describes; checks every field.
+    """Build a sublayer from a mapping that was read from a file. Checks every field.
 
     Raises:
-        PlanError: If anything is missing or of the wrong type; names the field.
+        PlanError: If a field is missing or of the wrong type. The error names the field.
     """
     fields = _typed(entry, dict, "a sublayer")
     block = _typed(fields.get("block"), int, "block")
@@ -249,7 +249,7 @@ def sublayer_from(entry: object) -> Sublayer:
         raise PlanError(f"Drop plan: block must not be negative, got {block}.")
     kind, path = _typed(fields.get("kind"), str, "kind"), _typed(fields.get("path"), str, "path")
     if kind not in KINDS:
-        raise PlanError(f"Drop plan: the kind {kind!r} is none; it must be one of {', '.join(KINDS)}.")
+        raise PlanError(f"Drop plan: unknown kind {kind!r}; it must be one of {', '.join(KINDS)}.")
     return Sublayer(block, cast(Kind, kind), path)
 
 

@@ -1,4 +1,4 @@
-"""When to drop: one-shot and iterative schedules. No torch, no model."""
+"""One-shot and iterative drop schedules. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from layershed.errors import ScheduleError
 class DropSchedule:
     """The optimizer steps at which sublayers are dropped.
 
-    One-shot drops everything at ``start``. Iterative repeats every ``every_n_steps`` for ``rounds`` rounds, and
-    importance is measured anew each time.
+    A one-shot schedule drops everything at ``start``. An iterative schedule drops every ``every_n_steps`` steps, for
+    ``rounds`` rounds, and measures importance anew in each round.
 
     Args:
-        start: Number of optimizer steps taken before the first drop.
+        start: Number of optimizer steps before the first drop.
         every_n_steps: Steps between two rounds; None for one-shot.
-        rounds: How many times to drop; 1 for one-shot.
+        rounds: Number of drops; 1 for one-shot.
 
     Raises:
-        ScheduleError: If a number has no meaning, or the two forms are mixed.
+        ScheduleError: If a number is too low, or one-shot and iterative arguments are mixed.
 
     Example:
         >>> DropSchedule(start=100, every_n_steps=50, rounds=3).steps
@@ -39,7 +39,7 @@ class DropSchedule:
         if self.rounds < 1:
             raise ScheduleError(f"DropSchedule(rounds={self.rounds}): rounds must be at least 1.")
         if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ScheduleError(f"DropSchedule(every_n_steps={self.every_n_steps}): it must be at least 1.")
+            raise ScheduleError(f"DropSchedule(every_n_steps={self.every_n_steps}): every_n_steps must be at least 1.")
         if (self.rounds > 1) != (self.every_n_steps is not None):
             raise ScheduleError(
                 f"DropSchedule(every_n_steps={self.every_n_steps}, rounds={self.rounds}): an iterative schedule "
@@ -48,28 +48,28 @@ class DropSchedule:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Every step at which something is dropped, in order."""
+        """The steps of all drops, in order."""
         return tuple(self.start + i * (self.every_n_steps or 0) for i in range(self.rounds))
 
     def should_drop(self, step: int) -> bool:
-        """Whether to drop once ``step`` optimizer steps are done."""
+        """Tell whether to drop after ``step`` optimizer steps."""
         return step in self.steps
 
     def share_due(self, step: int) -> float:
-        """Share of the rounds that are due once ``step`` optimizer steps are done; at least the first is."""
+        """Share of the rounds that are due after ``step`` optimizer steps. The first round always counts as due."""
         return max(1, sum(due <= step for due in self.steps)) / self.rounds
 
     def check_against(self, max_steps: int) -> None:
-        """Refuse a schedule whose last drop would never happen.
+        """Refuse a schedule that leaves no training after its last drop.
 
         Args:
-            max_steps: Number of optimizer steps of the run, or -1 if it has no end.
+            max_steps: Number of optimizer steps of the run; -1 for a run without an end.
 
         Raises:
-            ScheduleError: If a drop falls on or after the last step, so that no training would follow it.
+            ScheduleError: If a drop falls on or after the last step.
         """
         if max_steps != -1 and self.steps[-1] >= max_steps:
             raise ScheduleError(
                 f"The drop at step {self.steps[-1]} comes too late: training ends after {max_steps} optimizer "
-                f"steps; let the last drop come before that (start + every_n_steps * (rounds - 1) < {max_steps})."
+                f"steps. Drop earlier: start + every_n_steps * (rounds - 1) must be below {max_steps}."
             )

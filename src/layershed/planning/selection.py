@@ -1,4 +1,4 @@
-"""From importances to a drop plan. Pure: no model, no torch, the same answer on every rank."""
+"""Selects the sublayers of a drop plan from importances. Pure functions without torch: all ranks agree."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ def select_sublayers(
     objective: Objective = "importance",
     latency: Mapping[Sublayer, float] | None = None,
 ) -> DropPlan:
-    """The least important sublayers, in the order of their importance, or of their importance per millisecond saved.
+    """Select the sublayers with the least importance, or with the least importance per millisecond saved.
 
-    The four scopes are those of arXiv 2406.15786: Attention Drop and MLP Drop rank one kind; Joint Layer Drop ranks
-    both in one array; Block Drop ranks whole blocks and drops both sublayers of each.
+    The scopes follow arXiv 2406.15786. Attention Drop and MLP Drop rank one kind. Joint Layer Drop ranks both kinds in
+    one array. Block Drop ranks whole blocks and drops both sublayers of each.
 
     Args:
-        scores: Importance by sublayer; low is dropped first. Scope ``"block"`` needs the block importances that
+        scores: Importance by sublayer; the lowest goes first. Scope ``"block"`` needs the block importances that
             :func:`estimate_importance` adds.
         scope: ``"attention"``, ``"cross_attention"``, ``"mlp"``, ``"block"`` or ``"joint"`` (every kind in one array).
-        count: How many to drop (blocks with scope ``"block"``, else sublayers); or
-        ratio: which share of the candidates to drop, in (0, 1), rounded down; protected ones count as candidates.
-        protect: Sublayers, or indices of blocks (negative ones from the end), that stay.
-        objective: ``"importance"``: the least important goes first; ``"speed"``: the one that costs least importance
-            per millisecond saved.
-        latency: Seconds that each sublayer takes, as ``measure_latency(...).sublayers``; for objective ``"speed"``.
+        count: Number to drop: blocks with scope ``"block"``, else sublayers. Give count or ratio.
+        ratio: Share of the candidates to drop, in (0, 1), rounded down. Protected sublayers count as candidates.
+        protect: Sublayers or block indices that stay. Negative indices count from the end.
+        objective: ``"importance"`` ranks by importance, ``"speed"`` by importance per millisecond saved.
+        latency: Seconds of each sublayer, from ``measure_latency(...).sublayers``; for objective ``"speed"``.
 
     Returns:
-        The plan; equal ones are taken in forward order. The scores in it are importances with either objective.
+        The plan. Ties go in forward order. Its scores are importances with either objective.
 
     Raises:
-        SelectionError: If count and ratio are not exactly one, are out of range, or cannot be met; if objective
-            ``"speed"`` lacks a latency.
+        SelectionError: If not exactly one of count and ratio is given, if it is out of range or cannot be met, or if
+            objective ``"speed"`` lacks a latency.
 
     Example:
         >>> scores = {Sublayer(0, "mlp", "m.0"): 0.3, Sublayer(1, "mlp", "m.1"): 0.1}
@@ -53,13 +52,16 @@ def select_sublayers(
     check_selection(scope, count=count, ratio=ratio)
     groups = _candidates(scores, scope)
     if not groups:
-        raise SelectionError(f"select_sublayers(scope={scope!r}): none of the {len(scores)} scores are of that scope.")
+        raise SelectionError(
+            f"select_sublayers(scope={scope!r}): none of the {len(scores)} scores are of that scope. "
+            "Choose another scope."
+        )
     number = count if count is not None else math.floor((ratio or 0) * len(groups) + 1e-9)
     if number < 1:
         least = f"the smallest ratio that drops something is {math.ceil(1e4 / len(groups)) / 1e4}"
         raise SelectionError(
-            f"select_sublayers(ratio={ratio}): that is less than one of {len(groups)} candidates, so nothing would be "
-            f"dropped; {least if len(groups) > 1 else 'give count=1'}."
+            f"select_sublayers(ratio={ratio}): nothing would be dropped, as that is less than one of {len(groups)} "
+            f"candidates; {least if len(groups) > 1 else 'give count=1'}."
         )
     free = rank_sublayers(scores, scope, protect=protect, objective=objective, latency=latency)
     if number > len(free):
@@ -78,9 +80,9 @@ def rank_sublayers(
     objective: Objective = "importance",
     latency: Mapping[Sublayer, float] | None = None,
 ) -> list[tuple[Drop, ...]]:
-    """Everything that may be dropped, what goes first in front; with scope ``"block"`` both sublayers of one together.
+    """Rank all droppable sublayers, first to drop first. Scope ``"block"`` groups the sublayers of a block.
 
-    Arguments and errors are those of :func:`select_sublayers`; where nothing may be dropped there is nothing to rank.
+    Arguments and errors are those of :func:`select_sublayers`. The list is empty if nothing may be dropped.
     """
     kept = protected_sublayers(scores, protect)
     free = [group for group in _candidates(scores, scope) if kept.isdisjoint(group[1])]
@@ -90,7 +92,7 @@ def rank_sublayers(
 
 
 def plan_of_groups(scores: Mapping[Sublayer, float], scope: Scope, groups: Iterable[tuple[Drop, ...]]) -> DropPlan:
-    """The plan that drops some of what :func:`rank_sublayers` ranked."""
+    """Build the plan that drops these groups from :func:`rank_sublayers`."""
     metric = scores.metric if isinstance(scores, ImportanceScores) else None
     return DropPlan(tuple(drop for group in groups for drop in group), scope, metric)
 
@@ -98,7 +100,7 @@ def plan_of_groups(scores: Mapping[Sublayer, float], scope: Scope, groups: Itera
 def _price(
     objective: Objective, latency: Mapping[Sublayer, float] | None
 ) -> Callable[[float, tuple[Sublayer, ...]], float]:
-    """What orders the candidates: importance, or importance per millisecond."""
+    """Return the sort key of a candidate: importance, or importance per millisecond."""
     check_objective(objective)
     if objective == "importance":
         return lambda importance, _: importance
@@ -108,26 +110,26 @@ def _price(
         seconds = sum(times.get(sublayer, math.nan) for sublayer in group)
         if not seconds > 0:
             raise SelectionError(
-                f"objective='speed': there is no latency of {group[0].name}; pass latency=measure_latency(model, "
+                f"objective='speed': there is no latency of {group[0].name}. Pass latency=measure_latency(model, "
                 "...).sublayers."
             )
-        # rounding can leave an importance a little below 0, where a longer time would make it look less of a bargain
+        # rounding can leave an importance slightly below 0; a longer time would then raise its price
         return max(importance, 0.0) / (1000 * seconds)
 
     return per_millisecond
 
 
 def equal_scores(sublayers: Collection[Sublayer]) -> ImportanceScores:
-    """Importances that are all the same, which do to see beforehand whether there is enough to drop."""
+    """Give every sublayer the same importance, to check in advance whether a selection is possible."""
     blocks = dict.fromkeys((sublayer.block for sublayer in sublayers), 0.0)
     return ImportanceScores(dict.fromkeys(sublayers, 0.0), blocks=blocks)
 
 
 def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> None:
-    """Refuse what can be refused without scores, so that a run fails before it starts.
+    """Check the arguments that need no scores, so that a run fails before it starts.
 
     Raises:
-        SelectionError: As :func:`select_sublayers`.
+        SelectionError: If the scope is unknown, or not exactly one of count and ratio is given and in range.
     """
     check_scope(scope)
     if (count is None) == (ratio is None):
@@ -139,10 +141,10 @@ def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> 
 
 
 def check_scope(scope: Scope) -> None:
-    """Refuse what is no scope.
+    """Refuse an unknown scope.
 
     Raises:
-        SelectionError: If there is none of that name.
+        SelectionError: If the scope is not one of ``SCOPES``.
     """
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: scope must be one of {', '.join(SCOPES)}.")
@@ -152,14 +154,14 @@ def check_objective(objective: Objective) -> None:
     """Refuse an unknown objective.
 
     Raises:
-        SelectionError: If it is neither ``"importance"`` nor ``"speed"``.
+        SelectionError: If the objective is neither ``"importance"`` nor ``"speed"``.
     """
     if objective not in get_args(Objective):
         raise SelectionError(f"objective={objective!r}: objective must be one of {', '.join(get_args(Objective))}.")
 
 
 def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:
-    """What is ranked: an importance, and the sublayers that go with it."""
+    """Candidates of the ranking, each an importance and the sublayers that are dropped together."""
     if scope == "block":
         groups = _block_groups(scores)
     else:
@@ -167,20 +169,20 @@ def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[fl
         groups = [(score, (sublayer,)) for sublayer, score in scores.items() if sublayer.kind in kinds]
     for score, group in groups:
         if not math.isfinite(score):
-            raise SelectionError(f"The importance of {group[0].name} is {score}; check the calibration data for NaN.")
+            raise SelectionError(f"The importance of {group[0].name} is {score}. Check the calibration data for NaN.")
     return groups
 
 
 def _block_groups(scores: Mapping[Sublayer, float]) -> list[tuple[float, tuple[Sublayer, ...]]]:
     blocks = scores.blocks if isinstance(scores, ImportanceScores) else {}
     if not blocks:
-        raise SelectionError("scope='block' needs block importances; pass what estimate_importance returned.")
+        raise SelectionError("scope='block' needs block importances. Pass the result of estimate_importance.")
     members = {block: tuple(sorted(s for s in scores if s.block == block)) for block in blocks}
     return [(score, members[block]) for block, score in blocks.items() if members[block]]
 
 
 def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublayer | int]) -> set[Sublayer]:
-    """What ``protect`` means among ``sublayers``.
+    """Resolve ``protect`` to sublayers.
 
     Raises:
         SelectionError: If a block index is out of range.
