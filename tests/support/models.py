@@ -1,5 +1,9 @@
 """Tiny models built from configs."""
 
+import copy
+import json
+from functools import cache
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -24,9 +28,16 @@ MODEL_TYPES = ("llama", "mistral", "qwen3", "gpt2")
 
 
 def build_model(model_type: str = "llama", **overrides: object) -> PreTrainedModel:
-    """A random model whose branches are large enough to matter, in eval mode."""
+    """A random model whose branches are large enough to matter, in eval mode; torch's seed is 0 afterwards."""
+    model = copy.deepcopy(_built(model_type, json.dumps(overrides)))
     set_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
+    return model
+
+
+@cache
+def _built(model_type: str, overrides: str) -> PreTrainedModel:
+    set_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **json.loads(overrides)})
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
