@@ -16,6 +16,7 @@ ROOMS = [
     "planning",
     "formatting",
     "discovery",
+    "dropped_config",
     "surgery",
     "quality",
     "importance",

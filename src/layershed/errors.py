@@ -58,6 +58,10 @@ class PlanError(LayershedError, ValueError):
     """A drop plan is malformed or does not fit the model."""
 
 
+class RevivedSublayerError(LayershedError, RuntimeError):
+    """A sublayer that is recorded as dropped would run again, and its stand-in cannot be put back safely."""
+
+
 class CalibrationError(LayershedError, ValueError):
     """Importance could not be measured on the given batches."""
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
-from layershed.stand_ins.install import exchange
+from layershed.stand_ins.record import exchange
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -8,20 +8,23 @@ Both give the same logits: those of the model whose branch contributes zero. A n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.branches import Branch
-from layershed.discovery.find import dissect, find_transformer
+from layershed.discovery.find import dissect, find_transformer, transformers_in
+from layershed.dropped_config import mark_dropped, note_dropped
 from layershed.errors import PlanError
-from layershed.planning.plan import Sublayer, sublayer_from
-from layershed.stand_ins.install import install, keep_out, lifted, overridden, override_of, uninstall
+from layershed.planning.plan import Sublayer
+from layershed.stand_ins.contexts import lifted
+from layershed.stand_ins.install import install, keep_out, uninstall
+from layershed.stand_ins.record import overridden, write_record
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.wrappers import override_of
 
 
 def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:
@@ -47,6 +50,7 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
         install(module, stand_in)
         if not isinstance(transformer, PreTrainedModel):
             keep_out(module)
+    _note(transformer)
 
 
 def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, name: str | None = None) -> None:
@@ -63,6 +67,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     if sublayers is None and name is None:
         for module, _ in list(overridden(model)):
             uninstall(module)
+        _note(model)
         return
     transformer = find_transformer(model, name=name)
     before = bypassed_sublayers(transformer)
@@ -162,62 +167,12 @@ def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
     return found
 
 
-def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
-    """Write into a config which sublayers are dropped; its other fields stay.
-
-    - ``per_layer_config[i].skip`` is transformers' own field and lists the kinds.
-    - ``dropped_modules`` holds the stand-ins by module path.
-
-    A config whose layers differ by type (Gemma 4) takes no ``skip`` and gets only ``dropped_modules``.
-    """
-    config.dropped_modules = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
-    text_config = config.get_text_config()
-    spec = getattr(text_config, "_heterogeneity_spec", None)
-    layers: dict[int, dict[str, Any]] = {i: dict(own) for i, own in (spec.per_layer_overrides if spec else {}).items()}
-    if any(own.keys() - {"skip"} for own in layers.values()):
-        return
-    for sublayer in {stand_in.sublayer for stand_in in stand_ins.values() if stand_in.core}:
-        own = layers.setdefault(sublayer.block, {})
-        own["skip"] = sorted({*own.get("skip", ()), sublayer.kind})
-    if layers and max(layers) < getattr(text_config, "num_hidden_layers", 0):
-        text_config.per_layer_config = layers
-
-
-def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
-    """The fields that differ from their defaults, for JSON."""
-    default = StandIn(stand_in.sublayer, stand_in.zero)
-    left_out = {"sublayer", "zero", "frozen", "own"}
-    fields = {f: v for f, v in vars(stand_in).items() if f not in left_out and v != getattr(default, f)}
-    return {"sublayer": asdict(stand_in.sublayer), "zero": stand_in.zero, **fields}
-
-
-def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
-    """The stand-in that :func:`mark_dropped` described. Checks every field, as the config is untrusted.
-
-    Raises:
-        TypeError: If a field is unknown or of the wrong type.
-        PlanError: If its sublayer is malformed.
-    """
-    known: dict[str, Any] = {
-        "zero": bool,
-        "core": bool,
-        "argument": int | str,
-        "layer_idx": int,
-        "stride": int,
-        "materialize": bool,
-        "as_list": bool,
-    }
-    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes", "given")}
-    for name, value in given.items():
-        if name not in known or not isinstance(value, known[name]):
-            raise TypeError(f"{name}={value!r} is no field of a stand-in")
-    echoes, seen = fields.get("echoes"), fields.get("given", ())
-    if not isinstance(seen, tuple | list) or not all(isinstance(key, int | str) for key in seen):
-        raise TypeError(f"given={seen!r} is no field of a stand-in")
-    if echoes is not None and not isinstance(echoes, tuple | list):
-        raise TypeError(f"echoes={echoes!r} is no field of a stand-in")
-    echoed = None if echoes is None else tuple(echoes)
-    return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
+def _note(model: nn.Module) -> None:
+    """Bring all records up to date: those in the parents of dropped modules, and those in configs."""
+    write_record(model)
+    for _, transformer in transformers_in(model):
+        if isinstance(transformer, PreTrainedModel):
+            note_dropped(transformer.config, stand_ins_of(transformer))
 
 
 def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:

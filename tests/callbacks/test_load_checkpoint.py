@@ -13,7 +13,7 @@ import layershed as ls
 from layershed.callbacks import LoRARecovery, Quantization, SublayerDrop
 from layershed.errors import AmbiguousModelError, CheckpointError
 from layershed.saving.checkpoint import CHECKPOINT_KEY
-from layershed.stand_ins.install import withheld
+from layershed.stand_ins.contexts import withheld
 from layershed.training.causal_lm import CausalLM
 from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
 

@@ -18,7 +18,7 @@ from layershed.errors import CheckpointError, StrategyError
 from layershed.integration.fsdp_checkpoints import reshard
 from layershed.recovery.optimizer_groups import complete_state, without_empty_groups
 from layershed.saving.checkpoint import write_structure
-from layershed.stand_ins.install import withheld
+from layershed.stand_ins.contexts import withheld
 from tests.support.runs import Foreign, same
 
 # torch speaks of what it assumes without a process group

@@ -8,8 +8,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from layershed.planning.plan import Sublayer
-from layershed.stand_ins.install import install, lifted, overridden, override_of, uninstall, withheld
+from layershed.stand_ins.contexts import lifted, withheld
+from layershed.stand_ins.install import install, uninstall
+from layershed.stand_ins.record import overridden
 from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.wrappers import override_of
 from tests.support.models import build_model
 
 SUBLAYER = Sublayer(0, "attention", "model.layers.0.self_attn")

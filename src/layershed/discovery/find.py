@@ -143,7 +143,7 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
     if name is not None:
         model = _submodule(model, name)
     found: dict[str, Any] = {}
-    for path, transformer in _outermost_transformers(model):
+    for path, transformer in transformers_in(model):
         if not any(transformer is other for other in found.values()):
             found[path] = transformer
     if not found:
@@ -173,9 +173,10 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         raise NoSublayersFoundError(f"{type(model).__name__} has no module named {name!r}.") from None
 
 
-def _outermost_transformers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def transformers_in(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost transformers of a module, with their paths."""
     if isinstance(module, PreTrainedModel) or registered_adapter(module) is not None:
         yield path, module
         return
     for child_name, child in module.named_children():
-        yield from _outermost_transformers(child, f"{path}.{child_name}" if path else child_name)
+        yield from transformers_in(child, f"{path}.{child_name}" if path else child_name)

@@ -19,7 +19,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from layershed.discovery.recording import Tape, recording
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import UnprovenStructureError
-from layershed.stand_ins.install import lifted
+from layershed.stand_ins.contexts import lifted
 
 _TOKENS = 4
 _SAMPLES = 4000  # of a sound wave: a quarter of a second

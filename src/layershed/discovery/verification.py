@@ -24,7 +24,7 @@ from layershed.discovery.branch_kinds import is_symbolic
 from layershed.discovery.branches import Branch, Tap
 from layershed.discovery.recompute import replay
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
-from layershed.stand_ins.install import standing_in
+from layershed.stand_ins.contexts import standing_in
 from layershed.stand_ins.stand_in import StandIn
 
 

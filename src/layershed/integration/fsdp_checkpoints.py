@@ -36,7 +36,7 @@ from layershed.integration.protocols import LoadsShards
 from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
-from layershed.stand_ins.install import withheld
+from layershed.stand_ins.contexts import withheld
 
 _UNSTARTED_KEY = "layershed_unstarted"
 

@@ -27,7 +27,7 @@ from layershed.saving.checkpoint import (
     transformer_or_none,
     write_structure,
 )
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 
 _BY_HAND_KEY = "layershed_by_hand"
 _SAVE, _LOAD = "on_save_checkpoint", "on_load_checkpoint"

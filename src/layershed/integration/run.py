@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from layershed.files.atomic import write_text as write_text
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.saving.lora_folder import PLAN_FILE
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 
 Sums = dict[str, list[float]]

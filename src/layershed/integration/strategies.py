@@ -18,7 +18,7 @@ from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import ShardedCheckpoints
 from layershed.integration.lightning_private import tensor_parallel_size
 from layershed.recovery.lora import set_enabled
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -19,7 +19,7 @@ from layershed.discovery.probe import eager, evaluating
 from layershed.performance.stopwatch import Clock, Phase, SpeedSettings, Stopwatch, casting_alike, check_phase
 from layershed.planning.plan import Sublayer
 from layershed.recovery.lora import adapters_off
-from layershed.stand_ins.install import lifted
+from layershed.stand_ins.contexts import lifted
 from layershed.surgery import stopped_by
 
 

@@ -19,7 +19,8 @@ from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.lora_options import check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, targets_of
-from layershed.stand_ins.install import exchange, overridden, take_over_hooks
+from layershed.stand_ins.install import take_over_hooks
+from layershed.stand_ins.record import exchange, overridden
 from layershed.stand_ins.stand_in import StandIn
 
 if TYPE_CHECKING:  # peft imports bitsandbytes, which is slow: import it only where LoRA is injected

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from layershed.discovery.find import dissect
 from layershed.errors import RecoveryError
 from layershed.planning.plan import Sublayer
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 from layershed.surgery import dropped_sublayers
 
 Placement = Literal["all", "neighbours"]

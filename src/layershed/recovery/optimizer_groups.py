@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layershed.errors import CheckpointError
 from layershed.recovery.lora import adapted_modules
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 
 Layout = list[list[list[str]]]
 """Names of the parameters in every group of every optimizer."""

@@ -17,7 +17,8 @@ from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery.lora import inject_at, lora_settings, remove_lora
 from layershed.recovery.lora_options import checked_settings
-from layershed.stand_ins.install import WITHHELD, withheld
+from layershed.stand_ins.contexts import withheld
+from layershed.stand_ins.install import WITHHELD
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"

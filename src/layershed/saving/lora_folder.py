@@ -19,7 +19,7 @@ from layershed.files.untrusted import read_mapping
 from layershed.planning.plan import Drop, DropPlan
 from layershed.recovery.lora import ADAPTER, adapted_modules, inject_at, peft_config_of
 from layershed.recovery.lora_options import SETTINGS, checked_settings, settings_of
-from layershed.stand_ins.install import overridden
+from layershed.stand_ins.record import overridden
 from layershed.surgery import dropped_sublayers
 
 PLAN_FILE = "drop_plan.json"

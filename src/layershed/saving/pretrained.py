@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_sublayers, find_transformer, refuse_strangers, secure_quantized
+from layershed.dropped_config import mark_dropped
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
 from layershed.planning.plan import DropPlan
@@ -25,7 +26,7 @@ from layershed.recovery.lora import ADAPTER, adapted_modules
 from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
 from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping
 from layershed.saving.standalone import add_modelling_file
-from layershed.surgery import dropped_parameter_names, dropped_sublayers, mark_dropped, removed_sublayers, stand_ins_of
+from layershed.surgery import dropped_parameter_names, dropped_sublayers, removed_sublayers, stand_ins_of
 
 LORA_FOLDER = "adapter"
 

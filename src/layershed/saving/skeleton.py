@@ -14,11 +14,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layershed.discovery.find import find_sublayers
+from layershed.dropped_config import stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
-from layershed.surgery import bypass, remove, stand_in_from
+from layershed.surgery import bypass, remove
 
 
 def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,19 +1,24 @@
 """Puts stand-ins on module instances: a bypassed sublayer costs no compute and keeps its weights.
 
-A stand-in is the attribute ``forward`` of an instance. State-dict keys, the block's own forward and its
+A stand-in is the attribute ``forward`` of an instance. Parameter names, the block's own forward and its
 gradient-checkpointing wrapper do not change. The stand-in holds all state of a bypass, so deepcopy and pickle carry it
 along.
+
+The state dict gets one more key below each dropped module, whose name says what happened (:data:`MARK`). A strict load
+into a dense model fails on it, whatever prefix is cut off the names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
+import torch
 from torch import nn
 
 from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.wrappers import is_wrapped, override_of
 
 
 @dataclass
@@ -25,6 +30,9 @@ class _Note:
     def __call__(self) -> str:
         return self.text
 
+
+MARK = "dropped (load with layershed)"
+"""The last part of the key. It has no dot, because torch splits keys at dots."""
 
 WITHHELD = " (dropped)"  # ends the name of a module in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
@@ -50,7 +58,11 @@ def install(module: nn.Module, override: StandIn) -> None:
             parameter.requires_grad_(False)
         parameter.grad = None
     override.frozen = tuple(frozen)
-    _set(module, override)
+    _remove_hooks(module)
+    if override.core:
+        module.register_state_dict_post_hook(_add_mark)
+        module.register_load_state_dict_pre_hook(_take_mark)
+    put_on(module, override)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -58,15 +70,20 @@ def uninstall(module: nn.Module) -> None:
     override = override_of(module)
     if override is None:
         return
-    _clear(module, override)
-    for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _keep_out:
-            del module._forward_pre_hooks[number]
+    take_off(module, override)
+    _remove_hooks(module)
     parameters = dict(module.named_parameters())
     for name in override.frozen:
         # merged adapters are gone since, and quantized weights cannot train
         if name in parameters and parameters[name].is_floating_point():
             parameters[name].requires_grad_(True)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        ours = [n for n, hook in hooks.items() if getattr(hook, "hook", hook) in (_keep_out, _add_mark, _take_mark)]
+        for number in ours:
+            del hooks[number]
 
 
 def keep_out(module: nn.Module) -> None:
@@ -81,60 +98,41 @@ def _keep_out(_module: nn.Module, _args: object) -> None:
     """A hook that does nothing."""
 
 
-def override_of(module: nn.Module) -> StandIn | None:
-    """The override that a module carries, or None."""
-    override = module.__dict__.get("forward")
-    return override if isinstance(override, StandIn) else None
+def put_on(module: nn.Module, override: StandIn) -> None:
+    """Make a stand-in run instead of the module's forward."""
+    if is_wrapped(module, override):
+        override.original = None
+    else:
+        before = module.__dict__
+        override.own = {n: before[n] for n in _HIDDEN if n in before and not isinstance(before[n], _Note)}
+        # through __dict__: nn.Module's own __setattr__ is slow, and mypy rightly forbids assigning a method
+        module.__dict__["forward"] = override
+    module.__dict__["extra_repr"] = _Note("bypassed")
+    if override.core:
+        # one byte: transformers takes empty tensors for shared ones
+        module.__dict__[MARK] = torch.ones(1, dtype=torch.uint8, device="cpu")
 
 
-def overridden(model: nn.Module) -> Iterator[tuple[nn.Module, StandIn]]:
-    """Every overridden module of a model, with its override."""
-    for module in model.modules():
-        override = override_of(module)
-        if override is not None:
-            yield module, override
+def take_off(module: nn.Module, override: StandIn) -> None:
+    """Undo :func:`put_on`. Inside the wrapper of another library, the stand-in stays and calls the original forward."""
+    module.__dict__.pop(MARK, None)
+    del module.__dict__["extra_repr"]
+    if is_wrapped(module, override):
+        original = override.own.get("forward") or MethodType(type(module).forward, module)
+        override.original = original
+    else:
+        del module.__dict__["forward"]
+    module.__dict__.update({k: v for k, v in override.own.items() if k != "forward" or override.original is None})
 
 
-@contextmanager
-def lifted(model: nn.Module) -> Iterator[None]:
-    """Within the context every module runs its original forward; parameters stay frozen."""
-    carried = list(overridden(model))
-    for module, override in carried:
-        _clear(module, override)
-    try:
-        yield
-    finally:
-        for module, override in carried:
-            _set(module, override)
+def _add_mark(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object) -> None:
+    # as an attribute, because torch.distributed.checkpoint looks every key up; not in checkpoints of withheld()
+    if MARK in module.__dict__ and WITHHELD not in prefix:
+        state_dict[prefix + MARK] = module.__dict__[MARK]
 
 
-@contextmanager
-def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
-    """Within the context the stand-ins run; nothing else in the model changes."""
-    modules = {model.get_submodule(path): stand_in for path, stand_in in stand_ins.items()}
-    for module, stand_in in modules.items():
-        _set(module, stand_in)
-    try:
-        yield
-    finally:
-        for module, stand_in in modules.items():
-            _clear(module, stand_in)
-
-
-def exchange(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Replace a module by another one, which takes over its stand-in, its mode and its hooks.
-
-    A bypass and the hooks of watchers keep working.
-    """
-    old = model.get_submodule(path)
-    new.train(old.training)
-    override = override_of(old)
-    if override is not None:
-        uninstall(old)
-    model.set_submodule(path, new)
-    take_over_hooks(old, new)
-    if override is not None:
-        install(new, override)
+def _take_mark(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    state_dict.pop(prefix + MARK, None)
 
 
 def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -142,44 +140,3 @@ def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         if old.__dict__.get(name) is not None and (name == "_is_full_backward_hook" or old.__dict__[name]):
             new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]
-
-
-def _set(module: nn.Module, override: StandIn) -> None:
-    # through __dict__: nn.Module's own __setattr__ is slow, and mypy rightly forbids assigning a method
-    override.own = {name: module.__dict__[name] for name in _HIDDEN if name in module.__dict__}
-    module.__dict__["forward"] = override
-    module.__dict__["extra_repr"] = _Note("bypassed")
-
-
-def _clear(module: nn.Module, override: StandIn) -> None:
-    for name in _HIDDEN:
-        del module.__dict__[name]
-    module.__dict__.update(override.own)
-
-
-@contextmanager
-def withheld(model: nn.Module) -> Iterator[None]:
-    """Within the context overridden modules, and so their parameters, have names that no dense model has.
-
-    A checkpoint written within it lacks keys that a dense model requires. A model that loads it must have the same
-    bypass and be within this context, too.
-    """
-    parents = [parent for parent in model.modules() if any(map(_overridden, parent._modules.values()))]
-    for parent in parents:
-        _rename(parent, lambda name, child: name + WITHHELD if _overridden(child) else name)
-    try:
-        yield
-    finally:
-        for parent in parents:
-            _rename(parent, lambda name, _child: name.replace(WITHHELD, ""))
-
-
-def _overridden(module: nn.Module | None) -> bool:
-    return module is not None and override_of(module) is not None
-
-
-def _rename(parent: nn.Module, name_of: Callable[[str, nn.Module | None], str]) -> None:
-    # rebuild all: their order is that of the parameters, which identifies optimizer states
-    children = {name_of(name, child): child for name, child in parent._modules.items()}
-    parent._modules.clear()
-    parent._modules.update(children)

@@ -38,6 +38,7 @@ class StandIn:
         as_list: Whether the module returns a list and not a tuple.
         frozen: Names of the module's parameters that were trainable before.
         own: Attributes of the instance that the stand-in hides, such as a forward that accelerate put there.
+        original: The forward to call instead, while the module runs and another library still wraps this stand-in.
     """
 
     sublayer: Any
@@ -52,6 +53,7 @@ class StandIn:
     as_list: bool = False
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
+    original: Callable[..., Any] | None = None
 
     @property
     def label(self) -> str:
@@ -60,6 +62,8 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module would return if its branch contributed nothing, and advance the KV cache."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
         hidden = _argument(self.argument, args, kwargs)
         if not isinstance(hidden, Tensor):
             hidden = first_tensor(args, kwargs)

@@ -1,0 +1,81 @@
+"""The drops in the config of a model, where saving and loading by transformers keep them.
+
+- ``dropped_modules`` describes every stand-in, by module path. A bypassed model has it, too, so that a folder that
+  others save says what is dropped.
+- ``per_layer_config[i].skip`` is transformers' own field and lists the kinds that were removed from a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from layershed.planning.plan import sublayer_from
+from layershed.stand_ins.contexts import DROPPED_MODULES
+from layershed.stand_ins.stand_in import StandIn
+
+
+def note_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
+    """Describe stand-ins in a config; without any, the description goes."""
+    config.__dict__.pop(DROPPED_MODULES, None)
+    if stand_ins:
+        config.__dict__[DROPPED_MODULES] = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
+
+
+def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
+    """Write into a config which sublayers are dropped; its other fields stay.
+
+    - ``per_layer_config[i].skip`` is transformers' own field and lists the kinds.
+    - ``dropped_modules`` holds the stand-ins by module path.
+
+    A config whose layers differ by type (Gemma 4) takes no ``skip`` and gets only ``dropped_modules``.
+    """
+    note_dropped(config, stand_ins)
+    text_config = config.get_text_config()
+    spec = getattr(text_config, "_heterogeneity_spec", None)
+    layers: dict[int, dict[str, Any]] = {i: dict(own) for i, own in (spec.per_layer_overrides if spec else {}).items()}
+    if any(own.keys() - {"skip"} for own in layers.values()):
+        return
+    for sublayer in {stand_in.sublayer for stand_in in stand_ins.values() if stand_in.core}:
+        own = layers.setdefault(sublayer.block, {})
+        own["skip"] = sorted({*own.get("skip", ()), sublayer.kind})
+    if layers and max(layers) < getattr(text_config, "num_hidden_layers", 0):
+        text_config.per_layer_config = layers
+
+
+def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
+    """The fields that differ from their defaults, for JSON."""
+    default = StandIn(stand_in.sublayer, stand_in.zero)
+    left_out = {"sublayer", "zero", "frozen", "own"}
+    fields = {f: v for f, v in vars(stand_in).items() if f not in left_out and v != getattr(default, f)}
+    return {"sublayer": asdict(stand_in.sublayer), "zero": stand_in.zero, **fields}
+
+
+def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
+    """The stand-in that :func:`mark_dropped` described. Checks every field, as the config is untrusted.
+
+    Raises:
+        TypeError: If a field is unknown or of the wrong type.
+        PlanError: If its sublayer is malformed.
+    """
+    known: dict[str, Any] = {
+        "zero": bool,
+        "core": bool,
+        "argument": int | str,
+        "layer_idx": int,
+        "stride": int,
+        "materialize": bool,
+        "as_list": bool,
+    }
+    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes", "given")}
+    for name, value in given.items():
+        if name not in known or not isinstance(value, known[name]):
+            raise TypeError(f"{name}={value!r} is no field of a stand-in")
+    echoes, seen = fields.get("echoes"), fields.get("given", ())
+    if not isinstance(seen, tuple | list) or not all(isinstance(key, int | str) for key in seen):
+        raise TypeError(f"given={seen!r} is no field of a stand-in")
+    if echoes is not None and not isinstance(echoes, tuple | list):
+        raise TypeError(f"echoes={echoes!r} is no field of a stand-in")
+    echoed = None if echoes is None else tuple(echoes)
+    return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
