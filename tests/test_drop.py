@@ -155,6 +155,11 @@ def test_drop_takes_one_of_two_transformers_by_name(llama):
     assert bypassed_sublayers(both["teacher"]) == ()
 
 
+def hooks_of(model):
+    """By module, its forward hooks."""
+    return [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
@@ -177,7 +182,7 @@ def test_failed_drop_leaves_the_model_unchanged(llama, tokens, settings, error):
     earlier = find_sublayers(llama)[5:6]
     bypass(llama, earlier)
     llama.train()
-    before = logits(llama, tokens)
+    before, hooks = logits(llama, tokens), hooks_of(llama)
     settings = {"batches": make_batches(), **settings}
     with pytest.raises(error) as caught:
         drop_sublayers(llama, **settings)
@@ -185,7 +190,7 @@ def test_failed_drop_leaves_the_model_unchanged(llama, tokens, settings, error):
     assert bypassed_sublayers(llama) == earlier
     assert torch.equal(logits(llama, tokens), before)
     assert all(module.training for module in llama.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    assert hooks_of(llama) == hooks
 
 
 def test_drop_refuses_a_model_that_gives_nan_and_leaves_it_unchanged(llama):

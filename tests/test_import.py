@@ -1,6 +1,7 @@
 """import layershed: what it brings along, and that every public name is there without having been imported."""
 
 import ast
+import gc
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import layershed as ls
+from layershed.cli.main import main
 
 SOURCE = Path(ls.__file__)
 HEAVY = {"torch", "lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets", "transformers"}
@@ -87,3 +89,14 @@ def test_command_overview_is_printed_without_torch():
         loaded = set(fresh(code.format(word)).split())
         assert "layershed.cli.commands" in loaded
         assert not HEAVY & loaded
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_command_line_leaves_garbage_collection_as_it_was(enabled, capsys):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(SystemExit):
+            main(["plan", "--help"])
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()

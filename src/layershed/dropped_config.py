@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from layershed.planning.plan import sublayer_from
+from layershed.errors import PlanError
+from layershed.planning.plan import Sublayer, sublayer_from
 from layershed.stand_ins.contexts import DROPPED_MODULES
 from layershed.stand_ins.stand_in import StandIn
 
@@ -21,6 +22,18 @@ def note_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
     config.__dict__.pop(DROPPED_MODULES, None)
     if stand_ins:
         config.__dict__[DROPPED_MODULES] = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
+
+
+def noted_sublayers(config: Any) -> dict[str, Sublayer]:
+    """By module path, the dropped sublayer that a config describes there; the config may be untrusted.
+
+    Raises:
+        PlanError: If a sublayer is malformed.
+    """
+    noted = getattr(config, "__dict__", {}).get(DROPPED_MODULES) or {}
+    if not isinstance(noted, Mapping) or not all(isinstance(fields, Mapping) for fields in noted.values()):
+        raise PlanError(f"The config's {DROPPED_MODULES} is not a mapping from module paths to stand-ins.")
+    return {path: sublayer_from(fields.get("sublayer")) for path, fields in noted.items()}
 
 
 def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:

@@ -8,6 +8,7 @@ Both give the same logits: those of the model whose branch contributes zero. A n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.branches import Branch
 from layershed.discovery.find import dissect, find_transformer, transformers_in
-from layershed.dropped_config import mark_dropped, note_dropped
-from layershed.errors import PlanError
+from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
+from layershed.errors import PlanError, RevivedSublayerError
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
@@ -44,13 +45,19 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
     transformer = find_transformer(model, name=name)
     branches = dissect(transformer).branches
     wanted = _check(transformer, sublayers, branches)
-    for path, stand_in in stopped_by(branches, {*wanted, *bypassed_sublayers(transformer)}):
+    if lost := _lost(transformer) - wanted:
+        _warn_of(lost)
+    _bypass(transformer, branches, {*wanted, *lost, *_carried(transformer)})
+    _note(model)
+
+
+def _bypass(transformer: nn.Module, branches: tuple[Branch, ...], dropped: set[Sublayer]) -> None:
+    for path, stand_in in stopped_by(branches, dropped):
         module = transformer.get_submodule(path)
         uninstall(module)
         install(module, stand_in)
         if not isinstance(transformer, PreTrainedModel):
             keep_out(module)
-    _note(transformer)
 
 
 def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, name: str | None = None) -> None:
@@ -76,6 +83,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
         raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
         uninstall(module)
+    _note(model)
     # a norm shared by two sublayers must run again for the restored one: bypass the others again
     remaining = [sublayer for sublayer in before if sublayer not in wanted]
     if remaining:
@@ -131,8 +139,63 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
 
 
 def bypassed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
-    """The sublayers that are bypassed now, in forward order."""
-    return tuple(sorted({stand_in.sublayer for _, stand_in in overridden(model) if stand_in.core}))
+    """The sublayers that are bypassed now, in forward order.
+
+    Sublayers that the model's config records as dropped, and that would run because others replaced a block or loaded
+    the model, are bypassed again first, with a warning.
+
+    Raises:
+        RevivedSublayerError: If that is impossible, because the model is another one now.
+    """
+    for _, transformer in transformers_in(model):
+        if lost := _lost(transformer):
+            _put_back(transformer, lost)
+    return tuple(sorted(_carried(model)))
+
+
+def _carried(model: nn.Module) -> set[Sublayer]:
+    return {stand_in.sublayer for _, stand_in in overridden(model) if stand_in.core}
+
+
+def _lost(transformer: nn.Module) -> set[Sublayer]:
+    """The sublayers that the config records as dropped, and that carry no stand-in."""
+    if not isinstance(transformer, PreTrainedModel):
+        return set()
+    noted = noted_sublayers(transformer.config)
+    missing = {path for path in noted if not _stands_at(transformer, path)}
+    if missing:  # of a model inside another one, the config has shorter paths
+        present = stand_ins_of(transformer)
+        missing = {path for path in missing if not any(other.endswith(f".{path}") for other in present)}
+    return {noted[path] for path in missing}
+
+
+def _stands_at(transformer: nn.Module, path: str) -> bool:
+    try:
+        module = transformer.get_submodule(path)
+    except AttributeError:
+        return False
+    return isinstance(module, RemovedModule) or override_of(module) is not None
+
+
+def _put_back(transformer: nn.Module, lost: set[Sublayer]) -> None:
+    branches = dissect(transformer).branches
+    unknown = lost - {branch.sublayer for branch in branches}
+    if unknown:
+        raise RevivedSublayerError(
+            f"{_names(sorted(unknown))}: recorded as dropped in the config of {type(transformer).__name__}, but the "
+            "model has no such sublayer now. Call layershed.restore(model) if the record is out of date."
+        )
+    _warn_of(lost)
+    _bypass(transformer, branches, {*lost, *_carried(transformer)})
+    _note(transformer)
+
+
+def _warn_of(lost: set[Sublayer]) -> None:
+    warnings.warn(
+        f"{_names(sorted(lost))}: recorded as dropped in the model's config, but would have run. They are bypassed "
+        "again. Call layershed.restore(model) for the dense model.",
+        stacklevel=4,
+    )
 
 
 def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from layershed.cli.commands import answer_overview
@@ -32,8 +34,8 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
     if words[:1] == ["fit"] and quickstart is not None and not named:
         words[1:1] = ["--config", str(quickstart)]
     try:
-        from layershed.cli.lightning_cli import run_command
-
+        with _no_garbage_collection():
+            from layershed.cli.lightning_cli import run_command
         run_command(words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -45,6 +47,18 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         print(f"error: {one_line(sentence)}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Imports leave no garbage, but the search for it takes a sixth of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _sentence_of(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ would fill the gaps with random weights. So load the folder with :func:`load_pre
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from layershed.recovery.lora import ADAPTER, adapted_modules
 from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
 from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping
 from layershed.saving.standalone import add_modelling_file
+from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, removed_sublayers, stand_ins_of
 
 LORA_FOLDER = "adapter"
@@ -124,10 +126,10 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ExportError(
             f"load_pretrained: {folder} has no readable safetensors weights ({first_line(error)})."
         ) from None
+    report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(problem):
-            found = sorted(map(str, report[problem]))
-            raise ExportError(f"load_pretrained: {folder} has {problem.replace('_', ' ')}: {', '.join(found[:3])}.")
+            raise ExportError(f"load_pretrained: {folder} {_described(problem, sorted(map(str, report[problem])))}")
     model.__class__ = model_class
     secure_quantized(model)
     try:
@@ -140,6 +142,28 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(folder) / LORA_FOLDER).is_dir():
         load_adapter(model, Path(folder) / LORA_FOLDER)
     return model
+
+
+def _left_over(keys: Collection[str], dropped: Iterable[str]) -> set[str]:
+    """Keys of a folder that belong to nothing.
+
+    Others save a bypassed model whole: with the weights of what is dropped, and marked.
+    """
+    below = tuple(f"{path}." for path in dropped) if any(key.endswith(MARK) for key in keys) else ()
+    return {key for key in keys if not key.startswith(below)}
+
+
+def _described(problem: str, keys: list[str]) -> str:
+    """What is wrong with the keys of a folder, as the end of a sentence."""
+    shown = f"has {problem.replace('_', ' ')}: {', '.join(keys[:3])}."
+    if any(".base_layer." in key for key in keys) or any("lora_" in key for key in keys):
+        return f"{shown} It holds LoRA adapters inside the model: save with layershed.save_pretrained, or merge first."
+    if any(key.endswith(MARK) for key in keys):
+        return (
+            f"{shown} Sublayers were dropped when it was saved, and its config does not say which. Save the model with "
+            "its config."
+        )
+    return shown
 
 
 def load_plan(folder: str | Path) -> DropPlan | None:
