@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
+from layershed.stand_ins.install import MARK
 from layershed.stand_ins.record import exchange
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ def dequantize(model: nn.Module, *, name: str | None = None) -> None:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all saved parameters and buffers, including the scales of quantized weights."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    saved = (tensor for name, tensor in model.state_dict().items() if not name.endswith(MARK))
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved)
 
 
 def _upstream_config(how: Quantized) -> BitsAndBytesConfig:

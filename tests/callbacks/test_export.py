@@ -33,6 +33,7 @@ from tests.support.runs import (
     fit_foreign,
     same,
     state_of,
+    unmarked,
     val_loader,
 )
 
@@ -40,7 +41,7 @@ from tests.support.runs import (
 def logits_by_hand(net, dropped=(), **overrides):
     """Of a model with these weights whose dropped branches are multiplied by zero."""
     hand = HandRun(**overrides)
-    hand.module.net.load_state_dict(net.state_dict())
+    hand.module.net.load_state_dict(unmarked(net.state_dict()))
     hand.drop(list(dropped))
     return logits(hand.module.net)
 
@@ -171,7 +172,7 @@ def test_export_combines_removed_and_newly_dropped_sublayers(make_trainer, tmp_p
     assert sorted(before + now) == [(s.block, s.kind) for s in dropped_sublayers(loaded)]
     weights = {**first.net.state_dict(), **module.net.state_dict()}  # what is gone from one is zeroed anyway
     hand = HandRun()
-    hand.module.net.load_state_dict(weights)
+    hand.module.net.load_state_dict(unmarked(weights))
     hand.drop(before + now)
     assert torch.equal(logits(loaded), logits(hand.module.net))
     entries = load_plan(folder).drops

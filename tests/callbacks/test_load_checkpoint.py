@@ -15,7 +15,7 @@ from layershed.errors import AmbiguousModelError, CheckpointError
 from layershed.saving.checkpoint import CHECKPOINT_KEY
 from layershed.stand_ins.contexts import withheld
 from layershed.training.causal_lm import CausalLM
-from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, val_loader
+from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, unmarked, val_loader
 
 WHAT = {
     "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),
@@ -90,11 +90,11 @@ def test_load_checkpoint_and_the_named_callback_restore_the_saved_model(make_tra
     trainer = make_trainer(WHAT[what][0]()[0], name="again")
     if what in ("drop", "one"):
         hand = HandRun()
-        hand.module.load_state_dict(module.state_dict())
+        hand.module.load_state_dict(unmarked(module.state_dict()))
         hand.drop([(sublayer.block, sublayer.kind) for sublayer in ls.bypassed_sublayers(module)])
         wanted = logits(hand.module)
         dense = Foreign()
-        dense.load_state_dict(module.state_dict())
+        dense.load_state_dict(unmarked(module.state_dict()))
         assert not same(logits(dense), wanted)
     else:
         wanted = logits(module)
@@ -109,7 +109,7 @@ def test_causal_lm_checkpoint_loads_without_load_checkpoint_or_callback(make_tra
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     ids = torch.arange(3, 19)[None]
     hand = HandRun(vocab_size=259, eos_token_id=1)
-    hand.module.net.load_state_dict(module.model.state_dict())
+    hand.module.net.load_state_dict(unmarked(module.model.state_dict()))
     hand.drop([(sublayer.block, sublayer.kind) for sublayer in ls.bypassed_sublayers(module)])
     fresh = causal_lm()
     ls.load_checkpoint(fresh, tmp_path / "a.ckpt")
@@ -124,7 +124,9 @@ def test_dense_checkpoint_has_no_mark_and_restores(make_trainer, tmp_path):
     keys = set(module.state_dict())
     trainer.callbacks[0].on_train_end = lambda *_: trainer.save_checkpoint(tmp_path / "dropped.ckpt")
     fit_foreign(trainer, module)
-    assert len(torch.load(tmp_path / "dropped.ckpt")["state_dict"].keys() - keys) == 1
+    marked = torch.load(tmp_path / "dropped.ckpt")["state_dict"]
+    assert len(unmarked(marked).keys() - keys) == 1
+    assert len(marked.keys() - keys) == 1 + 3
     ls.restore(module)
     trainer.save_checkpoint(tmp_path / "dense.ckpt")
     assert torch.load(tmp_path / "dense.ckpt")["state_dict"].keys() == keys

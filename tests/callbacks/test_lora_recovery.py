@@ -50,6 +50,7 @@ from tests.support.runs import (
     same,
     sequences,
     state_of,
+    unmarked,
     val_loader,
 )
 from tests.support.trainable import frozen_with_gradient, trainable
@@ -294,7 +295,7 @@ def dense_from(state, dropped, scale=ALPHA / RANK):
             path = name.partition(".lora_A.")[0]
             plain[f"{path}.weight"] = plain[f"{path}.weight"] + scale * state[name.replace("lora_A", "lora_B")] @ low
     net = Foreign().net.eval()
-    net.load_state_dict(plain)
+    net.load_state_dict(unmarked(plain))
     for branch, _ in parts_of(net, dropped):
         branch.register_forward_hook(_zero)
     return net

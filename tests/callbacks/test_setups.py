@@ -41,6 +41,7 @@ from tests.support.runs import (
     ranked,
     same,
     state_of,
+    unmarked,
     val_loader,
 )
 
@@ -286,9 +287,9 @@ def test_weight_average_follows_a_drop(make_trainer, tmp_path):
 
     def lose():
         state = copy.deepcopy(hand.module.state_dict())
-        hand.module.load_state_dict(average.values)
+        hand.module.load_state_dict(unmarked(average.values))
         loss, _ = hand.quality(val_loader())
-        hand.module.load_state_dict(state)
+        hand.module.load_state_dict(unmarked(state))
         return loss
 
     losses = []
@@ -306,8 +307,8 @@ def test_weight_average_follows_a_drop(make_trainer, tmp_path):
     assert [entry.score for entry in drop.plan.drops] == pytest.approx([scores[k] for k in hand.dropped], rel=2e-5)
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert same(content["current_model_state"], dict(hand.module.state_dict()))
-    torch.testing.assert_close(dict(module.state_dict()), average.values)
-    hand.module.load_state_dict(average.values)
+    torch.testing.assert_close(unmarked(module.state_dict()), unmarked(average.values))
+    hand.module.load_state_dict(unmarked(average.values))
     assert drop.quality["end"].loss == pytest.approx(hand.quality(itertools.islice(val_loader(), 2))[0], rel=1e-5)
     loaded = Foreign()
     ls.load_checkpoint(loaded, tmp_path / "a.ckpt")

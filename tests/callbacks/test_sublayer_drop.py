@@ -41,6 +41,7 @@ from tests.support.runs import (
     ranked,
     same,
     state_of,
+    unmarked,
     val_loader,
 )
 
@@ -468,7 +469,7 @@ def test_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_train
 def reference_of(state, dropped):
     """Mean validation loss of a foreign module with these weights and these branches multiplied by zero."""
     hand = HandRun()
-    hand.module.load_state_dict(state)
+    hand.module.load_state_dict(unmarked(state))
     hand.drop(dropped)
     return hand, hand.quality(val_loader())[0]
 
@@ -507,7 +508,7 @@ def test_causal_lm_checkpoint_is_the_dropped_model_without_callbacks(make_traine
     data.setup()
     batches = list(data.val_dataloader())
     run = HandRun(vocab_size=259, eos_token_id=1)
-    run.module.net.load_state_dict(module.model.state_dict())
+    run.module.net.load_state_dict(unmarked(module.model.state_dict()))
     run.drop(keys(drop.plan))
     assert run.quality(batches)[0] == pytest.approx(wanted, rel=1e-5)
     for how in ("validate", "test"):

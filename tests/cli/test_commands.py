@@ -52,6 +52,7 @@ from tests.support.command_line import (
     run,
 )
 from tests.support.models import build_model
+from tests.support.runs import unmarked
 from tests.support.ticking import MADE_UP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -891,7 +892,7 @@ def trained(path, *, scale=0):
                 weight = weight + scale * adapter["lora_B"] @ adapter["lora_A"]
             weights[name.removeprefix("model.").replace(".base_layer.", ".")] = weight
     model = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in TINY.items() if name != "model_type"}))
-    model.load_state_dict(weights)
+    model.load_state_dict(unmarked(weights))
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from layershed.recovery.lora import adapted_modules
+from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names
 
 
@@ -41,7 +42,8 @@ def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes
         if name not in gone and id(parameter) not in adapters
     }
     # buffers, and the scales of quantized weights
-    beside = (tensor for name, tensor in transformer.state_dict().items() if name not in every and name not in gone)
+    saved = transformer.state_dict().items()
+    beside = (tensor for name, tensor in saved if name not in every and name not in gone and not name.endswith(MARK))
     return WeightSizes(
         sum(math.prod(weight_shape(parameter)) for parameter in kept.values()),
         sum(tensor.numel() * tensor.element_size() for tensor in (*kept.values(), *beside)),

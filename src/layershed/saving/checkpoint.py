@@ -18,7 +18,7 @@ from layershed.quantization import Quantized, dequantize, quantization_of, quant
 from layershed.recovery.lora import inject_at, lora_settings, remove_lora
 from layershed.recovery.lora_options import checked_settings
 from layershed.stand_ins.contexts import withheld
-from layershed.stand_ins.install import WITHHELD
+from layershed.stand_ins.install import MARK, WITHHELD
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"
@@ -156,6 +156,8 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
     if any(noted.values()):  # if the record is lost, the mark stays, and a strict load fails on it
         weights = checkpoint.get("state_dict", {})
         _take_marks(weights)
+        for key in [key for key in weights if any(key.endswith(f"{gone.path}.{MARK}") for gone in wanted)]:
+            del weights[key]
         for key in [key for key in weights if WITHHELD in key]:
             weights[key.replace(WITHHELD, "")] = weights.pop(key)
 

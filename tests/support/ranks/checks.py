@@ -17,7 +17,7 @@ from layershed.quality import evaluate_quality
 from layershed.recovery.lora import set_enabled
 from tests.support.models import build_model
 from tests.support.ranks import replicated, sharded
-from tests.support.runs import BATCH, FORMULAS, Foreign, HandRun, same, sequences
+from tests.support.runs import BATCH, FORMULAS, Foreign, HandRun, same, sequences, unmarked
 from tests.support.two_ranks import run_two_ranks
 
 
@@ -235,7 +235,7 @@ def plain_model(found, name, shards, step):
             b = weights[key.replace(".lora_A.", ".lora_B.")]
             base = key.split(".lora_A.")[0] + ".weight"
             plain[base] = plain[base] + 16 / 4 * b @ a
-    model.load_state_dict(plain)
+    model.load_state_dict(unmarked(plain))
     if step == sharded.STEPS:
         ls.bypass(model, ls.DropPlan.from_dict(result["plan"]))
     return model
