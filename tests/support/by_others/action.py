@@ -22,6 +22,7 @@ class Action:
         steps: How often it yields.
         moments: After how many of its steps sublayers are dropped.
         follows: Whether the action changes what the model computes, so that the reference must undergo it, too.
+        trains: Whether it trains. Then the reference becomes zero at the moment of the drop, instead of before.
         named: Whether the result is a model of which one may ask what is dropped, and which layershed may save.
         tolerance: Largest difference of the logits.
     """
@@ -32,6 +33,7 @@ class Action:
     steps: int
     moments: tuple[int, ...]
     follows: bool
+    trains: bool
     named: bool
     tolerance: float
 
@@ -63,6 +65,7 @@ def action(
     steps: int = 1,
     moments: tuple[int, ...] | None = None,
     follows: bool = False,
+    trains: bool = False,
     named: bool = True,
     tolerance: float = 1e-4,
 ) -> Callable[[Callable[[World], Iterator[Model]]], Callable[[World], Iterator[Model]]]:
@@ -70,7 +73,7 @@ def action(
 
     def enter(do: Callable[[World], Iterator[Model]]) -> Callable[[World], Iterator[Model]]:
         when = tuple(range(steps + 1)) if moments is None else moments
-        table[name] = Action(name, do, architectures, steps, when, follows, named, tolerance)
+        table[name] = Action(name, do, architectures, steps, when, follows or trains, trains, named, tolerance)
         return do
 
     return enter

@@ -75,34 +75,34 @@ def _fit(world: World, *callbacks: Callback, module: LightningModule | None = No
     return module.eval()
 
 
-@action(ACTIONS, "Lightning trains", THREE, follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning trains", THREE, trains=True, tolerance=1e-3)
 def fit(world: World) -> Iterator[Model]:
     yield _fit(world)
 
 
-@action(ACTIONS, "Lightning trains in bf16-mixed", THREE, follows=True, tolerance=0.05)
+@action(ACTIONS, "Lightning trains in bf16-mixed", THREE, trains=True, tolerance=0.05)
 def fit_bf16(world: World) -> Iterator[Model]:
     yield _fit(world, precision="bf16-mixed")
 
 
-@action(ACTIONS, "Lightning trains in bf16-true", THREE, follows=True, tolerance=0.1)
+@action(ACTIONS, "Lightning trains in bf16-true", THREE, trains=True, tolerance=0.05)
 def fit_bf16_true(world: World) -> Iterator[Model]:
     yield _fit(world, precision="bf16-true")
 
 
-@action(ACTIONS, "Lightning's ModelCheckpoint, load_from_checkpoint", THREE, moments=(0,), follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's ModelCheckpoint, load_from_checkpoint", THREE, moments=(0,), trains=True, tolerance=1e-3)
 def checkpoint(world: World) -> Iterator[Model]:
     _fit(world, ModelCheckpoint(world.folder, filename="kept"))
     yield Plain.load_from_checkpoint(world.folder / "kept.ckpt", weights_only=True).eval()
 
 
-@action(ACTIONS, "load_from_checkpoint(strict=False)", THREE, moments=(0,), follows=True, tolerance=1e-3)
+@action(ACTIONS, "load_from_checkpoint(strict=False)", THREE, moments=(0,), trains=True, tolerance=1e-3)
 def checkpoint_loosely(world: World) -> Iterator[Model]:
     _fit(world, ModelCheckpoint(world.folder, filename="kept"))
     yield Plain.load_from_checkpoint(world.folder / "kept.ckpt", strict=False, weights_only=True).eval()
 
 
-@action(ACTIONS, "a Lightning checkpoint's weights, net. cut off", THREE, moments=(0,), follows=True, tolerance=1e-3)
+@action(ACTIONS, "a Lightning checkpoint's weights, net. cut off", THREE, moments=(0,), trains=True, tolerance=1e-3)
 def checkpoint_cut(world: World) -> Iterator[Model]:
     _fit(world, ModelCheckpoint(world.folder, filename="kept"))
     weights = torch.load(world.folder / "kept.ckpt", weights_only=True)["state_dict"]
@@ -111,12 +111,12 @@ def checkpoint_cut(world: World) -> Iterator[Model]:
     yield fresh
 
 
-@action(ACTIONS, "Lightning's BackboneFinetuning", THREE, follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's BackboneFinetuning", THREE, trains=True, tolerance=1e-3)
 def finetuning(world: World) -> Iterator[Model]:
     module = WithBackbone(world.name)
     module.net = world.model
     callback = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01, verbose=False)
-    if world.reference:
+    if world.silent:
         module.training_step = _silenced(world, module)  # type: ignore[method-assign]
     yield _fit(world, callback, module=module)
 
@@ -131,20 +131,22 @@ def _silenced(world: World, module: Plain) -> Any:
     return step
 
 
-@action(ACTIONS, "Lightning's StochasticWeightAveraging", THREE, follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's StochasticWeightAveraging", THREE, trains=True, tolerance=1e-3)
 def swa(world: World) -> Iterator[Model]:
     yield _fit(world, StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1))
 
 
-@action(ACTIONS, "Lightning's WeightAveraging", THREE, follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's WeightAveraging", THREE, trains=True, tolerance=1e-3)
 def averaging(world: World) -> Iterator[Model]:
     yield _fit(world, WeightAveraging(avg_fn=get_ema_avg_fn(0.9)))
 
 
-@action(ACTIONS, "Lightning's ModelPruning", ("llama", "opt"), follows=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's ModelPruning", ("llama", "opt"), trains=True, tolerance=1e-3)
 def pruning(world: World) -> Iterator[Model]:
     maps = [(m, "weight") for m in world.model.modules() if type(m) is nn.Linear and m.out_features != 97]
-    yield _fit(world, ModelPruning("l1_unstructured", parameters_to_prune=maps, amount=0.3, use_global_unstructured=False))
+    yield _fit(
+        world, ModelPruning("l1_unstructured", parameters_to_prune=maps, amount=0.3, use_global_unstructured=False)
+    )
 
 
 @action(ACTIONS, "LightningModule, its whole checkpoint saved by hand", THREE, moments=(0,))

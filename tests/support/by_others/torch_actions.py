@@ -231,9 +231,11 @@ def modes(world: World) -> Iterator[Model]:
     yield world.model.eval()
 
 
-@action(ACTIONS, "everything is unfrozen and trained by plain torch", ("llama", "gpt2", "opt"), follows=True, tolerance=1e-3)
+@action(
+    ACTIONS, "everything is unfrozen and trained by plain torch", ("llama", "gpt2", "opt"), trains=True, tolerance=1e-3
+)
 def unfrozen(world: World) -> Iterator[Model]:
-    if not world.reference:
+    if not world.silent:
         world.model.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in world.model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):

@@ -29,7 +29,7 @@ def _checkpoint(world: World) -> Path:
     return world.folder / "run" / "checkpoint-2"
 
 
-@action(ACTIONS, "Trainer trains", CAUSAL, follows=True, steps=2, tolerance=1e-3)
+@action(ACTIONS, "Trainer trains", CAUSAL, trains=True, steps=2, tolerance=1e-3)
 def train(world: World) -> Iterator[Model]:
     trainer = _trainer(world)
     yield world.model
@@ -37,7 +37,7 @@ def train(world: World) -> Iterator[Model]:
     yield trainer.model.eval()
 
 
-@action(ACTIONS, "Trainer trains in bfloat16", CAUSAL, follows=True, steps=3, tolerance=0.05)
+@action(ACTIONS, "Trainer trains in bfloat16", CAUSAL, trains=True, steps=3, tolerance=0.05)
 def train_bf16(world: World) -> Iterator[Model]:
     trainer = _trainer(world, bf16=True)
     yield world.model
@@ -58,7 +58,7 @@ def save_model_loaded(world: World) -> Iterator[Model]:
     yield type(world.model).from_pretrained(world.folder / "saved")
 
 
-@action(ACTIONS, "a Trainer checkpoint, layershed loads", CAUSAL, moments=(0, 1), steps=2, follows=True, tolerance=1e-3)
+@action(ACTIONS, "a Trainer checkpoint, layershed loads", CAUSAL, moments=(0, 1), steps=2, trains=True, tolerance=1e-3)
 def checkpoint(world: World) -> Iterator[Model]:
     trainer = _trainer(world, save_strategy="steps", save_steps=2)
     yield world.model
@@ -66,7 +66,9 @@ def checkpoint(world: World) -> Iterator[Model]:
     yield ls.load_pretrained(_checkpoint(world))
 
 
-@action(ACTIONS, "Trainer resumes with the same model", ("llama", "opt"), follows=True, steps=2, moments=(0,), tolerance=1e-3)
+@action(
+    ACTIONS, "Trainer resumes with the same model", ("llama", "opt"), trains=True, steps=2, moments=(0,), tolerance=1e-3
+)
 def resume(world: World) -> Iterator[Model]:
     trainer = _trainer(world, save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=3)
     trainer.train()
@@ -76,7 +78,7 @@ def resume(world: World) -> Iterator[Model]:
     yield again.model.eval()
 
 
-@action(ACTIONS, "Trainer resumes with a fresh model", ("llama", "opt"), follows=True, moments=(0,), tolerance=1e-3)
+@action(ACTIONS, "Trainer resumes with a fresh model", ("llama", "opt"), trains=True, moments=(0,), tolerance=1e-3)
 def resume_fresh(world: World) -> Iterator[Model]:
     trainer = _trainer(world, save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=3)
     trainer.train()
@@ -85,7 +87,7 @@ def resume_fresh(world: World) -> Iterator[Model]:
     yield again.model.eval()
 
 
-@action(ACTIONS, "Trainer loads the best model", ("llama", "opt"), follows=True, moments=(0, 2), steps=2, tolerance=1e-3)
+@action(ACTIONS, "Trainer loads the best model", ("llama", "opt"), trains=True, moments=(0, 2), steps=2, tolerance=1e-3)
 def best(world: World) -> Iterator[Model]:
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     trainer = _trainer(world, **options, load_best_model_at_end=True)

@@ -154,7 +154,9 @@ def generate(world: World) -> Iterator[Model]:
     yield _Decoded(world.model)
 
 
-@action(ACTIONS, "generate with a static cache", ("llama", "mixtral"), follows=True, named=False, moments=(0, 1), steps=2)
+@action(
+    ACTIONS, "generate with a static cache", ("llama", "mixtral"), follows=True, named=False, moments=(0, 1), steps=2
+)
 def generate_static(world: World) -> Iterator[Model]:
     yield world.model
     yield _Decoded(world.model, cache_implementation="static")

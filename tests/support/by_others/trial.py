@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -35,7 +35,16 @@ from tests.support.by_others import (
     wrapping_actions,
 )
 from tests.support.by_others.action import Action, Case, cases
-from tests.support.by_others.world import ARCHITECTURES, Model, World, dense_model, logits, reference_model, wanted
+from tests.support.by_others.world import (
+    ARCHITECTURES,
+    Model,
+    World,
+    dense_model,
+    logits,
+    make_reference,
+    silence,
+    wanted,
+)
 
 ACTIONS: dict[str, Action] = {
     **peft_actions.ACTIONS,
@@ -75,11 +84,11 @@ class Verdict:
 
 def try_case(case: Case) -> Verdict:
     """Run a case and judge it."""
-    expected, dense = expectations(case.architecture, case.action)
+    expected, dense = expectations(case.architecture, case.action, case.moment if case.action.trains else 0)
     with tempfile.TemporaryDirectory() as place, heard() as said:
         world = World(case.architecture, dense_model(case.architecture), Path(place))
         try:
-            with played(case.action, world, case.moment) as model:
+            with played(case.action, world, case.moment, _bypass) as model:
                 problem = next(problems(case, model, world, expected, dense), None)
         except LayershedError as error:
             return Verdict("refused", _line(error))
@@ -143,24 +152,26 @@ def _restored(model: nn.Module, world: World, dense: Tensor | None, tolerance: f
 
 
 @contextmanager
-def played(action: Action, world: World, moment: int | None) -> Iterator[Model]:
+def played(action: Action, world: World, moment: int | None, drop: Callable[[World, Model], None]) -> Iterator[Model]:
     """The model after an action, while what the action opened is still open; sublayers are dropped on the way."""
     set_seed(0)
     model = world.model
     if moment == 0:
-        _drop(world, model)
+        drop(world, model)
     steps = action.do(world)
     try:
         for step in range(1, action.steps + 1):
             model = next(steps)
+            if world.silent:
+                silence(model, world.architecture)
             if step == moment:
-                _drop(world, model)
+                drop(world, model)
         yield model
     finally:
         steps.close()  # type: ignore[attr-defined]
 
 
-def _drop(world: World, model: nn.Module) -> None:
+def _bypass(world: World, model: nn.Module) -> None:
     sublayers = wanted(world.name, model)
     lacking = len(world.architecture.dropped) - len(sublayers)
     if lacking:
@@ -168,37 +179,41 @@ def _drop(world: World, model: nn.Module) -> None:
     ls.bypass(model, sublayers)
 
 
+def _silence(world: World, model: nn.Module) -> None:
+    make_reference(model, world.architecture)
+    world.silent = True
+
+
 @cache
-def expectations(architecture: str, action: Action) -> tuple[Tensor, Tensor]:
-    """Logits of the reference, and of the dense model after the action.
+def expectations(architecture: str, action: Action, moment: int) -> tuple[Tensor, Tensor]:
+    """Logits of the reference, dropped at a moment, and of the dense model after the action.
 
     Raises:
         HarnessError: If they say nothing.
     """
     with tempfile.TemporaryDirectory() as place, heard():
-        expected, dense = _expected(architecture, action, Path(place))
-    if close(expected, dense, 20 * action.tolerance):
+        expected, dense = _expected(architecture, action, moment, Path(place))
+    if close(expected, dense, 5 * action.tolerance):
         raise HarnessError(f"{architecture}: {action.name}: reference and dense model compute the same")
     return expected, dense
 
 
-def _expected(architecture: str, action: Action, place: Path) -> tuple[Tensor, Tensor]:
-    expected = logits(reference_model(architecture), ARCHITECTURES[architecture].inputs())
-    worlds = [World(architecture, dense_model(architecture), place / "dense")]
-    if action.follows:
-        worlds.append(World(architecture, reference_model(architecture), place / "reference", reference=True))
-    for world in worlds:
+def _expected(architecture: str, action: Action, moment: int, place: Path) -> tuple[Tensor, Tensor]:
+    """A reference that does not follow the action is judged as it is."""
+    found = []
+    for when in (moment, None):
+        world = World(architecture, dense_model(architecture), place / str(when))
         world.folder.mkdir()
+        if when is not None and not action.follows:
+            make_reference(world.model, world.architecture)
+            found.append(logits(world.model, world.inputs))
+            continue
         try:
-            with played(action, world, None) as model:
-                found = logits(model, world.inputs)
+            with played(action, world, when, _silence) as model:
+                found.append(logits(model, world.inputs))
         except Exception as error:
             raise HarnessError(f"{architecture}: {action.name}: fails without any drop: {_line(error)}") from error
-        if world.reference:
-            expected = found
-        else:
-            dense = found
-    return expected, dense
+    return found[0], found[1]
 
 
 @contextmanager

@@ -29,10 +29,14 @@ def _first(output: Any) -> torch.Tensor:
     return found
 
 
+def _scale(_module: nn.Module, _args: Any, output: Any) -> None:
+    _first(output).mul_(1.0)
+
+
 @action(ACTIONS, "a forward hook works in place")
 def in_place_hook(world: World) -> Iterator[Model]:
     for path in _cores(world):
-        world.model.get_submodule(path).register_forward_hook(lambda _m, _a, output: _first(output).mul_(1.0) and None)
+        world.model.get_submodule(path).register_forward_hook(_scale)
     yield world.model
 
 
@@ -191,7 +195,9 @@ def class_patched(world: World) -> Iterator[Model]:
             kind.forward = forward
 
 
-@action(ACTIONS, "a forward is deleted from every instance (del module.forward)", ("llama", "opt", "bert"), moments=(0,))
+@action(
+    ACTIONS, "a forward is deleted from every instance (del module.forward)", ("llama", "opt", "bert"), moments=(0,)
+)
 def forward_deleted(world: World) -> Iterator[Model]:
     for module in world.model.modules():
         module.__dict__.pop("forward", None)
@@ -221,5 +227,5 @@ def shared_blocks(world: World) -> Iterator[Model]:
     other = world.fresh()
     for (path, _), stack in zip(_named_stacks(other), _stacks(world.model), strict=True):
         other.set_submodule(path, stack)
-    other.load_state_dict({k: v for k, v in world.model.state_dict().items()}, strict=True)
+    other.load_state_dict(world.model.state_dict())
     yield other

@@ -64,7 +64,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
         _SOME, _paths("model.layers", "self_attn.o_proj", "mlp.down_proj"), linear=("q_proj", "o_proj", "down_proj")
     ),
-    "gpt2": Architecture(_SOME, _paths("transformer.h", "attn.c_proj", "mlp.c_proj"), options=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), linear=("c_attn", "c_proj")),
+    "gpt2": Architecture(
+        _SOME,
+        _paths("transformer.h", "attn.c_proj", "mlp.c_proj"),
+        options=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        linear=("c_attn", "c_proj"),
+    ),
     "opt": Architecture(
         _SOME,
         _paths("model.decoder.layers", "self_attn.out_proj", "fc2"),
@@ -115,14 +120,14 @@ class World:
         name: Name of the architecture.
         model: The model.
         folder: An empty folder.
-        reference: Whether the model is the reference; what is zero in it stays so.
+        silent: Whether the model is the reference, and zero by now.
         told: What the action was told by return values that a user reads, such as unexpected keys.
     """
 
     name: str
     model: Model
     folder: Path
-    reference: bool = False
+    silent: bool = False
     told: list[str] = field(default_factory=list)
 
     @property
@@ -146,6 +151,8 @@ class World:
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.mul_(0.5)
+        if self.silent:
+            silence(other, self.architecture)
         return other
 
     def stir(self, model: nn.Module, of: str) -> None:
@@ -155,7 +162,7 @@ class World:
                 if of in name:
                     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                     parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        if self.reference:
+        if self.silent:
             silence(model, self.architecture)
 
 
@@ -184,13 +191,12 @@ def _bart() -> PreTrainedModel:
     return model.eval()
 
 
-def reference_model(name: str) -> PreTrainedModel:
-    """A copy of the dense model whose dropped branches contribute exactly zero."""
-    model = dense_model(name)
-    for path in ARCHITECTURES[name].norms:
-        model.set_submodule(path, nn.Identity())
-    silence(model, ARCHITECTURES[name])
-    return model
+def make_reference(model: nn.Module, architecture: Architecture) -> None:
+    """Make a dense model one whose dropped branches contribute exactly zero."""
+    for path in [name for name, _ in model.named_modules()]:
+        if any(f".{path}".endswith(f".{norm}") for norm in architecture.norms):
+            model.set_submodule(path, nn.Identity())
+    silence(model, architecture)
 
 
 def silence(model: nn.Module, architecture: Architecture) -> None:
@@ -212,5 +218,5 @@ def logits(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
         output = model(**inputs)
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None:
-        found = output["logits"] if isinstance(output, Mapping) else output[0]
+        found = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
     return found.detach().float().cpu()[..., : SIZES["vocab_size"]]  # without what a resized embedding adds
