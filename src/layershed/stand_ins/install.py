@@ -32,8 +32,11 @@ class _Note:
 
 
 MARK = "dropped, load with layershed"
-"""The last part of the key. It has no dot, because torch splits keys at dots, and no bracket, because transformers takes
-keys for regular expressions where it renames weights."""
+"""The last part of the key.
+
+It has no dot, because torch splits keys at dots. It has no bracket, because transformers takes keys for regular
+expressions where it renames weights.
+"""
 
 WITHHELD = " (dropped)"  # ends the name of a module in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
