@@ -31,8 +31,12 @@ class _Note:
         return self.text
 
 
-MARK = "dropped (load with layershed)"
-"""The last part of the key. It has no dot, because torch splits keys at dots."""
+MARK = "dropped, load with layershed"
+"""The last part of the key.
+
+It has no dot, because torch splits keys at dots. It has no bracket, because transformers takes keys for regular
+expressions where it renames weights.
+"""
 
 WITHHELD = " (dropped)"  # ends the name of a module in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
