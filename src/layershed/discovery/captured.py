@@ -6,22 +6,50 @@ A model class names them (``_can_record_outputs``): by output, the class of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from layershed.discovery.recording import Call, Tape
 from layershed.stand_ins.stand_in import Capture
 
 
-def request_names(model: nn.Module) -> set[str]:
-    """Names of the options by which a caller, or a config, asks the models within for extra outputs."""
+@contextmanager
+def without_requests(transformer: nn.Module) -> Iterator[None]:
+    """Within the context, configs request no extra outputs, and outputs by name.
+
+    A request changes what a model returns, not what it computes: it is an option of each call, and the config holds its
+    default. But what computes with extra outputs (a load-balancing loss) would look like a reader of a branch.
+    """
     names = {"output_attentions", "output_hidden_states"}
-    for module in model.modules():
+    configs: dict[int, PreTrainedConfig] = {}
+    for module in transformer.modules():
         if isinstance(module, PreTrainedModel):
             names.update(f"output_{key}" for key in _CAN_RECORD_REGISTRY.get(module))
-    return names
+        configs |= {id(config): config for config in _configs_in(module.__dict__.get("config"))}
+    wanted = {f"{dash}{name}": False for name in names for dash in ("", "_")} | {"return_dict": True}
+    before = [
+        (config.__dict__, name, config.__dict__[name])
+        for config in configs.values()
+        for name, value in wanted.items()
+        if config.__dict__.get(name, value) not in (value, None)
+    ]
+    try:
+        for fields, name, _ in before:
+            fields[name] = wanted[name]
+        yield
+    finally:
+        for fields, name, value in before:
+            fields[name] = value
+
+
+def _configs_in(config: object) -> Iterator[PreTrainedConfig]:
+    if isinstance(config, PreTrainedConfig):
+        yield config
+        for value in vars(config).values():
+            yield from _configs_in(value)
 
 
 class Captures:
@@ -51,7 +79,7 @@ class Captures:
 
 
 def _recorders(
-    module: nn.Module, path: str, tasks: list[tuple[str, Any]]
+    module: nn.Module, path: str, tasks: list[tuple[str, OutputRecorder]]
 ) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """By path, the outputs that a hook on a module collects, with the place in what the module returns."""
     if isinstance(module, PreTrainedModel):

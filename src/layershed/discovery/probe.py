@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from layershed.discovery.captured import without_requests
 from layershed.discovery.recording import Tape, recording
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import UnprovenStructureError
@@ -138,7 +139,7 @@ def probing() -> bool:
 
 @contextmanager
 def quietly(transformer: nn.Module) -> Iterator[None]:
-    """Within the context a forward pass is a probe: dense, eager and in eval mode. It leaves no trace in the model."""
+    """Within the context a forward pass is a probe: dense, eager, in eval mode and without extra outputs. It leaves no trace."""
     # in inference mode torch does not break operations down into those that the tape knows
     with (
         _marked(),
@@ -147,8 +148,8 @@ def quietly(transformer: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         ExitStack() as contexts,
     ):
-        for context in (evaluating(transformer), lifted(transformer), eager(transformer)):
-            contexts.enter_context(context)
+        for context in (evaluating, lifted, eager, without_requests):
+            contexts.enter_context(context(transformer))
         yield
 
 

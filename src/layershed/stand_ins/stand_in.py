@@ -98,9 +98,9 @@ class StandIn:
         """Collect a None for each entry that would be collected, if transformers is asked for its output."""
         # torch cannot trace a ContextVar; a compiled model sets the plain variable
         compiled = torch.compiler.is_compiling() and not _active_collector.compiling
-        collected = None if compiled else _active_collector.get()
-        for key, *_ in self.captures if collected is not None else ():
-            if key in collected:
+        collected: Any = None if compiled else _active_collector.get()
+        for key, *_ in self.captures:
+            if collected is not None and key in collected:
                 collected[key].append(None)
 
     def _refuse_strangers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
