@@ -68,7 +68,11 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "materialize": bool,
         "as_list": bool,
     }
-    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes", "given", "captures")}
+    given = {
+        name: value
+        for name, value in fields.items()
+        if name not in ("sublayer", "echoes", "given", "captures", "aliases")
+    }
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]):
             raise TypeError(f"{name}={value!r} is no field of a stand-in")
@@ -77,9 +81,19 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         raise TypeError(f"given={seen!r} is no field of a stand-in")
     if echoes is not None and not isinstance(echoes, tuple | list):
         raise TypeError(f"echoes={echoes!r} is no field of a stand-in")
+    aliases = fields.get("aliases", ())
+    if not isinstance(aliases, tuple | list) or not all(isinstance(path, str) for path in aliases):
+        raise TypeError(f"aliases={aliases!r} is no field of a stand-in")
     captures = tuple(map(_capture_from, fields.get("captures", ())))
     echoed = None if echoes is None else tuple(echoes)
-    return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), captures=captures, **given)
+    return StandIn(
+        sublayer_from(fields["sublayer"]),
+        echoes=echoed,
+        given=tuple(seen),
+        aliases=tuple(aliases),
+        captures=captures,
+        **given,
+    )
 
 
 def _capture_from(value: Any) -> Capture:

@@ -23,7 +23,8 @@ from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
 from layershed.stand_ins.record import overridden, write_record
-from layershed.stand_ins.stand_in import RemovedModule, StandIn, watch_outputs
+from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
 
 
@@ -123,10 +124,10 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
         transformer.set_submodule(path, removed)
         if not isinstance(transformer, PreTrainedModel):
             keep_out(removed)
+    stand_ins = stand_ins_of(transformer)
+    watch(transformer, stand_ins)
     if isinstance(transformer, PreTrainedModel):
-        stand_ins = stand_ins_of(transformer)
         mark_dropped(transformer.config, stand_ins)
-        watch_outputs(transformer, stand_ins.values())
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
         bypass(transformer, still_bypassed)
@@ -173,10 +174,10 @@ def _note(model: nn.Module) -> None:
     """Bring all records up to date: those in the parents of dropped modules, and those in configs."""
     write_record(model)
     for _, transformer in transformers_in(model):
+        stand_ins = stand_ins_of(transformer)
+        watch(transformer, stand_ins)
         if isinstance(transformer, PreTrainedModel):
-            stand_ins = stand_ins_of(transformer)
             note_dropped(transformer.config, stand_ins)
-            watch_outputs(transformer, stand_ins.values())
 
 
 def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:

@@ -139,7 +139,7 @@ def probing() -> bool:
 
 @contextmanager
 def quietly(transformer: nn.Module) -> Iterator[None]:
-    """Within the context a forward pass is a probe: dense, eager, in eval mode and without extra outputs. It leaves no trace."""
+    """Within the context a forward pass is a probe: dense, eager and in eval mode. It leaves no trace in the model."""
     # in inference mode torch does not break operations down into those that the tape knows
     with (
         _marked(),

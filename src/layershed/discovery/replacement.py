@@ -268,7 +268,14 @@ class Modules:
             materialize=zero and overwritten,
             as_list=call.container is list,
             captures=self._captures.of(call) if core else (),
+            aliases=self._aliases(call),
         )
+
+    def _aliases(self, call: Call) -> tuple[str, ...]:
+        """Paths of the other modules that return what a module returns, or a view of it: parents, dropouts."""
+        same = self._views_of((call.output,)) if call.output is not None else set()
+        others = (other for other in (self.flow.call, *self.calls) if other is not call and not call.contains(other))
+        return tuple(dict.fromkeys(other.path for other in others if other.output in same))
 
     def _block_operations(self) -> list[Operation]:
         return self.tape.operations[self.flow.call.start : self.flow.call.stop]

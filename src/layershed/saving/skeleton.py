@@ -18,7 +18,8 @@ from layershed.dropped_config import stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
-from layershed.stand_ins.stand_in import RemovedModule, StandIn, watch_outputs
+from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.watching import watch
 from layershed.surgery import bypass, remove
 
 
@@ -133,7 +134,7 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if module is None or module is model:
             raise ExportError(f"load_pretrained: the config drops {path!r}, but there is no such module.")
         model.set_submodule(path, RemovedModule(stand_in, module))
-    watch_outputs(model, stand_ins.values())
+    watch(model, stand_ins)
 
 
 def _remove_skipped(model: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from layershed.stand_ins.install import WITHHELD, put_on, take_off
 from layershed.stand_ins.record import overridden, put_record, take_record
-from layershed.stand_ins.stand_in import StandIn, put_watch, take_watch
+from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.watching import put_watch, take_watch
 from layershed.stand_ins.wrappers import override_of
 
 DROPPED_MODULES = "dropped_modules"
@@ -37,8 +38,8 @@ def lifted(model: nn.Module) -> Iterator[None]:
             put_on(module, override)
         for module, children in records.items():
             put_record(module, children)
-        for module, outputs in watches.items():
-            put_watch(module, outputs)
+        for module, hooks in watches.items():
+            put_watch(module, hooks)
         for key, config in configs.items():
             config.__dict__[DROPPED_MODULES] = fields[key]
 

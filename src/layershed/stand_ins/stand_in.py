@@ -1,18 +1,18 @@
-"""The stand-in that runs instead of a dropped module. Imports torch and transformers, but not layershed.
+"""The stand-in that runs instead of a dropped module. Imports only torch and transformers.
 
 The text of this file is copied into folders that load without layershed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache
 from transformers.utils.output_capturing import _active_collector
 
@@ -41,6 +41,7 @@ class StandIn:
             (ProphetNet).
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
         as_list: Whether the module returns a list and not a tuple.
+        aliases: Paths of further modules of the block that return what the module returns, unchanged.
         captures: The entries of extra outputs (attention weights, router logits) that transformers would collect from
             the module and its parts. They are None instead.
         frozen: Names of the module's parameters that were trainable before.
@@ -58,6 +59,7 @@ class StandIn:
     stride: int = 1
     materialize: bool = False
     as_list: bool = False
+    aliases: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = ()
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
@@ -87,12 +89,19 @@ class StandIn:
                 advance_cache(cache, self.layer_idx, hidden, hidden.shape[1] // self.stride)
         if self.captures:
             self._hold_places()
-        if self.zero:
-            hidden = hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
+        hidden = self._result(hidden)
         if self.echoes is None:
             return hidden
         returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
         return list(returned) if self.as_list else returned
+
+    def _result(self, hidden: Tensor) -> Tensor:
+        listening = torch_module._global_forward_hooks or torch_module._global_backward_hooks
+        if listening:  # torch's global hooks run before those of a module
+            return zeros_after(hidden) if self.zero else hidden.clone()
+        if not self.zero:
+            return hidden
+        return hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
 
     def _hold_places(self) -> None:
         """Collect a None for each entry that would be collected, if transformers is asked for its output."""
@@ -192,92 +201,6 @@ def _placeholder(hidden: Tensor, tokens: int, stored: Tensor | None) -> Tensor:
     return hidden.new_zeros(()).expand(hidden.shape[0], heads, tokens, size)
 
 
-def watch_outputs(model: nn.Module, stand_ins: Iterable[StandIn]) -> None:
-    """Make the models within a transformer keep their extra outputs in place; without stand-ins, stop.
-
-    Args:
-        model: The transformer.
-        stand_ins: All its stand-ins, bypassed and removed.
-    """
-    captures = {(key, ndim, size) for stand_in in stand_ins for key, ndim, size in stand_in.captures}
-    outputs = Outputs({key: (ndim, size) for key, ndim, size in captures})
-    for module in model.modules():
-        take_watch(module)
-        if captures and isinstance(module, PreTrainedModel):
-            put_watch(module, outputs)
-
-
-def take_watch(module: nn.Module) -> Outputs | None:
-    """Remove the hooks of :func:`watch_outputs` from one module; returns what they belong to."""
-    found = None
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for number, hook in list(hooks.items()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Outputs):
-                found = owner
-                del hooks[number]
-                module._forward_hooks_always_called.pop(number, None)
-    return found
-
-
-def put_watch(module: nn.Module, outputs: Outputs | None) -> None:
-    """Undo :func:`take_watch`."""
-    if outputs is not None:
-        module.register_forward_pre_hook(outputs.begin)
-        module.register_forward_hook(outputs.end, always_call=True)
-
-
-class Outputs:
-    """Hooks of the models within a transformer. Its caller finds None in an extra output where nothing ran.
-
-    A model that calls another one (a causal language model its body) gets the entries of what ran, as of a model with
-    fewer sublayers, because it may compute with them: a load-balancing loss is that of the kept routers. If none is
-    left, it gets one entry of zeros, as a router without weights gives.
-
-    Args:
-        shapes: By name of the output, number of dimensions and last size of an entry.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self._shapes = shapes
-        self._depth = 0
-        self._full: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
-
-    def begin(self, _model: nn.Module, _args: object) -> None:
-        """Before a model."""
-        self._depth += 1
-
-    def end(self, model: PreTrainedModel, _args: object, output: Any) -> Any:
-        """After a model, also if it failed."""
-        self._depth -= 1
-        if isinstance(output, dict):
-            for key in [key for key in self._shapes if key in output]:
-                output[key] = self._entries(model, key, output)
-        if self._depth > 0 or not self._full:
-            return None
-        full, self._full = self._full, []
-        if isinstance(output, dict):
-            for key, value in list(output.items()):
-                output[key] = _in_place(value, full)
-        return tuple(_in_place(value, full) for value in output) if type(output) is tuple else None
-
-    def _entries(self, model: PreTrainedModel, key: str, output: Mapping[str, Any]) -> Any:
-        entries = output[key]
-        if not isinstance(entries, tuple) or all(entry is not None for entry in entries):
-            return entries
-        kept = tuple(entry for entry in entries if entry is not None)
-        if not kept and key.endswith("attentions") and model.config._attn_implementation != "eager":
-            return ()  # no other kind of attention returns weights
-        if self._depth == 0:
-            return entries
-        ndim, size = self._shapes[key]
-        if not kept and size:
-            hidden = next(value for value in output.values() if isinstance(value, Tensor))
-            kept = (hidden.new_zeros((*hidden.shape[:-1], size)),)
-            kept = (kept[0].flatten(0, 1),) if ndim == 2 else kept
-        self._full.append((kept, entries))
-        return kept
-
-
-def _in_place(value: Any, full: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> Any:
-    return next((entries for kept, entries in full if kept is value and entries), value)
+def zeros_after(hidden: Tensor) -> Tensor:
+    """Zeros with memory of their own, with a gradient of zero for ``hidden``, so that hooks get a gradient."""
+    return hidden.masked_fill(torch.ones((), dtype=torch.bool, device=hidden.device), 0)
