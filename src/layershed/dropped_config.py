@@ -14,7 +14,7 @@ from typing import Any
 from layershed.errors import PlanError
 from layershed.planning.plan import Sublayer, sublayer_from
 from layershed.stand_ins.contexts import DROPPED_MODULES
-from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.stand_in import Capture, StandIn
 
 
 def note_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
@@ -81,7 +81,11 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "materialize": bool,
         "as_list": bool,
     }
-    given = {name: value for name, value in fields.items() if name not in ("sublayer", "echoes", "given")}
+    given = {
+        name: value
+        for name, value in fields.items()
+        if name not in ("sublayer", "echoes", "given", "captures", "aliases")
+    }
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]):
             raise TypeError(f"{name}={value!r} is no field of a stand-in")
@@ -90,5 +94,23 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         raise TypeError(f"given={seen!r} is no field of a stand-in")
     if echoes is not None and not isinstance(echoes, tuple | list):
         raise TypeError(f"echoes={echoes!r} is no field of a stand-in")
+    aliases = fields.get("aliases", ())
+    if not isinstance(aliases, tuple | list) or not all(isinstance(path, str) for path in aliases):
+        raise TypeError(f"aliases={aliases!r} is no field of a stand-in")
+    captures = tuple(map(_capture_from, fields.get("captures", ())))
     echoed = None if echoes is None else tuple(echoes)
-    return StandIn(sublayer_from(fields["sublayer"]), echoes=echoed, given=tuple(seen), **given)
+    return StandIn(
+        sublayer_from(fields["sublayer"]),
+        echoes=echoed,
+        given=tuple(seen),
+        aliases=tuple(aliases),
+        captures=captures,
+        **given,
+    )
+
+
+def _capture_from(value: Any) -> Capture:
+    if isinstance(value, tuple | list) and [type(part) for part in value] == [str, int, int]:
+        key, ndim, size = value
+        return key, ndim, size
+    raise TypeError(f"captures: {value!r} is no entry of a stand-in")

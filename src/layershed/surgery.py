@@ -25,6 +25,7 @@ from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
 from layershed.stand_ins.record import overridden, write_record
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
 
 
@@ -131,8 +132,10 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
         transformer.set_submodule(path, removed)
         if not isinstance(transformer, PreTrainedModel):
             keep_out(removed)
+    stand_ins = stand_ins_of(transformer)
+    watch(transformer, stand_ins)
     if isinstance(transformer, PreTrainedModel):
-        mark_dropped(transformer.config, stand_ins_of(transformer))
+        mark_dropped(transformer.config, stand_ins)
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
         bypass(transformer, still_bypassed)
@@ -234,8 +237,10 @@ def _note(model: nn.Module) -> None:
     """Bring all records up to date: those in the parents of dropped modules, and those in configs."""
     write_record(model)
     for _, transformer in transformers_in(model):
+        stand_ins = stand_ins_of(transformer)
+        watch(transformer, stand_ins)
         if isinstance(transformer, PreTrainedModel):
-            note_dropped(transformer.config, stand_ins_of(transformer))
+            note_dropped(transformer.config, stand_ins)
 
 
 def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from layershed.discovery.branch_kinds import Make, kind_of
+from layershed.discovery.captured import Captures
 from layershed.discovery.recording import Call, Key
 from layershed.discovery.replacement import Modules, Replacement, Unfit, outermost
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
@@ -109,7 +110,7 @@ class _Block:
     ) -> None:
         self.flow, self.tape, self.block, self.tokenwise = flow, flow.tape, block, tokenwise
         self.calls = list(flow.tape.within(flow.call))
-        self.modules = Modules(flow, slots)
+        self.modules = Modules(flow, slots, Captures(model, flow.tape))
         parameters = list(signature(model.get_submodule(flow.call.path).forward).parameters)
         positions = dict(enumerate(parameters))
         operations = flow.tape.operations[flow.call.start : flow.call.stop]

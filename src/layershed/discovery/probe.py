@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from layershed.discovery.captured import without_requests
 from layershed.discovery.recording import Tape, recording
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import UnprovenStructureError
@@ -147,8 +148,8 @@ def quietly(transformer: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         ExitStack() as contexts,
     ):
-        for context in (evaluating(transformer), lifted(transformer), eager(transformer)):
-            contexts.enter_context(context)
+        for context in (evaluating, lifted, eager, without_requests):
+            contexts.enter_context(context(transformer))
         yield
 
 

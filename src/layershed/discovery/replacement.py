@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from layershed.discovery.branch_kinds import is_attention
+from layershed.discovery.captured import Captures
 from layershed.discovery.recording import Call, Key, Operation
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
 from layershed.planning.plan import Kind, Sublayer
@@ -67,10 +68,11 @@ class Modules:
     Args:
         flow: The block's data flow.
         slots: By module path, the slot of the KV cache that the module fills, and the number of probe tokens it stores.
+        captures: What transformers collects from the model's modules.
     """
 
-    def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]] | None) -> None:
-        self.flow, self.tape, self.slots = flow, flow.tape, slots
+    def __init__(self, flow: BlockFlow, slots: Mapping[str, tuple[int, int]] | None, captures: Captures) -> None:
+        self.flow, self.tape, self.slots, self._captures = flow, flow.tape, slots, captures
         self.calls = list(flow.tape.within(flow.call))
         self.spine = {flow.tape.producer[v] for v in flow.stream if flow.tape.producer.get(v, -1) in flow.call}
 
@@ -265,7 +267,15 @@ class Modules:
             stride=stride,
             materialize=zero and overwritten,
             as_list=call.container is list,
+            captures=self._captures.of(call) if core else (),
+            aliases=self._aliases(call),
         )
+
+    def _aliases(self, call: Call) -> tuple[str, ...]:
+        """Paths of the other modules that return what a module returns, or a view of it: parents, dropouts."""
+        same = self._views_of((call.output,)) if call.output is not None else set()
+        others = (other for other in (self.flow.call, *self.calls) if other is not call and not call.contains(other))
+        return tuple(dict.fromkeys(other.path for other in others if other.output in same))
 
     def _block_operations(self) -> list[Operation]:
         return self.tape.operations[self.flow.call.start : self.flow.call.stop]

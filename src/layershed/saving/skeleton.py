@@ -19,6 +19,7 @@ from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.watching import watch
 from layershed.surgery import bypass, remove
 
 
@@ -133,6 +134,7 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if module is None or module is model:
             raise ExportError(f"load_pretrained: the config drops {path!r}, but there is no such module.")
         model.set_submodule(path, RemovedModule(stand_in, module))
+    watch(model, stand_ins)
 
 
 def _remove_skipped(model: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from layershed.errors import ExportError
-from layershed.stand_ins import stand_in as standins
+from layershed.stand_ins import stand_in, watching
 
 MODULE = "modeling_dropped"
 
@@ -37,7 +37,7 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
     classes = {base: ""}
     if _is_upstream(transformer.base_model):
         classes[body] = "" if body == base else f"{transformer.base_model_prefix}."
-    source = template.render(base=base, classes=classes, standins=inspect.getsource(standins))
+    source = template.render(base=base, classes=classes, standins=_sources())
     (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +48,13 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
         if given is not None or type(transformer).config_class in mapping:
             config["auto_map"][auto] = f"{MODULE}.{f'Dropped{given}' if given else 'Refused'}"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _sources() -> str:
+    """The text of the two files as one that imports nothing of layershed."""
+    first, second = inspect.getsource(stand_in), inspect.getsource(watching)
+    lines = second.splitlines(keepends=True)
+    return first + "".join(line for line in lines if not line.startswith(("from __future__", "from layershed")))
 
 
 def _is_upstream(model: PreTrainedModel) -> bool:

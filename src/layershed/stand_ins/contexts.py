@@ -11,6 +11,7 @@ from torch import nn
 from layershed.stand_ins.install import WITHHELD, put_on, take_off
 from layershed.stand_ins.record import overridden, put_record, take_record
 from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.watching import put_watch, take_watch
 from layershed.stand_ins.wrappers import override_of
 
 DROPPED_MODULES = "dropped_modules"
@@ -25,6 +26,7 @@ def lifted(model: nn.Module) -> Iterator[None]:
         yield
         return
     records = {module: take_record(module) for module in model.modules()}
+    watches = {module: take_watch(module) for module in model.modules()}
     configs = {id(config): config for module in model.modules() if (config := _noted_config(module)) is not None}
     fields = {key: config.__dict__.pop(DROPPED_MODULES) for key, config in configs.items()}
     for module, override in carried:
@@ -36,6 +38,8 @@ def lifted(model: nn.Module) -> Iterator[None]:
             put_on(module, override)
         for module, children in records.items():
             put_record(module, children)
+        for module, hooks in watches.items():
+            put_watch(module, hooks)
         for key, config in configs.items():
             config.__dict__[DROPPED_MODULES] = fields[key]
 

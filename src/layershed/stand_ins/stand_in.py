@@ -1,4 +1,4 @@
-"""The stand-in that runs instead of a dropped module. Imports torch and transformers, but not layershed.
+"""The stand-in that runs instead of a dropped module. Imports only torch and transformers.
 
 The text of this file is copied into folders that load without layershed.
 """
@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache
+from transformers.utils.output_capturing import _active_collector
 
 UNKNOWN_SLOT = -1
+
+Capture = tuple[str, int, int]
+"""An entry of an extra output: the output's name, and number of dimensions and last size of the entry, 0 if unknown."""
 
 
 @dataclass
@@ -36,6 +41,9 @@ class StandIn:
             (ProphetNet).
         materialize: Return zeros with memory of their own, for blocks that add to them in place.
         as_list: Whether the module returns a list and not a tuple.
+        aliases: Paths of further modules of the block that return what the module returns, unchanged.
+        captures: The entries of extra outputs (attention weights, router logits) that transformers would collect from
+            the module and its parts. They are None instead.
         frozen: Names of the module's parameters that were trainable before.
         own: Attributes of the instance that the stand-in hides, such as a forward that accelerate put there.
         original: The forward to call instead, while the module runs and another library still wraps this stand-in.
@@ -51,6 +59,8 @@ class StandIn:
     stride: int = 1
     materialize: bool = False
     as_list: bool = False
+    aliases: tuple[str, ...] = ()
+    captures: tuple[Capture, ...] = ()
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
     original: Callable[..., Any] | None = None
@@ -77,12 +87,30 @@ class StandIn:
                 )
             if cache is not None:
                 advance_cache(cache, self.layer_idx, hidden, hidden.shape[1] // self.stride)
-        if self.zero:
-            hidden = hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
+        if self.captures:
+            self._hold_places()
+        hidden = self._result(hidden)
         if self.echoes is None:
             return hidden
         returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
         return list(returned) if self.as_list else returned
+
+    def _result(self, hidden: Tensor) -> Tensor:
+        listening = torch_module._global_forward_hooks or torch_module._global_backward_hooks
+        if listening:  # torch's global hooks run before those of a module
+            return zeros_after(hidden) if self.zero else hidden.clone()
+        if not self.zero:
+            return hidden
+        return hidden.new_zeros(hidden.shape) if self.materialize else hidden.new_zeros(()).expand(hidden.shape)
+
+    def _hold_places(self) -> None:
+        """Collect a None for each entry that would be collected, if transformers is asked for its output."""
+        # torch cannot trace a ContextVar; a compiled model sets the plain variable
+        compiled = torch.compiler.is_compiling() and not _active_collector.compiling
+        collected: Any = None if compiled else _active_collector.get()
+        for key, *_ in self.captures:
+            if collected is not None and key in collected:
+                collected[key].append(None)
 
     def _refuse_strangers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # cheap tests first and no dict of all arguments: this runs in every decoding step
@@ -171,3 +199,8 @@ def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> 
 def _placeholder(hidden: Tensor, tokens: int, stored: Tensor | None) -> Tensor:
     heads, size = (stored.shape[1], stored.shape[3]) if stored is not None and stored.ndim == 4 else (1, 1)
     return hidden.new_zeros(()).expand(hidden.shape[0], heads, tokens, size)
+
+
+def zeros_after(hidden: Tensor) -> Tensor:
+    """Zeros with memory of their own, with a gradient of zero for ``hidden``, so that hooks get a gradient."""
+    return hidden.masked_fill(torch.ones((), dtype=torch.bool, device=hidden.device), 0)
