@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layershed.errors import CalibrationError
+from layershed.errors import BatchError
+
+
+def iterate(batches: Any, max_batches: int | None = None) -> Iterator[Any]:
+    """The first batches of an iterable.
+
+    Raises:
+        BatchError: If it is one batch, or no iterable.
+    """
+    if isinstance(batches, str | bytes | Mapping):
+        raise BatchError(f"batches is {describe(batches)}, not an iterable of batches. Give a DataLoader, or [batch].")
+    try:
+        return islice(iter(batches), max_batches)
+    except TypeError:
+        raise BatchError(
+            f"batches is {describe(batches)}, which cannot be iterated. Give a DataLoader, or a list of batches."
+        ) from None
 
 
 def as_inputs(batch: Any, main: str = "input_ids") -> dict[str, Any] | None:
     """The batch as keyword arguments of a transformer, or None if it is no batch.
+
+    Arrays of numpy and lists of numbers become tensors.
 
     Args:
         batch: A mapping with the model's main input, or that input alone, such as token ids of shape (batch, tokens).
         main: Name of the main input; ``input_ids`` of text, ``pixel_values`` of pictures.
     """
     if isinstance(batch, Mapping):
-        return dict(batch) if main in batch else None
+        return {name: as_tensor(value) for name, value in batch.items()} if main in batch else None
+    batch = as_tensor(batch)
     if isinstance(batch, Tensor) and main != "input_ids":
         return {main: batch}
     if isinstance(batch, Tensor) and batch.ndim == 2 and batch.dtype in (torch.int64, torch.int32):
         return {"input_ids": batch}
     return None
+
+
+def as_tensor(value: Any) -> Any:
+    """An array, or a list of numbers, as a tensor; anything else as it is."""
+    if isinstance(value, Tensor) or not (isinstance(value, list | tuple) or hasattr(value, "__array__")):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(row, Tensor) for row in value):
+        same = len({row.shape for row in value}) == 1 and value[0].ndim == 1
+        return torch.stack(list(value)) if same else value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
 
 
 def select(inputs: Mapping[str, Any], names: Iterable[str], device: torch.device) -> dict[str, Any]:
@@ -47,23 +80,99 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's inputs; for weights that accelerate offloads, the device on which they run."""
+    first = next(model.parameters(), None)
+    if first is None or not first.is_meta:
+        return torch.device("cpu") if first is None else first.device
+    places = (hook.execution_device for hook in _offloading(model))
+    return next((torch.device(place) for place in places if place is not None), first.device)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere, and brings them only while their module runs."""
+    return any(True for _ in _offloading(model))
+
+
+def _offloading(model: nn.Module) -> Iterator[Any]:
+    """The hooks of accelerate that offload."""
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        yield from (each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True)
+
+
+def text_inputs(batch: Any, transformer: nn.Module, main: str = "input_ids") -> dict[str, Any]:
+    """As :func:`as_inputs`, checked against what a transformer can read.
+
+    Raises:
+        BatchError: If the batch does not fit; names the key.
+    """
+    inputs = as_inputs(batch, main)
+    if inputs is None:
+        what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
+        raise BatchError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
+    if not isinstance(inputs[main], Tensor):
+        raise BatchError(
+            f"{main} of a batch must be a tensor, or rows of numbers of equal length; got {describe(inputs[main])}. "
+            "Pad the rows."
+        )
+    if main == "input_ids":
+        _check_ids(inputs, transformer)
+    return inputs
+
+
+def _check_ids(inputs: Mapping[str, Any], transformer: nn.Module) -> None:
+    ids = inputs["input_ids"]
+    if ids.ndim < 2:
+        raise BatchError(
+            f"input_ids of a batch must have the shape (batch, tokens); got {describe(ids)}. Batch the items of a "
+            "dataset with a DataLoader."
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise BatchError(f"input_ids of a batch must be integers (int64); got {describe(ids)}.")
+    for name in ("attention_mask", "labels"):
+        value = inputs.get(name)
+        if value is None or (name == "attention_mask" and isinstance(value, Mapping)):
+            continue
+        if not isinstance(value, Tensor):
+            raise BatchError(f"{name} of a batch must be a tensor, or rows of equal length; got {describe(value)}.")
+    embeddings = getattr(transformer, "get_input_embeddings", lambda: None)()
+    if type(embeddings) is nn.Embedding and ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= embeddings.num_embeddings:
+            raise BatchError(
+                f"input_ids of a batch hold {low if low < 0 else high}, but {type(transformer).__name__} has "
+                f"{embeddings.num_embeddings} embeddings. Use the model's own tokenizer."
+            )
+
+
+def same_shape(inputs: Mapping[str, Any], name: str) -> None:
+    """Refuse labels or a mask of another shape than the token ids.
+
+    Raises:
+        BatchError: If the shapes differ.
+    """
+    value, ids = inputs.get(name), inputs["input_ids"]
+    if value is not None and value.shape != ids.shape:
+        raise BatchError(
+            f"{name} of a batch must have the shape of input_ids, {tuple(ids.shape)}; got {describe(value)}."
+        )
+
+
 def model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
     """The inputs that a transformer takes from a batch, on its device, with its cache switched off.
 
     Raises:
-        CalibrationError: If the batch does not hold what the transformer reads.
+        BatchError: If the batch does not hold what the transformer reads.
     """
     names = list(inspect.signature(transformer.forward).parameters)
     main = getattr(transformer, "main_input_name", names[0])
-    inputs = as_inputs(batch, main)
-    if inputs is None:
-        what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"
-        raise CalibrationError(f"A batch must be a mapping with {main}, or {what}; got {describe(batch)}.")
+    inputs = text_inputs(batch, transformer, main)
     if "decoder_input_ids" in names and "decoder_input_ids" not in inputs:
         inputs = {**inputs, **_decoder_inputs(inputs, transformer)}
     without_cache = {"use_cache": False} if "use_cache" in names else {}
     known = set(names) - {"labels", "logits_to_keep", "use_cache"}
-    return {**select(inputs, known, next(transformer.parameters()).device), **without_cache}
+    return {**select(inputs, known, device_of(transformer)), **without_cache}
 
 
 def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
@@ -71,7 +180,7 @@ def _decoder_inputs(inputs: Mapping[str, Any], transformer: nn.Module) -> dict[s
     labels = inputs.get("labels")
     shift = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
     if labels is None or shift is None:
-        raise CalibrationError(
+        raise BatchError(
             f"{type(transformer).__name__} has a decoder: a batch must also hold decoder_input_ids, or labels."
         )
     return {"decoder_input_ids": shift(labels=labels), "decoder_attention_mask": labels != -100}

@@ -85,6 +85,10 @@ class MeasurementError(LayershedError, ValueError):
     """Speed or quality could not be measured on the given model."""
 
 
+class BatchError(CalibrationError, MeasurementError):
+    """A batch, or an iterable of batches, is not what the model reads."""
+
+
 class SpeedupError(MeasurementError):
     """A target speedup cannot be reached."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, SumMetric
 
-from layershed.batches import as_inputs, describe, select
+from layershed.batches import device_of, iterate, same_shape, select, text_inputs
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
-from layershed.errors import MeasurementError
+from layershed.errors import BatchError, MeasurementError
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def evaluate_quality(
         Means over tokens, not over batches.
 
     Raises:
+        BatchError: If a batch does not fit the model, such as labels of another shape.
         MeasurementError: If ``max_batches`` is below 1, the model does not predict the next token, or the batches hold
             no token to predict.
     """
@@ -58,7 +58,7 @@ def evaluate_quality(
         raise MeasurementError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
     transformer = find_transformer(model, name=name)
     check_head(transformer)
-    device = next(transformer.parameters()).device
+    device = device_of(transformer)
     # by default torchmetrics leaves NaN out of the mean
     loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(device) for _ in range(2))
     # Apple's GPUs have no float64
@@ -68,7 +68,7 @@ def evaluate_quality(
     accuracy.update(0.0, 0.0)
     counted.update(0.0)
     with evaluating(transformer), torch.no_grad():
-        for batch in islice(batches, max_batches):
+        for batch in iterate(batches, max_batches):
             logits, targets = _predictions(transformer, batch)
             if targets.numel() == 0:
                 continue
@@ -78,8 +78,8 @@ def evaluate_quality(
     tokens = int(counted.compute())  # summed over all ranks, so that they agree
     if tokens == 0:
         raise MeasurementError(
-            "evaluate_quality: there is no token to predict, as the batches are empty or every label is ignored. Check "
-            "the data."
+            "evaluate_quality: there is no token to predict, as the batches are empty (a generator can be read only "
+            "once) or every label is ignored. Check the data."
         )
     return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
 
@@ -99,18 +99,22 @@ def check_head(transformer: nn.Module) -> None:
 
 def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Return logits of shape (predicted tokens, vocabulary) and targets of shape (predicted tokens)."""
-    inputs = as_inputs(batch)
-    if inputs is None:
-        raise MeasurementError(
-            f"A batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got {describe(batch)}."
-        )
-    device = next(transformer.parameters()).device
+    inputs = text_inputs(batch, transformer)
+    for name in ("labels", "attention_mask"):
+        same_shape(inputs, name)
+    device = device_of(transformer)
     labels = select(inputs, ["labels"], device)
     inputs = select(inputs, ["input_ids", "attention_mask"], device)
     output = transformer(**inputs, use_cache=False)
-    targets = labels.get("labels", inputs["input_ids"])[:, 1:]
+    targets = labels.get("labels", inputs["input_ids"])[:, 1:].long()
     counted = targets != -100
     if "attention_mask" in inputs:
         # a token counts if neither it nor the token before it is padding
         counted &= inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
-    return output.logits[:, :-1][counted].float(), targets[counted]
+    logits, targets = output.logits[:, :-1][counted].float(), targets[counted]
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
+        raise BatchError(
+            f"labels of a batch must be -100 or in [0, {logits.shape[-1]}); got {int(targets.min())} to "
+            f"{int(targets.max())}."
+        )
+    return logits, targets

@@ -16,7 +16,6 @@ from layershed.cli.run_folder import (
     held_out_quality,
     name_of,
     prepare,
-    run_directory,
     score_sublayers,
 )
 from layershed.cli.score import importance_points
@@ -62,13 +61,13 @@ def prune(
     check_scoring(metric, batches, quality_batches)
     speed.check(model.model)
     lengths: dict[str, Any] = {"prompt_tokens": speed.prompt_tokens, "new_tokens": speed.new_tokens, "runs": speed.runs}
-    check_output(run_directory(trainer), output, model)
     if gone := dropped_sublayers(model):
         raise SelectionError(
             f"prune: the model already lacks {', '.join(sublayer.name for sublayer in gone)}, so there is no dense "
             "model to compare with; prune the dense model."
         )
     select_sublayers(equal_scores(find_sublayers(model)), scope, count=count, ratio=ratio, protect=protect)
+    check_output(trainer, output, model)
 
     console, folder = Console(), prepare(trainer, model, data)
     scores = score_sublayers(trainer, model, data, metric, batches, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 
 from layershed.cli.console import watched
-from layershed.errors import CalibrationError, DataError, LayershedError, ModelError
+from layershed.errors import CalibrationError, DataError, ExportError, LayershedError, ModelError
 from layershed.files.atomic import refuse_source, write_text
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import estimate_importance
@@ -103,25 +104,26 @@ def check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
             raise CalibrationError(f"{name}={number}: it must be at least 1.")
 
 
-def next_version(folder: Path) -> int:
-    """Number of the next run in a folder."""
-    taken = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    return max(taken, default=-1) + 1
-
-
 def run_directory(trainer: pl.Trainer) -> Path:
     """Folder for the results of this run."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def check_output(directory: Path, output: str, model: CausalLM) -> None:
+def check_output(trainer: pl.Trainer, output: str, model: CausalLM) -> None:
     """Check, before computing, that saving the dropped model destroys nothing.
 
     Raises:
         ExportError: If the output folder holds other files, the run directory or the source model.
     """
-    check_folder(directory / output, apart=directory)
-    refuse_source(directory / output, model.hparams.get("pretrained"))
+    directory = run_directory(trainer)
+    try:
+        check_folder(directory / output, apart=directory)
+        refuse_source(directory / output, model.hparams.get("pretrained"))
+    except ExportError:
+        if trainer.loggers:
+            with suppress(OSError):
+                directory.rmdir()  # claimed for this run, and still empty
+        raise
 
 
 def open_folder(trainer: pl.Trainer, model: CausalLM) -> Path:

@@ -11,12 +11,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from layershed.cli.benchmark import benchmark
+from layershed.cli.claimed_folder import ClaimedFolder, RunCSVLogger, RunTensorBoardLogger
 from layershed.cli.plan import predict_plan
 from layershed.cli.prune import prune
-from layershed.cli.run_folder import TrainerError, check_devices, check_writable, next_version
+from layershed.cli.run_folder import TrainerError, check_devices, check_writable
 from layershed.cli.score import score
 from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.performance.benchmark import Benchmark, QualityName
@@ -51,8 +52,8 @@ class Trainer(pl.Trainer):
         check_writable(root)
         check_devices(kwargs)
         if logger is None or logger is True:
-            version = next_version(root)
-            logger = [kind(root, name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]
+            folder = ClaimedFolder(root)
+            logger = [RunCSVLogger(folder), RunTensorBoardLogger(folder)]
         try:
             super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:

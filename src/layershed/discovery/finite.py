@@ -22,8 +22,13 @@ def refuse_not_finite(transformer: nn.Module, streams: Iterable[Tensor]) -> None
     """
     if all(is_symbolic(stream) or _is_finite(stream) for stream in streams):
         return
-    weights = transformer.named_parameters()
-    found = [name for name, weight in weights if weight.is_floating_point() and not _is_finite(weight)]
+    weights = [(name, weight) for name, weight in transformer.named_parameters() if weight.is_floating_point()]
+    found = [name for name, weight in weights if not weight.is_meta and not _is_finite(weight)]
+    if not found and any(weight.is_meta for _, weight in weights):
+        raise UnprovenStructureError(
+            f"{type(transformer).__name__} gives NaN or infinite values. Its weights are offloaded, so that the "
+            "parameter that holds them is unknown. Load finite weights, or call find_sublayers before the offload."
+        )
     if not found:
         raise UnprovenStructureError(
             f"{type(transformer).__name__} gives NaN or infinite values, though its parameters hold none. Load it in a "

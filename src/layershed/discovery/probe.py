@@ -16,10 +16,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from layershed.batches import device_of, is_offloaded
 from layershed.discovery.captured import without_requests
+from layershed.discovery.probe_failures import advice, without_flex
 from layershed.discovery.recording import Tape, recording
 from layershed.discovery.registry import registered_adapter
-from layershed.errors import UnprovenStructureError
+from layershed.errors import LayershedError, UnprovenStructureError
 from layershed.stand_ins.contexts import lifted
 
 _TOKENS = 4
@@ -54,7 +56,7 @@ def outputs_of(transformer: nn.Module, paths: Iterable[str]) -> list[Tensor]:
         if isinstance(first, Tensor):
             found.append(first)
 
-    if any(parameter.is_meta for parameter in transformer.parameters()):
+    if _is_skeleton(transformer):
         return found
     with quietly(transformer), ExitStack() as hooks, _as_structure_error(transformer):
         for path in paths:
@@ -68,12 +70,13 @@ def _as_structure_error(transformer: nn.Module) -> Iterator[None]:
     """Turns any exception of a forward pass into an error that says what to do."""
     try:
         yield
+    except LayershedError:
+        raise
     except Exception as error:
         name, first_line = type(transformer).__name__, next(iter(str(error).splitlines()), "no message")
         raise UnprovenStructureError(
             f"{name}: a forward pass over {_TOKENS} tokens failed ({type(error).__name__}: "
-            f"{first_line.rstrip('.')}). If it takes other inputs, register them: layershed.register_adapter({name}, "
-            "layershed.SublayerAdapter(lambda model: {...}))."
+            f"{first_line.rstrip('.')}). {advice(transformer, error)}"
         ) from error
 
 
@@ -148,7 +151,7 @@ def quietly(transformer: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         ExitStack() as contexts,
     ):
-        for context in (evaluating, lifted, eager, without_requests):
+        for context in (evaluating, lifted, eager, without_requests, without_flex):
             contexts.enter_context(context(transformer))
         yield
 
@@ -200,8 +203,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(transformer: nn.Module, **more: Any) -> Any:
-    if not any(parameter.is_meta for parameter in transformer.parameters()):
-        device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
+    if not _is_skeleton(transformer):
+        device = device_of(transformer)
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
         return transformer(**{**inputs, **more})
     # without real data, grouped matrix products of expert layers require bfloat16
@@ -211,6 +214,11 @@ def _forward(transformer: nn.Module, **more: Any) -> Any:
             for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())
         }
         return functional_call(transformer, state, kwargs={**example_inputs(transformer), **more})
+
+
+def _is_skeleton(transformer: nn.Module) -> bool:
+    """Whether a model has shapes and no numbers; accelerate brings the numbers of an offloaded one while it runs."""
+    return any(parameter.is_meta for parameter in transformer.parameters()) and not is_offloaded(transformer)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layershed.batches import model_inputs
+from layershed.batches import iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import evaluating
 from layershed.errors import CalibrationError, NotFiniteError
@@ -60,7 +59,7 @@ def estimate_importance(
     tracker = ImportanceTracker(transformer, metric)
     body = body_of(transformer)
     with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
-        for batch in islice(batches, max_batches):
+        for batch in iterate(batches, max_batches):
             body(**model_inputs(batch, transformer))
     scores = tracker.compute()
     if tracker.skipped:
@@ -181,7 +180,10 @@ class ImportanceTracker:
         if not running or min(means.tokens[i] for i, _ in running) == 0:
             if self.skipped:
                 raise NotFiniteError(self.skipped)
-            raise CalibrationError("No token was seen: the batches are empty, or every token in them is padding.")
+            raise CalibrationError(
+                "No token was seen: the batches are empty, or every token in them is padding. A generator can be read "
+                "only once."
+            )
         alive = {sublayer.block for _, sublayer in running}
         of_blocks = enumerate(self._taps.blocks, len(self._sublayers))
         return ImportanceScores(

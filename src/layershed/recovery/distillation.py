@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from layershed.batches import as_inputs, describe, select
+from layershed.batches import as_inputs, describe, device_of, select
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import RecoveryError, UnknownNameError
@@ -159,7 +159,7 @@ def _inputs(batch: Any, transformer: nn.Module) -> tuple[dict[str, Tensor], Tens
             f"distillation: a batch must be a mapping with input_ids, or token ids of shape (batch, tokens); got "
             f"{describe(batch)}."
         )
-    device = next(transformer.parameters()).device
+    device = device_of(transformer)
     known = set(signature(transformer.forward).parameters) - {"labels", "use_cache", "output_hidden_states"}
     inputs = select(given, known, device)
     labels = select(given, ["labels"], device).get("labels", inputs["input_ids"])

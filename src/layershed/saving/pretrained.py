@@ -71,6 +71,7 @@ def save_pretrained(
             "then save it your own way."
         )
     refuse_strangers(transformer)
+    _refuse_meta(transformer)
     _refuse_lora(transformer, standalone)
     dropped = dropped_sublayers(transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
@@ -183,6 +184,15 @@ def check_folder(folder: str | Path, *, apart: Path | None = None) -> None:
         ExportError: If it exists and is neither an empty folder nor a saved model.
     """
     check_free(folder, mark="config.json", what="saved model", apart=apart)
+
+
+def _refuse_meta(transformer: PreTrainedModel) -> None:
+    # with a device map, transformers itself fetches the weights
+    if getattr(transformer, "hf_device_map", None) is None and any(p.is_meta for p in transformer.parameters()):
+        raise ExportError(
+            f"save_pretrained: weights of {type(transformer).__name__} are on the meta device: it is a skeleton, or "
+            "offloaded. Undo an offload first: accelerate.hooks.remove_hook_from_submodules(model)."
+        )
 
 
 def _weights(transformer: PreTrainedModel) -> dict[str, Tensor]:
