@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from layershed.errors import NotFiniteError, ScheduleError
+from layershed.errors import CalibrationError, NotFiniteError, ScheduleError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
 from layershed.integration.importance_csv import append, begin, note, take_up
@@ -31,6 +31,7 @@ from layershed.integration.run import (
     run_directory,
     show,
 )
+from layershed.integration.watching import Watcher
 
 
 class RedundancyMonitor(Callback):
@@ -42,7 +43,8 @@ class RedundancyMonitor(Callback):
     ``importance/skipped`` counts the forward passes of the step with a NaN or infinite importance. They are left out
     with a warning. It is logged from the first such pass on.
     Writes: ``importance.csv`` in the run directory, with the columns step, block, kind, metric, value. A step without
-    a finite pass has no rows.
+    a finite pass has no rows. A sublayer that does not run in a step, as under LayerDrop, or cannot be measured, has no
+    row, with one warning in a run. No error of a measurement ends the run.
     Checkpoint: the running sums of every rank, and the path and length of ``importance.csv``. A resumed run continues
     the file from that length. If the file was moved, it is searched beside the checkpoint and one directory above.
 
@@ -63,6 +65,7 @@ class RedundancyMonitor(Callback):
         get_metric(metric)
         self.every_n_steps, self.metric, self.transformer = every_n_steps, metric, transformer
         self._steps = StepCounter()
+        self._watcher = Watcher("RedundancyMonitor")
         self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._measured = False
@@ -86,6 +89,7 @@ class RedundancyMonitor(Callback):
         watch_for_changes(pl_module, self.transformer)
         if stage == "fit":  # a resumed run loads the checkpoint's state later
             self._restored = {}
+            self._watcher.forget()
             if trainer.global_step == 0:
                 self._latest, self._steps = {}, StepCounter()
 
@@ -98,7 +102,7 @@ class RedundancyMonitor(Callback):
         watch_for_changes(pl_module, self.transformer)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
         self._trainer = trainer
-        self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
+        self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer, strict=False)
         self._tracker.attach()
         self._file = run_directory(trainer) / IMPORTANCE_FILE
         self._writes, self.history_was_lost = trainer.is_global_zero, False
@@ -116,38 +120,38 @@ class RedundancyMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the hooks on if this batch belongs to a measured step."""
+        if self._tracker is None:
+            self._watcher.warn_once("late", ": it was added after training began, and measures nothing in this run.")
+            return
         self._measured = any(self.should_measure(step) for step in self._steps.coming(trainer))
-        tracker = self._require_tracker()
         if self._measured:
-            tracker.start()
+            self._tracker.start()
         else:
-            tracker.stop()
+            self._tracker.stop()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Switch the hooks off: forward passes of other callbacks at the end of a batch must not count."""
-        if pl_module.automatic_optimization:
-            self._require_tracker().stop()
+        if pl_module.automatic_optimization and self._tracker is not None:
+            self._tracker.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write and log the importances after the measured optimizer step."""
         watch_for_bypass(pl_module, self.transformer)
-        tracker = self._require_tracker()
-        tracker.stop()
+        if self._tracker is None:
+            return
+        self._tracker.stop()
         if self._steps.taken(trainer) and self._measured:
-            try:
-                rows = list(tracker.compute().rows())
-            except NotFiniteError:
-                rows = []
-            if tracker.skipped:
-                rank_zero_warn(f"RedundancyMonitor, step {trainer.global_step}: {tracker.skipped}.")
-            self._record(trainer, rows, 0 if tracker.skipped is None else tracker.skipped.count)
-            tracker.reset()
+            with self._watcher.leaving_out("a measurement"):
+                rows = self._rows(self._tracker, trainer.global_step)
+                self._record(trainer, rows, 0 if self._tracker.skipped is None else self._tracker.skipped.count)
+            self._tracker.reset()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off the model."""
-        self._require_tracker().detach()
+        if self._tracker is not None:
+            self._tracker.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the model, after an error too."""
@@ -160,7 +164,10 @@ class RedundancyMonitor(Callback):
         if self._trainer is None or self._tracker is None or self._file is None:
             return {}
         sums = of_every_rank(self._tracker.state_dict(), self._trainer)
-        history = note(self._file) if self._writes else None
+        history = None
+        if self._writes:
+            with self._watcher.leaving_out(f"the length of {self._file.name} in a checkpoint"):
+                history = note(self._file)
         return {"sums": sums, "history": history, "latest": dict(self._latest), "stride": self._steps.stride}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,10 +189,27 @@ class RedundancyMonitor(Callback):
                     f"measured before; {file} begins after step {trainer.global_step}."
                 )
 
+    def _rows(self, tracker: ImportanceTracker, step: int) -> list[tuple[int, str, float]]:
+        """What was measured in a step; nothing if nothing could be."""
+        rows: list[tuple[int, str, float]] = []
+        try:
+            rows = list(tracker.compute().rows())
+        except NotFiniteError:
+            pass  # the count below says it
+        except CalibrationError as error:
+            self._watcher.warn_once("a step", f", step {step}: {error} Steps like this one are left out.")
+        if tracker.skipped:
+            rank_zero_warn(f"RedundancyMonitor, step {step}: {tracker.skipped}.")
+        if tracker.left_out:
+            text = f", step {step}: {tracker.left_out}. Later ones are left out without a warning."
+            self._watcher.warn_once("a sublayer", text)
+        return rows
+
     def _record(self, trainer: Trainer, rows: list[tuple[int, str, float]], skipped: int) -> None:
         if self._writes and self._file is not None:
             step = trainer.global_step
-            append(self._file, (f"{step},{block},{kind},{self.metric},{value!r}" for block, kind, value in rows))
+            with self._watcher.leaving_out(f"rows of {self._file.name}"):
+                append(self._file, (f"{step},{block},{kind},{self.metric},{value!r}" for block, kind, value in rows))
         group = importance_group(self.metric)
         fresh = {importance_name(group, kind, block): value for block, kind, value in rows}
         for kind in dict.fromkeys(kind for _, kind, _ in rows):

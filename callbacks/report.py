@@ -19,10 +19,11 @@ from layershed.integration.module_hooks import (
     watch_for_changes,
 )
 from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
+from layershed.integration.watching import Watcher
 from layershed.performance.speed import SpeedReport
 from layershed.quality import Quality
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
-from layershed.reporting.figures import MOST_COLUMNS, LossPoint, RunRecord, drop_steps
+from layershed.reporting.figures import MOST_COLUMNS, ImportancePoint, LossPoint, RunRecord, drop_steps
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
 from layershed.reporting.summary import summary_table
@@ -38,7 +39,7 @@ class Report(Callback):
     Checkpoint: the losses so far. A long run keeps every second, fourth, ... loss, but all losses next to a drop.
 
     Each part comes from the logged metrics or the file of another callback. A part is left out if its callback is
-    absent: importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
+    absent, and with a warning if it cannot be read: importances from RedundancyMonitor, the drop and its quality from SublayerDrop, speed from SpeedMonitor.
 
     Args:
         every_n_steps: Optimizer steps between two recorded training losses.
@@ -61,6 +62,7 @@ class Report(Callback):
         if every_n_steps < 1:
             raise ScheduleError(f"Report(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
+        self._watcher = Watcher("Report")
         self._curves = {split: ThinnedCurve() for split in ("train", "val")}
         self._quality: dict[str, Quality] = {}
         self._finished: tuple[RunRecord, Path] | None = None
@@ -69,6 +71,8 @@ class Report(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start from the beginning unless this Trainer continues its run."""
         watch_for_changes(pl_module)
+        if stage == "fit":
+            self._watcher.forget()
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads the checkpoint's state later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
 
@@ -90,23 +94,25 @@ class Report(Callback):
         loss = trainer.callback_metrics.get(self.train_loss)
         step = trainer.global_step
         if loss is not None and step % self.every_n_steps == 0 and step != (self._curves["train"].last_step or 0):
-            self._curves["train"].add(step, loss.item())
+            with self._watcher.leaving_out("a training loss"):
+                self._curves["train"].add(step, loss.item())
         self._note_quality(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the validation loss."""
         loss = trainer.callback_metrics.get(self.val_loss)
         if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._curves["val"].add(trainer.global_step, loss.item())
+            with self._watcher.leaving_out("a validation loss"):
+                self._curves["val"].add(trainer.global_step, loss.item())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page; :meth:`teardown` prints the table."""
         self._note_quality(trainer)
-        directory = run_directory(trainer)
-        if not trainer.is_global_zero:
-            return
-        record = self._record(directory, pl_module)
-        self._finished = record, write_report(record, directory / REPORT_FILE)
+        with self._watcher.leaving_out(f"the table and {REPORT_FILE}"):
+            directory = run_directory(trainer)
+            if trainer.is_global_zero:
+                record = self._record(directory, pl_module)
+                self._finished = record, write_report(record, directory / REPORT_FILE)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the table, and restore the hooks of a module that is in its original state."""
@@ -114,8 +120,9 @@ class Report(Callback):
         if self._finished is not None:
             (record, path), self._finished = self._finished, None
             console = Console()
-            console.print(summary_table(record))
-            console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
+            with self._watcher.leaving_out("the table"):
+                console.print(summary_table(record))
+                console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the hooks of a module that is in its original state, after an error too."""
@@ -154,17 +161,27 @@ class Report(Callback):
 
     def _record(self, directory: Path, pl_module: LightningModule) -> RunRecord:
         written = {name for name, _ in set(_files(directory).items()) - self._stale}
-        plan, history = plan_of(directory, pl_module), directory / IMPORTANCE_FILE
-        measured = measured_steps(history) if IMPORTANCE_FILE in written else {}
-        # only the steps that will be drawn: all rows of a long run would fill the memory
-        shown = {metric: set(shown_steps(steps, drop_steps(plan), MOST_COLUMNS)) for metric, steps in measured.items()}
+        plan, history, speed = None, directory / IMPORTANCE_FILE, None
+        measured: dict[str, list[int]] = {}
+        importance: tuple[ImportancePoint, ...] = ()
+        with self._watcher.leaving_out("the drop"):
+            plan = plan_of(directory, pl_module)
+        if IMPORTANCE_FILE in written:
+            with self._watcher.leaving_out("the importances"):
+                steps = measured_steps(history)
+                # only the steps that will be drawn: all rows of a long run would fill the memory
+                shown = {metric: set(shown_steps(own, drop_steps(plan), MOST_COLUMNS)) for metric, own in steps.items()}
+                importance, measured = read_importance(history, shown), steps
+        if SPEED_FILE in written:
+            with self._watcher.leaving_out("the speed"):
+                speed = _read_speed(directory / SPEED_FILE)
         return RunRecord(
             model=self.title or _model_name(pl_module),
-            importance=read_importance(history, shown) if measured else (),
+            importance=importance,
             losses=self._losses(),
             plan=plan,
             quality=self._quality,
-            speed=_read_speed(directory / SPEED_FILE) if SPEED_FILE in written else None,
+            speed=speed,
             measured={metric: len(steps) for metric, steps in measured.items()},
         )
 

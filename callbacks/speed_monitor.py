@@ -17,6 +17,7 @@ from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Drops
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
 from layershed.integration.strategies import refuse_sharded_speed
+from layershed.integration.watching import Watcher
 from layershed.performance.speed import SpeedReport, measure_speed
 from layershed.performance.speedup_target import phase_of
 from layershed.performance.stopwatch import Phase, SpeedSettings
@@ -43,7 +44,8 @@ class SpeedMonitor(Callback):
       model;
     - ``speed/sdr``, points of quality lost per percent of speed gained.
 
-    Writes: ``speed.json`` in the run directory, the last measurement.
+    Writes: ``speed.json`` in the run directory, the last measurement. A measurement that fails during training is left
+    out with a warning.
     Checkpoint: the last measurement and the dense quality. A resumed run does not repeat them.
 
     Args:
@@ -62,7 +64,7 @@ class SpeedMonitor(Callback):
     Raises:
         MeasurementError: If quality_mode is missing or contradicts the quality; before training, if a number is below
             1, the model has too few positions for the tokens, or nothing measures the quality.
-        UnknownNameError: If the phase is unknown; at the first validation, if it does not log the quality.
+        UnknownNameError: If the phase is unknown.
         StrategyError: Before training, if FSDP2 shards the weights.
     """
 
@@ -83,6 +85,7 @@ class SpeedMonitor(Callback):
         self.transformer, self.phase = transformer, phase
         self.quality, self.quality_mode = quality, _mode_of(quality, quality_mode)
         self.report: SpeedReport | None = None
+        self._watcher = Watcher("SpeedMonitor")
         self._measured: tuple[Sublayer, ...] = ()
         self._latest: dict[str, float] = {}
         self._dense_quality: float | None = None
@@ -92,6 +95,7 @@ class SpeedMonitor(Callback):
         watch_for_changes(pl_module, self.transformer)
         if stage != "fit":
             return
+        self._watcher.forget()
         dropped = current_drop(pl_module)
         if dropped != self._measured or (not dropped and trainer.global_step == 0):
             # a resumed run loads the checkpoint's state later
@@ -133,10 +137,14 @@ class SpeedMonitor(Callback):
             return
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        value = trainer.callback_metrics.get(self.quality)
-        if value is None:
-            raise UnknownNameError("metric of the validation", self.quality, trainer.callback_metrics)
         dropped = current_drop(pl_module)
+        with self._watcher.leaving_out("the quality of a validation, and the SDR with it,"):
+            self._note_quality(trainer, self.quality, dropped)
+
+    def _note_quality(self, trainer: Trainer, quality: str, dropped: tuple[Sublayer, ...]) -> None:
+        value = trainer.callback_metrics.get(quality)
+        if value is None:
+            raise UnknownNameError("metric of the validation", quality, trainer.callback_metrics)
         if not dropped:
             self._dense_quality = value.item()
         elif self.report is not None and self._dense_quality is not None and dropped == self._measured:
@@ -176,6 +184,13 @@ class SpeedMonitor(Callback):
         if not dropped:
             self.report, self._latest = None, {}
             return
+        before, self.report, self._latest = self.report, None, {}
+        with self._watcher.leaving_out("a measurement"):
+            self._measure(trainer, pl_module)
+        if before is not None and self.report is None and trainer.is_global_zero:
+            (run_directory(trainer) / SPEED_FILE).unlink(missing_ok=True)  # the speed of an earlier drop
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
             self.report = measure_speed(
                 pl_module,
@@ -185,7 +200,8 @@ class SpeedMonitor(Callback):
                 runs=self.runs,
                 name=self.transformer,
             )
-        self._save(trainer)
+        with self._watcher.leaving_out(SPEED_FILE):
+            self._save(trainer)
         metrics = {**_figures(self.report), **self._sdr_around_the_drop(trainer, self.report)}
         self._latest = {**self._latest, **metrics}
         publish(trainer, metrics)

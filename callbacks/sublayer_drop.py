@@ -186,7 +186,7 @@ class SublayerDrop(Callback):
         self.rule.check(pl_module, self._protected)
         forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
         if self.calibrate_on == "running":
-            self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer)
+            self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer, strict=False)
             self._tracker.attach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,8 +291,8 @@ class SublayerDrop(Callback):
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
             scores = self._tracker.compute()
-            if self._tracker.skipped:
-                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {self._tracker.skipped}.")
+            for left_out in filter(None, (self._tracker.skipped, self._tracker.left_out)):
+                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
             self._tracker.reset()
             return scores
         return importance_in_a_pass(

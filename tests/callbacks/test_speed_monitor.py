@@ -10,7 +10,7 @@ import torch
 
 from layershed.callbacks import ExactResume, SpeedMonitor, SublayerDrop, speed_monitor
 from layershed.discovery.find import find_sublayers
-from layershed.errors import LayershedError, MeasurementError, UnknownNameError
+from layershed.errors import LayershedError, MeasurementError
 from layershed.performance.speed import Interval, PhaseSpeed, SpeedReport, measure_speed
 from layershed.surgery import bypass, remove, restore
 from tests.support.runs import Foreign, Save, fit_foreign, loader, same, state_of
@@ -344,13 +344,29 @@ def test_speed_monitor_warns_that_a_drop_by_hand_has_no_sdr(make_trainer, faked)
     assert len(faked) == 2
 
 
-def test_speed_monitor_refuses_an_unlogged_metric_at_the_first_validation(make_trainer, faked):
+def test_speed_monitor_warns_once_of_an_unlogged_metric_and_the_run_goes_on(make_trainer, faked):
     monitor = SpeedMonitor(**SMALL, quality="val_f2", quality_mode="max")
     drop = SublayerDrop(3, count=1, quality_batches=0)
     trainer = make_trainer(drop, monitor, max_steps=8, val_check_interval=2, num_sanity_val_steps=1)
-    with pytest.raises(UnknownNameError, match=r"'val_f2'\. Did you mean 'val_f1'"):
+    with pytest.warns(UserWarning, match=r"'val_f2'\. Did you mean 'val_f1'") as caught:
         fit_foreign(trainer, Graded())
-    assert trainer.global_step == 2
+    assert len([warning for warning in caught if "val_f2'. Did" in str(warning.message)]) == 1
+    assert (trainer.global_step, len(faked)) == (8, 1)
+    assert "speed/sdr" not in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("error", [MeasurementError("no cache."), torch.OutOfMemoryError("no memory")], ids=type)
+def test_speed_monitor_warns_of_a_failed_measurement_and_the_run_goes_on(make_trainer, monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("layershed.callbacks.speed_monitor.measure_speed", fail)
+    trainer = make_trainer(SublayerDrop([2, 4], count=2), SpeedMonitor(**SMALL), max_steps=6)
+    with pytest.warns(UserWarning, match="SpeedMonitor: a measurement left out.*no (cache|memory).*goes on") as caught:
+        fit_foreign(trainer)
+    assert len([warning for warning in caught if "a measurement" in str(warning.message)]) == 1
+    assert trainer.global_step == 6
+    assert not (tmp_path / "run" / "speed.json").exists()
 
 
 def test_speed_monitor_warns_without_a_validation_before_the_drop(make_trainer, faked):

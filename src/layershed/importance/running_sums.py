@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from layershed.errors import CheckpointError
 from layershed.importance.metrics import ImportanceMetric
 
 _STATES = ("total", "tokens", "passes")
@@ -75,17 +76,36 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What has no importance although it is there, and why.
+
+    Args:
+        names: Names of the sublayers and blocks, such as ``attention.3``.
+        reason: Why it could not be measured; None if it did not run, or only on padding.
+    """
+
+    names: Sequence[str]
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        names = ", ".join(self.names) or "some forward passes"
+        return f"{names} left out of the importances: {self.reason or 'it did not run, or only on padding'}"
+
+
+@dataclass(frozen=True)
 class Means:
     """The running sums of all ranks, read.
 
     Args:
         values: Mean importance by place; NaN where no token was seen.
         tokens: Number of tokens by place.
+        passes: Number of forward passes.
         skipped: The passes that were left out; None if all count.
     """
 
     values: Sequence[float]
     tokens: Sequence[float]
+    passes: int
     skipped: Skipped | None
 
 
@@ -143,7 +163,7 @@ class RunningSums:
         sums = self._sums
         with sums.sync_context():
             values, tokens, passes = (sums.total / sums.tokens).tolist(), sums.tokens.tolist(), sums.passes.tolist()
-        return Means(values, tokens, self._skipped(passes))
+        return Means(values, tokens, int(sum(passes)), self._skipped(passes))
 
     def state_dict(self) -> dict[str, list[float]]:
         """The sums of this rank as plain numbers, exact."""
@@ -151,8 +171,17 @@ class RunningSums:
         return {name: getattr(self._sums, name).tolist() for name in _STATES}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: If the sums are those of another number of branches.
+        """
         self.reset()
+        if any(len(state.get(name, ())) != len(getattr(self._sums, name)) for name in _STATES):
+            raise CheckpointError(
+                f"The saved importances are not of this model: it has {len(self._names)} sublayers and blocks. Resume "
+                "with the model that was saved."
+            )
         for name in _STATES:
             own = getattr(self._sums, name)
             setattr(self._sums, name, torch.tensor(state[name], dtype=own.dtype, device=own.device))

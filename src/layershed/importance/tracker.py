@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from layershed.batches import iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import evaluating
-from layershed.errors import CalibrationError, NotFiniteError
+from layershed.errors import CalibrationError, LayershedError, NotFiniteError
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
-from layershed.importance.running_sums import RunningSums, Skipped
+from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
 from layershed.importance.taps import Taps, body_of
-from layershed.planning.plan import ImportanceScores
+from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.surgery import bypassed_sublayers
 
 
@@ -35,13 +35,14 @@ def estimate_importance(
     - The model runs in eval mode without gradients, and without the language-model head.
     - Running sums are kept, never activations, so that memory does not depend on the number of tokens.
     - A batch with a NaN or infinite importance is left out as a whole, with a warning.
+    - A sublayer that runs in no batch has no importance, with a warning.
     - In a distributed run every rank gets the scores over the batches of all ranks.
 
     Args:
         model: A transformer, or a module that holds one.
-        batches: Mappings with ``input_ids`` of shape (batch, tokens), and ``attention_mask`` where there is padding; or
-            the token ids alone. For a model that reads no text: mappings with its own input (``pixel_values``), or that
-            tensor alone.
+        batches: Mappings with ``input_ids`` of shape (batch, tokens); or the token ids alone. Where there is padding,
+            also with ``attention_mask`` of shape (batch, tokens), or of (batch, 1, queries, keys), from which padding is
+            read. For a model that reads no text: mappings with its own input (``pixel_values``), or that tensor alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
@@ -52,7 +53,7 @@ def estimate_importance(
     Raises:
         UnknownNameError: If there is no such metric.
         CalibrationError: If ``max_batches`` is below 1, there is no batch, a batch has no ``input_ids``, every token is
-            padding, or no batch is left.
+            padding, the mask does not say what is padding, or no batch is left.
     """
     check_scoring(metric, max_batches)
     transformer = find_transformer(model, name=name)
@@ -62,8 +63,9 @@ def estimate_importance(
         for batch in iterate(batches, max_batches):
             body(**model_inputs(batch, transformer))
     scores = tracker.compute()
-    if tracker.skipped:
-        warnings.warn(f"{tracker.skipped}.", stacklevel=2)
+    for left_out in (tracker.skipped, tracker.left_out):
+        if left_out:
+            warnings.warn(f"{left_out}.", stacklevel=2)
     return scores
 
 
@@ -89,9 +91,12 @@ class ImportanceTracker:
         model: A transformer, or a module that holds one.
         metric: Name of the importance metric.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
+        strict: Whether a forward pass raises if it cannot be measured. A watcher of somebody else's run sets it to
+            False: what cannot be measured is left out.
 
     Attributes:
         skipped: The passes that the last :meth:`compute` left out because an importance was NaN or infinite.
+        left_out: What the last :meth:`compute` left out because it did not run or could not be measured.
 
     Example:
         >>> with tracker, tracker.measuring():  # doctest: +SKIP
@@ -99,16 +104,28 @@ class ImportanceTracker:
         >>> scores = tracker.compute()  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, metric: str = "cosine", *, name: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, metric: str = "cosine", *, name: str | None = None, strict: bool = True
+    ) -> None:
         metric_class = get_metric(metric)
         self.metric = metric
         self._transformer = find_transformer(model, name=name)
         anatomy = dissect(self._transformer)
         self._sublayers = [branch.sublayer for branch in anatomy.branches]
         self._padding = Padding(self._transformer, anatomy.tokens_first)
-        self._taps = Taps(self._transformer, anatomy, self._begin_pass, self._measure)
+        self._strict = strict
+        self._taps = Taps(
+            self._transformer,
+            anatomy,
+            begin_pass=self._begin_pass,
+            enter=self._padding.enter,
+            measure=self._measure,
+            fail=self._fail,
+        )
         self._sums = RunningSums(metric_class, self._taps.names)
+        self._failure: str | None = None
         self.skipped: Skipped | None = None
+        self.left_out: LeftOut | None = None
 
     def __enter__(self) -> ImportanceTracker:
         self.attach()
@@ -155,7 +172,7 @@ class ImportanceTracker:
                 "ImportanceTracker: cannot measure: its hooks are not on the model. Call attach() first, or use "
                 "`with tracker, tracker.measuring():`."
             )
-        self._taps.on = True
+        self._taps.restart()
 
     def stop(self) -> None:
         """Measure no further forward pass; the sums stay."""
@@ -164,7 +181,7 @@ class ImportanceTracker:
     def reset(self) -> None:
         """Forget the sums."""
         self._sums.reset()
-        self.skipped = None
+        self._failure = self.skipped = self.left_out = None
 
     def compute(self) -> ImportanceScores:
         """The importances over everything seen since the last reset, over all ranks.
@@ -177,20 +194,32 @@ class ImportanceTracker:
         running = [(i, sublayer) for i, sublayer in enumerate(self._sublayers) if sublayer not in bypassed]
         means = self._sums.means()
         self.skipped = means.skipped
-        if not running or min(means.tokens[i] for i, _ in running) == 0:
-            if self.skipped:
-                raise NotFiniteError(self.skipped)
-            raise CalibrationError(
-                "No token was seen: the batches are empty, or every token in them is padding. A generator can be read "
-                "only once."
-            )
-        alive = {sublayer.block for _, sublayer in running}
+        measured = {sublayer: means.values[i] for i, sublayer in running if means.tokens[i]}
+        if not measured:
+            raise self._nothing_measured(len(running), means.passes)
+        # a block in which a sublayer was not measured would be ranked by a part of it
+        missing = {sublayer.block for _, sublayer in running if sublayer not in measured}
+        alive = {sublayer.block for sublayer in measured} - missing
         of_blocks = enumerate(self._taps.blocks, len(self._sublayers))
-        return ImportanceScores(
-            {sublayer: means.values[i] for i, sublayer in running},
-            blocks={block: means.values[i] for i, block in of_blocks if block in alive},
-            metric=self.metric,
-            tokens=int(max(means.tokens)),
+        blocks = {block: means.values[i] for i, block in of_blocks if block in alive and means.tokens[i]}
+        self.left_out = self._without([sublayer for _, sublayer in running if sublayer not in measured])
+        return ImportanceScores(measured, blocks=blocks, metric=self.metric, tokens=int(max(means.tokens)))
+
+    def _without(self, sublayers: Sequence[Sublayer]) -> LeftOut | None:
+        names = [sublayer.name for sublayer in sublayers]
+        return LeftOut(names, self._failure) if names or self._failure else None
+
+    def _nothing_measured(self, running: int, passes: int) -> CalibrationError:
+        if self.skipped:
+            return NotFiniteError(self.skipped)
+        if not running:
+            return CalibrationError("Nothing is left to measure: every sublayer is dropped.")
+        if self._failure:
+            return CalibrationError(f"Nothing could be measured. {self._failure}.")
+        if passes:
+            return CalibrationError("No token was seen in the batches: every token in them is padding.")
+        return CalibrationError(
+            "No token was seen: the batches are empty, or none of the blocks ran. A generator can be read only once."
         )
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -202,9 +231,15 @@ class ImportanceTracker:
         self.reset()
         self._sums.load_state_dict(state)
 
-    def _begin_pass(self, body: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begin_pass(self) -> None:
         self._sums.end_pass()
-        self._padding.begin_pass(body, args, kwargs)
 
     def _measure(self, place: int, x: Tensor, branch: Tensor, path: str) -> None:
         self._sums.add(place, *self._padding.align(x, branch, path))
+
+    def _fail(self, error: Exception) -> None:
+        if self._strict:
+            raise error
+        if self._failure is None:
+            name = "" if isinstance(error, LayershedError) else f"{type(error).__name__}: "
+            self._failure = f"{name}{error}".rstrip(".")

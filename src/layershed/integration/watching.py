@@ -1,0 +1,54 @@
+"""What a watching callback does when something fails during training: it warns once, and leaves it out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from layershed.errors import LayershedError, RevivedSublayerError
+
+
+class Watcher:
+    """Keeps the errors of a watching callback away from the run.
+
+    Args:
+        name: Name of the callback, for the warnings.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: set[str] = set()
+
+    def forget(self) -> None:
+        """Warn of everything anew, in another run."""
+        self._said.clear()
+
+    @contextmanager
+    def leaving_out(self, what: str) -> Iterator[None]:
+        """Turn an error within the context into one warning for each ``what``.
+
+        Args:
+            what: What is left out after an error, as the beginning of a sentence.
+
+        Raises:
+            RevivedSublayerError: The run itself is no longer what it was meant to be.
+        """
+        try:
+            yield
+        except RevivedSublayerError:
+            raise
+        except Exception as error:
+            if what not in self._said:  # on the rank where it failed, be it the first or not
+                self._said.add(what)
+                kind = "" if isinstance(error, LayershedError) else f"{type(error).__name__}: "
+                text = f"{kind}{error}".strip().rstrip(".")
+                warnings.warn(f"{self._name}: {what} left out. {text}. Training goes on.", stacklevel=3)
+
+    def warn_once(self, what: str, text: str) -> None:
+        """Warn on the first rank, once for each ``what``."""
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(f"{self._name}{text}")
