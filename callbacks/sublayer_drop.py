@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
+from layershed.discovery.model_record import kept_model_record
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
@@ -290,8 +292,10 @@ class SublayerDrop(Callback):
         round_plan = chosen.at_step(trainer.global_step)
         reshard(pl_module)
         if round_plan.drops:
-            bypass(pl_module, round_plan, name=self.transformer)
-        self.plan = round_plan if self.plan is None else self.plan + round_plan
+            bypass(pl_module, tuple(round_plan), name=self.transformer)
+        record = kept_model_record(find_transformer(pl_module, name=self.transformer)) or round_plan.model
+        earlier = () if self.plan is None else self.plan.drops
+        self.plan = replace(round_plan, drops=(*earlier, *round_plan.drops), model=record)
         self._hold(pl_module)
         rewrap(trainer, pl_module)
         self._save_plan(trainer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layershed.batches import model_inputs
 from layershed.discovery.find import dissect, find_transformer
+from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.errors import CalibrationError, NotFiniteError
 from layershed.importance.metrics import get_metric
@@ -105,6 +106,7 @@ class ImportanceTracker:
         self.metric = metric
         self._transformer = find_transformer(model, name=name)
         anatomy = dissect(self._transformer)
+        self._record = take_model_record(self._transformer, anatomy)
         self._sublayers = [branch.sublayer for branch in anatomy.branches]
         self._padding = Padding(self._transformer, anatomy.tokens_first)
         self._taps = Taps(self._transformer, anatomy, self._begin_pass, self._measure)
@@ -189,6 +191,7 @@ class ImportanceTracker:
             blocks={block: means.values[i] for i, block in of_blocks if block in alive},
             metric=self.metric,
             tokens=int(max(means.tokens)),
+            model=self._record,
         )
 
     def state_dict(self) -> dict[str, list[float]]:
