@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import RecoveryError, ScheduleError, UnknownNameError
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import regained_loss, trainable_parameters
 from layershed.integration.metric_names import LR_FACTOR
-from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
 from layershed.integration.preflight import check_order, check_start, refuse_averaging
 from layershed.integration.recovery_checks import (
     check_recovery,
@@ -26,6 +27,7 @@ from layershed.integration.run import StepCounter, current_drop, plan_of, publis
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
+from layershed.recovery.frozen import StaysFrozen, dropped_parameters
 from layershed.recovery.lora import adapted_modules, check_targets, inject_lora, merge_lora
 from layershed.recovery.lora_options import check_lora
 from layershed.recovery.lora_targets import Placement
@@ -35,7 +37,6 @@ from layershed.recovery.optimizer_groups import (
     forget_parameters,
     hand_over,
     layout_of,
-    restore_layout,
 )
 from layershed.saving.lora_folder import check_adapter_folder, save_adapter
 from layershed.surgery import dropped_sublayers
@@ -49,7 +50,8 @@ class LoRARecovery(Callback):
 
     With ``mode: lora`` it freezes the transformer and puts peft's adapters into the remaining linear maps. Modules of
     the LightningModule outside the transformer keep training. The optimizer takes the adapters over in place, so the
-    learning-rate schedule continues. Use one per Trainer.
+    learning-rate schedule continues. If a callback or a hook unfreezes weights of the base, they are frozen again, with
+    one warning. Use one per Trainer.
 
     Hooks: begins in ``on_train_batch_end``, after the configured optimizer step, or in ``on_train_start``; merges or
     saves in ``on_fit_end``.
@@ -138,6 +140,7 @@ class LoRARecovery(Callback):
         self._dropped: tuple[Sublayer, ...] = ()
         self._steps = StepCounter()
         self._trainer: Trainer | None = None
+        self._frozen, self._warned = StaysFrozen(), False
         self._rates = LearningRateFactor(self._factor)
 
     @property
@@ -162,6 +165,7 @@ class LoRARecovery(Callback):
         if stage == "fit":
             # every fit begins anew; a checkpoint's state is loaded later
             self.began, self._layout, self._origin, self._dropped = None, None, None, ()
+            self._frozen, self._warned = StaysFrozen(), False
         if self._sharded(trainer) and (stage == "fit" or not adapted_modules(pl_module)):
             inject_before_sharding(pl_module, self.options, self.transformer)
 
@@ -186,12 +190,10 @@ class LoRARecovery(Callback):
             check_adapter_folder(directory / self.folder, apart=directory)
         if self._origin is None:
             self._origin = layout_of(trainer.optimizers, pl_module)
+        follow_training(trainer, pl_module)  # it restores the layout of a resumed run, too
         if self.began is not None and self.mode != "none":
             if self.mode == "lora":
                 check_resumed_lora(transformer, self.options)
-            if self._layout is not None:
-                restore_layout(trainer.optimizers, pl_module, self._layout)
-                forget_parameters(trainer.optimizers, transformer)
             self._rates.attach(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,6 +206,7 @@ class LoRARecovery(Callback):
                 restore_empty_rates(trainer)
             trainer.should_stop = self.mode == "none"
             self._dropped = current_drop(pl_module)
+            self._hold(pl_module)
             show(trainer, trainable_parameters(pl_module))
             return
         check_start(trainer, self, self.start)
@@ -212,8 +215,13 @@ class LoRARecovery(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the factor on the learning rate, which LearningRateMonitor does not see."""
+        self._keep_frozen()
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
             pl_module.log(LR_FACTOR, self._factor())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keep the base frozen, whatever has unfrozen it."""
+        self._keep_frozen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -227,6 +235,7 @@ class LoRARecovery(Callback):
             self._dropped = dropped
             if self.mode == "lora" and self.options["placement"] == "neighbours":
                 self._adapt(trainer, pl_module)
+            self._hold(pl_module)
             publish(trainer, trainable_parameters(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,6 +267,7 @@ class LoRARecovery(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step at which it began and the optimizer's parameters, as primitives."""
+        self._keep_frozen()
         return {"began": self.began, "layout": self._layout, "origin": self._origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -277,6 +287,7 @@ class LoRARecovery(Callback):
         self._dropped = current_drop(pl_module)
         if self.mode == "lora":
             self._adapt(trainer, pl_module)
+        self._hold(pl_module)
         self._rates.attach(trainer.optimizers)
         publish(trainer, trainable_parameters(pl_module))
 
@@ -292,6 +303,25 @@ class LoRARecovery(Callback):
         forget_parameters(trainer.optimizers, transformer)
         self._layout = layout_of(trainer.optimizers, pl_module)
         rewrap(trainer, pl_module)
+
+    def _hold(self, pl_module: LightningModule) -> None:
+        """Keep frozen what recovery does not train: with LoRA the base, else the dropped sublayers."""
+        transformer = find_transformer(pl_module, name=self.transformer)
+        base = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
+        self._frozen.hold(transformer, base if self.mode == "lora" else dropped_parameters(transformer))
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        if self._trainer is None or self.began is None:
+            return
+        unfrozen = self._frozen.enforce(self._trainer.optimizers)
+        if unfrozen and self.mode == "lora" and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"LoRARecovery: {len(unfrozen)} frozen parameters were made trainable while it trains adapters, by "
+                "another callback or a hook of the module. They were frozen again and left out of the optimizers. To "
+                "train all weights, set mode='full'."
+            )
 
     def _factor(self) -> float:
         """The factor on the learning rate of the next step."""

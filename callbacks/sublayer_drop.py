@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
+from layershed.discovery.model_record import kept_model_record
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
@@ -22,7 +25,7 @@ from layershed.integration.measurements import (
     quality_metrics,
     validation_quality,
 )
-from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
 from layershed.integration.preflight import check_averaging, check_monitors, check_order
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
@@ -43,7 +46,7 @@ from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
 from layershed.quality import Quality
-from layershed.recovery.optimizer_groups import forget_parameters
+from layershed.recovery.frozen import StaysFrozen, dropped_parameters
 from layershed.saving.lora_folder import PLAN_FILE
 from layershed.surgery import bypass
 
@@ -57,7 +60,8 @@ class SublayerDrop(Callback):
     target is reached. Use one per Trainer: a second one would write the same files and metrics.
 
     Hooks: decides in ``on_train_batch_end``, after the configured optimizer step. The optimizer removes the dropped
-    parameters in place, so the learning-rate schedule continues.
+    parameters in place, so the learning-rate schedule continues. If an unfreezing callback or a hook brings dropped
+    parameters back, they are frozen and removed again before the next step and before a checkpoint.
     Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
     ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``, the measured speedup.
     Writes: ``drop_plan.json`` in the run directory.
@@ -146,6 +150,7 @@ class SublayerDrop(Callback):
         self.quality: dict[str, Quality] = {}
         self.speedup: float | None = None
         self._steps = StepCounter()
+        self._frozen = StaysFrozen()
         self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None
@@ -184,7 +189,8 @@ class SublayerDrop(Callback):
             refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
         self._protected = resolve_protected(pl_module, self.protect, self.transformer)
         self.rule.check(pl_module, self._protected)
-        forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
+        follow_training(trainer, pl_module)
+        self._hold(pl_module)
         if self.calibrate_on == "running":
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer, strict=False)
             self._tracker.attach()
@@ -207,9 +213,11 @@ class SublayerDrop(Callback):
         else:
             show(trainer, {**drop_metrics(pl_module, self.speedup), **quality_metrics(self.quality)})
         self._save_plan(trainer)
+        self._hold(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score this batch if it is within the last steps before a drop."""
+        self._keep_frozen()
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -222,6 +230,10 @@ class SublayerDrop(Callback):
         """Stop scoring: forward passes of other callbacks at the end of a batch must not count."""
         if self._tracker is not None and pl_module.automatic_optimization:
             self._tracker.stop()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keep dropped parameters out of the optimizers, whatever has unfrozen them."""
+        self._keep_frozen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -256,6 +268,7 @@ class SublayerDrop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
+        self._keep_frozen()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
@@ -279,9 +292,11 @@ class SublayerDrop(Callback):
         round_plan = chosen.at_step(trainer.global_step)
         reshard(pl_module)
         if round_plan.drops:
-            bypass(pl_module, round_plan, name=self.transformer)
-        self.plan = round_plan if self.plan is None else self.plan + round_plan
-        forget_parameters(trainer.optimizers, find_transformer(pl_module, name=self.transformer))
+            bypass(pl_module, tuple(round_plan), name=self.transformer)
+        record = kept_model_record(find_transformer(pl_module, name=self.transformer)) or round_plan.model
+        earlier = () if self.plan is None else self.plan.drops
+        self.plan = replace(round_plan, drops=(*earlier, *round_plan.drops), model=record)
+        self._hold(pl_module)
         rewrap(trainer, pl_module)
         self._save_plan(trainer)
         publish(trainer, drop_metrics(pl_module, self.speedup))
@@ -304,6 +319,16 @@ class SublayerDrop(Callback):
         if quality is not None:
             self.quality[when] = quality
             publish(trainer, quality_metrics({when: quality}))
+
+    def _hold(self, pl_module: LightningModule) -> None:
+        """Keep the parameters that are dropped now frozen and out of the optimizers."""
+        transformer = find_transformer(pl_module, name=self.transformer)
+        self._frozen.hold(transformer, dropped_parameters(transformer))
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        if self._trainer is not None:
+            self._frozen.enforce(self._trainer.optimizers)
 
     def _save_plan(self, trainer: Trainer) -> None:
         folder = run_directory(trainer)

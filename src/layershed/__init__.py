@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed, speedup_degradation_ratio
     from layershed.performance.speedup_target import drop_to_speedup
     from layershed.performance.stopwatch import SpeedSettings
+    from layershed.planning.model_record import ModelRecord
     from layershed.planning.plan import Drop, DropPlan, ImportanceScores, Sublayer
     from layershed.planning.schedule import DropSchedule
     from layershed.planning.selection import select_sublayers
@@ -68,6 +69,7 @@ __all__ = [
     "Latency",
     "LayershedError",
     "LeftAlone",
+    "ModelRecord",
     "PassCosts",
     "PhaseSpeed",
     "Quality",
@@ -133,6 +135,7 @@ _NAMES = {
     "performance.speed": ("PhaseSpeed", "SpeedReport", "measure_speed", "speedup_degradation_ratio"),
     "performance.speedup_target": ("drop_to_speedup",),
     "performance.stopwatch": ("SpeedSettings",),
+    "planning.model_record": ("ModelRecord",),
     "planning.plan": ("Drop", "DropPlan", "ImportanceScores", "Sublayer"),
     "planning.schedule": ("DropSchedule",),
     "planning.selection": ("select_sublayers",),

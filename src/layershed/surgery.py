@@ -16,8 +16,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch
 from layershed.discovery.find import dissect, find_transformer, transformers_in
+from layershed.discovery.model_record import check_plan, keep_model_record, kept_model_record, take_model_record
 from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
 from layershed.errors import PlanError, RevivedSublayerError
 from layershed.planning.plan import Sublayer
@@ -29,7 +31,7 @@ from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
 
 
-def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None) -> None:
+def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None, strict: bool = True) -> None:
     """Take sublayers out of the forward pass and keep their weights; state-dict keys do not change.
 
     Their parameters are frozen and their gradients cleared, so that no optimizer moves them. Sublayers that are already
@@ -39,16 +41,17 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
         model: A transformer, or a module that holds one.
         sublayers: A drop plan, or any sublayers that :func:`find_sublayers` returned.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
+        strict: Whether to refuse a plan that is recorded for another model; else there is a warning.
 
     Raises:
-        PlanError: If no sublayer is given, or one is not in the model.
+        PlanError: If no sublayer is given, one is not in the model, or the plan is for another model.
     """
     transformer = find_transformer(model, name=name)
-    branches = dissect(transformer).branches
-    wanted = _check(transformer, sublayers, branches)
+    anatomy = dissect(transformer)
+    wanted = _check("bypass", transformer, sublayers, anatomy, strict)
     if lost := _lost(transformer) - wanted:
         _warn_of(lost)
-    _bypass(transformer, branches, {*wanted, *lost, *_carried(transformer)})
+    _bypass(transformer, anatomy.branches, {*wanted, *lost, *_carried(transformer)})
     _note(model)
 
 
@@ -110,22 +113,31 @@ def dense(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, name: str | None = None) -> None:
+def remove(
+    model: nn.Module,
+    sublayers: Iterable[Sublayer] | None = None,
+    *,
+    name: str | None = None,
+    strict: bool = True,
+) -> None:
     """Delete sublayers with their weights and note it in the config (:func:`mark_dropped`).
 
     Args:
         model: A transformer, or a module that holds one.
         sublayers: A drop plan or sublayers; None for all that are bypassed.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
+        strict: Whether to refuse a plan that is recorded for another model; else there is a warning.
 
     Raises:
-        PlanError: If no sublayer is given, or one is not in the model.
+        PlanError: If no sublayer is given, one is not in the model, or the plan is for another model.
     """
     transformer = find_transformer(model, name=name)
     kept_bypassed = bypassed_sublayers(transformer)
-    branches = dissect(transformer).branches
-    wanted = _check(transformer, kept_bypassed if sublayers is None else sublayers, branches)
+    anatomy = dissect(transformer)
+    branches = anatomy.branches
+    wanted = _check("remove", transformer, kept_bypassed if sublayers is None else sublayers, anatomy, strict)
     gone = wanted | set(removed_sublayers(transformer))
+    record = kept_model_record(transformer)
     restore(transformer)
     for path, stand_in in stopped_by(branches, gone):
         removed = RemovedModule(stand_in, transformer.get_submodule(path))
@@ -136,6 +148,7 @@ def remove(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, nam
     watch(transformer, stand_ins)
     if isinstance(transformer, PreTrainedModel):
         mark_dropped(transformer.config, stand_ins)
+    keep_model_record(transformer, record)
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
         bypass(transformer, still_bypassed)
@@ -239,6 +252,8 @@ def _note(model: nn.Module) -> None:
     for _, transformer in transformers_in(model):
         stand_ins = stand_ins_of(transformer)
         watch(transformer, stand_ins)
+        if not stand_ins:
+            keep_model_record(transformer, None)
         if isinstance(transformer, PreTrainedModel):
             note_dropped(transformer.config, stand_ins)
 
@@ -253,17 +268,22 @@ def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> I
                 yield path, replace(stand_in, own={})
 
 
-def _check(transformer: nn.Module, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:
-    """The sublayers as a set, all of them present in the model."""
+def _check(
+    what: str, transformer: nn.Module, sublayers: Iterable[Sublayer], anatomy: Anatomy, strict: bool
+) -> set[Sublayer]:
+    """The sublayers as a set, all of them present in the model, whose record is kept on it."""
+    record = take_model_record(transformer, anatomy)
+    check_plan(what, sublayers, transformer, record, strict=strict)
     wanted = set(sublayers)
     if not wanted:
         raise PlanError("No sublayer was given: an empty drop plan changes nothing. Give at least one.")
-    present = {branch.sublayer for branch in branches} | set(removed_sublayers(transformer))
+    present = {branch.sublayer for branch in anatomy.branches} | set(removed_sublayers(transformer))
     for sublayer in sorted(wanted - present):
         raise PlanError(
             f"{type(transformer).__name__} has no sublayer {sublayer.name} at {sublayer.path!r}. It has {len(present)} "
             f"sublayers, such as {min(present).path!r}. Check whether the plan was made for another model."
         )
+    keep_model_record(transformer, record)
     return wanted - set(removed_sublayers(transformer))
 
 

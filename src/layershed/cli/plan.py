@@ -18,6 +18,7 @@ from layershed.cli.run_folder import (
     open_folder,
 )
 from layershed.discovery.find import find_sublayers
+from layershed.discovery.model_record import check_plan, model_record
 from layershed.errors import SelectionError
 from layershed.files.atomic import write_text
 from layershed.performance.prediction import Prediction, ceilings_of, deepest_sublayers, predict
@@ -71,6 +72,7 @@ def _planned(
         given = DropPlan.load(plan)
         if not given.drops:
             raise SelectionError(f"plan={plan!r}: it drops nothing, so there is nothing to predict; give another plan.")
+        check_plan(f"plan={plan!r}", given, transformer, model_record(transformer))
         return given
     if gone := dropped_sublayers(transformer):
         if count is not None or ratio is not None:

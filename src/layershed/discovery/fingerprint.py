@@ -45,8 +45,8 @@ _UNSEEN = {
     "_load_state_dict_post_hooks",
 }
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
-# what a transformer that is a LightningModule itself belongs to
-_OWNERS = {"_trainer", "_fabric"}
+# what a transformer that is a LightningModule itself belongs to, and the record of what is dropped from it
+_OWNERS = {"_trainer", "_fabric", "_model_record"}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layershed.batches import iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
+from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
 from layershed.importance.metrics import get_metric
@@ -41,8 +42,8 @@ def estimate_importance(
     Args:
         model: A transformer, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens); or the token ids alone. Where there is padding,
-            also with ``attention_mask`` of shape (batch, tokens), or of (batch, 1, queries, keys), from which padding is
-            read. For a model that reads no text: mappings with its own input (``pixel_values``), or that tensor alone.
+            also with ``attention_mask`` of shape (batch, tokens) or (batch, 1, queries, keys). For a model that reads no
+            text: mappings with its own input (``pixel_values``), or that tensor alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
@@ -111,6 +112,7 @@ class ImportanceTracker:
         self.metric = metric
         self._transformer = find_transformer(model, name=name)
         anatomy = dissect(self._transformer)
+        self._record = take_model_record(self._transformer, anatomy)
         self._sublayers = [branch.sublayer for branch in anatomy.branches]
         self._padding = Padding(self._transformer, anatomy.tokens_first)
         self._strict = strict
@@ -203,7 +205,8 @@ class ImportanceTracker:
         of_blocks = enumerate(self._taps.blocks, len(self._sublayers))
         blocks = {block: means.values[i] for i, block in of_blocks if block in alive and means.tokens[i]}
         self.left_out = self._without([sublayer for _, sublayer in running if sublayer not in measured])
-        return ImportanceScores(measured, blocks=blocks, metric=self.metric, tokens=int(max(means.tokens)))
+        tokens = int(max(means.tokens))
+        return ImportanceScores(measured, blocks=blocks, metric=self.metric, tokens=tokens, model=self._record)
 
     def _without(self, sublayers: Sequence[Sublayer]) -> LeftOut | None:
         names = [sublayer.name for sublayer in sublayers]

@@ -67,6 +67,13 @@ def checks_after_train_epoch(callback: EarlyStopping) -> bool:
     return bool(callback._check_on_train_epoch_end)
 
 
+def finetuning_groups(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The optimizer groups that a BaseFinetuning saved, with names of parameters; only its state holds them."""
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    saved = [state.get("internal_optimizer_metadata") for state in states]
+    return [group for each in saved if isinstance(each, dict) for groups in each.values() for group in groups]
+
+
 def replace_header_rewrite(writer: ExperimentWriter, rewrite: Callable[[Sequence[str]], None]) -> None:
     """Replace how CSVLogger adds a column to metrics.csv: its own way empties the file first."""
     vars(writer)["_rewrite_with_new_header"] = rewrite

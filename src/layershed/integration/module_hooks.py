@@ -20,6 +20,7 @@ from torch import nn
 from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import withhold_weights
 from layershed.integration.strategies import is_sharded
+from layershed.integration.trained_parameters import TrainedParameters, rename_finetuned
 from layershed.saving.checkpoint import (
     CHECKPOINT_KEY,
     apply_structure,
@@ -45,6 +46,7 @@ class StructureHooks:
 
     def __init__(self, pl_module: LightningModule, transformer: str | None, *, changes: bool) -> None:
         self.pl_module, self.transformer, self.changes = pl_module, transformer, changes
+        self.training: TrainedParameters | None = None
         self._own: dict[str, Callable[[dict[str, Any]], None]] = {
             name: getattr(pl_module, name) for name in (_SAVE, _LOAD)
         }
@@ -69,12 +71,15 @@ class StructureHooks:
         elif (transformer := self.watched()) is not None:
             write_structure_made_by_hand(checkpoint, transformer)
         withhold_weights(checkpoint, self.pl_module)
+        if self.training is not None:
+            self.training.note(checkpoint)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """``on_load_checkpoint``."""
         self._own[_LOAD](checkpoint)
         if self.changes or _BY_HAND_KEY in checkpoint:
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
+            rename_finetuned(checkpoint, self.pl_module)
 
     def watched(self) -> nn.Module | None:
         """The transformer, or None if there is none, or several and no name."""
@@ -145,9 +150,22 @@ def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, 
         )
 
 
+def follow_training(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Save and restore what others unfreeze during this fit; call it in on_fit_start, after :func:`carry_structure`.
+
+    Under FSDP2 it does nothing: Lightning loads the optimizer states at another time.
+    """
+    hooks = _hooks_of(pl_module)
+    if hooks is None or is_sharded(trainer) or (hooks.training is not None and hooks.training.follows(trainer)):
+        return
+    hooks.training = TrainedParameters(trainer, pl_module)
+
+
 def leave_structure(pl_module: LightningModule) -> None:
     """Give a module in its original state its hooks back; a changed one may still be saved."""
     hooks = _hooks_of(pl_module)
+    if hooks is not None and hooks.training is not None:
+        hooks.training.release()
     if hooks is not None and not has_structure(pl_module, name=hooks.transformer):
         hooks.release()
 

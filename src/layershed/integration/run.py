@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from layershed.discovery.model_record import kept_model_record
 from layershed.files.atomic import write_text as write_text
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.saving.lora_folder import PLAN_FILE
@@ -68,8 +70,11 @@ def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
     plan = DropPlan.load(path) if path.is_file() else None
     # The file may be from an earlier run in the same directory, or the user has bypassed more by hand. No plan of this
     # run lists the sublayers that the model was saved without.
+    records = {record for module in pl_module.modules() if (record := kept_model_record(module)) is not None}
+    if plan is not None and plan.model is not None and records and plan.model not in records:
+        plan = None
     if plan is not None and tuple(sorted((*gone, *plan))) == dropped:
-        return DropPlan((*(Drop(sublayer) for sublayer in gone), *plan.drops), plan.scope, plan.metric)
+        return replace(plan, drops=(*(Drop(sublayer) for sublayer in gone), *plan.drops))
     return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
 
 

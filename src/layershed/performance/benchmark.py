@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from layershed.discovery.find import find_sublayers, find_transformer
+from layershed.discovery.model_record import recorded
 from layershed.errors import MeasurementError, SelectionError
 from layershed.performance.latency import measure_latency
 from layershed.performance.roofline import Ceilings, measure_ceilings
@@ -194,7 +195,7 @@ class Bench:
     def measure(self, plan: DropPlan, scope: Scope | None = None, count: int | None = None) -> Measurement:
         """Measure the model in its current state."""
         speed = measure_speed(self.transformer, base=self.base, ceilings=self.ceilings, **asdict(self.settings))
-        return Measurement(scope, count, plan, speed, self.quality(self.transformer))
+        return Measurement(scope, count, recorded(plan, self.transformer), speed, self.quality(self.transformer))
 
     def sweep(
         self,

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_transformer
+from layershed.discovery.model_record import recorded
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.performance.costs import CostModel, PassCosts
 from layershed.performance.model_size import WeightSizes, weight_sizes
@@ -143,6 +144,7 @@ def predict(
         plan = plan_of(before)
     elif plan:
         bypass(transformer, plan)
+    plan = recorded(plan, transformer)
     gone = bypassed_sublayers(transformer)
     left = weight_sizes(transformer)
     if added := set(gone) - set(before):

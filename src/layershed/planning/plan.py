@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from layershed.errors import PlanError
 from layershed.files.atomic import write_text
+from layershed.planning.model_record import ModelRecord
 
 Kind = Literal["attention", "cross_attention", "mlp"]
 Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
@@ -54,6 +55,7 @@ class ImportanceScores(dict[Sublayer, float]):
         blocks: Importance by block index, measured from a block's input to its output.
         metric: Name of the metric that measured them.
         tokens: Number of tokens in the average.
+        model: The record of the measured model; None if unknown.
     """
 
     def __init__(
@@ -63,16 +65,18 @@ class ImportanceScores(dict[Sublayer, float]):
         blocks: Mapping[int, float] | None = None,
         metric: str = "cosine",
         tokens: int = 0,
+        model: ModelRecord | None = None,
     ) -> None:
         super().__init__(scores)
         self.blocks = dict(blocks or {})
         self.metric = metric
         self.tokens = tokens
+        self.model = model
 
     def __repr__(self) -> str:
         return (
             f"ImportanceScores({super().__repr__()}, blocks={self.blocks!r}, metric={self.metric!r}, "
-            f"tokens={self.tokens!r})"
+            f"tokens={self.tokens!r}, model={self.model!r})"
         )
 
     def rows(self) -> Iterator[tuple[int, str, float]]:
@@ -106,6 +110,7 @@ class DropPlan:
         drops: The entries, in the order in which they were chosen.
         scope: The scope of the ranking, one of ``SCOPES``.
         metric: Name of the importance metric; None for a plan written by hand.
+        model: The record of the model that it was made for; None if unknown. Other models refuse the plan.
 
     Raises:
         PlanError: If a sublayer appears twice or a field is invalid.
@@ -119,6 +124,7 @@ class DropPlan:
     drops: tuple[Drop, ...] = field(default=())
     scope: Scope = "joint"
     metric: str | None = None
+    model: ModelRecord | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -142,13 +148,19 @@ class DropPlan:
         return any(sublayer == own for own in self)
 
     def __add__(self, later: DropPlan) -> DropPlan:
-        """Append a later round of the same schedule."""
-        return DropPlan(self.drops + later.drops, scope=later.scope, metric=later.metric)
+        """Append a later round of the same schedule.
+
+        Raises:
+            PlanError: If the two are for different models, or a sublayer is in both.
+        """
+        if None not in (self.model, later.model) and self.model != later.model:
+            raise PlanError(f"The two plans are for different models: {self.model}, and {later.model}.")
+        return replace(later, drops=self.drops + later.drops, model=later.model or self.model)
 
     def at_step(self, step: int) -> DropPlan:
         """Copy the plan and set the optimizer step of every entry."""
         stamped = tuple(Drop(drop.sublayer, drop.score, step) for drop in self.drops)
-        return DropPlan(stamped, scope=self.scope, metric=self.metric)
+        return replace(self, drops=stamped)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the plan to plain primitives, for JSON and for checkpoints."""
@@ -156,6 +168,7 @@ class DropPlan:
             "format": _FORMAT,
             "scope": self.scope,
             "metric": self.metric,
+            **({} if self.model is None else {"model": self.model.to_dict()}),
             "drops": [{**asdict(drop.sublayer), "score": drop.score, "step": drop.step} for drop in self.drops],
         }
 
@@ -171,7 +184,8 @@ class DropPlan:
             raise PlanError(f"Drop plan: format is {fields.get('format')!r}, expected {_FORMAT!r}.")
         drops = tuple(_drop_from(entry) for entry in _typed(fields.get("drops"), list, "drops"))
         metric = None if fields.get("metric") is None else _typed(fields["metric"], str, "metric")
-        return cls(drops, scope=cast(Scope, _typed(fields.get("scope"), str, "scope")), metric=metric)
+        model = None if fields.get("model") is None else ModelRecord.from_dict(fields["model"])
+        return cls(drops, cast(Scope, _typed(fields.get("scope"), str, "scope")), metric, model)
 
     def to_json(self) -> str:
         """Convert the plan to JSON text."""

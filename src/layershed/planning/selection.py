@@ -93,8 +93,10 @@ def rank_sublayers(
 
 def plan_of_groups(scores: Mapping[Sublayer, float], scope: Scope, groups: Iterable[tuple[Drop, ...]]) -> DropPlan:
     """Build the plan that drops these groups from :func:`rank_sublayers`."""
-    metric = scores.metric if isinstance(scores, ImportanceScores) else None
-    return DropPlan(tuple(drop for group in groups for drop in group), scope, metric)
+    drops = tuple(drop for group in groups for drop in group)
+    if not isinstance(scores, ImportanceScores):
+        return DropPlan(drops, scope)
+    return DropPlan(drops, scope, scores.metric, scores.model)
 
 
 def _price(

@@ -246,6 +246,18 @@ def _trainable_names(transformer: nn.Module) -> set[str]:
     return resting | {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
+def remember_trainable(transformer: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Note parameters that rest now: ``restore`` makes them trainable, and so does the end of LoRA."""
+    wanted = {id(parameter) for parameter in parameters}
+    if _TRAINABLE in transformer.__dict__:
+        names = (name for name, parameter in transformer.named_parameters() if id(parameter) in wanted)
+        transformer.__dict__[_TRAINABLE].update(name.replace(".base_layer.", ".") for name in names)
+        return
+    for module, override in overridden(transformer):
+        own = [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
+        override.frozen = tuple(dict.fromkeys((*override.frozen, *own)))
+
+
 def _dropped_names(transformer: nn.Module) -> Iterator[tuple[StandIn, dict[str, str]]]:
     """Every stand-in, with the names of the parameters that it hides: in its module, and in the transformer."""
     paths = {id(module): path for path, module in transformer.named_modules()}

@@ -31,7 +31,12 @@ def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -
         optimizers: The run's optimizers.
         transformer: The model with bypassed sublayers.
     """
-    gone = {id(parameter) for module, _ in overridden(transformer) for parameter in module.parameters()}
+    take_out(optimizers, (parameter for module, _ in overridden(transformer) for parameter in module.parameters()))
+
+
+def take_out(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Take parameters out of the optimizers, with their state, in place."""
+    gone = {id(parameter) for parameter in parameters}
     _forget(optimizers, lambda parameter: id(parameter) in gone)
 
 
@@ -89,18 +94,31 @@ def layout_of(optimizers: Iterable[Optimizer], module: nn.Module) -> Layout:
     return [[[names.get(id(p), "") for p in group["params"]] for group in o.param_groups] for o in optimizers]
 
 
-def restore_layout(optimizers: Sequence[Optimizer], module: nn.Module, layout: Layout) -> None:
+def restore_layout(
+    optimizers: Sequence[Optimizer], module: nn.Module, layout: Layout, *, configured: list[int] | None = None
+) -> None:
     """Give fresh optimizers the groups of an interrupted run; call it before their state is loaded.
+
+    Args:
+        optimizers: The optimizers of the resumed run.
+        module: The module whose parameters they hold.
+        layout: The groups of the interrupted run.
+        configured: The numbers of groups with which the interrupted run began. Groups that were added later are added
+            here; their options come with the state.
 
     Raises:
         CheckpointError: If the number of optimizers or groups differs, or a parameter does not exist.
     """
     parameters = dict(module.named_parameters())
-    if [len(groups) for groups in layout] != [len(optimizer.param_groups) for optimizer in optimizers]:
+    saved, found = [len(groups) for groups in layout], [len(optimizer.param_groups) for optimizer in optimizers]
+    if found not in (saved, configured):
         raise CheckpointError(
-            f"The checkpoint's optimizers have {[len(groups) for groups in layout]} parameter groups, but "
-            f"configure_optimizers made {[len(optimizer.param_groups) for optimizer in optimizers]}; they must agree."
+            f"The checkpoint's optimizers have {saved} parameter groups, but configure_optimizers made {found}; they "
+            "must agree."
         )
+    for optimizer, groups in zip(optimizers, layout, strict=True):
+        for _ in groups[len(optimizer.param_groups) :]:
+            optimizer.param_groups.append({**optimizer.defaults, "params": []})
     for optimizer, groups in zip(optimizers, layout, strict=True):
         for group, names in zip(optimizer.param_groups, groups, strict=True):
             missing = [name for name in names if name not in parameters]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layershed.discovery.find import find_transformer
+from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
 from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import keys_of, mend, read_notes, read_shards
@@ -107,7 +108,7 @@ def write_structure(
     transformer = transformer_or_none(model, name)
     quantized = None if transformer is None else quantization_of(transformer)
     noted = {
-        "dropped": DropPlan(drops).to_dict() if drops else None,
+        "dropped": _plan_of(drops, transformer).to_dict() if drops else None,
         "quantized": None if quantized is None else quantized.to_dict(),
         "adapters": None if transformer is None else lora_settings(transformer),
     }
@@ -139,7 +140,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
     transformer: Any = find_transformer(model, name=name)
     adapters = noted["adapters"]
     try:
-        wanted = set(DropPlan.from_dict(noted["dropped"])) if noted["dropped"] else set()
+        wanted = DropPlan.from_dict(noted["dropped"]) if noted["dropped"] else DropPlan()
         quantized = None if noted["quantized"] is None else Quantized.from_dict(noted["quantized"])
         wanted_adapters = None if adapters is None else checked_settings(adapters)
         present = lora_settings(transformer)
@@ -221,9 +222,14 @@ def _quantize_as(transformer: Any, wanted: Quantized | None) -> None:
         quantize_as(transformer, wanted)
 
 
-def _drop(transformer: nn.Module, wanted: set[Any]) -> None:
+def _plan_of(drops: tuple[Drop, ...], transformer: nn.Module | None) -> DropPlan:
+    return DropPlan(drops) if transformer is None else recorded(DropPlan(drops), transformer)
+
+
+def _drop(transformer: nn.Module, wanted: DropPlan) -> None:
     present = set(bypassed_sublayers(transformer))
-    if wanted - present:
-        bypass(transformer, wanted)
-    if present - wanted:
-        restore(transformer, present - wanted)
+    if set(wanted) - present:
+        check_plan("checkpoint", wanted, transformer, model_record(transformer))
+        bypass(transformer, tuple(wanted))
+    if present - set(wanted):
+        restore(transformer, present - set(wanted))

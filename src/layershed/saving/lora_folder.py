@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from layershed.discovery.find import find_transformer, predicts_next_token
+from layershed.discovery.model_record import check_plan, recorded
 from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
@@ -63,6 +64,8 @@ def save_adapter(
     if not _running(transformer):
         raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no LoRA adapters.")
     dropped = dropped_sublayers(transformer)
+    if plan is not None:
+        check_plan("save_adapter", plan, transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)}.")
     if plan is None and dropped:
@@ -79,7 +82,7 @@ def save_adapter(
         config.save_pretrained(str(fresh))
         save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         if plan is not None:
-            plan.save(fresh / PLAN_FILE)
+            recorded(plan, transformer).save(fresh / PLAN_FILE)
     return Path(folder)
 
 
@@ -119,7 +122,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
             "supports. Use peft.PeftModel.from_pretrained(base, folder)."
         )
     path = folder / PLAN_FILE
-    planned = tuple(sorted(DropPlan.load(path))) if path.is_file() else ()
+    plan = DropPlan.load(path) if path.is_file() else DropPlan()
+    check_plan("load_adapter", plan, transformer)
+    planned = tuple(sorted(plan))
     dropped = dropped_sublayers(transformer)
     if planned != dropped:
         names = [", ".join(sublayer.name for sublayer in sublayers) or "nothing" for sublayers in (planned, dropped)]

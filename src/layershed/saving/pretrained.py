@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_sublayers, find_transformer, refuse_strangers, secure_quantized
+from layershed.discovery.model_record import check_plan, recorded
 from layershed.dropped_config import mark_dropped
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
@@ -74,6 +75,8 @@ def save_pretrained(
     _refuse_meta(transformer)
     _refuse_lora(transformer, standalone)
     dropped = dropped_sublayers(transformer)
+    if plan is not None:
+        check_plan("save_pretrained", plan, transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(
             f"save_pretrained: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)} "
@@ -89,7 +92,7 @@ def save_pretrained(
     with replacing(folder) as fresh:
         _write(transformer, weights, fresh, standalone)
         if plan is not None:
-            plan.save(fresh / PLAN_FILE)
+            recorded(plan, transformer).save(fresh / PLAN_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if adapted_modules(transformer):
