@@ -39,8 +39,8 @@ class Report(Callback):
     Checkpoint: the losses so far. A long run keeps every second, fourth, ... loss, but all losses next to a drop.
 
     Each part comes from the logged metrics or the file of another callback. A part is left out if its callback is
-    absent, and with a warning if it cannot be read: importances from RedundancyMonitor, the drop and its quality from
-    SublayerDrop, speed from SpeedMonitor.
+    absent, and with a warning if its file cannot be read: importances from RedundancyMonitor, the drop and its quality
+    from SublayerDrop, speed from SpeedMonitor.
 
     Args:
         every_n_steps: Optimizer steps between two recorded training losses.

@@ -28,6 +28,8 @@ Better = Literal["max", "min"]
 # The qualities that SublayerDrop measures around the drop, and whether higher or lower is better.
 _AROUND_THE_DROP: dict[str, Better] = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 
+_QUALITY = "the quality of a validation, and the SDR with it,"
+
 
 class SpeedMonitor(Callback):
     """Measures prefill and cached decode after every drop, dense against dropped, and the quality that the speed costs.
@@ -138,7 +140,7 @@ class SpeedMonitor(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         dropped = current_drop(pl_module)
-        with self._watcher.leaving_out("the quality of a validation, and the SDR with it,"):
+        with self._watcher.leaving_out(_QUALITY):
             self._note_quality(trainer, self.quality, dropped)
 
     def _note_quality(self, trainer: Trainer, quality: str, dropped: tuple[Sublayer, ...]) -> None:
@@ -184,11 +186,13 @@ class SpeedMonitor(Callback):
         if not dropped:
             self.report, self._latest = None, {}
             return
-        before, self.report, self._latest = self.report, None, {}
+        before, self.report = self.report, None
         with self._watcher.leaving_out("a measurement"):
             self._measure(trainer, pl_module)
-        if before is not None and self.report is None and trainer.is_global_zero:
-            (run_directory(trainer) / SPEED_FILE).unlink(missing_ok=True)  # the speed of an earlier drop
+        if self.report is None:  # no speed of an earlier drop may stand for this one's
+            self._latest = {}
+            if before is not None and trainer.is_global_zero:
+                (run_directory(trainer) / SPEED_FILE).unlink(missing_ok=True)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
@@ -237,7 +241,7 @@ class SpeedMonitor(Callback):
         if self.quality is None:
             return {}
         if self.quality not in _AROUND_THE_DROP:
-            if self._dense_quality is None:
+            if self._dense_quality is None and not self._watcher.warned_of(_QUALITY):
                 rank_zero_warn(
                     f"SpeedMonitor(quality={self.quality!r}): no validation came before the drop, so there is no dense "
                     "value and no SDR. Validate sooner (val_check_interval), or drop later."

@@ -355,13 +355,16 @@ def test_speed_monitor_warns_once_of_an_unlogged_metric_and_the_run_goes_on(make
     assert "speed/sdr" not in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("error", [MeasurementError("no cache."), torch.OutOfMemoryError("no memory")], ids=type)
+@pytest.mark.parametrize(
+    "error", [MeasurementError("no cache."), torch.OutOfMemoryError("no memory")], ids=["no cache", "no memory"]
+)
 def test_speed_monitor_warns_of_a_failed_measurement_and_the_run_goes_on(make_trainer, monkeypatch, tmp_path, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("layershed.callbacks.speed_monitor.measure_speed", fail)
-    trainer = make_trainer(SublayerDrop([2, 4], count=2), SpeedMonitor(**SMALL), max_steps=6)
+    drop = SublayerDrop(2, count=2, every_n_steps=2, rounds=2)
+    trainer = make_trainer(drop, SpeedMonitor(**SMALL), max_steps=6)
     with pytest.warns(UserWarning, match="SpeedMonitor: a measurement left out.*no (cache|memory).*goes on") as caught:
         fit_foreign(trainer)
     assert len([warning for warning in caught if "a measurement" in str(warning.message)]) == 1

@@ -42,8 +42,8 @@ def estimate_importance(
     Args:
         model: A transformer, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens); or the token ids alone. Where there is padding,
-            also with ``attention_mask`` of shape (batch, tokens) or (batch, 1, queries, keys). For a model that reads no
-            text: mappings with its own input (``pixel_values``), or that tensor alone.
+            also with ``attention_mask`` of shape (batch, tokens) or (batch, 1, queries, keys). For a model that reads
+            no text: mappings with its own input (``pixel_values``), or that tensor alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.

@@ -26,6 +26,10 @@ class Watcher:
         """Warn of everything anew, in another run."""
         self._said.clear()
 
+    def warned_of(self, what: str) -> bool:
+        """Whether something was left out or warned of."""
+        return what in self._said
+
     @contextmanager
     def leaving_out(self, what: str) -> Iterator[None]:
         """Turn an error within the context into one warning for each ``what``.
