@@ -1,11 +1,18 @@
 """A dropped model to its callers and to hooks of others: extra outputs in place, outputs that may be written to."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import BartConfig, BartForConditionalGeneration, SwitchTransformersConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    SwitchTransformersConfig,
+    dynamic_module_utils,
+)
 from transformers import SwitchTransformersForConditionalGeneration as Switch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -17,6 +24,7 @@ from tests.support.architectures import tiny_model
 from tests.support.conformance import Case, reference
 from tests.support.models import build_model
 
+TRUSTED = {"trust_remote_code": True}
 TOKENS = torch.arange(1, 9)[None]
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
 
@@ -106,17 +114,20 @@ def test_attention_weights_stay_in_place_in_both_stacks_of_an_encoder_decoder():
     assert gaps(output.cross_attentions) == []
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-def test_entries_stay_in_place_in_copies_and_loaded_folders(loaded, tmp_path):
+@pytest.mark.parametrize("loader", [None, load_pretrained, partial(AutoModelForCausalLM.from_pretrained, **TRUSTED)])
+def test_entries_stay_in_place_in_copies_and_loaded_folders(loader, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = eager("mixtral", num_local_experts=4)
     bypass(model, [of_kind(model, "attention")[1], of_kind(model, "mlp")[2]])
-    if loaded:
-        save_pretrained(model, tmp_path)
-        model = load_pretrained(tmp_path)
+    if loader is not None:
+        save_pretrained(model, tmp_path / "saved", standalone=True)
+        model = loader(tmp_path / "saved")
         model.set_attn_implementation("eager")
     output = copy.deepcopy(model)(TOKENS, output_attentions=True, output_router_logits=True)
     assert gaps(output.attentions) == [1]
     assert gaps(output.router_logits) == [2]
+    model.model.layers[2].mlp.register_forward_hook(in_place)
+    assert torch.equal(model(TOKENS).logits, output.logits)
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
