@@ -35,7 +35,8 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
     """Take sublayers out of the forward pass and keep their weights; state-dict keys do not change.
 
     Their parameters are frozen and their gradients cleared, so that no optimizer moves them. Sublayers that are already
-    bypassed stay so.
+    bypassed stay so. Extra outputs (attention weights, router logits) stay in place, with None for what does not run; a
+    model's own router loss is that of the routers that run.
 
     Args:
         model: A transformer, or a module that holds one.
