@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from layershed.batches import iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import evaluating
+from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, NotFiniteError
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
@@ -104,6 +105,7 @@ class ImportanceTracker:
         self.metric = metric
         self._transformer = find_transformer(model, name=name)
         anatomy = dissect(self._transformer)
+        warn_uneven(self._transformer, anatomy)
         self._sublayers = [branch.sublayer for branch in anatomy.branches]
         self._padding = Padding(self._transformer, anatomy.tokens_first)
         self._taps = Taps(self._transformer, anatomy, self._begin_pass, self._measure)
