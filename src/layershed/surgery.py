@@ -19,6 +19,7 @@ from layershed.discovery.branches import Branch
 from layershed.discovery.find import dissect, find_transformer, transformers_in
 from layershed.dropped_config import mark_dropped, note_dropped
 from layershed.errors import PlanError
+from layershed.planning.arguments import sublayer_set
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
@@ -71,7 +72,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
         return
     transformer = find_transformer(model, name=name)
     before = bypassed_sublayers(transformer)
-    wanted = set(before if sublayers is None else sublayers)
+    wanted = sublayer_set(before if sublayers is None else sublayers, "restore")
     for sublayer in sorted(wanted.difference(before)):
         raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
@@ -187,7 +188,7 @@ def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> I
 
 def _check(transformer: nn.Module, sublayers: Iterable[Sublayer], branches: tuple[Branch, ...]) -> set[Sublayer]:
     """The sublayers as a set, all of them present in the model."""
-    wanted = set(sublayers)
+    wanted = sublayer_set(sublayers, "bypass or remove")
     if not wanted:
         raise PlanError("No sublayer was given: an empty drop plan changes nothing. Give at least one.")
     present = {branch.sublayer for branch in branches} | set(removed_sublayers(transformer))

@@ -76,8 +76,8 @@ def check_scoring(metric: str, max_batches: int | None) -> None:
         CalibrationError: If ``max_batches`` is below 1.
     """
     get_metric(metric)
-    if max_batches is not None and max_batches < 1:
-        raise CalibrationError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise CalibrationError(f"max_batches={max_batches!r}: it must be at least 1, or None for all batches.")
 
 
 class ImportanceTracker:
