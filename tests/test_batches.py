@@ -51,7 +51,7 @@ WRONG = {
     "negative ids": ([{"input_ids": IDS - 2}], "hold -1"),
     "ragged mask": (
         [{"input_ids": IDS, "attention_mask": [[1], [1, 1]]}],
-        "attention_mask of a batch must be a tensor",
+        "attention_mask of a batch must be",
     ),
     "another key": ([{"ids": IDS}], "a mapping with the keys ids"),
     "a loader of tuples": (DataLoader(TensorDataset(IDS, IDS), batch_size=2), "A batch must be a mapping"),

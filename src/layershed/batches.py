@@ -101,12 +101,25 @@ def _offloading(model: nn.Module) -> Iterator[Any]:
         yield from (each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True)
 
 
+def refuse_skeleton(transformer: nn.Module) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        BatchError: If it is on the meta device.
+    """
+    if device_of(transformer).type == "meta":
+        raise BatchError(
+            f"{type(transformer).__name__} is a skeleton on the meta device, so it cannot read batches. Load weights."
+        )
+
+
 def text_inputs(batch: Any, transformer: nn.Module, main: str = "input_ids") -> dict[str, Any]:
     """As :func:`as_inputs`, checked against what a transformer can read.
 
     Raises:
         BatchError: If the batch does not fit; names the key.
     """
+    refuse_skeleton(transformer)
     inputs = as_inputs(batch, main)
     if inputs is None:
         what = "token ids of shape (batch, tokens)" if main == "input_ids" else "that tensor itself"

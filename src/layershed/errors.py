@@ -37,7 +37,7 @@ class UnknownNameError(LayershedError, ValueError):
 
     def __init__(self, what: str, name: str, available: Iterable[str]) -> None:
         self.what, self.name, self.available = what, name, tuple(sorted(available))
-        near = difflib.get_close_matches(name, self.available, n=1)
+        near = difflib.get_close_matches(str(name), self.available, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         super().__init__(f"Unknown {what} {name!r}. {hint}Available: {', '.join(self.available)}.")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, SumMetric
 
-from layershed.batches import device_of, iterate, same_shape, select, text_inputs
+from layershed.batches import device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import BatchError, MeasurementError
@@ -54,10 +54,11 @@ def evaluate_quality(
         MeasurementError: If ``max_batches`` is below 1, the model does not predict the next token, or the batches hold
             no token to predict.
     """
-    if max_batches is not None and max_batches < 1:
-        raise MeasurementError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise MeasurementError(f"max_batches={max_batches!r}: it must be at least 1, or None for all batches.")
     transformer = find_transformer(model, name=name)
     check_head(transformer)
+    refuse_skeleton(transformer)
     device = device_of(transformer)
     # by default torchmetrics leaves NaN out of the mean
     loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(device) for _ in range(2))

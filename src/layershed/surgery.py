@@ -22,6 +22,7 @@ from layershed.discovery.find import dissect, find_transformer, transformers_in
 from layershed.discovery.model_record import check_plan, keep_model_record, kept_model_record, take_model_record
 from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
 from layershed.errors import PlanError, RevivedSublayerError
+from layershed.planning.arguments import sublayer_set
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
@@ -83,7 +84,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
         return
     transformer = find_transformer(model, name=name)
     before = bypassed_sublayers(transformer)
-    wanted = set(before if sublayers is None else sublayers)
+    wanted = sublayer_set(before if sublayers is None else sublayers, "restore")
     for sublayer in sorted(wanted.difference(before)):
         raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
@@ -274,8 +275,8 @@ def _check(
 ) -> set[Sublayer]:
     """The sublayers as a set, all of them present in the model, whose record is kept on it."""
     record = take_model_record(transformer, anatomy)
+    wanted = sublayer_set(sublayers, what)
     check_plan(what, sublayers, transformer, record, strict=strict)
-    wanted = set(sublayers)
     if not wanted:
         raise PlanError("No sublayer was given: an empty drop plan changes nothing. Give at least one.")
     present = {branch.sublayer for branch in anatomy.branches} | set(removed_sublayers(transformer))

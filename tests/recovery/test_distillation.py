@@ -366,7 +366,7 @@ def test_invalid_distillation_settings_are_refused(options, error, message, llam
     [
         ({"pixels": torch.ones(1)}, "a mapping with the keys pixels"),
         (torch.ones(2, 3), r"a tensor of shape \(2, 3\) and type torch.float32"),
-        ([[1, 2]], "a list"),
+        (["a text"], "a list"),
     ],
     ids=["other mapping", "floats", "list"],
 )

@@ -19,6 +19,7 @@ from layershed.cli.run_folder import (
 )
 from layershed.discovery.find import find_sublayers
 from layershed.discovery.model_record import check_plan, model_record
+from layershed.discovery.uneven import warn_left_alone
 from layershed.errors import SelectionError
 from layershed.files.atomic import write_text
 from layershed.performance.prediction import Prediction, ceilings_of, deepest_sublayers, predict
@@ -45,6 +46,7 @@ def predict_plan(
         LayershedError: If the drop is impossible or cannot be predicted.
     """
     transformer = speed.check(model.model)
+    warn_left_alone(transformer)
     chosen = _planned(transformer, scope, count, ratio, plan)
     dtype = next(transformer.parameters()).dtype
     ceilings = ceilings_of(device, trainer.strategy.root_device, dtype)

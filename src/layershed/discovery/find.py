@@ -140,6 +140,12 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
         NoSublayersFoundError: If it holds none, or none under that name.
         AmbiguousModelError: If it holds several; the error names them.
     """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise NoSublayersFoundError(
+            f"The model must be a torch module, got {given!r:.60}. Load it first, such as by "
+            "AutoModelForCausalLM.from_pretrained or layershed.load_pretrained."
+        )
     if name is not None:
         model = _submodule(model, name)
     found: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from layershed.batches import iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
+from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
@@ -78,8 +79,8 @@ def check_scoring(metric: str, max_batches: int | None) -> None:
         CalibrationError: If ``max_batches`` is below 1.
     """
     get_metric(metric)
-    if max_batches is not None and max_batches < 1:
-        raise CalibrationError(f"max_batches={max_batches}: it must be at least 1, or None for all batches.")
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise CalibrationError(f"max_batches={max_batches!r}: it must be at least 1, or None for all batches.")
 
 
 class ImportanceTracker:
@@ -113,6 +114,7 @@ class ImportanceTracker:
         self._transformer = find_transformer(model, name=name)
         anatomy = dissect(self._transformer)
         self._record = take_model_record(self._transformer, anatomy)
+        warn_uneven(self._transformer, anatomy)
         self._sublayers = [branch.sublayer for branch in anatomy.branches]
         self._padding = Padding(self._transformer, anatomy.tokens_first)
         self._strict = strict

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from lightning.pytorch import LightningModule, Trainer
 
 from layershed.discovery.find import find_sublayers, find_transformer
+from layershed.discovery.uneven import warn_left_alone
 from layershed.errors import SelectionError
 from layershed.performance.latency import measure_latency
 from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup, phase_of
@@ -63,6 +64,7 @@ class DropRule:
             MeasurementError: If its speed is needed and cannot be measured.
         """
         equal = equal_scores(find_sublayers(pl_module, name=self.transformer))
+        warn_left_alone(pl_module, name=self.transformer)
         if self.target_speedup is None:
             total = None if self.count is None else self.count * self.schedule.rounds
             select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=protect)

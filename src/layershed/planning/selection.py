@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from layershed.errors import SelectionError
+from layershed.planning.arguments import check_amounts, check_scores
 from layershed.planning.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
 
 Objective = Literal["importance", "speed"]
@@ -84,6 +85,7 @@ def rank_sublayers(
 
     Arguments and errors are those of :func:`select_sublayers`. The list is empty if nothing may be dropped.
     """
+    check_scores(scores)
     kept = protected_sublayers(scores, protect)
     free = [group for group in _candidates(scores, scope) if kept.isdisjoint(group[1])]
     price = _price(objective, latency)
@@ -134,6 +136,7 @@ def check_selection(scope: Scope, *, count: int | None, ratio: float | None) -> 
         SelectionError: If the scope is unknown, or not exactly one of count and ratio is given and in range.
     """
     check_scope(scope)
+    check_amounts(count, ratio)
     if (count is None) == (ratio is None):
         raise SelectionError(f"count={count}, ratio={ratio}: give exactly one of count and ratio.")
     if count is not None and count < 1:
@@ -164,6 +167,7 @@ def check_objective(objective: Objective) -> None:
 
 def _candidates(scores: Mapping[Sublayer, float], scope: Scope) -> list[tuple[float, tuple[Sublayer, ...]]]:
     """Candidates of the ranking, each an importance and the sublayers that are dropped together."""
+    check_scores(scores)
     if scope == "block":
         groups = _block_groups(scores)
     else:
@@ -190,12 +194,16 @@ def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublaye
         SelectionError: If a block index is out of range.
     """
     present = set(sublayers)
+    if isinstance(protect, int | str | Sublayer):
+        raise SelectionError(f"protect={protect!r}: protect takes several blocks or sublayers. Give [{protect!r}].")
     last = max(sublayer.block for sublayer in present)
     kept: set[Sublayer] = set()
     for item in protect:
         if isinstance(item, Sublayer):
             kept.add(item)
             continue
+        if not isinstance(item, int):
+            raise SelectionError(f"protect: {item!r} is neither a block's index nor a Sublayer.")
         block = item if item >= 0 else last + 1 + item
         if not 0 <= block <= last:
             raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
