@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layershed.discovery.find import find_transformer
 from layershed.files.atomic import refuse_source
 from layershed.integration.preflight import check_order
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded
-from layershed.saving.pretrained import check_folder, save_pretrained
+from layershed.saving.pretrained import check_folder, check_savable, save_pretrained
 
 
 class Export(Callback):
@@ -24,6 +23,10 @@ class Export(Callback):
     Args:
         folder: Folder to write; a relative path starts at the run directory.
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
+
+    Raises:
+        ExportError: Before training, if the model is not from Hugging Face or carries adapters of peft that the user
+            added, or if the folder holds other files.
     """
 
     layershed_place = 5  # in the order drop, quantize, LoRA, export
@@ -32,11 +35,11 @@ class Export(Callback):
         self.folder, self.transformer = folder, transformer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before training, a folder that holds other files."""
+        """Refuse, before training, a model that cannot be saved, or a folder that holds other files."""
         check_order(trainer)
         directory = run_directory(trainer)
         check_folder(directory / self.folder, apart=directory)
-        transformer = find_transformer(pl_module, name=self.transformer)
+        transformer = check_savable(pl_module, name=self.transformer)
         refuse_source(directory / self.folder, getattr(transformer, "name_or_path", None))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import regained_loss, trainable_parameters
 from layershed.integration.metric_names import LR_FACTOR
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
-from layershed.integration.preflight import check_order, check_start, refuse_averaging
+from layershed.integration.preflight import check_optimizers, check_order, check_start, refuse_averaging
 from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
@@ -177,6 +177,7 @@ class LoRARecovery(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this run cannot do, and prepare the optimizers of a resumed run."""
         check_order(trainer)
+        check_optimizers(trainer, self)
         self._trainer = trainer
         transformer = find_transformer(pl_module, name=self.transformer)
         check_recovery(

@@ -26,7 +26,7 @@ from layershed.integration.measurements import (
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
-from layershed.integration.preflight import check_averaging, check_monitors, check_order
+from layershed.integration.preflight import check_averaging, check_monitors, check_optimizers, check_order
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (
     StepCounter,
@@ -105,6 +105,7 @@ class SublayerDrop(Callback):
             a metric of the drop before the drop, or a weight average is listed after this callback.
         UnknownNameError: If metric, phase, objective or calibrate_on is unknown.
         StrategyError: Before training, if the model cannot change under the Trainer's strategy.
+        OptimizerError: Before training, if parameters cannot be removed from an optimizer.
     """
 
     layershed_place = 1  # in the order drop, quantize, LoRA, export
@@ -185,6 +186,7 @@ class SublayerDrop(Callback):
         self._trainer = trainer
         check_order(trainer)
         check_averaging(trainer, self)
+        check_optimizers(trainer, self)
         if self.rule.measures_speed:
             refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
         self._protected = resolve_protected(pl_module, self.protect, self.transformer)

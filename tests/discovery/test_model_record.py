@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import layershed as ls
 from layershed.callbacks import SublayerDrop
+from layershed.cli.plan import _planned as planned
 from layershed.discovery.model_record import model_record
 from layershed.errors import CheckpointError, PlanError
 from layershed.planning.plan import Drop, DropPlan
@@ -148,3 +149,10 @@ def test_bypass_by_hand_is_recorded_in_a_checkpoint(make_trainer, tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     noted = torch.load(tmp_path / "a.ckpt", weights_only=True)["layershed"]["dropped"]
     assert DropPlan.from_dict(noted).model == model_record(module.net)
+
+
+def test_plan_command_refuses_a_plan_of_another_model(plan, six, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=BOTH):
+        planned(six, "joint", None, None, str(tmp_path / "plan.json"))
+    assert planned(build_model(), "joint", None, None, str(tmp_path / "plan.json")) == plan

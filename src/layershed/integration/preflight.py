@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.optim import Optimizer
 
-from layershed.errors import ScheduleError
+from layershed.errors import OptimizerError, ScheduleError
 from layershed.integration.lightning_private import (
     checkpoint_interval,
     checks_after_train_epoch,
@@ -73,6 +74,22 @@ def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None
             f"{_name(callback)}(start={start}): the checkpoint at step {trainer.global_step} is past the start, and "
             "the callback has not acted. Set a later start."
         )
+
+
+def check_optimizers(trainer: Trainer, callback: Callback) -> None:
+    """Refuse an optimizer that keeps a list of parameters of its own, such as ZeroRedundancyOptimizer.
+
+    Raises:
+        OptimizerError: If the parameters that leave or join the groups would not leave or join that list.
+    """
+    for optimizer in trainer.optimizers:
+        lists = {id(group["params"]) for group in optimizer.param_groups}
+        for inner in vars(optimizer).values():
+            if isinstance(inner, Optimizer) and any(id(group["params"]) not in lists for group in inner.param_groups):
+                raise OptimizerError(
+                    f"{_name(callback)}: {_name(optimizer)} holds another optimizer ({_name(inner)}) with its own list "
+                    "of parameters, so parameters cannot be removed from it. Use a plain torch optimizer."
+                )
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from layershed.errors import CheckpointError
@@ -83,6 +83,8 @@ def hand_over(
                 group["params"].append(parameter)
                 home[id(parameter)] = group
     _forget(optimizers, lambda parameter: id(parameter) in own and not parameter.requires_grad)
+    for optimizer in optimizers:
+        _begin_anew(optimizer)
     place = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     for group in groups:
         group["params"].sort(key=lambda parameter: place.get(id(parameter), -1))
@@ -225,8 +227,17 @@ class LearningRateFactor:
 
 def _forget(optimizers: Iterable[Optimizer], gone: Callable[[nn.Parameter], bool]) -> None:
     for optimizer in optimizers:
+        leaving = [p for group in optimizer.param_groups for p in group["params"] if gone(p)]
+        for parameter in leaving:
+            optimizer.state.pop(parameter, None)
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if gone(parameter):
-                    optimizer.state.pop(parameter, None)
             group["params"][:] = [parameter for parameter in group["params"] if not gone(parameter)]
+        if leaving:
+            _begin_anew(optimizer)
+
+
+def _begin_anew(optimizer: Optimizer) -> None:
+    """Make LBFGS forget its history, which is of one flat vector over all its parameters."""
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+        optimizer._numel_cache = None

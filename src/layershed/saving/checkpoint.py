@@ -30,7 +30,8 @@ _MARK = "layershed: "
 def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = None) -> None:
     """Bring a module to the state of a Lightning checkpoint: drops, quantization, LoRA and all weights.
 
-    For a LightningModule that knows nothing of layershed, or any other module with the same names inside. Not needed
+    For a LightningModule that knows nothing of layershed, or any other module with the same names inside. Its
+    ``configure_model`` hook is called first, as Lightning's ``load_from_checkpoint`` does it. Not needed
     with CausalLM, or with a Trainer that has SublayerDrop among its callbacks: they do it by themselves.
 
     Args:
@@ -45,6 +46,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
     """
     path = Path(path)
     mend(path)
+    getattr(module, "configure_model", _no_hook)()
     checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)
     try:
         apply_structure(checkpoint, module, name=name)
@@ -198,6 +200,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{str(path)!r}: it is not a checkpoint that Lightning wrote.")
     return checkpoint
+
+
+def _no_hook() -> None:
+    """The hook of a module that has none."""
 
 
 def _nothing(_checkpoint: object) -> None:

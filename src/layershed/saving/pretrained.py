@@ -65,15 +65,8 @@ def save_pretrained(
         ExportError: If the folder holds something else, or the model is not from Hugging Face.
         PlanError: If the plan differs from what is dropped from the model.
     """
-    transformer = find_transformer(model, name=name)
-    if not isinstance(transformer, PreTrainedModel):
-        raise ExportError(
-            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
-            "then save it your own way."
-        )
-    refuse_strangers(transformer)
+    transformer = check_savable(model, standalone=standalone, name=name)
     _refuse_meta(transformer)
-    _refuse_lora(transformer, standalone)
     dropped = dropped_sublayers(transformer)
     if plan is not None:
         check_plan("save_pretrained", plan, transformer)
@@ -98,6 +91,26 @@ def save_pretrained(
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
     return folder
+
+
+def check_savable(model: nn.Module, *, standalone: bool = False, name: str | None = None) -> PreTrainedModel:
+    """Refuse a model that :func:`save_pretrained` cannot save; call it before anything is computed.
+
+    Returns:
+        The transformer.
+
+    Raises:
+        ExportError: If it is not from Hugging Face, or carries adapters of the user.
+    """
+    transformer = find_transformer(model, name=name)
+    if not isinstance(transformer, PreTrainedModel):
+        raise ExportError(
+            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
+            "then save it your own way."
+        )
+    refuse_strangers(transformer)
+    _refuse_lora(model, transformer, standalone)
+    return transformer
 
 
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -228,8 +241,11 @@ def _write(transformer: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
         add_modelling_file(folder, transformer)
 
 
-def _refuse_lora(transformer: PreTrainedModel, standalone: bool) -> None:
-    others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
+def _refuse_lora(model: nn.Module, transformer: PreTrainedModel, standalone: bool) -> None:
+    # prompts of a PeftModel leave no trace in the transformer itself
+    around = [m for m in model.modules() if m is not transformer and getattr(m, "base_model", None) is transformer]
+    prompts = {name for outer in around for name in getattr(outer, "peft_config", ())}
+    others = (set(getattr(transformer, "peft_config", ())) | prompts) - {ADAPTER}
     if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
         raise ExportError(
             "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
