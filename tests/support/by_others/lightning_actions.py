@@ -111,7 +111,7 @@ def checkpoint_cut(world: World) -> Iterator[Model]:
     yield fresh
 
 
-@action(ACTIONS, "Lightning's BackboneFinetuning", THREE, trains=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's BackboneFinetuning", ("llama", "mixtral"), trains=True, tolerance=1e-3)
 def finetuning(world: World) -> Iterator[Model]:
     module = WithBackbone(world.name)
     module.net = world.model
