@@ -156,7 +156,7 @@ def weight_normed(world: World) -> Iterator[Model]:
     yield world.model
 
 
-@action(ACTIONS, "torch.compile")
+@action(ACTIONS, "torch.compile", ("llama", "gpt2", "opt", "bert"))
 def compiled(world: World) -> Iterator[Model]:
     torch.compiler.reset()
     compiled = torch.compile(world.model, backend="eager")
