@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from layershed.discovery.find import find_sublayers
+from layershed.planning.plan import Sublayer
 
 SIZES = {
     "vocab_size": 97,
@@ -46,7 +47,7 @@ def _built(model_type: str, overrides: str) -> PreTrainedModel:
     return model.eval()
 
 
-def some(model):
+def some(model: PreTrainedModel) -> list[Sublayer]:
     """Block 0's attention, an MLP, and a whole block."""
     found = find_sublayers(model)
     return [s for s in found if (s.block, s.kind) in {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}]

@@ -54,11 +54,11 @@ class WithBackbone(Plain):
         return self.net.base_model
 
 
-def _fit(world: World, *callbacks: Callback, module: LightningModule | None = None, **options: Any) -> LightningModule:
+def _fit(world: World, *callbacks: Callback, module: Plain | None = None, **options: Any) -> LightningModule:
     if module is None:
         module = Plain(world.name)
         module.net = world.model
-    rows = [{name: value[i] for name, value in world.batch.items()} for i in (0, 1)]
+    rows: Any = [{name: value[i] for name, value in world.batch.items()} for i in (0, 1)]
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=world.folder,
@@ -111,7 +111,7 @@ def checkpoint_cut(world: World) -> Iterator[Model]:
     yield fresh
 
 
-@action(ACTIONS, "Lightning's BackboneFinetuning", THREE, trains=True, tolerance=1e-3)
+@action(ACTIONS, "Lightning's BackboneFinetuning", ("llama", "mixtral"), trains=True, tolerance=1e-3)
 def finetuning(world: World) -> Iterator[Model]:
     module = WithBackbone(world.name)
     module.net = world.model

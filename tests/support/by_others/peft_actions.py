@@ -133,7 +133,7 @@ def loha(world: World) -> Iterator[Model]:
     yield adapted.eval()
 
 
-@action(ACTIONS, "peft adds trained prefixes", ("llama", "gpt2"), follows=True)
+@action(ACTIONS, "peft adds trained prefixes", ("llama", "mixtral"), follows=True)
 def prefixes(world: World) -> Iterator[Model]:
     adapted = get_peft_model(world.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     world.stir(adapted, "prompt_encoder")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -100,19 +101,19 @@ def dense_weights(world: World) -> Iterator[Model]:
 
 @action(ACTIONS, "torch.distributed.checkpoint into the same model", ("llama", "opt", "bart"))
 def dcp_same(world: World) -> Iterator[Model]:
-    dcp.save({"model": world.model.state_dict()}, checkpoint_id=world.folder / "dcp")
+    state_dict_saver.save({"model": world.model.state_dict()}, checkpoint_id=world.folder / "dcp")
     state = {"model": world.model.state_dict()}
-    dcp.load(state, checkpoint_id=world.folder / "dcp")
+    state_dict_loader.load(state, checkpoint_id=world.folder / "dcp")
     world.model.load_state_dict(state["model"])
     yield world.model
 
 
 @action(ACTIONS, "torch.distributed.checkpoint into a fresh model", ("llama", "opt", "bart"), moments=(0,))
 def dcp_fresh(world: World) -> Iterator[Model]:
-    dcp.save({"model": world.model.state_dict()}, checkpoint_id=world.folder / "dcp")
+    state_dict_saver.save({"model": world.model.state_dict()}, checkpoint_id=world.folder / "dcp")
     fresh = world.fresh()
     state = {"model": fresh.state_dict()}
-    dcp.load(state, checkpoint_id=world.folder / "dcp")
+    state_dict_loader.load(state, checkpoint_id=world.folder / "dcp")
     fresh.load_state_dict(state["model"])
     yield fresh
 
@@ -155,7 +156,7 @@ def weight_normed(world: World) -> Iterator[Model]:
     yield world.model
 
 
-@action(ACTIONS, "torch.compile")
+@action(ACTIONS, "torch.compile", ("llama", "gpt2", "opt", "bert"))
 def compiled(world: World) -> Iterator[Model]:
     torch.compiler.reset()
     compiled = torch.compile(world.model, backend="eager")
@@ -176,7 +177,8 @@ def blocks_compiled(world: World) -> Iterator[Model]:
     torch.compiler.reset()
     for stack in [m for m in world.model.modules() if isinstance(m, nn.ModuleList) and len(m) > 2]:
         for name, block in list(stack.named_children()):
-            stack.register_module(name, torch.compile(block, backend="eager"))
+            compiled: Any = torch.compile(block, backend="eager")
+            stack.register_module(name, compiled)
     world.model(**world.inputs)
     yield world.model
 

@@ -93,6 +93,8 @@ def try_case(case: Case) -> Verdict:
         except LayershedError as error:
             return Verdict("refused", _line(error))
         except LeftAloneError as error:
+            if any("sublayer" in text or "left alone" in text for text in said()):
+                return Verdict("refused", f"warned: {error}")
             problem = str(error)
         except Exception as error:
             if _names_the_drop(str(error)):

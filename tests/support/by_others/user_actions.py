@@ -129,7 +129,7 @@ def wrapped(world: World) -> Iterator[Model]:
         world.model.set_submodule(path, _Wrapper(world.model.get_submodule(path)))
     yield world.model
     for path in _cores(world):
-        world.model.set_submodule(path, world.model.get_submodule(path).inner)
+        world.model.set_submodule(path, world.model.get_submodule(f"{path}.inner"))
     yield world.model
 
 
@@ -141,7 +141,7 @@ def blocks_wrapped(world: World) -> Iterator[Model]:
     yield world.model
     for stack in _stacks(world.model):
         for i, block in enumerate(stack):
-            stack[i] = block.inner
+            stack[i] = block.get_submodule("inner")
     yield world.model
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,7 +23,7 @@ ACTIONS: Table = {}
 @contextmanager
 def _one_process(world: World) -> Iterator[None]:
     kept = dict(os.environ)
-    store = torch.distributed.FileStore(str(world.folder / "store"), 1)
+    store = FileStore(str(world.folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
