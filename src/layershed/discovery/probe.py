@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from layershed.batches import device_of, is_offloaded
+from layershed.discovery.autocast import without_autocast
 from layershed.discovery.captured import without_requests
 from layershed.discovery.probe_failures import advice, without_flex
 from layershed.discovery.recording import Tape, recording
@@ -151,7 +152,7 @@ def quietly(transformer: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         ExitStack() as contexts,
     ):
-        for context in (evaluating, lifted, eager, without_requests, without_flex):
+        for context in (evaluating, lifted, eager, without_requests, without_flex, without_autocast):
             contexts.enter_context(context(transformer))
         yield
 

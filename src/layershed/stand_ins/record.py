@@ -15,6 +15,7 @@ from torch import nn
 from layershed.errors import RevivedSublayerError
 from layershed.stand_ins.install import install, take_off, take_over_hooks, uninstall
 from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.watching import put_watch, take_watch
 from layershed.stand_ins.wrappers import override_of
 
 _RECORD = "_dropped_children"
@@ -80,6 +81,8 @@ def mend(parent: nn.Module) -> None:
             take_off(inner, stand_in)  # peft wraps the module that carries it
         stand_in.original = None
         install(child, stand_in)
+        take_watch(child)
+        put_watch(child, [None])
 
 
 def _refuse_unknown(child: nn.Module, stand_in: StandIn) -> None:

@@ -1,0 +1,205 @@
+"""What is dropped stays dropped when others replace modules, replace blocks, or wrap and overwrite forwards."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import layershed as ls
+from layershed.errors import RevivedSublayerError
+from layershed.stand_ins.install import MARK
+from layershed.surgery import stand_ins_of
+from tests.support.models import build_model
+
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+CHOSEN = {(1, "attention"), (2, "mlp")}
+
+
+def chosen(model):
+    return [sublayer for sublayer in ls.find_sublayers(model) if (sublayer.block, sublayer.kind) in CHOSEN]
+
+
+def bypassed(model_type="llama"):
+    """A bypassed model, what was dropped, and its logits."""
+    model = build_model(model_type, **OPT) if model_type == "opt" else build_model(model_type)
+    dropped = chosen(model)
+    ls.bypass(model, dropped)
+    return model, tuple(dropped), run(model)
+
+
+def run(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 15)[None]).logits
+
+
+@pytest.mark.parametrize("targets", [["fc1", "fc2"], "all-linear"], ids=["fc1 and fc2", "all linear"])
+@pytest.mark.parametrize("first", ["peft", "bypass"])
+def test_merging_of_peft_leaves_sublayers_dropped(first, targets):
+    model = build_model("opt", **OPT)
+    dropped = chosen(model)
+    config = LoraConfig(target_modules=targets, r=2)
+    if first == "peft":
+        wrapped = get_peft_model(model, config)
+        ls.bypass(wrapped, dropped)
+    else:
+        ls.bypass(model, dropped)
+        expected = run(model)
+        wrapped = get_peft_model(model, config)
+        assert torch.equal(run(wrapped), expected), "new adapters add nothing"
+    assert ls.dropped_sublayers(wrapped) == tuple(dropped)
+    before = run(wrapped)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(run(merged), before)
+    assert ls.dropped_sublayers(merged) == tuple(dropped)
+
+
+def test_adapters_that_peft_puts_on_dropped_modules_are_frozen():
+    model, *_ = bypassed("opt")
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+    run(wrapped)
+    paths = [path for path, stand_in in stand_ins_of(model).items() if stand_in.core]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert not [name for name in trained if name.startswith(tuple(paths))]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_module_replaced_by_hand_gets_its_stand_in_back_before_it_runs(model_type):
+    model, dropped, expected = bypassed(model_type)
+    for path, stand_in in stand_ins_of(model).items():
+        if stand_in.core:
+            new = copy.deepcopy(model.get_submodule(path))
+            new.__dict__.pop("forward")
+            model.set_submodule(path, new)
+    assert torch.equal(run(model), expected)
+    assert ls.dropped_sublayers(model) == dropped
+
+
+def test_inner_model_called_by_hand_runs_replaced_modules_dropped():
+    model, _, _ = bypassed()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = model.model(input_ids=ids).last_hidden_state
+        model.model.layers[1].self_attn = type(model.model.layers[1].self_attn)(model.config, 1)
+        assert torch.equal(model.model(input_ids=ids).last_hidden_state, expected)
+
+
+def test_replaced_block_is_bypassed_again_with_a_warning():
+    model, dropped, expected = bypassed()
+    model.model.layers[2] = build_model("llama").model.layers[2]
+    with pytest.warns(UserWarning, match=r"mlp\.2: recorded as dropped in the model's config, but would have run"):
+        assert ls.dropped_sublayers(model) == dropped
+    assert torch.equal(run(model), expected)
+
+
+def test_model_with_fewer_blocks_than_its_record_is_an_error():
+    model, *_ = bypassed()
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    with pytest.raises(RevivedSublayerError, match=r"mlp\.2: recorded as dropped .* no such sublayer now"):
+        ls.dropped_sublayers(model)
+    ls.restore(model)
+    assert ls.dropped_sublayers(model) == ()
+
+
+def test_forward_overwritten_by_a_stranger_is_an_error_that_names_the_sublayer():
+    model, *_ = bypassed()
+    model.model.layers[2].mlp.forward = lambda x: x
+    with pytest.raises(RevivedSublayerError, match=r"mlp\.2 is dropped, but its forward was replaced by <function"):
+        run(model)
+    with pytest.raises(RevivedSublayerError, match=r"mlp\.2 is dropped"):
+        ls.dropped_sublayers(model)
+
+
+def test_forward_deleted_or_set_back_stays_dropped():
+    model, dropped, expected = bypassed()
+    del model.model.layers[2].mlp.forward
+    attention = model.model.layers[1].self_attn
+    attention.forward = type(attention).forward.__get__(attention)
+    assert torch.equal(run(model), expected)
+    assert ls.dropped_sublayers(model) == dropped
+
+
+def by_wraps(forward):
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+def by_closure(forward):
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [by_wraps, by_closure, functools.partial], ids=["wraps", "closure", "partial"])
+def test_wrapped_forward_is_seen_through_and_restored(wrap):
+    dense = run(build_model("llama"))
+    model, dropped, expected = bypassed()
+    for module in (model.model.layers[1].self_attn, model.model.layers[2].mlp):
+        module.forward = wrap(module.forward)
+    assert ls.dropped_sublayers(model) == dropped
+    assert torch.equal(run(model), expected)
+    with ls.dense(model):
+        assert torch.equal(run(model), dense)
+    assert torch.equal(run(model), expected)
+    ls.restore(model)
+    assert torch.equal(run(model), dense)
+    assert ls.dropped_sublayers(model) == ()
+    ls.bypass(model, dropped)
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_have_a_record_of_their_own(how):
+    model, dropped, expected = bypassed()
+    other = how(model)
+    ls.restore(model)
+    other.model.layers[2].mlp = type(other.model.layers[2].mlp)(other.config)
+    assert torch.equal(run(other), expected)
+    assert ls.dropped_sublayers(other) == dropped
+    assert ls.dropped_sublayers(model) == ()
+
+
+def test_restore_leaves_no_record_behind():
+    model = build_model("llama")
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}, dict(model.config.__dict__)
+    ls.bypass(model, chosen(model))
+    ls.restore(model)
+    after = {name: dict(module.__dict__) for name, module in model.named_modules()}, dict(model.config.__dict__)
+    assert before[1] == after[1]
+    for name, attributes in before[0].items():
+        assert attributes.keys() == after[0][name].keys(), name
+        for key in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"):
+            assert len(attributes[key]) == len(after[0][name][key]) == 0, (name, key)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.layers.", "model.layers.2."])
+def test_state_dict_with_any_prefix_cut_off_is_refused_by_the_dense_model(prefix):
+    model, *_ = bypassed()
+    weights = {name[len(prefix) :]: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+    target = build_model("llama").get_submodule(prefix.rstrip("."))
+    with pytest.raises(RuntimeError, match=r"mlp\.dropped, load with layershed"):
+        target.load_state_dict(weights)
+
+
+def test_state_dict_loads_into_the_same_bypass_and_a_dense_one_too():
+    model, dropped, expected = bypassed()
+    other = build_model("llama", initializer_range=0.5)
+    ls.bypass(other, dropped)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other), expected)
+    other.load_state_dict(build_model("llama").state_dict())
+    assert torch.equal(run(other), expected)
+
+
+def test_marks_are_in_the_state_dict_of_every_wrapper():
+    model, *_ = bypassed()
+    names = [name for name in nn.Sequential(model).state_dict() if name.endswith(MARK)]
+    assert names == [f"0.model.layers.1.self_attn.{MARK}", f"0.model.layers.2.mlp.{MARK}"]
