@@ -26,7 +26,7 @@ from layershed.planning.arguments import sublayer_set
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
-from layershed.stand_ins.record import overridden, write_record
+from layershed.stand_ins.record import check_records, overridden, write_record
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
 from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
@@ -168,6 +168,8 @@ def bypassed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     for _, transformer in transformers_in(model):
         if lost := _lost(transformer):
             _put_back(transformer, lost)
+        elif not isinstance(transformer, PreTrainedModel):
+            check_records(transformer)
     return tuple(sorted(_carried(model)))
 
 
@@ -250,8 +252,8 @@ def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
 
 def _note(model: nn.Module) -> None:
     """Bring all records up to date: those in the parents of dropped modules, and those in configs."""
-    write_record(model)
     for _, transformer in transformers_in(model):
+        write_record(transformer)
         stand_ins = stand_ins_of(transformer)
         watch(transformer, stand_ins)
         if not stand_ins:

@@ -8,14 +8,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import layershed as ls
+from layershed.discovery import registry
 from layershed.errors import RevivedSublayerError
 from layershed.stand_ins.install import MARK
 from layershed.surgery import stand_ins_of
+from tests.support.hand_written import GPT
 from tests.support.models import build_model
 
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+# peft asks transformers for what that will rename
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CHOSEN = {(1, "attention"), (2, "mlp")}
 
 
@@ -59,12 +65,11 @@ def test_merging_of_peft_leaves_sublayers_dropped(first, targets):
 
 def test_adapters_that_peft_puts_on_dropped_modules_are_frozen():
     model, *_ = bypassed("opt")
-    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["fc1", "fc2"], r=2))
     run(wrapped)
-    paths = [path for path, stand_in in stand_ins_of(model).items() if stand_in.core]
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert not [name for name in trained if name.startswith(tuple(paths))]
+    trained = {name.rsplit(".lora", 1)[0] for name, p in model.named_parameters() if p.requires_grad}
+    layers = range(model.config.num_hidden_layers)
+    assert trained == {f"model.decoder.layers.{i}.fc{n}" for i in layers for n in (1, 2) if (i, "mlp") not in CHOSEN}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -88,12 +93,47 @@ def test_inner_model_called_by_hand_runs_replaced_modules_dropped():
         assert torch.equal(model.model(input_ids=ids).last_hidden_state, expected)
 
 
-def test_replaced_block_is_bypassed_again_with_a_warning():
-    model, dropped, expected = bypassed()
+def replace_one(model):
     model.model.layers[2] = build_model("llama").model.layers[2]
+
+
+def replace_all(model):
+    model.model.layers = build_model("llama").model.layers
+
+
+def replace_body(model):
+    model.model = build_model("llama").model
+
+
+@pytest.mark.parametrize("replace", [replace_one, replace_all, replace_body])
+def test_replaced_block_does_not_run_dense_and_is_bypassed_again_with_a_warning(replace):
+    model, dropped, expected = bypassed()
+    replace(model)
+    with pytest.raises(RevivedSublayerError, match=r"(attention\.1|mlp\.2): dropped, but .* was replaced by another"):
+        run(model)
     with pytest.warns(UserWarning, match=r"mlp\.2: recorded as dropped in the model's config, but would have run"):
         assert ls.dropped_sublayers(model) == dropped
     assert torch.equal(run(model), expected)
+
+
+def test_block_inside_a_wrapper_stays_dropped():
+    model, _, expected = bypassed()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    assert torch.equal(run(model), expected)
+    assert {(s.block, s.kind) for s in ls.dropped_sublayers(model)} == CHOSEN
+
+
+def test_hand_written_model_with_a_replaced_block_is_an_error(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    ls.register_adapter(GPT, ls.SublayerAdapter(lambda _: {"idx": torch.arange(6)[None]}))
+    model = GPT()
+    ls.bypass(model, ls.find_sublayers(model)[1:2])
+    model.h[0] = GPT().h[0]
+    for look in (lambda: model(torch.arange(6)[None]), lambda: ls.dropped_sublayers(model)):
+        with pytest.raises(RevivedSublayerError, match="was replaced by another module"):
+            look()
+    ls.restore(model)
+    model(torch.arange(6)[None])
 
 
 def test_model_with_fewer_blocks_than_its_record_is_an_error():

@@ -22,9 +22,6 @@ DROPPED_MODULES = "dropped_modules"
 def lifted(model: nn.Module) -> Iterator[None]:
     """Within the context every module runs its original forward; parameters stay frozen, records are put away."""
     carried = list(overridden(model))
-    if not carried:
-        yield
-        return
     records = {module: take_record(module) for module in model.modules()}
     watches = {module: take_watch(module) for module in model.modules()}
     configs = {id(config): config for module in model.modules() if (config := _noted_config(module)) is not None}

@@ -3,11 +3,15 @@
 Other libraries replace a dropped module (peft's merge) or overwrite its forward (accelerate). Its stand-in is lost
 then. The parent holds the stand-ins of its children. Before each of its forward passes, and whenever layershed looks at
 the model, it puts lost ones back. This is right because the parent calls the child in the way that was proven.
+
+If the parent itself is replaced, such as a whole block, nothing is proven. The modules above know the parents, and
+raise an error instead of running them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -36,34 +40,100 @@ def overridden(model: nn.Module) -> Iterator[tuple[nn.Module, StandIn]]:
 
 
 def write_record(model: nn.Module) -> None:
-    """Record in every parent which of its children carry a stand-in now."""
+    """Record in every parent which of its children carry a stand-in now, and in the modules above which parents."""
     for parent in model.modules():
         take_record(parent)
-        put_record(parent, {name: found for name, child in parent.named_children() if (found := override_of(child))})
+    parents = {}
+    for path, parent in model.named_modules():
+        children = {name: found for name, child in parent.named_children() if (found := override_of(child))}
+        put_record(parent, Record(children))
+        if children:
+            parents[path] = parent
+    for above, below in _chain(model, parents).items():
+        put_record(above, Record(take_record(above).children, below))
 
 
-def take_record(parent: nn.Module) -> dict[str, StandIn]:
+def _chain(model: nn.Module, parents: Mapping[str, nn.Module]) -> dict[nn.Module, dict[str, nn.Module]]:
+    """By module that runs, the next module that runs on the way to each parent, by relative path."""
+    found: dict[nn.Module, dict[str, nn.Module]] = {}
+    for path in parents:
+        above, steps = model, []
+        for name in path.split(".") if path else ():
+            steps.append(name)
+            module = above.get_submodule(".".join(steps))
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):  # those never run
+                found.setdefault(above, {})[".".join(steps)] = module
+                above, steps = module, []
+    return found
+
+
+@dataclass
+class Record:
+    """What a module knows of dropped modules below it.
+
+    Args:
+        children: By name, the stand-ins that its children carry.
+        below: By path, the next modules that run on the way to other records.
+    """
+
+    children: dict[str, StandIn] = field(default_factory=dict)
+    below: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def take_record(module: nn.Module) -> Record:
     """Remove the record of a module, and return it."""
-    children: dict[str, StandIn] = parent.__dict__.pop(_RECORD, {})
-    if children:
-        for number in [number for number, hook in parent._forward_pre_hooks.items() if hook is _check]:
-            del parent._forward_pre_hooks[number]
-    return children
+    record: Record = module.__dict__.pop(_RECORD, None) or Record()
+    for number in [number for number, hook in module._forward_pre_hooks.items() if hook is _check]:
+        del module._forward_pre_hooks[number]
+    return record
 
 
-def put_record(parent: nn.Module, children: dict[str, StandIn]) -> None:
-    """Give a module a record, by name of the child, and have it checked before each forward pass."""
-    if children:
-        parent.__dict__[_RECORD] = children
-        parent.register_forward_pre_hook(_check)
+def put_record(module: nn.Module, record: Record) -> None:
+    """Give a module a record, and have it checked before each forward pass."""
+    if record.children or record.below:
+        module.__dict__[_RECORD] = record
+        module.register_forward_pre_hook(_check)
 
 
-def _check(parent: nn.Module, _args: object) -> None:
-    """Mends the parent if necessary; cheap, because it runs in every training step."""
-    for name, stand_in in parent.__dict__.get(_RECORD, {}).items():
-        child: Any = parent._modules.get(name)
+def _check(module: nn.Module, _args: object) -> None:
+    """Mends the module if necessary; cheap, because it runs in every training step."""
+    record = module.__dict__.get(_RECORD)
+    if record is None:
+        return
+    for name, stand_in in record.children.items():
+        child: Any = module._modules.get(name)
         if child is not None and child.__dict__.get("forward") is not stand_in:
-            mend(parent)
+            mend(module)
+    if record.below:
+        check_below(module)
+
+
+def check_below(module: nn.Module) -> None:
+    """Refuse to run a module in which others replaced a parent of dropped modules.
+
+    Raises:
+        RevivedSublayerError: If a parent is gone. A module that wraps it is no harm.
+    """
+    record = module.__dict__.get(_RECORD) or Record()
+    for path, known in record.below.items():
+        found: Any = module
+        for name in path.split("."):
+            found = found._modules.get(name) if found is not None else None
+        if found is known or getattr(module, "_is_replica", False):
+            continue
+        if found is None or not any(inner is known for inner in found.modules()):
+            labels = sorted({stand_in.label for _, stand_in in overridden(known) if stand_in.core})
+            raise RevivedSublayerError(
+                f"{', '.join(labels)}: dropped, but {path} of {type(module).__name__} was replaced by another module, "
+                "in which they would run. Call layershed.dropped_sublayers(model) to bypass them again, if the module is "
+                "of the same make, or layershed.restore(model) to run them."
+            )
+
+
+def check_records(model: nn.Module) -> None:
+    """Refuse a model in which others replaced a parent of dropped modules (:func:`check_below`)."""
+    for module in model.modules():
+        check_below(module)
 
 
 def mend(parent: nn.Module) -> None:
@@ -72,7 +142,7 @@ def mend(parent: nn.Module) -> None:
     Raises:
         RevivedSublayerError: If the forward of a child was replaced by an unknown function.
     """
-    for name, stand_in in parent.__dict__[_RECORD].items():
+    for name, stand_in in parent.__dict__[_RECORD].children.items():
         child = parent._modules.get(name)
         if child is None or override_of(child) is stand_in:
             continue
