@@ -13,7 +13,7 @@ from layershed.drop import drop_sublayers
 from layershed.errors import AmbiguousModelError, CalibrationError, LayershedError, SelectionError, UnknownNameError
 from layershed.planning.plan import DropPlan
 from layershed.surgery import bypass, bypassed_sublayers, restore
-from tests.support.models import build_model
+from tests.support.models import build_model, hooks_of
 
 # path of the blocks, and in each: attention, MLP, and the last linear map of either
 PATHS = {
@@ -153,11 +153,6 @@ def test_drop_takes_one_of_two_transformers_by_name(llama):
     plan = drop_sublayers(both, make_batches(), count=1, name="student")
     assert bypassed_sublayers(llama) == tuple(plan)
     assert bypassed_sublayers(both["teacher"]) == ()
-
-
-def hooks_of(model):
-    """By module, its forward hooks."""
-    return [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
 
 
 @pytest.mark.parametrize(

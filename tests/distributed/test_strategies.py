@@ -56,6 +56,7 @@ class Replicas(Unstarted, DDPStrategy):
 
 class Shards(Unstarted, ModelParallelStrategy):
     cluster_environment = _model = None
+    _optimizers = ()
 
     def __init__(self, tensor_parallel_size=1):
         self._tensor_parallel_size = tensor_parallel_size

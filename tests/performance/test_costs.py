@@ -19,7 +19,7 @@ from layershed.planning.plan import Sublayer
 from layershed.quantization import quantize
 from layershed.recovery.lora import inject_lora
 from layershed.surgery import bypass, remove
-from tests.support.models import SIZES, build_model
+from tests.support.models import SIZES, build_model, hooks_of
 
 MLA = {
     **{"kv_lora_rank": 12, "q_lora_rank": 20, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10},
@@ -261,10 +261,11 @@ def test_costs_exclude_adapters(quantized):
 def test_cost_model_leaves_the_model_unchanged(model_type):
     model = build_model(model_type).train()
     bypass(model, find_sublayers(model)[:2])
-    state, dropped = copy.deepcopy(model.state_dict()), CostModel(model).dropped
+    state, hooks = copy.deepcopy(model.state_dict()), hooks_of(model)
+    dropped = CostModel(model).dropped
     assert dropped == find_sublayers(model)[:2]
     assert model.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model) == hooks
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 

@@ -12,7 +12,7 @@ from layershed.errors import MeasurementError
 from layershed.performance.latency import Latency, measure_latency
 from layershed.recovery.lora import inject_lora
 from layershed.surgery import bypass, bypassed_sublayers, remove
-from tests.support.models import build_model
+from tests.support.models import build_model, hooks_of
 
 # modules of a block that do not run once a sublayer is dropped, by architecture
 LLAMA = {"attention": ["input_layernorm", "self_attn"], "mlp": ["post_attention_layernorm", "mlp"]}
@@ -120,7 +120,7 @@ def state_of(model):
         "bypassed": bypassed_sublayers(model),
         "training": [module.training for module in model.modules()],
         "trainable": [parameter.requires_grad for parameter in model.parameters()],
-        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
+        "hooks": hooks_of(model),
         "forwards": {path: m.__dict__.get("forward") for path, m in model.named_modules()},
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),

@@ -283,7 +283,7 @@ def test_prediction_is_plain_json():
     plan = DropPlan(tuple(Drop(sublayer, 0.25) for sublayer in GONE), "joint", "cosine")
     found = predict(build_model(), plan, MADE_UP, SETTINGS)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert DropPlan.from_dict(content["plan"]) == plan
+    assert replace(DropPlan.from_dict(content["plan"]), model=None) == plan
     assert content["decode_speedup"] == content["dense"]["decode"]["seconds"] / content["dropped"]["decode"]["seconds"]
     assert (
         content["prefill_speedup"] == content["dense"]["prefill"]["seconds"] / content["dropped"]["prefill"]["seconds"]

@@ -243,3 +243,16 @@ def test_marks_are_in_the_state_dict_of_every_wrapper():
     model, *_ = bypassed()
     names = [name for name in nn.Sequential(model).state_dict() if name.endswith(MARK)]
     assert names == [f"0.model.layers.1.self_attn.{MARK}", f"0.model.layers.2.mlp.{MARK}"]
+
+
+def test_hooks_of_others_survive_a_second_bypass_and_restore():
+    model = build_model("llama")
+    calls = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+        module.register_forward_hook(lambda *_: calls.append(2))
+    before = {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()}
+    for sublayer in chosen(model):
+        ls.bypass(model, [sublayer])
+    ls.restore(model)
+    assert {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()} == before

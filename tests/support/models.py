@@ -5,6 +5,7 @@ import json
 from functools import cache
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -45,6 +46,11 @@ def _built(model_type: str, overrides: str) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model.eval()
+
+
+def hooks_of(model: nn.Module) -> list[list[object]]:
+    """By module, its forward hooks."""
+    return [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
 
 
 def some(model: PreTrainedModel) -> list[Sublayer]:

@@ -34,7 +34,7 @@ def take_watch(module: nn.Module) -> list[Outputs | None]:
     """Remove the hooks of :func:`watch` from one module; returns what :func:`put_watch` needs."""
     found: list[Outputs | None] = []
     for number, hook in list(module._forward_hooks.items()):
-        owner = getattr(hook, "__self__", None)
+        owner = _owner(hook)
         if hook is _unshare or isinstance(owner, Outputs):
             found.append(owner)
             for hooks in (
@@ -43,9 +43,13 @@ def take_watch(module: nn.Module) -> list[Outputs | None]:
                 module._forward_hooks_with_kwargs,
             ):
                 hooks.pop(number, None)
-    for number in [n for n, hook in module._forward_pre_hooks.items() if getattr(hook, "__self__", None) in found]:
+    for number in [n for n, hook in module._forward_pre_hooks.items() if isinstance(_owner(hook), Outputs)]:
         del module._forward_pre_hooks[number]
     return found
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def put_watch(module: nn.Module, hooks: list[Outputs | None]) -> None:
