@@ -75,7 +75,8 @@ class Taps:
         """Register the hooks."""
         for path in self._passes.paths:
             module = self._transformer.get_submodule(path)
-            enter, leave = self._while_on(partial(self._enter, path)), self._while_on(partial(self._leave, path))
+            enter = self._while_on(partial(self._enter, path), _enter_if_on)
+            leave = self._while_on(partial(self._leave, path), _leave_if_on)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         for index, branch in enumerate(self._branches):
@@ -111,9 +112,9 @@ class Taps:
             hook = self._while_on(partial(_take_argument, take, tap.key, names))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _while_on(self, hook: Callable[..., None]) -> Callable[..., None]:
+    def _while_on(self, hook: Callable[..., None], switch: Callable[..., None] | None = None) -> Callable[..., None]:
         # torch.compile must not compile it: it would compile it again for every place
-        return partial(_if_on, self, torch.compiler.disable(partial(self._safely, hook)))
+        return partial(switch or _if_on, self, torch.compiler.disable(partial(self._safely, hook)))
 
     def _safely(self, hook: Callable[..., None], *args: Any) -> None:
         try:
@@ -217,6 +218,19 @@ def body_of(transformer: nn.Module) -> nn.Module:
 def _if_on(taps: Taps, hook: Callable[..., None], *args: Any) -> None:
     if taps.on:
         hook(*args)
+
+
+# the same again: torch.compile compiles each function for a few types of arguments only
+
+
+def _enter_if_on(taps: Taps, hook: Callable[..., None], module: nn.Module, args: Any, kwargs: Any) -> None:
+    if taps.on:
+        hook(module, args, kwargs)
+
+
+def _leave_if_on(taps: Taps, hook: Callable[..., None], module: nn.Module, args: Any, output: Any) -> None:
+    if taps.on:
+        hook(module, args, output)
 
 
 def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:

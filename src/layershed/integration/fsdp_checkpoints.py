@@ -37,6 +37,7 @@ from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
 from layershed.stand_ins.contexts import withheld
+from layershed.stand_ins.install import MARK
 
 _UNSTARTED_KEY = "layershed_unstarted"
 
@@ -165,7 +166,8 @@ def withhold_weights(checkpoint: dict[str, Any], pl_module: LightningModule) -> 
     plain = _names(pl_module)
     with withheld(pl_module):
         renamed = dict(zip(plain, _names(pl_module), strict=True))
-    checkpoint["state_dict"] = {renamed.get(name, name): weight for name, weight in weights.items()}
+    marked = {name for name in weights if name.endswith(MARK)}  # the names say it already
+    checkpoint["state_dict"] = {renamed.get(name, name): weights[name] for name in weights if name not in marked}
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -125,8 +125,8 @@ def check_below(module: nn.Module) -> None:
             labels = sorted({stand_in.label for _, stand_in in overridden(known) if stand_in.core})
             raise RevivedSublayerError(
                 f"{', '.join(labels)}: dropped, but {path} of {type(module).__name__} was replaced by another module, "
-                "in which they would run. Call layershed.dropped_sublayers(model) to bypass them again, if the module is "
-                "of the same make, or layershed.restore(model) to run them."
+                "in which they would run. If the new one is of the same make, call layershed.dropped_sublayers(model) to "
+                "bypass them again. Call layershed.restore(model) to run them."
             )
 
 
