@@ -125,7 +125,7 @@ def check_below(module: nn.Module) -> None:
             labels = sorted({stand_in.label for _, stand_in in overridden(known) if stand_in.core})
             raise RevivedSublayerError(
                 f"{', '.join(labels)}: dropped, but {path} of {type(module).__name__} was replaced by another module, "
-                "in which they would run. If the new one is of the same make, call layershed.dropped_sublayers(model) to "
+                "in which they would run. If it is of the same make, call layershed.dropped_sublayers(model) to "
                 "bypass them again. Call layershed.restore(model) to run them."
             )
 

@@ -47,6 +47,7 @@ def same_on_both_ranks(key, found):
 
 def close(found, wanted, rtol=1e-3, atol=1e-5):
     """Two state dicts up to float rounding; integers, such as quantized weights, may be off by one."""
+    found, wanted = unmarked(found), unmarked(wanted)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         whole = not tensor.is_floating_point()
