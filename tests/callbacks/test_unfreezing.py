@@ -1,5 +1,7 @@
 """Dropped weights, and the base under LoRA, stay frozen when callbacks and hooks unfreeze a model during a run."""
 
+from itertools import product
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -13,6 +15,7 @@ from layershed.surgery import bypassed_sublayers, restore
 from tests.support.lora_runs import dropping, recovery
 from tests.support.models import build_model
 from tests.support.runs import BATCH, HeadLoss, fit_foreign, same, sequences, state_of
+from tests.support.thinned import crossed
 
 EPOCH = 6  # steps; the loader of fit_foreign holds as many batches
 UNFROZEN_AT, STEPS = 2 * EPOCH, 3 * EPOCH + 2
@@ -130,6 +133,7 @@ def both_orders(make_drop, make_other):
 
 
 FINETUNING = {"backbone": backbone_finetuning, "blockwise": Blockwise}
+ORDERS = ("drop first", "drop last")
 DROPS = {
     "drop before": lambda: [dropping(4)],
     "drop after": lambda: [dropping(15)],
@@ -144,10 +148,10 @@ DROPS = {
 @pytest.mark.parametrize(
     ("finetuning", "drop", "order"),
     [
-        *(("backbone", drop, order) for drop in DROPS for order in ("drop first", "drop last")),
-        ("blockwise", "rounds on both sides", "drop first"),
-        ("blockwise", "LoRA before", "drop last"),
-        ("blockwise", "LoRA after", "drop first"),
+        ("backbone", "rounds on both sides", "drop last"),
+        ("blockwise", "LoRA before", "drop first"),
+        *(pytest.param("backbone", *others, marks=pytest.mark.slow) for others in product(DROPS, ORDERS)),
+        *(pytest.param("blockwise", *others, marks=pytest.mark.slow) for others in product(DROPS, ORDERS)),
     ],
 )
 def test_run_with_an_unfreezing_callback_keeps_dropped_weights_out_and_resumes(
@@ -172,11 +176,14 @@ def test_run_with_an_unfreezing_callback_keeps_dropped_weights_out_and_resumes(
         assert same(resumed, whole), name
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["all in the optimizer", "a new group"])
 @pytest.mark.parametrize(
-    "hook", ["on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_before_zero_grad"]
+    ("hook", "whole", "drop"),
+    crossed(
+        ("on_train_epoch_end", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad"),
+        (False, True),
+        ("LoRA before", "drop before"),
+    ),
 )
-@pytest.mark.parametrize("drop", ["drop before", "LoRA before"])
 def test_hook_of_the_module_that_unfreezes_leaves_dropped_weights_frozen_and_resumes(
     make_trainer, tmp_path, hook, whole, drop
 ):

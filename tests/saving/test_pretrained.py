@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -508,3 +509,11 @@ def test_foreign_adapters_are_refused_on_saving_until_merged(tokens, tmp_path):
     save_pretrained(merged, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(load_pretrained(tmp_path / "out")(tokens).logits, merged(tokens).logits)
+
+
+def test_dynamically_quantized_model_is_refused_in_a_sentence(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        model = torch.ao.quantization.quantize_dynamic(dropped_model(), {torch.nn.Linear})
+    with pytest.raises(ExportError, match="is no tensor, as after torch's dynamic quantization"):
+        save_pretrained(model, tmp_path / "out")

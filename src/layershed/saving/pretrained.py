@@ -110,6 +110,12 @@ def check_savable(model: nn.Module, *, standalone: bool = False, name: str | Non
         )
     refuse_strangers(transformer)
     _refuse_lora(model, transformer, standalone)
+    packed = [name for name, value in transformer.state_dict().items() if not isinstance(value, Tensor)]
+    if packed:
+        raise ExportError(
+            f"save_pretrained: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot "
+            "hold it. Save the model before it is quantized."
+        )
     return transformer
 
 
