@@ -36,6 +36,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
+from tests.support.thinned import one_of
 
 
 def logits_by_hand(net, dropped=(), **overrides):
@@ -207,7 +208,7 @@ def whole_recipe(quantized):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("quantized", ["before", "end"])
+@pytest.mark.parametrize("quantized", one_of(["before", "end"]))
 def test_export_after_drop_quantization_lora_and_distillation_equals_training(
     make_trainer, tmp_path, text_data, unpainted, quantized
 ):

@@ -399,7 +399,10 @@ OWN = {
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(
     "own",
-    [pytest.param(own, marks=pytest.mark.slow if own in ("adapter", "full", "neighbours") else ()) for own in OWN],
+    [
+        pytest.param(own, marks=pytest.mark.slow if own in ("adapter", "full", "neighbours", "qlora") else ())
+        for own in OWN
+    ],
 )
 def test_lora_recovery_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
     """Cut before the drop, at it, after it, and at the very end, in mid-epoch."""

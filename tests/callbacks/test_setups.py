@@ -44,6 +44,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
+from tests.support.thinned import one_of
 
 AT, COUNT, STEPS, WINDOW = 4, 3, 7, 2
 
@@ -555,7 +556,7 @@ def counted():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", one_of(sorted(COMPILED)))
 def test_compiled_model_is_measured_and_dropped_as_uncompiled(make_trainer, tmp_path, counted, caplog, how):
     """Measured at 3; one drop at 4; the graph of the dropped model is another one."""
     found = {}

@@ -9,6 +9,7 @@ import torch
 from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.surgery import bypassed_sublayers
 from tests.support.runs import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
+from tests.support.thinned import one_of
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 
@@ -46,7 +47,7 @@ def sweep(make_trainer, own, name, **settings):
 MODELS = [{}, {"num_hidden_layers": 6}, {"num_hidden_layers": 3}]
 
 
-@pytest.mark.parametrize("calibrate_on", ["running", "val"])
+@pytest.mark.parametrize("calibrate_on", one_of(["running", "val"]))
 def test_callbacks_shared_by_a_sweep_give_for_every_model_what_new_ones_give(make_trainer, tmp_path, calibrate_on):
     own = swept(calibrate_on)
     for number, model in enumerate(MODELS):

@@ -327,7 +327,9 @@ TWICE = {**ONCE, "target_speedup": 2.5, "every_n_steps": 4, "rounds": 2}
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(
-    ("arguments", "cuts"), [(ONCE, (1, 4, 6, 9)), (TWICE, (6, 8, 11))], ids=["one-shot", "two rounds"]
+    ("arguments", "cuts"),
+    [pytest.param(ONCE, (1, 4, 6, 9), marks=pytest.mark.slow), (TWICE, (6, 8, 11))],
+    ids=["one-shot", "two rounds"],
 )
 def test_target_speedup_resumed_equals_uninterrupted_without_repeated_measurements(
     make_trainer, tmp_path, text_data, clock, monkeypatch, arguments, cuts
