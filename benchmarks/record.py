@@ -1,7 +1,7 @@
 """What do the checks of the record cost a training step of a dropped model?
 
 A Llama of SmolLM2-135M's shape with random weights, 8 attentions and 7 MLPs bypassed, trains under AdamW in float32.
-The checks are hooks in every forward pass (layershed/stand_ins/record.py, watching.py). A pair is one training step, and
+The checks are hooks in every forward pass (stand_ins/record.py, watching.py). A pair is one training step, and
 then the same hooks called a hundred times without a step. The ratio is one round of the hooks over the step, in
 processor time: median and 95 % bootstrap interval over the pairs. Steps with and without the hooks differ by less than
 this machine scatters, so they are not compared.
