@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
@@ -309,7 +310,11 @@ class LoRARecovery(Callback):
         """Keep frozen what recovery does not train: with LoRA the base, else the dropped sublayers."""
         transformer = find_transformer(pl_module, name=self.transformer)
         base = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
-        self._frozen.hold(transformer, base if self.mode == "lora" else dropped_parameters(transformer))
+
+        def frozen(transformer: nn.Module) -> list[nn.Parameter]:
+            return base if self.mode == "lora" and adapted_modules(transformer) else dropped_parameters(transformer)
+
+        self._frozen.hold(transformer, frozen)
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:

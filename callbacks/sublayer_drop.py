@@ -324,8 +324,7 @@ class SublayerDrop(Callback):
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
-        transformer = find_transformer(pl_module, name=self.transformer)
-        self._frozen.hold(transformer, dropped_parameters(transformer))
+        self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:

@@ -7,9 +7,13 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+
+from torch import nn
 
 from layershed.errors import PlanError
 from layershed.planning.plan import Sublayer, sublayer_from
@@ -17,11 +21,47 @@ from layershed.stand_ins.contexts import DROPPED_MODULES
 from layershed.stand_ins.stand_in import Capture, StandIn
 
 
-def note_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
-    """Describe stand-ins in a config; without any, the description goes."""
+class _Note(dict[str, Any]):
+    """A description that knows its model, because models often share a config object. Copies are plain dicts."""
+
+    def __init__(self, content: Mapping[str, Any], owner: nn.Module | None) -> None:
+        super().__init__(content)
+        self.owner = None if owner is None else weakref.ref(owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {path: copy.deepcopy(fields, memo) for path, fields in self.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def note_dropped(config: Any, stand_ins: Mapping[str, StandIn], owner: nn.Module | None = None) -> None:
+    """Describe stand-ins in a config; without any, the description goes, unless it is that of another model.
+
+    Args:
+        config: The config.
+        stand_ins: The stand-ins by path.
+        owner: The model whose they are; None for a config on its way to a folder.
+    """
+    if not stand_ins and note_owner(config) not in (None, owner):
+        return
     config.__dict__.pop(DROPPED_MODULES, None)
     if stand_ins:
-        config.__dict__[DROPPED_MODULES] = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
+        content = {path: _as_primitives(stand_in) for path, stand_in in stand_ins.items()}
+        config.__dict__[DROPPED_MODULES] = _Note(content, owner)
+
+
+def note_owner(config: Any) -> nn.Module | None:
+    """The model that a description in a config is about; None for a config from a folder, or a copied one."""
+    note = getattr(config, "__dict__", {}).get(DROPPED_MODULES)
+    return note.owner() if isinstance(note, _Note) and note.owner is not None else None
+
+
+def resolved(model: nn.Module, path: str) -> str:
+    """The path that a description made for a model's body, or for a model around it, means in this model."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    paths = {name for name, _ in model.named_modules()}
+    return next((p for p in (path, f"{prefix}{path}", path.removeprefix(prefix)) if p in paths), path)
 
 
 def noted_sublayers(config: Any) -> dict[str, Sublayer]:
@@ -36,7 +76,7 @@ def noted_sublayers(config: Any) -> dict[str, Sublayer]:
     return {path: sublayer_from(fields.get("sublayer")) for path, fields in noted.items()}
 
 
-def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
+def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn], owner: nn.Module | None = None) -> None:
     """Write into a config which sublayers are dropped; its other fields stay.
 
     - ``per_layer_config[i].skip`` is transformers' own field and lists the kinds.
@@ -44,7 +84,7 @@ def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
 
     A config whose layers differ by type (Gemma 4) takes no ``skip`` and gets only ``dropped_modules``.
     """
-    note_dropped(config, stand_ins)
+    note_dropped(config, stand_ins, owner)
     text_config = config.get_text_config()
     spec = getattr(text_config, "_heterogeneity_spec", None)
     layers: dict[int, dict[str, Any]] = {i: dict(own) for i, own in (spec.per_layer_overrides if spec else {}).items()}
@@ -60,7 +100,7 @@ def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn]) -> None:
 def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
     """The fields that differ from their defaults, for JSON."""
     default = StandIn(stand_in.sublayer, stand_in.zero)
-    left_out = {"sublayer", "zero", "frozen", "own"}
+    left_out = {"sublayer", "zero", "frozen", "own", "original"}
     fields = {f: v for f, v in vars(stand_in).items() if f not in left_out and v != getattr(default, f)}
     return {"sublayer": asdict(stand_in.sublayer), "zero": stand_in.zero, **fields}
 

@@ -20,13 +20,13 @@ from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch
 from layershed.discovery.find import dissect, find_transformer, transformers_in
 from layershed.discovery.model_record import check_plan, keep_model_record, kept_model_record, take_model_record
-from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
+from layershed.dropped_config import mark_dropped, note_dropped, note_owner, noted_sublayers, resolved
 from layershed.errors import PlanError, RevivedSublayerError
 from layershed.planning.arguments import sublayer_set
 from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
-from layershed.stand_ins.record import check_records, overridden, write_record
+from layershed.stand_ins.record import check_records, forget_foreign, overridden, write_record
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
 from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
@@ -77,6 +77,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     Raises:
         PlanError: If a sublayer is not bypassed; then nothing is restored.
     """
+    forget_foreign(model)
     if sublayers is None and name is None:
         for module, _ in list(overridden(model)):
             uninstall(module)
@@ -149,7 +150,7 @@ def remove(
     stand_ins = stand_ins_of(transformer)
     watch(transformer, stand_ins)
     if isinstance(transformer, PreTrainedModel):
-        mark_dropped(transformer.config, stand_ins)
+        mark_dropped(transformer.config, stand_ins, transformer)
     keep_model_record(transformer, record)
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
@@ -181,12 +182,15 @@ def _lost(transformer: nn.Module) -> set[Sublayer]:
     """The sublayers that the config records as dropped, and that carry no stand-in."""
     if not isinstance(transformer, PreTrainedModel):
         return set()
-    noted = noted_sublayers(transformer.config)
-    missing = {path for path in noted if not _stands_at(transformer, path)}
-    if missing:  # of a model inside another one, the config has shorter paths
-        present = stand_ins_of(transformer)
-        missing = {path for path in missing if not any(other.endswith(f".{path}") for other in present)}
-    return {noted[path] for path in missing}
+    owner, noted = note_owner(transformer.config), noted_sublayers(transformer.config)
+    if owner not in (None, transformer):  # they share a config object
+        return set()
+    missing = {path: sublayer for path, sublayer in noted.items() if not _stands_at(transformer, path)}
+    return {
+        replace(sublayer, path=resolved(transformer, sublayer.path))
+        for path, sublayer in missing.items()
+        if not _stands_at(transformer, resolved(transformer, path))
+    }
 
 
 def _stands_at(transformer: nn.Module, path: str) -> bool:
@@ -259,7 +263,11 @@ def _note(model: nn.Module) -> None:
         if not stand_ins:
             keep_model_record(transformer, None)
         if isinstance(transformer, PreTrainedModel):
-            note_dropped(transformer.config, stand_ins)
+            owner = note_owner(transformer.config)
+            if isinstance(owner, PreTrainedModel) and any(module is transformer for module in owner.modules()):
+                note_dropped(owner.config, stand_ins_of(owner), owner)  # this is a part of it
+            else:
+                note_dropped(transformer.config, stand_ins, transformer)
 
 
 def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import AutoModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import layershed as ls
@@ -256,3 +257,106 @@ def test_hooks_of_others_survive_a_second_bypass_and_restore():
         ls.bypass(model, [sublayer])
     ls.restore(model)
     assert {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()} == before
+
+
+def test_models_that_share_a_config_object_are_dropped_one_by_one():
+    config = build_model("llama").config
+    teacher, student = (type(build_model("llama"))(config).eval() for _ in range(2))
+    dense = run(teacher)
+    ls.bypass(student, chosen(student))
+    expected = run(student)
+    assert ls.dropped_sublayers(teacher) == ()
+    ls.restore(teacher)
+    assert torch.equal(run(teacher), dense)
+    assert torch.equal(run(student), expected)
+    assert len(student.config.dropped_modules) == 4
+    ls.remove(student)
+    assert ls.dropped_sublayers(teacher) == ()
+    assert torch.equal(run(teacher), dense)
+
+
+def test_inner_model_and_the_model_around_it_know_the_same_drop():
+    model, dropped, expected = bypassed()
+    assert [s.name for s in ls.dropped_sublayers(model.model)] == [s.name for s in dropped]
+    more = [s for s in ls.find_sublayers(model.model) if s.name == "attention.3"]
+    ls.bypass(model.model, more)
+    assert [s.name for s in ls.dropped_sublayers(model)] == ["attention.1", "mlp.2", "attention.3"]
+    assert not torch.equal(run(model), expected)
+
+
+def test_model_saved_by_others_after_a_drop_in_its_body_is_loaded_dropped(tmp_path):
+    model = build_model("llama")
+    ls.bypass(model.model, chosen(model.model))
+    model.save_pretrained(tmp_path)
+    loaded = ls.load_pretrained(tmp_path)
+    assert torch.equal(run(loaded), run(model))
+    assert ls.dropped_sublayers(loaded) == tuple(chosen(build_model("llama")))
+
+
+def test_body_of_a_folder_that_others_saved_is_bypassed_again_with_a_warning(tmp_path):
+    model, dropped, _ = bypassed()
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="recorded as dropped"):
+        assert [s.name for s in ls.dropped_sublayers(body)] == [s.name for s in dropped]
+
+
+def test_copied_blocks_stay_dropped():
+    model, dropped, expected = bypassed()
+    model.model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.model.layers)
+    assert torch.equal(run(model), expected)
+    assert ls.dropped_sublayers(model) == dropped
+
+
+def test_blocks_cut_off_are_named_as_gone():
+    model, *_ = bypassed()
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(RevivedSublayerError, match=r"mlp\.2: dropped, but layers\.2 of LlamaModel is gone"):
+        run(model)
+
+
+def test_restore_runs_a_forward_that_a_stranger_put_there():
+    model, *_ = bypassed()
+    mlp = model.model.layers[2].mlp
+    mlp.forward = lambda x: x
+    ls.restore(model)
+    assert ls.dropped_sublayers(model) == ()
+    assert torch.equal(mlp(torch.ones(2)), torch.ones(2))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_restored_weights_are_trainable_after_a_stand_in_was_put_back():
+    model, *_ = bypassed()
+    del model.model.layers[2].mlp.forward
+    run(model)
+    ls.restore(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Timer:
+    """A wrapper that is an object."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def method(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Timer, lambda f: Timer(f).method], ids=["object", "method of an object"])
+def test_wrapper_objects_are_seen_through(wrap):
+    model, dropped, expected = bypassed()
+    model.model.layers[2].mlp.forward = wrap(model.model.layers[2].mlp.forward)
+    assert torch.equal(run(model), expected)
+    assert ls.dropped_sublayers(model) == dropped
+
+
+def test_average_of_state_dicts_by_hand_works():
+    model, *_ = bypassed()
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        average[name].mul_(0.9).add_(tensor, alpha=0.1)
+    model.load_state_dict(average)

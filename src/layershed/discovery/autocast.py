@@ -7,7 +7,7 @@ in another precision than the recorded pass, and would not reproduce it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import Lock
 
@@ -30,6 +30,16 @@ def without_autocast(_transformer: nn.Module) -> Iterator[None]:
     finally:
         _OFF.reset(token)
         _count(-1)
+
+
+@contextmanager
+def no_ambient_autocast(transformer: nn.Module) -> Iterator[None]:
+    """Within the context, an autocast that the caller entered has no effect."""
+    devices = {parameter.device.type for parameter in transformer.parameters()} | {"cpu"}
+    with ExitStack() as contexts:
+        for device in filter(torch.amp.is_autocast_available, sorted(devices)):
+            contexts.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _count(change: int) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.anatomy import Anatomy, take_apart
+from layershed.discovery.autocast import no_ambient_autocast
 from layershed.discovery.branches import LeftAlone
 from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
@@ -74,7 +75,7 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     transformer = find_transformer(model, name=name)
     refuse_strangers(transformer)
     secure_quantized(transformer)
-    with _LOCK, gathered(transformer), quietly(transformer):
+    with _LOCK, gathered(transformer), quietly(transformer), no_ambient_autocast(transformer):
         state = fingerprint(transformer)
         anatomy = None if state is None else _PROOFS.find(transformer, state)
         if anatomy is None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_sublayers, find_transformer, refuse_strangers, secure_quantized
 from layershed.discovery.model_record import check_plan, recorded
-from layershed.dropped_config import mark_dropped
+from layershed.dropped_config import mark_dropped, note_dropped
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
 from layershed.planning.plan import DropPlan
@@ -154,6 +154,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         if report.get(problem):
             raise ExportError(f"load_pretrained: {folder} {_described(problem, sorted(map(str, report[problem])))}")
     model.__class__ = model_class
+    note_dropped(model.config, stand_ins_of(model), model)
     secure_quantized(model)
     try:
         find_sublayers(model)

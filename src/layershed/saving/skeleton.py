@@ -6,6 +6,7 @@ A config of ours describes every stand-in (``dropped_modules``). A config that h
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layershed.discovery.find import find_sublayers
-from layershed.dropped_config import stand_in_from
+from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
@@ -129,6 +130,10 @@ def _remove_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"load_pretrained: the config contradicts itself: only one of per_layer_config and dropped_modules "
             f"drops {kind!r} of block {block}."
         )
+    stand_ins = {
+        resolved(model, path): replace(s, sublayer=replace(s.sublayer, path=resolved(model, s.sublayer.path)))
+        for path, s in stand_ins.items()
+    }
     for path, stand_in in stand_ins.items():
         module = dict(model.named_modules()).get(path)
         if module is None or module is model:

@@ -113,8 +113,9 @@ def put_on(module: nn.Module, override: StandIn) -> None:
         module.__dict__["forward"] = override
     module.__dict__["extra_repr"] = _Note("bypassed")
     if override.core:
-        # one byte: transformers takes empty tensors for shared ones
-        module.__dict__[MARK] = torch.ones(1, dtype=torch.uint8, device="cpu")
+        # one number, because transformers takes empty tensors for shared ones; floating, because averages are
+        dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+        module.__dict__[MARK] = torch.ones(1, dtype=next(iter(dtypes), torch.float32), device="cpu")
 
 
 def take_off(module: nn.Module, override: StandIn) -> None:

@@ -121,13 +121,26 @@ def check_below(module: nn.Module) -> None:
             found = found._modules.get(name) if found is not None else None
         if found is known or getattr(module, "_is_replica", False):
             continue
-        if found is None or not any(inner is known for inner in found.modules()):
+        if found is not None and any(inner is known for inner in found.modules()):
+            continue
+        if found is not None and _sublayers(known) <= _sublayers(found):  # a copy of it
+            record.below[path] = found
+        else:
             labels = sorted({stand_in.label for _, stand_in in overridden(known) if stand_in.core})
+            if found is None:
+                raise RevivedSublayerError(
+                    f"{', '.join(labels)}: dropped, but {path} of {type(module).__name__} is gone. Call "
+                    "layershed.restore(model), and bypass again what is left."
+                )
             raise RevivedSublayerError(
                 f"{', '.join(labels)}: dropped, but {path} of {type(module).__name__} was replaced by another module, "
                 "in which they would run. If it is of the same make, call layershed.dropped_sublayers(model) to "
                 "bypass them again. Call layershed.restore(model) to run them."
             )
+
+
+def _sublayers(module: nn.Module) -> set[object]:
+    return {stand_in.sublayer for _, stand_in in overridden(module) if stand_in.core}
 
 
 def check_records(model: nn.Module) -> None:
@@ -149,20 +162,45 @@ def mend(parent: nn.Module) -> None:
         _refuse_unknown(child, stand_in)
         for inner in [inner for inner in child.modules() if override_of(inner) is stand_in]:
             take_off(inner, stand_in)  # peft wraps the module that carries it
-        stand_in.original = None
+        before, stand_in.original = stand_in.frozen, None
         install(child, stand_in)
+        stand_in.frozen = tuple(dict.fromkeys((*before, *stand_in.frozen)))  # they may train once it is restored
         take_watch(child)
         put_watch(child, [None])
 
 
-def _refuse_unknown(child: nn.Module, stand_in: StandIn) -> None:
+def _is_unknown(child: nn.Module) -> bool:
     forward = child.__dict__.get("forward")
-    known = forward is None or getattr(forward, "__self__", None) is child or hasattr(forward, "__wrapped__")
-    if not known:
+    return not (forward is None or getattr(forward, "__self__", None) is child or hasattr(forward, "__wrapped__"))
+
+
+def _refuse_unknown(child: nn.Module, stand_in: StandIn) -> None:
+    if _is_unknown(child):
+        forward = child.__dict__["forward"]
         raise RevivedSublayerError(
             f"{stand_in.label} is dropped, but its forward was replaced by {forward!r} afterwards, so it would run "
-            "again. Call layershed.restore before replacing it, and layershed.bypass afterwards."
+            "again. Call layershed.restore(model) to run it so, or delete the attribute forward of the module to drop "
+            "it again."
         )
+
+
+def forget_foreign(model: nn.Module) -> None:
+    """Give up stand-ins whose place an unknown function has taken; that function runs from now on."""
+    for parent in model.modules():
+        for name, stand_in in list(recorded(parent).items()):
+            child = parent._modules.get(name)
+            if child is not None and override_of(child) is not stand_in and _is_unknown(child):
+                del recorded(parent)[name]
+                forward = child.__dict__["forward"]
+                child.__dict__["forward"] = stand_in
+                uninstall(child)
+                child.__dict__["forward"] = forward
+
+
+def recorded(parent: nn.Module) -> dict[str, StandIn]:
+    """By name of the child, the stand-ins that a module has recorded."""
+    record: Record = parent.__dict__.get(_RECORD) or Record()
+    return record.children
 
 
 def exchange(model: nn.Module, path: str, new: nn.Module) -> None:

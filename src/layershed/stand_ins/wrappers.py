@@ -36,9 +36,11 @@ def _inside(function: Any, depth: int) -> StandIn | None:
     if isinstance(function, partial):
         inner += [function.func, *function.args, *function.keywords.values()]
     elif isinstance(function, MethodType):
-        inner.append(function.__func__)
+        inner += [function.__func__, function.__self__]
     elif isinstance(function, FunctionType):
         inner += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    elif callable(function) and not isinstance(function, nn.Module | type):
+        inner += vars(function).values() if hasattr(function, "__dict__") else ()
     callables = (each for each in inner if callable(each) and not isinstance(each, nn.Module | type))
     return next((found for each in callables if (found := _inside(each, depth - 1)) is not None), None)
 
