@@ -76,7 +76,7 @@ def fingerprint(transformer: nn.Module) -> Fingerprint | None:
         return None
     walk = _Walk()
     try:
-        walk.add(_modes({"cpu", *(tensor.device.type for tensor in transformer.parameters())}))
+        walk.add(_modes())
         walk.add(dict(ALL_ATTENTION_FUNCTIONS))
         walk.hooks(torch_module._global_forward_hooks.values())
         walk.hooks(torch_module._global_forward_pre_hooks.values())
@@ -87,12 +87,10 @@ def fingerprint(transformer: nn.Module) -> Fingerprint | None:
     return Fingerprint(tuple(walk.key), tuple(walk.objects))
 
 
-def _modes(devices: Iterable[str]) -> tuple[Any, ...]:
-    """The settings of torch that choose between operations."""
+def _modes() -> tuple[Any, ...]:
+    """The settings of torch that choose between operations; a probe runs without autocast."""
     attention = torch.backends.cuda
-    casting = filter(torch.amp.is_autocast_available, sorted(devices))
     return (
-        tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in casting),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mha.get_fastpath_enabled(),

@@ -16,7 +16,7 @@ from layershed.discovery.fingerprint import Fingerprint
 
 T = TypeVar("T")
 
-_KEPT = 8  # states of one model: with adapters and without, in autocast and outside, ...
+_KEPT = 8  # states of one model: with adapters and without, in one dtype and in another, ...
 
 
 @dataclass(frozen=True)
