@@ -260,3 +260,16 @@ def test_stand_in_allocates_nothing_where_only_hooks_of_transformers_listen():
     assert module(hidden_states=hidden)[0].untyped_storage().nbytes() == hidden.element_size()
     module.register_forward_hook(lambda *_: None)
     assert module(hidden_states=hidden)[0].untyped_storage().nbytes() == hidden.nbytes
+
+
+def write_in_place(_module, _args, output):
+    (output[0] if isinstance(output, tuple) else output).mul_(1.0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+def test_hook_that_writes_in_place_before_a_drop_hides_no_sublayer(model_type):
+    model = build_model(model_type)
+    found = find_sublayers(model)
+    for sublayer in found:
+        model.get_submodule(sublayer.path).register_forward_hook(write_in_place)
+    assert find_sublayers(model) == found

@@ -124,7 +124,9 @@ def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept:
             model.get_submodule(call.path)(*args, **kwargs)
     except Exception:  # the dropped model would raise it, too
         return False
-    return point is None or _equal(seen[0], replay(flow.tape, point[1], _without(flow, parts)))
+    if point is None:
+        return True
+    return bool(seen) and _equal(seen[0], replay(flow.tape, point[1], _without(flow, parts)))
 
 
 def _check_point(flow: BlockFlow, parts: list[BranchFlow]) -> tuple[Tap, int] | None:

@@ -52,10 +52,12 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> Iterator[
     modules = {model.get_submodule(path): stand_in for path, stand_in in stand_ins.items()}
     for module, stand_in in modules.items():
         put_on(module, stand_in)
+        put_watch(module, [None])  # hooks of others may write to its output
     try:
         yield
     finally:
         for module, stand_in in modules.items():
+            take_watch(module)
             take_off(module, stand_in)
 
 
