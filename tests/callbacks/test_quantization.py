@@ -38,7 +38,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import one_of
+from tests.support.thinned import crossed, one_of
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))
@@ -60,10 +60,10 @@ def weight_of(module, path):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("start", "at"), [(None, 4), (4, 4), (6, 6)])
-def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, mode, start, at):
+@pytest.mark.parametrize(("mode", "when"), crossed(tuple(MODES), ((6, 6), (None, 4), (4, 4))))
+def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, mode, when):
     """At the drop, at a step; LoRA comes with it or later."""
+    start, at = when
     watch = Watch(lambda _, module: quantized(module.net))
     later = adapters(start=None if start is None else 6)
     module = fit_foreign(make_trainer(dropping(), Quantization(mode, start=start), later, watch, max_steps=8))

@@ -28,6 +28,7 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.speed_targets import FAST, enough, queue, watched
+from tests.support.thinned import crossed
 from tests.support.ticking import Ticking, install
 
 
@@ -50,9 +51,10 @@ def by_hand(choose, at=5, steps=8, since=1):
 TARGETS = {"attention": {"decode": 1.3, "prefill": 1.1}, "mlp": {"decode": 1.1, "prefill": 1.3}}
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("objective", ["importance", "speed"])
-@pytest.mark.parametrize("scope", ["attention", "mlp", "block", "joint"])
+@pytest.mark.parametrize(
+    ("scope", "objective", "phase"),
+    crossed(("attention", "mlp", "block", "joint"), ("importance", "speed"), ("decode", "prefill")),
+)
 def test_target_speedup_drops_the_fewest_and_trains_on_as_by_hand(make_trainer, clock, scope, objective, phase):
     target = TARGETS.get(scope, {}).get(phase, 1.3)
     drop = SublayerDrop(

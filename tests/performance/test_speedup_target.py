@@ -18,6 +18,7 @@ from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import ImportanceScores
 from layershed.surgery import bypass, bypassed_sublayers, restore
 from tests.support.models import build_model
+from tests.support.thinned import crossed, one_of
 from tests.support.ticking import Ticking, install
 
 SETTINGS = SpeedSettings(prompt_tokens=3, new_tokens=2, runs=1, warmup=0)
@@ -68,10 +69,11 @@ def prefixes(case, scope, phase, objective="importance", gone=()):
     return [[s for group in order[:n] for s in group] for n in range(len(order) + 1)]
 
 
-@pytest.mark.parametrize("objective", ["importance", "speed"])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("scope", ["joint", "attention", "mlp", "block"])
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scope", "phase", "objective"),
+    crossed(("joint", "attention", "mlp", "block"), ("decode", "prefill"), ("importance", "speed")),
+)
+@pytest.mark.parametrize("seed", one_of([0, 1]))
 def test_search_drops_the_fewest_sublayers_that_reach_the_target(monkeypatch, seed, scope, phase, objective):
     case = Case(monkeypatch, seed)
     ways = prefixes(case, scope, phase, objective)

@@ -17,6 +17,14 @@ def crossed(*axes):
     return found
 
 
+def some_of(values, every):
+    """Values for ``pytest.mark.parametrize``: each ``every``-th from the first on, the others slow."""
+    return [
+        value if place % every == 0 else pytest.param(value, marks=pytest.mark.slow)
+        for place, value in enumerate(values)
+    ]
+
+
 def one_of(values):
     """Values for ``pytest.mark.parametrize``, all but the first of them slow."""
     return [value if value == values[0] else pytest.param(value, marks=pytest.mark.slow) for value in values]
