@@ -325,10 +325,10 @@ WRITTEN = {  # by ModelCheckpoint, and which hooks of that step are after it
         ("end of the epoch", True, DataLoader, "epochs"),
         ("end of the epoch", True, StatefulDataLoader, "steps"),
         ("end of validation", True, DataLoader, "steps"),
-        ("end of validation", True, StatefulDataLoader, "epochs"),
-        ("last batch", True, DataLoader, "epochs"),
+        pytest.param("end of validation", True, StatefulDataLoader, "epochs", marks=pytest.mark.slow),
+        pytest.param("last batch", True, DataLoader, "epochs", marks=pytest.mark.slow),
         ("last batch", True, StatefulDataLoader, "steps"),
-        ("end of the epoch", False, DataLoader, "steps"),
+        pytest.param("end of the epoch", False, DataLoader, "steps", marks=pytest.mark.slow),
         ("last batch", False, StatefulDataLoader, "epochs"),
     ],
 )
