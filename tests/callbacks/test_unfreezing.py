@@ -239,3 +239,14 @@ def test_resuming_with_fewer_groups_than_the_run_began_with_is_refused(make_trai
     run(make_trainer, tmp_path / "two", [dropping(4), recovery()], Two(), steps=8)
     with pytest.raises(CheckpointError, match="parameter groups, but configure_optimizers made"):
         run(make_trainer, tmp_path / "one", [dropping(4), recovery()], Backbone(), tmp_path / "two" / "step=6.ckpt")
+
+
+def test_weights_restored_by_hand_stay_trainable_when_a_checkpoint_is_saved(make_trainer, tmp_path):
+    module = Backbone()
+    module.backbone.requires_grad_(True)
+    trainer = make_trainer(dropping(4), max_steps=8)
+    trainer.fit(module, StatefulDataLoader(sequences(BATCH * EPOCH), batch_size=BATCH))
+    assert not all(parameter.requires_grad for parameter in module.parameters())
+    restore(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert all(parameter.requires_grad for parameter in module.parameters())
