@@ -28,13 +28,14 @@ from layershed.integration.run import StepCounter, current_drop, plan_of, publis
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
 from layershed.planning.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
-from layershed.recovery.frozen import StaysFrozen, dropped_parameters
+from layershed.recovery.frozen import StaysFrozen
 from layershed.recovery.lora import adapted_modules, check_targets, inject_lora, merge_lora
 from layershed.recovery.lora_options import check_lora
 from layershed.recovery.lora_targets import Placement
 from layershed.recovery.optimizer_groups import (
     Layout,
     LearningRateFactor,
+    dropped_parameters,
     forget_parameters,
     hand_over,
     layout_of,

@@ -46,7 +46,8 @@ from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
 from layershed.quality import Quality
-from layershed.recovery.frozen import StaysFrozen, dropped_parameters
+from layershed.recovery.frozen import StaysFrozen
+from layershed.recovery.optimizer_groups import dropped_parameters
 from layershed.saving.lora_folder import PLAN_FILE
 from layershed.surgery import bypass
 

@@ -8,13 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layershed.recovery.lora import remember_trainable
-from layershed.recovery.optimizer_groups import take_out
-from layershed.stand_ins.record import overridden
-
-
-def dropped_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of bypassed sublayers."""
-    return [parameter for module, _ in overridden(transformer) for parameter in module.parameters()]
+from layershed.recovery.optimizer_groups import dropped_parameters, take_out
 
 
 class StaysFrozen:

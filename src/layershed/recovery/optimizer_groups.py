@@ -22,6 +22,11 @@ Layout = list[list[list[str]]]
 """Names of the parameters in every group of every optimizer."""
 
 
+def dropped_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of bypassed sublayers."""
+    return [parameter for module, _ in overridden(transformer) for parameter in module.parameters()]
+
+
 def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -> None:
     """Take the parameters of bypassed sublayers out of the optimizers, with their state, in place.
 
@@ -31,7 +36,7 @@ def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -
         optimizers: The run's optimizers.
         transformer: The model with bypassed sublayers.
     """
-    take_out(optimizers, (parameter for module, _ in overridden(transformer) for parameter in module.parameters()))
+    take_out(optimizers, dropped_parameters(transformer))
 
 
 def take_out(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
