@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -154,6 +154,50 @@ def test_load_loader_states_moves_the_train_loader(make_trainer, tmp_path):
     trainer = make_trainer(early, load, position, max_steps=5)
     trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=path)
     assert position.found == [4]
+
+
+def test_set_up_resumed_train_loader_leaves_its_position_to_load_loader_states(make_trainer, tmp_path):
+    path = tmp_path / "4.ckpt"
+    fit_foreign(make_trainer(Save(path, 4), max_steps=4), train=stateful())
+
+    trainer, found = make_trainer(max_steps=5), []
+
+    def positions():
+        found.append([loader.state_dict()["_num_yielded"] for loader in private.train_loaders(trainer)])
+
+    def run():
+        private.give_back_loop_methods(trainer.fit_loop, ["run"])
+        private.set_up_resumed_train_loader(trainer)
+        positions()
+        private.load_loader_states(trainer)
+        positions()
+        trainer.fit_loop.run()
+
+    private.replace_loop_method(trainer.fit_loop, "run", run)
+    trainer.fit(Foreign(), stateful(), val_loader(), ckpt_path=path)
+    assert found == [[0], [4]]
+
+
+def test_finetuning_groups_are_those_that_backbone_finetuning_saves(make_trainer, tmp_path):
+    class Unfreezing(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net.model.layers[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net.model.layers[0], optimizer)
+
+    class Filtered(Foreign):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+    path = tmp_path / "late.ckpt"
+    trainer = make_trainer(Unfreezing(), Save(path, EPOCH + 1), max_steps=EPOCH + 1)
+    module = fit_foreign(trainer, Filtered(), train=stateful())
+    groups = private.finetuning_groups(torch.load(path, weights_only=False))
+    names = {name for group in groups for name in group["params"]}
+    assert len(groups) == 2
+    assert names == {name for name, _ in module.named_parameters()}
 
 
 def test_progress_functions_agree_within_and_between_epochs(asked):
