@@ -41,6 +41,7 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
+from tests.support.thinned import one_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
@@ -551,7 +552,7 @@ def twice(source, target, really=os.link):
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize(("at", "link"), [(3, os.link), (8, no_link), (8, twice)])
+@pytest.mark.parametrize(("at", "link"), one_of([(8, no_link), (3, os.link), (8, twice)]))
 def test_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypatch, at, link):
     """Before and after the drop with its columns; Lightning deletes the file, which held later rows, too."""
     monkeypatch.setattr(os, "link", link)
@@ -617,7 +618,7 @@ MOVES = {
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("move", one_of(MOVES))
 def test_run_resumed_in_a_copied_moved_or_linked_directory_keeps_its_rows(fit, tmp_path, move):
     path = tmp_path / "at.ckpt"
     whole = fit(name="whole")

@@ -16,6 +16,7 @@ from layershed.saving.checkpoint import CHECKPOINT_KEY
 from layershed.stand_ins.contexts import withheld
 from layershed.training.causal_lm import CausalLM
 from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, unmarked, val_loader
+from tests.support.thinned import crossed
 
 WHAT = {
     "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),
@@ -79,8 +80,7 @@ def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trai
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize("file", ["whole.ckpt", "weights.ckpt"])
+@pytest.mark.parametrize(("what", "file"), crossed(WHAT, ("whole.ckpt", "weights.ckpt")))
 def test_load_checkpoint_and_the_named_callback_restore_the_saved_model(make_trainer, tmp_path, saved, what, file):
     module = saved(what)
     loaded = Foreign()

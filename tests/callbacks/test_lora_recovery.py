@@ -53,6 +53,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
+from tests.support.thinned import crossed
 from tests.support.trainable import frozen_with_gradient, trainable
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -399,10 +400,7 @@ OWN = {
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(
     "own",
-    [
-        pytest.param(own, marks=pytest.mark.slow if own in ("adapter", "full", "neighbours", "qlora") else ())
-        for own in OWN
-    ],
+    [pytest.param(own, marks=pytest.mark.slow if own != "rounds" else ()) for own in OWN],
 )
 def test_lora_recovery_resumed_equals_uninterrupted(make_trainer, tmp_path, text_data, own):
     """Cut before the drop, at it, after it, and at the very end, in mid-epoch."""
@@ -465,8 +463,7 @@ def test_lora_recovery_of_a_foreign_module_resumed_equals_uninterrupted(make_tra
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(("weights_only", "quantized"), crossed((False, True), (False, True)))
 def test_causal_lm_checkpoint_is_the_adapted_model_without_callbacks(
     make_trainer, tmp_path, text_data, weights_only, quantized
 ):

@@ -44,6 +44,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
+from tests.support.thinned import crossed
 
 
 def bypassed(_trainer, pl_module):
@@ -122,9 +123,11 @@ def test_calibration_pass_scores_the_model_on_the_splits_first_batches(make_trai
     assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
 
 
-@pytest.mark.parametrize(("scope", "count"), [("joint", 2), ("block", 1), ("attention", 1)])
-@pytest.mark.parametrize("calibrate_on", ["running", "val"])
-def test_iterative_rounds_measure_the_dropped_model_anew(make_trainer, tmp_path, calibrate_on, scope, count):
+@pytest.mark.parametrize(
+    ("calibrate_on", "what"), crossed(("running", "val"), (("joint", 2), ("block", 1), ("attention", 1)))
+)
+def test_iterative_rounds_measure_the_dropped_model_anew(make_trainer, tmp_path, calibrate_on, what):
+    scope, count = what
     drop = SublayerDrop(
         3, scope, count, every_n_steps=3, rounds=3, calibrate_on=calibrate_on, calibration_batches=2, quality_batches=2
     )

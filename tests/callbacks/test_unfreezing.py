@@ -15,7 +15,6 @@ from layershed.surgery import bypassed_sublayers, restore
 from tests.support.lora_runs import dropping, recovery
 from tests.support.models import build_model
 from tests.support.runs import BATCH, HeadLoss, fit_foreign, same, sequences, state_of
-from tests.support.thinned import crossed
 
 EPOCH = 6  # steps; the loader of fit_foreign holds as many batches
 UNFROZEN_AT, STEPS = 2 * EPOCH, 3 * EPOCH + 2
@@ -178,11 +177,18 @@ def test_run_with_an_unfreezing_callback_keeps_dropped_weights_out_and_resumes(
 
 @pytest.mark.parametrize(
     ("hook", "whole", "drop"),
-    crossed(
-        ("on_train_epoch_end", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad"),
-        (False, True),
-        ("LoRA before", "drop before"),
-    ),
+    [
+        ("on_train_epoch_end", False, "LoRA before"),
+        ("on_train_batch_start", True, "drop before"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(
+                ("on_train_epoch_end", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad"),
+                (False, True),
+                ("LoRA before", "drop before"),
+            )
+        ),
+    ],
 )
 def test_hook_of_the_module_that_unfreezes_leaves_dropped_weights_frozen_and_resumes(
     make_trainer, tmp_path, hook, whole, drop

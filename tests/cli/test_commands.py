@@ -53,7 +53,7 @@ from tests.support.command_line import (
 )
 from tests.support.models import build_model
 from tests.support.runs import unmarked
-from tests.support.thinned import some_of
+from tests.support.thinned import one_of, some_of
 from tests.support.ticking import MADE_UP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -902,7 +902,7 @@ def adapters_of(name):
     return name.replace("base_layer.weight", "lora_") if name.endswith("base_layer.weight") else "nothing"
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("adapted", one_of([True, False]))
 def test_benchmark_compares_a_checkpoint_with_its_bypass_lifted(adapted, capsys, made_up):
     recovery = [{"class_path": "LoRARecovery", "init_args": {"rank": 2, "alpha": 16}}] if adapted else []
     dropping = {"class_path": "SublayerDrop", "init_args": {**DROPPING["init_args"], "start": 2, "scope": "attention"}}
@@ -1109,6 +1109,7 @@ def test_plan_of_a_dropped_model_predicts_its_missing_sublayers(saved, without_t
 # ---- as a process of its own ----
 
 
+@pytest.mark.slow  # test_eight_bit_optimizer runs train.py by default
 def test_train_py_process_ends_with_a_one_sentence_error():
     """With the quickstart's config, as none is named."""
     words = [sys.executable, TRAIN, "fit", "--model.pretrained", "HuggingFaceTB/SmolLM2-135M"]

@@ -365,7 +365,7 @@ def test_smollm2_weights_are_unchanged_before_the_drop():
 # ---- runs ----
 
 
-QUICK = {"quickstart", "iterative", "qlora", "target_speedup"}  # the others differ in a scope or in how they recover
+QUICK = {"quickstart", "qlora", "target_speedup"}  # the others differ in a scope or in how they recover
 
 
 @pytest.mark.parametrize(

@@ -77,17 +77,17 @@ def test_8_bit_optimizer_resumes_exactly(name, tmp_path, monkeypatch):
 
 
 CHECK = """
-import sys
-from layershed.cli.main import main
+import runpy, sys
+sys.argv = ["train.py", "fit", "--model.optimizer=AdamW8bit"]
 try:
-    main(["fit", "--model.optimizer=AdamW8bit"])
+    runpy.run_path("{train}", run_name="__main__")
 except SystemExit as stop:
-    print(stop.code, {"bitsandbytes", "peft", "datasets"} & set(sys.modules))
-"""
+    print(stop.code, {{"bitsandbytes", "peft", "datasets"}} & set(sys.modules))
+""".format(train=Path(__file__).parents[2] / "train.py")
 
 
 def test_short_8_bit_name_error_gives_the_full_path_without_heavy_imports():
-    """bitsandbytes' AdamW would make plain AdamW ambiguous, and it prints something about kernels."""
+    """As a process of its own. bitsandbytes' AdamW would make plain AdamW ambiguous, and it prints of kernels."""
     done = subprocess.run([sys.executable, "-c", CHECK], timeout=120, capture_output=True, text=True, check=True)
     assert done.stdout == "2 set()\n"
     (told,) = done.stderr.splitlines()

@@ -20,6 +20,7 @@ from tests.support.bad_input.damage import ON, SPEED
 from tests.support.bad_input.trial import _run
 from tests.support.models import build_model
 from tests.support.runs import fit_foreign
+from tests.support.thinned import crossed
 
 pytestmark = pytest.mark.usefixtures("own_seed")
 
@@ -148,8 +149,7 @@ def test_fit_on_a_full_disk_keeps_the_former_export(disk, make_trainer, small):
     assert contents(disk / "out") == before
 
 
-@pytest.mark.parametrize("left", [0, 12288, 24576])
-@pytest.mark.parametrize("command", ["fit", "score", "prune"])
+@pytest.mark.parametrize(("command", "left"), crossed(("fit", "score", "prune"), (0, 12288, 24576)))
 def test_full_disk_gives_a_one_sentence_error_on_the_command_line(command, left, disk, world, one_parser):
     fill(disk, left)
     words = [command, *ON, f"--trainer.default_root_dir={disk}", f"--model.pretrained={world / 'model'}"]

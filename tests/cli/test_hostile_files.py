@@ -21,6 +21,7 @@ from layershed.training.text_data import TextData
 from tests.support.bad_input.damage import MODEL, ON, SCORE, SPEED, UP, WEIGHTS, fields, gone, written
 from tests.support.bad_input.trial import _run
 from tests.support.models import build_model
+from tests.support.thinned import crossed
 
 pytestmark = pytest.mark.usefixtures("own_seed")
 
@@ -78,9 +79,7 @@ COMMANDS = {
 }
 
 
-@PICKLES
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("url", ["", "file://"], ids=["path", "url"])
+@pytest.mark.parametrize(("command", "pickled", "url"), crossed(COMMANDS, (legacy, zipped, tarred), ("", "file://")))
 @pytest.mark.usefixtures("one_parser")
 def test_pickled_checkpoint_is_refused_and_runs_nothing(command, pickled, url, place):
     pickled(place / "evil.ckpt")

@@ -13,6 +13,7 @@ from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.reporting.figures import RunRecord
 from layershed.reporting.summary import summary_table
 from tests.support.bad_input.damage import ON, SPEED
+from tests.support.thinned import one_of
 
 pytestmark = pytest.mark.usefixtures("own_seed")
 
@@ -26,7 +27,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("command", TOLD)
+@pytest.mark.parametrize("command", one_of(TOLD))
 @pytest.mark.usefixtures("one_parser")
 def test_markup_in_a_model_name_is_printed_literally(command, place, capsys):
     shutil.copytree("model", NAMED)

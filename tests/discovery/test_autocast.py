@@ -7,6 +7,7 @@ import torch
 
 from layershed.discovery.find import find_left_alone, find_sublayers
 from tests.support.models import build_model
+from tests.support.thinned import crossed
 
 
 def around_model(model):
@@ -27,9 +28,10 @@ def nowhere(model):
     """Leaves the model as it is."""
 
 
-@pytest.mark.parametrize("outside", [False, True], ids=["no autocast outside", "autocast outside"])
-@pytest.mark.parametrize("place", [nowhere, around_model, around_body, around_mlp])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("model_type", "place", "outside"),
+    crossed(("llama", "gpt2"), (around_model, around_body, around_mlp, nowhere), (True, False)),
+)
 def test_same_sublayers_are_found_under_any_autocast(model_type, place, outside):
     expected = find_sublayers(build_model(model_type))
     model = build_model(model_type)

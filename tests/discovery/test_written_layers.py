@@ -7,6 +7,7 @@ from layershed.discovery.branches import LeftAlone
 from layershed.discovery.find import dissect, find_left_alone, find_sublayers
 from layershed.errors import NoSublayersFoundError, UnprovenStructureError
 from layershed.surgery import bypass, restore
+from tests.support.thinned import some_of
 from tests.support.tricky_layers import (
     ActivationInPlace,
     AddsAndScalesInside,
@@ -93,7 +94,7 @@ def test_exactly_the_droppable_branches_of_a_written_layer_are_found(layer_class
     ]
 
 
-@by_hand
+@pytest.mark.parametrize("layer_class", some_of(WRITTEN, 2))
 def test_bypassed_branch_of_a_written_layer_equals_the_branch_times_zero(layer_class, tokens):
     """The layer takes its branch out itself, so the reference is independent of discovery."""
     model, reference = written(layer_class), written(layer_class)

@@ -7,6 +7,7 @@ from torch import nn
 import layershed as ls
 from tests.support.architectures import tiny_model
 from tests.support.conformance import Case
+from tests.support.thinned import crossed
 
 # how X comes by: (batch, tokens, hidden), flattened in the MLP, tokens first, several streams, experts flattened
 # of hy_v4 the first attention cannot be dropped, the others can
@@ -14,8 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:HYV4ForCausalLM. attention of bl
 MODEL_TYPES = ("llama", "bert", "opt", "xlnet", "hy_v4", "mixtral", "granitemoeshared", "minimax")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "side"), crossed(MODEL_TYPES, ("left", "right")))
 def test_importance_of_padded_sequences_leaves_padding_out(model_type, side):
     case = Case(tiny_model(model_type))
     if model_type == "xlnet":

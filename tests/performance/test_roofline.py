@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layershed.errors import UnknownNameError
 from layershed.performance.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
+from tests.support.thinned import crossed
 
 MACHINE = Ceilings("made up", flops=100.0, bandwidth=10.0, source="nowhere")
 
@@ -76,9 +77,9 @@ def test_measured_ceilings_equal_the_simulated_machine(flops, bandwidth):
     assert found.memory is None
 
 
-@pytest.mark.parametrize("flops", [1e6, 1e8, 3e9, 1e11, 4e13])
-@pytest.mark.parametrize("bandwidth", [1e8, 1e9, 3e10])
-@pytest.mark.parametrize("start", [0.0, 1e-4])
+@pytest.mark.parametrize(
+    ("flops", "bandwidth", "start"), crossed((1e6, 1e8, 3e9, 1e11, 4e13), (1e8, 1e9, 3e10), (0.0, 1e-4))
+)
 def test_measuring_ceilings_stays_within_its_time(flops, bandwidth, start):
     machine = Machine(flops, bandwidth, start)
     measured_on(machine)

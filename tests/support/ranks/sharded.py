@@ -117,12 +117,12 @@ def state_of(trainer, module):
     }
 
 
-def fit(folder, name, shards, cut=None):
-    """One run; returns its results."""
+def fit(folder, name, shards, kept, cut=None):
+    """One run that keeps the checkpoints of some steps; returns its results."""
     saved = folder / f"{name}-{shards}"
     saved.mkdir(exist_ok=True)
     watch, callbacks = RedundancyMonitor(2), RUNS[name]()
-    keep = [Save(saved / f"{step}.ckpt", step) for step in (*CUTS, STEPS)]
+    keep = [Save(saved / f"{step}.ckpt", step) for step in kept]
     run = folder / f"{name}-{shards}-{cut}"
     trainer = trainer_of(run, watch, *callbacks, Export(), *keep, shards=shards)
     module = Headed() if name == "headed" else Sharded()
@@ -189,8 +189,9 @@ def main(folder, combinations):
     torch.set_num_threads(1)
     results = {}
     for name, shards, cuts, evaluated in combinations:
+        kept = sorted({*cuts, *evaluated, STEPS})
         for cut in (None, *cuts):
-            results["fit", name, shards, cut] = fit(folder, name, shards, cut)
+            results["fit", name, shards, cut] = fit(folder, name, shards, kept, cut)
         for step in (STEPS, AFTER):
             results["dense", name, shards, step] = loaded_densely(folder, name, shards, step)
         for cut in evaluated:
