@@ -201,8 +201,8 @@ class FirstOfTwo(Foreign):
     ("step", "train"),
     [
         pytest.param(4, plain, id="plain"),
-        pytest.param(EPOCH + 2, lambda: plain(shuffle=True), id="shuffled, second epoch"),
-        pytest.param(2, lengthless, id="without a length"),
+        pytest.param(EPOCH + 2, lambda: plain(shuffle=True), id="shuffled, second epoch", marks=pytest.mark.slow),
+        pytest.param(2, lengthless, id="without a length", marks=pytest.mark.slow),
         pytest.param(4, lambda: [plain(), stateful()], id="one of two"),
     ],
 )

@@ -13,6 +13,7 @@ from layershed.surgery import bypassed_sublayers
 from tests.support.lora_runs import dropping, recovery, refused_at_start
 from tests.support.models import build_model
 from tests.support.runs import BATCH, Foreign, fit_foreign, logits_of, same, sequences, state_of
+from tests.support.thinned import one_of
 
 peft = pytest.importorskip("peft")
 
@@ -46,7 +47,7 @@ class LBFGSModule(Foreign):
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", one_of([True, False]))
 def test_run_with_lbfgs_drops_trains_on_and_resumes(make_trainer, tmp_path, lora):
     def run(folder, ckpt_path=None):
         saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)

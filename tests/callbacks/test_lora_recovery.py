@@ -53,7 +53,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed
+from tests.support.thinned import crossed, one_of
 from tests.support.trainable import frozen_with_gradient, trainable
 
 LINEAR = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -441,7 +441,7 @@ def stateful():
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("finish", ["merge", "dequantize"])
+@pytest.mark.parametrize("finish", one_of(["merge", "dequantize"]))
 def test_lora_recovery_of_a_foreign_module_resumed_equals_uninterrupted(make_trainer, tmp_path, finish):
     """Its configure_optimizers takes every parameter, trainable or not."""
 

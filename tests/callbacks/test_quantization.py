@@ -220,8 +220,7 @@ def test_validation_after_quantization_does_not_change_training(make_trainer, mo
     assert same(with_pass, run("without", limit_val_batches=0))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(("mode", "drops"), crossed(MODES, (True, False)))
 def test_exported_folder_equals_the_quantized_model_bit_for_bit(make_trainer, tmp_path, mode, drops):
     before = [dropping(), adapters(finish="merge")] if drops else []
     trainer = make_trainer(*before, Quantization(mode, start="end"), Export(), max_steps=6)

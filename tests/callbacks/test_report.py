@@ -157,7 +157,7 @@ def test_report_takes_a_module_without_a_transformer_and_other_loss_names(make_t
     assert "A <line>" in Page(tmp_path / "named").text
 
 
-@pytest.mark.parametrize(("order", "cuts"), [(1, (3, 4, 9)), (-1, (4,))])
+@pytest.mark.parametrize(("order", "cuts"), one_of([(1, (3, 4, 9)), (-1, (4,))]))
 def test_report_curve_of_a_resumed_run_equals_the_uninterrupted_one(
     make_trainer, tmp_path, text_data, unpainted, order, cuts
 ):

@@ -224,8 +224,7 @@ OWN = {"quality": "val_f1", "quality_mode": "max"}
 ROUNDS = [(4, 2 / 30), (6, 4 / 30), (8, 6 / 40), (10, 8 / 40)]
 
 
-@pytest.mark.parametrize("mode", ["max", "min"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "mode"), crossed(PHASES, ("max", "min")))
 def test_sdr_of_a_module_metric_is_logged_at_every_validation_after_a_drop(make_trainer, tmp_path, faked, mode, phase):
     drop = SublayerDrop(3, count=1, every_n_steps=4, rounds=2, quality_batches=0)
     monitor = SpeedMonitor(**SMALL, **{**OWN, "quality_mode": mode}, phase=phase)

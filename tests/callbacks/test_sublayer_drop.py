@@ -406,10 +406,10 @@ TWICE = {**ONCE, "count": 2, "every_n_steps": 4, "rounds": 2}
     ("arguments", "cuts", "length"),
     [
         (ONCE, (1, 4, 6, 9), {"max_steps": 12}),
-        (TWICE, (6, 8), {"max_steps": 12}),
+        pytest.param(TWICE, (6, 8), {"max_steps": 12}, marks=pytest.mark.slow),
         # the loader's position must outlive the question how long the run is, and the reading beside it
         ({**ONCE, "calibrate_on": "train"}, (5,), {"max_steps": -1, "max_epochs": 2}),
-        ({**ONCE, "calibrate_on": "val"}, (5,), {"max_steps": -1, "max_epochs": 2}),
+        pytest.param({**ONCE, "calibrate_on": "val"}, (5,), {"max_steps": -1, "max_epochs": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_path, text_data, arguments, cuts, length):

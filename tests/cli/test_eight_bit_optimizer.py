@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from layershed.cli.main import main
+from tests.support.thinned import one_of
 
 pytestmark = [
     pytest.mark.usefixtures("own_seed", "one_parser"),
@@ -60,7 +61,7 @@ def fit(folder, *words):
     return torch.load(found[-1], weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+@pytest.mark.parametrize("name", one_of(["AdamW8bit", "Lion8bit"]))
 def test_8_bit_optimizer_resumes_exactly(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     optimizer = {"class_path": f"bitsandbytes.optim.{name}", "init_args": {"lr": 1e-3}}

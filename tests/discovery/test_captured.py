@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel, SwitchTransformersConfig, Switch
 from layershed.discovery.find import dissect, find_left_alone, find_sublayers
 from layershed.surgery import bypass
 from tests.support.models import build_model
+from tests.support.thinned import crossed
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 4},
@@ -39,18 +40,18 @@ def test_requested_router_logits_hide_no_sublayer_of_an_encoder_decoder():
     assert dissect(model) == plain
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("output_attentions", True),
-        ("output_hidden_states", True),
-        ("output_hidden_states", [1, -1]),
-        ("return_dict", False),
-        ("use_cache", False),
-    ],
+FLAGS = (
+    ("output_attentions", True),
+    ("output_hidden_states", True),
+    ("output_hidden_states", [1, -1]),
+    ("return_dict", False),
+    ("use_cache", False),
 )
-@pytest.mark.parametrize("family", ["llama", "bart", "gpt2"])
-def test_flag_of_a_config_changes_neither_the_sublayers_nor_the_config(family, flag, value):
+
+
+@pytest.mark.parametrize(("family", "setting"), crossed(("llama", "bart", "gpt2"), FLAGS))
+def test_flag_of_a_config_changes_neither_the_sublayers_nor_the_config(family, setting):
+    flag, value = setting
     model = build_model(family, attn_implementation="eager") if family != "bart" else build_model(family, d_model=32)
     model.set_attn_implementation("eager")
     plain = dissect(copy.deepcopy(model))

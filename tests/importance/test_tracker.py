@@ -627,6 +627,7 @@ def test_estimated_importance_under_bfloat16_autocast_is_near_that_of_float64(ll
     assert dict(scores) == pytest.approx(expected, rel=0.05)  # bfloat16 activations, three digits
 
 
+@pytest.mark.slow  # tests/callbacks/test_setups.py compiles a watched model by default
 def test_tracker_starts_after_torch_compile():
     model = build_model("llama", num_hidden_layers=1)
     expected = measured(model, BATCHES[:1])

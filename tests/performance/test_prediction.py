@@ -102,6 +102,7 @@ def test_cache_size_equals_the_papers_table(name):
     assert caches == [gb_before * GIB, gb_after * GIB]
 
 
+@pytest.mark.slow  # the next test builds the same model
 def test_llama_2_13b_cache_equals_the_paper_at_another_length():
     """The figures match in decimal GB with 16 sequences of 3,968 tokens, as docs/performance.md says."""
     costs = CostModel(skeleton("llama-2-13b"))
