@@ -42,4 +42,4 @@ $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[dev]"
-	touch $@
+	touch $@ $(VENV)/installed-test  # dev holds the test extra
