@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershed.batches import iterate, model_inputs
+from layershed.batches import IdRange, device_of, iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
@@ -61,9 +61,11 @@ def estimate_importance(
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
     body = body_of(transformer)
+    ids = IdRange(transformer)
     with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
         for batch in iterate(batches, max_batches):
-            body(**model_inputs(batch, transformer))
+            body(**model_inputs(batch, transformer, ids))
+    ids.read()
     scores = tracker.compute()
     for left_out in (tracker.skipped, tracker.left_out):
         if left_out:
@@ -140,6 +142,7 @@ class ImportanceTracker:
 
     def attach(self) -> None:
         """Register the hooks; they measure nothing until :meth:`start`."""
+        self._sums.move(device_of(self._transformer))
         self._taps.attach()
 
     def detach(self) -> None:
