@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-import traceback
+import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -37,8 +37,12 @@ _CHANGES_OF_FORM = {"resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpos
 def wait(kind):
     """Note that the host waits."""
     WAITS[kind] += 1
-    frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
-    PLACES.append(f"{kind}: " + " < ".join(f"{f.filename[-40:]}:{f.lineno}" for f in reversed(frames[-6:-2])))
+    place, frame = [], sys._getframe(1)
+    while frame is not None and len(place) < 3:
+        if not any(part in frame.f_code.co_filename for part in ("/torch/", "support/simulated")):
+            place.append(f"{frame.f_code.co_filename[-40:]}:{frame.f_lineno}")
+        frame = frame.f_back
+    PLACES.append(f"{kind}: " + " < ".join(place))
 
 
 @contextmanager
@@ -70,6 +74,12 @@ class Simulated(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
+
+    def __getitem__(self, index):
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_without_lists(index), value)
 
     def tolist(self):
         return self.cpu().tolist()
@@ -125,6 +135,13 @@ class Simulated(torch.Tensor):
         wants = self.requires_grad and not plain
         made = (_rebuild_device_tensor_from_cpu_tensor, (held, self.dtype, str(self.device), wants))
         return (_rebuild_parameter, (self.detach(), self.requires_grad, {})) if plain else made
+
+
+def _without_lists(index):
+    """An index whose lists are tensors of the CPU, which torch would not make for this device."""
+    if isinstance(index, tuple):
+        return tuple(map(_without_lists, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _note_storage(held):
