@@ -113,7 +113,7 @@ def test_moved_parameters_stay_the_same_objects_and_train():
     assert {parameter.device.type for parameter in parameters} == {"cpu"}
 
 
-@pytest.mark.parametrize(("place", "device"), [(None, "sim"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("place", "device"), [(None, "sim"), ("cpu", "cpu"), (lambda storage, _: storage, "cpu")])
 def test_saved_tensors_come_back_where_they_were_or_are_wanted(place, device):
     file = io.BytesIO()
     torch.save({"weight": CPU.to("sim"), "parameter": nn.Parameter(CPU.to("sim"))}, file)

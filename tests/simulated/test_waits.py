@@ -47,18 +47,15 @@ def test_quality_pass_over_batches_of_the_cpu_waits_for_their_transfers_and_once
     assert noted - expected == {"read": 1, "sent": 2 * len(given)}, PLACES
 
 
-def test_importance_pass_waits_once_after_its_batches_and_once_for_their_ids():
-    model = build_model().to(SIM)
-    ls.find_sublayers(model)
-    counts = []
-    for number in (1, 4):
-        expected = waits_of_passes(model, batches(number))
+def test_importance_pass_waits_no_more_often_for_more_batches():
+    model, more = build_model().to(SIM), []
+    for count in (1, 4):
+        given = batches(count)
+        expected = waits_of_passes(model, given)
         with waits() as noted:
-            ls.estimate_importance(model, batches(number))
-        counts.append(noted - expected)
-    made = Counter({"sent": 2})  # per batch, in batches() above
-    assert counts[1]["read"] == counts[0]["read"] <= 2, PLACES
-    assert counts[1]["sent"] - counts[0]["sent"] == 3 * made["sent"] - 3 * made["sent"]
+            ls.estimate_importance(model, given)
+        more.append(noted - expected)
+    assert more[0] == more[1], PLACES
 
 
 @pytest.mark.parametrize("kind", ["kl", "both"])
@@ -135,7 +132,12 @@ WATCHERS = {
         {4: 3, 8: 3},
     ),
     "all": (
-        lambda: [RedundancyMonitor(every_n_steps=5), Report(every_n_steps=1), SpeedMonitor(), ExactResume()],
+        lambda: [
+            RedundancyMonitor(every_n_steps=5),
+            Report(every_n_steps=1),
+            SpeedMonitor(prompt_tokens=8, new_tokens=2),
+            ExactResume(),
+        ],
         {5: 1},
     ),
 }

@@ -117,6 +117,15 @@ def _swap(one, other):
     torch._C._swap_tensor_impl(one, other)
 
 
+def _restore_location(device, of_torch=torch._utils._get_restore_location):
+    """As torch's own, which knows no function as map_location for a tensor without storage."""
+    place = torch.serialization._serialization_tls.map_location
+    if not callable(place):
+        return of_torch(device)
+    storage = place(torch.UntypedStorage(0), device)
+    return device if storage is None else storage.device
+
+
 _KEPT: list[object] = []
 
 
@@ -131,6 +140,7 @@ def install():
     makers.__enter__()
     _KEPT.extend((library, makers))
     torch.accelerator.synchronize = torch.sim.synchronize  # which has no way to a device made in Python
+    torch._utils._get_restore_location = _restore_location
     # a move replaces what a Parameter holds, as on a GPU, so that ties and optimizers keep it
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.utils.swap_tensors = _swap
