@@ -161,18 +161,13 @@ def test_steps_before_and_after_a_drop_wait_no_more_often(tmp_path):
     assert [dropped[step] for step in quiet] == [plain[step] for step in quiet], PLACES
 
 
-MASKS = {
-    "booleans": lambda: torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12),
-    "floats": lambda: torch.zeros(12, 12).masked_fill(~torch.ones(12, 12).tril().bool(), -torch.inf)[None, None],
-}
+CAUSAL = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
+LOWEST = torch.finfo(torch.float32).min
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_watched_pass_with_a_mask_of_pairs_does_not_wait(name):
-    model, [batch] = build_model(attn_implementation="eager").to(SIM), batches(1)
-    mask = MASKS[name]()
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+def pass_with(mask):
+    """A watched pass with a mask of pairs; returns its tracker, and the waits beyond those of an unwatched pass."""
+    model, [batch] = build_model(attn_implementation="eager", num_hidden_layers=3).to(SIM), batches(1)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask.to(SIM)}
     tracker = ls.ImportanceTracker(model)
     with torch.no_grad(), tracker:
@@ -180,5 +175,22 @@ def test_watched_pass_with_a_mask_of_pairs_does_not_wait(name):
             model(**inputs, use_cache=False)
         with tracker.measuring(), waits() as watched:
             model(**inputs, use_cache=False)
-    assert watched == plain, PLACES
-    assert tracker.compute().tokens == 24
+    return tracker, watched - plain
+
+
+def test_watched_pass_with_a_mask_of_pairs_does_not_wait():
+    padded = CAUSAL.clone()
+    padded[1, ..., 10:] = False
+    tracker, more = pass_with(torch.zeros(padded.shape).masked_fill(~padded, LOWEST))
+    assert not more, PLACES
+    assert tracker.compute().tokens == 22
+
+
+def test_unreadable_mask_on_the_device_is_refused_when_the_importances_are_read():
+    tracker, more = pass_with(CAUSAL.float())
+    assert not more, PLACES
+    with pytest.raises(ls.errors.CalibrationError, match="floats of 0 and 1"):
+        tracker.compute()
+    tracker.reset()
+    with pytest.raises(ls.errors.CalibrationError, match="No token was seen"):
+        tracker.compute()

@@ -16,6 +16,7 @@ from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
+from layershed.importance.masks import Doubts
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
 from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
@@ -187,6 +188,7 @@ class ImportanceTracker:
 
     def reset(self) -> None:
         """Forget the sums."""
+        self._padding.doubts = Doubts()
         self._sums.reset()
         self._failure = self.skipped = self.left_out = None
 
@@ -197,6 +199,9 @@ class ImportanceTracker:
             CalibrationError: If no token was seen.
             NotFiniteError: If an importance was NaN or infinite in every pass.
         """
+        error = self._padding.doubts.read()
+        if error is not None:
+            self._fail(error)
         bypassed = set(bypassed_sublayers(self._transformer))
         running = [(i, sublayer) for i, sublayer in enumerate(self._sublayers) if sublayer not in bypassed]
         means = self._sums.means()
