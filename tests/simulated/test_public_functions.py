@@ -254,7 +254,13 @@ WITHOUT_TENSORS = {
 }
 # bitsandbytes has no kernels for a device made in Python
 NOT_SIMULATED = {"quantize", "dequantize"}
-SLOW = {"SpeedSettings drop_to_speedup"}
+SLOW = {
+    "SpeedSettings drop_to_speedup",
+    "PhaseSpeed SpeedReport Interval measure_speed ACCELERATORS accelerator",  # also in test_machine.py
+    "Ceilings measure_ceilings",
+    "CostModel PassCosts Cost",
+    "drop_sublayers",
+}
 READ_BATCHES = [quality, importance, dropped, distilled]
 
 

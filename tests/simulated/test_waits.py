@@ -121,7 +121,7 @@ def steps_of(folder, *callbacks):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = make_trainer(folder, steps, *callbacks, limit_val_batches=0)
-        trainer.fit(Unlogged(num_hidden_layers=3), loader(8))
+        trainer.fit(Unlogged(num_hidden_layers=2), loader(8))
     return steps.steps
 
 
@@ -143,7 +143,9 @@ WATCHERS = {
 }
 
 
-@pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "all" else pytest.mark.slow) for name in WATCHERS]
+)
 def test_watched_step_waits_only_at_its_measured_end(name, tmp_path):
     make, expected = WATCHERS[name]
     plain = steps_of(tmp_path / "plain")

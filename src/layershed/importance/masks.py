@@ -113,8 +113,8 @@ def _of_pairs(mask: Tensor, doubts: Doubts) -> Tensor:
         return torch.where(mask.min() < 0, mask > _BLOCKED, mask != 0)
     doubtful = doubts.raise_or_note(
         (mask.min() == 0) & (mask.max() == 1),
-        "Cannot read padding from the attention mask: it holds floats of 0 and 1, which may be added to the attention's "
-        f"logits or not. Pass it as booleans. {_ADVICE}",
+        "Cannot read padding from the attention mask: it holds floats of 0 and 1, which may be added to the "
+        f"attention's logits or not. Pass it as booleans. {_ADVICE}",
     )
     return mask > _BLOCKED if doubtful is None else (mask > _BLOCKED) & ~doubtful
 
@@ -124,6 +124,7 @@ def _attended(attends: Tensor, doubts: Doubts) -> Tensor:
 
     Args:
         attends: Shape (batch, queries, keys), true where a query attends to a key.
+        doubts: As in :func:`tokens_that_count`.
 
     Returns:
         Shape (batch, keys).
