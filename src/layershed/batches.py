@@ -113,8 +113,83 @@ def refuse_skeleton(transformer: nn.Module) -> None:
         )
 
 
-def text_inputs(batch: Any, transformer: nn.Module, main: str = "input_ids") -> dict[str, Any]:
+class IdRange:
+    """The lowest and the highest token id of all batches that were read, kept on their device.
+
+    Reading them makes the host wait for the device, so it is done once, after all batches.
+
+    Args:
+        transformer: The transformer that reads the batches.
+
+    Attributes:
+        ends: The highest of the negative ids and of the ids, shape (2); None if no id was on an accelerator.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self._transformer = transformer
+        self.ends: Tensor | None = None
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Note the range of ids, shape (batch, tokens).
+
+        Returns:
+            The ids, each in range. A GPU's process does not survive others.
+
+        Raises:
+            BatchError: At once, if ids of a CPU are out of range.
+        """
+        size = _embeddings(self._transformer)
+        if size is None or not ids.numel():
+            return ids
+        low, high = ids.aminmax()
+        if ids.device.type == "cpu":
+            self.check(int(low), int(high))
+            return ids
+        ends = torch.stack([-low, high])
+        self.ends = ends if self.ends is None else torch.maximum(self.ends, ends.to(self.ends.device))
+        return ids.clamp(0, size - 1)
+
+    def read(self) -> None:
+        """Wait for the device, and check the range of all ids that were taken.
+
+        Raises:
+            BatchError: If an id is out of range.
+        """
+        if self.ends is not None:
+            low, high = self.ends.tolist()
+            self.check(-low, high)
+
+    def check(self, low: int, high: int) -> None:
+        """Check the lowest and the highest id.
+
+        Raises:
+            BatchError: If one is out of range.
+        """
+        size = _embeddings(self._transformer)
+        if size is not None and (low < 0 or high >= size):
+            raise BatchError(
+                f"input_ids of a batch hold {low if low < 0 else high}, but {type(self._transformer).__name__} has "
+                f"{size} embeddings. Use the model's own tokenizer."
+            )
+
+
+def _embeddings(transformer: nn.Module) -> int | None:
+    """The number of token ids that a transformer knows; None if that cannot be said."""
+    embeddings = getattr(transformer, "get_input_embeddings", lambda: None)()
+    return embeddings.num_embeddings if type(embeddings) is nn.Embedding else None
+
+
+def text_inputs(
+    batch: Any, transformer: nn.Module, main: str = "input_ids", ids: IdRange | None = None
+) -> dict[str, Any]:
     """As :func:`as_inputs`, checked against what a transformer can read.
+
+    Args:
+        batch: The batch.
+        transformer: The transformer.
+        main: Name of its main input.
+        ids: Where to note the range of token ids on an accelerator, so that the caller reads it later; None reads it at
+            once.
 
     Raises:
         BatchError: If the batch does not fit; names the key.
@@ -130,11 +205,15 @@ def text_inputs(batch: Any, transformer: nn.Module, main: str = "input_ids") -> 
             "Pad the rows."
         )
     if main == "input_ids":
-        _check_ids(inputs, transformer)
+        _check_ids(inputs)
+        later = ids or IdRange(transformer)
+        inputs[main] = later.take(inputs[main])
+        if ids is None:
+            later.read()
     return inputs
 
 
-def _check_ids(inputs: Mapping[str, Any], transformer: nn.Module) -> None:
+def _check_ids(inputs: Mapping[str, Any]) -> None:
     ids = inputs["input_ids"]
     if ids.ndim < 2:
         raise BatchError(
@@ -149,14 +228,6 @@ def _check_ids(inputs: Mapping[str, Any], transformer: nn.Module) -> None:
             continue
         if not isinstance(value, Tensor):
             raise BatchError(f"{name} of a batch must be a tensor, or rows of equal length; got {describe(value)}.")
-    embeddings = getattr(transformer, "get_input_embeddings", lambda: None)()
-    if type(embeddings) is nn.Embedding and ids.numel():
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= embeddings.num_embeddings:
-            raise BatchError(
-                f"input_ids of a batch hold {low if low < 0 else high}, but {type(transformer).__name__} has "
-                f"{embeddings.num_embeddings} embeddings. Use the model's own tokenizer."
-            )
 
 
 def same_shape(inputs: Mapping[str, Any], name: str) -> None:
@@ -172,15 +243,20 @@ def same_shape(inputs: Mapping[str, Any], name: str) -> None:
         )
 
 
-def model_inputs(batch: Any, transformer: nn.Module) -> dict[str, Any]:
+def model_inputs(batch: Any, transformer: nn.Module, ids: IdRange | None = None) -> dict[str, Any]:
     """The inputs that a transformer takes from a batch, on its device, with its cache switched off.
+
+    Args:
+        batch: The batch.
+        transformer: The transformer.
+        ids: As in :func:`text_inputs`.
 
     Raises:
         BatchError: If the batch does not hold what the transformer reads.
     """
     names = list(inspect.signature(transformer.forward).parameters)
     main = getattr(transformer, "main_input_name", names[0])
-    inputs = text_inputs(batch, transformer, main)
+    inputs = text_inputs(batch, transformer, main, ids)
     if "decoder_input_ids" in names and "decoder_input_ids" not in inputs:
         inputs = {**inputs, **_decoder_inputs(inputs, transformer)}
     without_cache = {"use_cache": False} if "use_cache" in names else {}

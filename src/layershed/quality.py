@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import Metric
 
-from layershed.batches import device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
+from layershed.batches import IdRange, device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import BatchError, MeasurementError
@@ -59,30 +60,17 @@ def evaluate_quality(
     transformer = find_transformer(model, name=name)
     check_head(transformer)
     refuse_skeleton(transformer)
-    device = device_of(transformer)
-    # by default torchmetrics leaves NaN out of the mean
-    loss, accuracy = (MeanMetric(nan_strategy=float("nan")).to(device) for _ in range(2))
-    # Apple's GPUs have no float64
-    counted = SumMetric().set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
-    # a rank without tokens must still update, as other ranks may have some
-    loss.update(0.0, 0.0)
-    accuracy.update(0.0, 0.0)
-    counted.update(0.0)
+    ids, sums = IdRange(transformer), _Sums(device_of(transformer))
     with evaluating(transformer), torch.no_grad():
         for batch in iterate(batches, max_batches):
-            logits, targets = _predictions(transformer, batch)
-            if targets.numel() == 0:
-                continue
-            counted.update(targets.numel())
-            loss.update(cross_entropy(logits, targets, reduction="mean"), targets.numel())
-            accuracy.update((logits.argmax(-1) == targets).float().mean(), targets.numel())
-    tokens = int(counted.compute())  # summed over all ranks, so that they agree
+            sums.update(*_predictions(transformer, batch, ids))
+    loss, hits, tokens = sums.read(ids)
     if tokens == 0:
         raise MeasurementError(
             "evaluate_quality: there is no token to predict, as the batches are empty (a generator can be read only "
             "once) or every label is ignored. Check the data."
         )
-    return Quality(loss.compute().item(), accuracy.compute().item(), tokens)
+    return Quality(loss / tokens, hits / tokens, tokens)
 
 
 def check_head(transformer: nn.Module) -> None:
@@ -98,9 +86,9 @@ def check_head(transformer: nn.Module) -> None:
         )
 
 
-def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return logits of shape (predicted tokens, vocabulary) and targets of shape (predicted tokens)."""
-    inputs = text_inputs(batch, transformer)
+def _predictions(transformer: nn.Module, batch: Any, ids: IdRange) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, targets and which of them count, all of shape (batch, tokens - 1, ...)."""
+    inputs = text_inputs(batch, transformer, ids=ids)
     for name in ("labels", "attention_mask"):
         same_shape(inputs, name)
     device = device_of(transformer)
@@ -112,10 +100,70 @@ def _predictions(transformer: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if "attention_mask" in inputs:
         # a token counts if neither it nor the token before it is padding
         counted &= inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
-    logits, targets = output.logits[:, :-1][counted].float(), targets[counted]
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
-        raise BatchError(
-            f"labels of a batch must be -100 or in [0, {logits.shape[-1]}); got {int(targets.min())} to "
-            f"{int(targets.max())}."
-        )
-    return logits, targets
+    return output.logits[:, :-1], targets, counted
+
+
+class _Sums(Metric):
+    """Loss, hits and tokens of all batches and ranks, summed on their device. The host waits once, in :meth:`read`.
+
+    Args:
+        device: The device of the logits.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    ends: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._dtype_of_sums = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.add_state("sums", torch.zeros(3, dtype=self._dtype_of_sums, device=device), dist_reduce_fx="sum")
+        # the highest of: labels, negative; labels; token ids, negative; token ids
+        unseen = torch.full((4,), -torch.inf, dtype=self._dtype_of_sums, device=device)
+        self.add_state("ends", unseen, dist_reduce_fx="max")
+        self._labels = 0
+
+    def update(self, logits: Tensor, targets: Tensor, counted: Tensor) -> None:
+        """Add a batch; shapes as of :func:`_predictions`."""
+        if not targets.numel():
+            return
+        self._labels, far = logits.shape[-1], torch.iinfo(torch.int32).max
+        lowest = torch.where(counted, targets, far).min()
+        highest = torch.where(counted, targets, -far).max()
+        self._note(torch.stack([-lowest, highest]), 0)
+        targets = torch.where(counted, targets, 0).clamp(0, self._labels - 1)  # a GPU's process survives no others
+        logits = logits.flatten(0, 1).float()
+        losses = cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        hits = logits.argmax(-1).view_as(targets) == targets
+        # where, not multiplication or selection: padding may hold a NaN, and the host would wait for a number of tokens
+        columns = (torch.where(counted, values, 0).to(self._dtype_of_sums).sum() for values in (losses, hits, counted))
+        self.sums = self.sums + torch.stack(list(columns))
+
+    def compute(self) -> Tensor:
+        """Loss, hits and tokens, shape (3)."""
+        return self.sums
+
+    def _note(self, ends: Tensor, place: int) -> None:
+        own = self.ends[place : place + 2]
+        torch.maximum(own, ends.to(own), out=own)
+
+    def read(self, ids: IdRange) -> tuple[float, float, int]:
+        """Wait for the device, and return loss, hits and number of tokens, summed over all ranks.
+
+        Args:
+            ids: The range of all token ids that the model read.
+
+        Raises:
+            BatchError: If a label or a token id is out of range, on every rank.
+        """
+        if ids.ends is not None:
+            self._note(ids.ends, 2)
+        with self.sync_context():
+            loss, hits, tokens, lowest, highest, *of_ids = torch.cat([self.sums, self.ends]).tolist()
+        if all(map(math.isfinite, of_ids)):
+            ids.check(-int(of_ids[0]), int(of_ids[1]))
+        if tokens and self._labels and not 0 <= -lowest <= highest < self._labels:
+            raise BatchError(
+                f"labels of a batch must be -100 or in [0, {self._labels}); got {-lowest:.0f} to {highest:.0f}."
+            )
+        return loss, hits, int(tokens)

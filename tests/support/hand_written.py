@@ -44,7 +44,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, 11, bias=False)
 
     def forward(self, idx, targets=None):
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
         for block in (*self.h, *self.more):
             x = block(x)
         return self.head(x), None

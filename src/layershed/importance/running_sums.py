@@ -131,10 +131,7 @@ class RunningSums:
             branch: b in Y = X + b, of the same shape.
             mask: True where a token counts, shape (batch, tokens); None counts all.
         """
-        # Apple's GPUs know no float64: their sums stay on the CPU
-        home = torch.device("cpu") if x.device.type == "mps" else x.device
-        if self._pass.device != home:
-            self._pass.to(home)
+        self.move(x.device)
         self._pending = True
         with torch.no_grad():
             self._pass.update(x, branch, mask, place)
@@ -144,8 +141,6 @@ class RunningSums:
         if not self._pending:
             return
         self._pending = False
-        if self._sums.device != self._pass.device:
-            self._sums.to(self._pass.device)
         with torch.no_grad():
             self._sums.update(self._pass)
         self._pass.total.zero_()  # in place: under inference mode new tensors would never be written to again
@@ -162,8 +157,18 @@ class RunningSums:
         self.end_pass()
         sums = self._sums
         with sums.sync_context():
-            values, tokens, passes = (sums.total / sums.tokens).tolist(), sums.tokens.tolist(), sums.passes.tolist()
+            read = torch.cat([sums.total / sums.tokens, sums.tokens, sums.passes]).tolist()  # the host waits once
+        places = len(self._names)
+        values, tokens, passes = read[:places], read[places : 2 * places], read[2 * places :]
         return Means(values, tokens, int(sum(passes)), self._skipped(passes))
+
+    def move(self, device: torch.device) -> None:
+        """Keep the sums on the device of the activations, so that no measured pass waits for a transfer."""
+        # Apple's GPUs know no float64: their sums stay on the CPU
+        home = torch.device("cpu") if device.type == "mps" else device
+        for metric in (self._pass, self._sums):
+            if metric.device != home:
+                metric.to(home)
 
     def state_dict(self) -> dict[str, list[float]]:
         """The sums of this rank as plain numbers, exact."""

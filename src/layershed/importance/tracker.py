@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershed.batches import iterate, model_inputs
+from layershed.batches import IdRange, device_of, iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
+from layershed.importance.masks import Doubts
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
 from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
@@ -61,9 +62,11 @@ def estimate_importance(
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
     body = body_of(transformer)
+    ids = IdRange(transformer)
     with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
         for batch in iterate(batches, max_batches):
-            body(**model_inputs(batch, transformer))
+            body(**model_inputs(batch, transformer, ids))
+    ids.read()
     scores = tracker.compute()
     for left_out in (tracker.skipped, tracker.left_out):
         if left_out:
@@ -140,6 +143,7 @@ class ImportanceTracker:
 
     def attach(self) -> None:
         """Register the hooks; they measure nothing until :meth:`start`."""
+        self._sums.move(device_of(self._transformer))
         self._taps.attach()
 
     def detach(self) -> None:
@@ -184,6 +188,7 @@ class ImportanceTracker:
 
     def reset(self) -> None:
         """Forget the sums."""
+        self._padding.doubts = Doubts()
         self._sums.reset()
         self._failure = self.skipped = self.left_out = None
 
@@ -194,6 +199,9 @@ class ImportanceTracker:
             CalibrationError: If no token was seen.
             NotFiniteError: If an importance was NaN or infinite in every pass.
         """
+        error = self._padding.doubts.read()
+        if error is not None:
+            self._fail(error)
         bypassed = set(bypassed_sublayers(self._transformer))
         running = [(i, sublayer) for i, sublayer in enumerate(self._sublayers) if sublayer not in bypassed]
         means = self._sums.means()

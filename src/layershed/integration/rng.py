@@ -11,31 +11,31 @@ import torch.distributed
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from layershed.devices import device_random_states, set_device_random_states
 from layershed.integration.lightning_private import is_stateful, wrapped_sampler
 
 T = TypeVar("T")
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python, NumPy, torch and every CUDA device."""
+    """The states of Python, NumPy, torch and every device of the accelerator."""
     state: Any = np.random.get_state(legacy=True)
     _, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": [keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **device_random_states(),
     }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """The inverse of :func:`random_states`; with another number of CUDA devices, their states stay as they are."""
+    """The inverse of :func:`random_states`; with another number of devices, their states stay as they are."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(("MT19937", *states["numpy"]))
     torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    set_device_random_states(states)
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:

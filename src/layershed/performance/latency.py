@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.devices import Clock
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import eager, evaluating
-from layershed.performance.stopwatch import Clock, Phase, SpeedSettings, Stopwatch, casting_alike, check_phase
+from layershed.performance.stopwatch import Phase, SpeedSettings, Stopwatch, casting_alike, check_phase
 from layershed.planning.plan import Sublayer
 from layershed.recovery.lora import adapters_off
 from layershed.stand_ins.contexts import lifted

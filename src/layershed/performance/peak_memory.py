@@ -12,6 +12,8 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from layershed.devices import module_of
+
 
 @contextmanager
 def watching_memory(device: torch.device) -> Iterator[Callable[[], int]]:
@@ -20,11 +22,12 @@ def watching_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     The peak is exact and repeatable. A process's resident memory is not, as the allocator keeps freed memory. On a CPU
     the work runs more slowly within the context, and a kernel's own temporary memory is not counted.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    module = module_of(device, "synchronize", "memory_allocated", "reset_peak_memory_stats", "max_memory_allocated")
+    if module is not None:
+        module.synchronize(device)
+        before = module.memory_allocated(device)
+        module.reset_peak_memory_stats(device)
+        yield lambda: module.max_memory_allocated(device) - before
     else:
         with _Allocations() as allocations:
             yield lambda: allocations.peak

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.devices import module_of
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import recorded
 from layershed.errors import SelectionError, UnknownNameError
@@ -211,8 +212,9 @@ def ceilings_of(name: str, device: torch.device, dtype: torch.dtype) -> Ceilings
         if known not in ACCELERATORS:
             raise UnknownNameError("device", known, ("this", *ACCELERATORS))
         return accelerator(known)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+    module = module_of(device, "get_device_properties")
+    if module is not None:
+        memory = module.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return replace(measure_ceilings(device, dtype), memory=memory)

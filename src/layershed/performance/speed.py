@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.devices import WallClock
 from layershed.discovery.find import find_transformer
 from layershed.discovery.probe import eager, evaluating
 from layershed.errors import LayershedError, MeasurementError
@@ -24,7 +25,6 @@ from layershed.performance.stopwatch import (
     SpeedSettings,
     Stopwatch,
     Timing,
-    WallClock,
     casting_alike,
     check_compiled,
     describe_device,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layershed.devices import Clock, clock_of, module_of
 from layershed.discovery.find import predicts_next_token
 from layershed.discovery.probe import quietly
 from layershed.errors import MeasurementError, UnknownNameError
@@ -78,65 +78,6 @@ class SpeedSettings:
                 f"model's {places} positions. Lower one of them."
             )
         return transformer
-
-
-class Clock(Protocol):
-    """Marks points in time and computes the seconds between them."""
-
-    def mark(self) -> Any:
-        """Mark the time after all earlier work of the device."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the seconds between two marks."""
-
-
-class WallClock:
-    """Clock for a CPU, and for any device that can be synchronised.
-
-    Args:
-        device: The device. Any device but a CPU is synchronised at every mark.
-        now: Function that returns seconds.
-    """
-
-    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
-        self.device, self.now = device, now
-
-    def mark(self) -> float:
-        """Return the time after the device's queue is empty."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return self.now()
-
-    def seconds(self, start: float, end: float) -> float:
-        """Return the seconds between two marks."""
-        return end - start
-
-
-class EventClock:
-    """Clock for CUDA. It records events in the stream, so the host never waits between two marks.
-
-    Args:
-        device: The CUDA device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def mark(self) -> torch.cuda.Event:
-        """Record an event after all work in the stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Wait for the later event and return the seconds between both."""
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-
-def clock_of(device: torch.device) -> Clock:
-    """Return an :class:`EventClock` for CUDA, else a :class:`WallClock`."""
-    return EventClock(device) if device.type == "cuda" else WallClock(device)
 
 
 @dataclass(frozen=True)
@@ -266,6 +207,7 @@ def cache_bytes(cache: Any) -> int:
 
 def describe_device(device: torch.device) -> str:
     """Describe a device, such as ``cpu (2 threads)`` or ``NVIDIA H100``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    module = module_of(device, "get_device_name")
+    if module is not None:
+        return str(module.get_device_name(device))
     return f"{device.type} ({torch.get_num_threads()} threads)"

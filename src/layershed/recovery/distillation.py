@@ -6,9 +6,9 @@ No second model is held. As long as only adapters are trained, the teacher is ex
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from layershed.batches import as_inputs, describe, device_of, select
+from layershed.devices import WallClock, clock_of, has_events
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import RecoveryError, UnknownNameError
@@ -61,13 +62,18 @@ class SelfDistillation(NamedTuple):
         loss: (1 - w) LM + w divergence, with gradients.
         lm: The language-model part, next-token cross-entropy in nats; without gradients.
         divergence: The teacher's part; without gradients.
-        teacher_seconds: Wall time of the teacher's forward pass.
+        measure_teacher: Function that returns the seconds of the teacher's forward pass.
     """
 
     loss: Tensor
     lm: Tensor
     divergence: Tensor
-    teacher_seconds: float
+    measure_teacher: Callable[[], float]
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Time of the teacher's forward pass. On a GPU, reading it waits for that pass."""
+        return self.measure_teacher()
 
 
 def self_distillation_loss(
@@ -112,12 +118,15 @@ def self_distillation(
     inputs, labels = _inputs(batch, transformer)
     wants_hidden = settings.kind != "kl"
     same = not dropped_sublayers(transformer) and not adapted_modules(transformer)
-    start = _now(labels.device)
+    # without events, waiting for the device would slow training down
+    clock = clock_of(labels.device) if has_events(labels.device) else WallClock(torch.device("cpu"))
+    start = clock.mark()
     teacher = None if same else _teacher(transformer, inputs, wants_hidden)
-    seconds = _now(labels.device) - start
+    end = clock.mark()
     student = transformer(**inputs, labels=labels, use_cache=False, output_hidden_states=wants_hidden)
     if teacher is None:
-        return SelfDistillation(student.loss, student.loss.detach(), torch.zeros_like(student.loss.detach()), 0.0)
+        lm = student.loss.detach()
+        return SelfDistillation(student.loss, lm, torch.zeros_like(lm), lambda: 0.0)
     counted = _counted(labels)
     divergence = student.logits.new_zeros((), dtype=torch.float32)
     if settings.kind != "hidden":
@@ -125,7 +134,7 @@ def self_distillation(
     if wants_hidden:
         divergence = divergence + _hidden_error(student.hidden_states, teacher.hidden_states, counted)
     loss = (1 - settings.weight) * student.loss + settings.weight * divergence
-    return SelfDistillation(loss, student.loss.detach(), divergence.detach(), seconds)
+    return SelfDistillation(loss, student.loss.detach(), divergence.detach(), partial(clock.seconds, start, end))
 
 
 def check_teacher(model: nn.Module, *, name: str | None = None) -> None:
@@ -180,18 +189,17 @@ def _kl(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -
     scale = 1 / temperature
     log_q, log_p = (log_softmax(z.float() if scale == 1 else z.float() * scale, -1) for z in (student, teacher))
     by_token = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * by_token[counted].mean()
+    return temperature**2 * _masked(by_token, counted).sum() / counted.sum()
 
 
 def _hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor) -> Tensor:
     errors = []
     for own, other in zip(student[1:], teacher[1:], strict=True):
-        own, other = own[counted].float(), other[counted].float()
+        own, other = (_masked(states.float(), counted.unsqueeze(-1)) for states in (own, other))
         errors.append((own - other).square().sum() / other.square().sum())
     return torch.stack(errors).mean()
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _masked(values: Tensor, counted: Tensor) -> Tensor:
+    """The values, zero where they do not count. Selecting them would make the host wait for their number."""
+    return torch.where(counted, values, torch.zeros_like(values))
