@@ -104,7 +104,7 @@ def test_every_callback_but_quantization_is_in_the_runs():
     ],
     ids=["batches moved by Lightning", "batches left on the CPU", "our own module with distillation"],
 )
-def test_fit_with_every_callback_gives_what_the_cpu_gives(make, tmp_path):
+def test_fit_with_every_callback_gives_what_the_cpu_gives(make, tmp_path, unpainted):
     found = results(*run(tmp_path / SIM, module=make()), tmp_path / SIM)
     assert {"Event.record", "max_memory_allocated"} <= set(CALLS)
     CALLS.clear()
@@ -119,13 +119,11 @@ def test_fit_with_every_callback_gives_what_the_cpu_gives(make, tmp_path):
 CHANGING = (RedundancyMonitor, SublayerDrop, LoRARecovery, ExactResume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "kinds"),
-    [
-        pytest.param(6, (object,), marks=pytest.mark.slow, id="before the drop"),
-        pytest.param(3, (object,), marks=pytest.mark.slow, id="after the drop"),
-        pytest.param(3, CHANGING, id="after the drop, without reports"),
-    ],
+    [(6, (object,)), (3, (object,)), (3, CHANGING)],
+    ids=["before the drop", "after the drop", "after the drop, without reports"],
 )
 def test_resumed_fit_equals_the_uninterrupted_one_on_the_device(start, kinds, tmp_path):
     def own():

@@ -13,6 +13,7 @@ from tests.support.models import build_model, some
 from tests.support.runs import Foreign, loader
 from tests.support.simulated.lightning import make_trainer
 from tests.support.simulated.tensors import PLACES, SIM, WAITS, waits
+from tests.support.thinned import one_of
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -143,9 +144,7 @@ WATCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "all" else pytest.mark.slow) for name in WATCHERS]
-)
+@pytest.mark.parametrize("name", one_of(WATCHERS))
 def test_watched_step_waits_only_at_its_measured_end(name, tmp_path):
     make, expected = WATCHERS[name]
     plain = steps_of(tmp_path / "plain")
@@ -155,6 +154,7 @@ def test_watched_step_waits_only_at_its_measured_end(name, tmp_path):
     assert more == {step: Counter(read=number) for step, number in expected.items()}, PLACES
 
 
+@pytest.mark.slow
 def test_steps_before_and_after_a_drop_wait_no_more_often(tmp_path):
     plain = steps_of(tmp_path / "plain")
     dropped = steps_of(tmp_path / "dropped", SublayerDrop(start=4, count=2, quality_batches=0))
