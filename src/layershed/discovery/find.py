@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import check_kind, shown
 from layershed.discovery.anatomy import Anatomy, take_apart
 from layershed.discovery.autocast import no_ambient_autocast
 from layershed.discovery.branches import LeftAlone
@@ -143,13 +144,9 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
         NoSublayersFoundError: If it holds none, or none under that name.
         AmbiguousModelError: If it holds several; the error names them.
     """
-    given: Any = model
-    if not isinstance(given, nn.Module):
-        raise NoSublayersFoundError(
-            f"The model must be a torch module, got {given!r:.60}. Load it first, such as by "
-            "AutoModelForCausalLM.from_pretrained or layershed.load_pretrained."
-        )
+    check_module(model)
     if name is not None:
+        check_kind(name, str, "name, the path of a module,", NoSublayersFoundError)
         model = _submodule(model, name)
     found: dict[str, Any] = {}
     for path, transformer in transformers_in(model):
@@ -166,6 +163,19 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
             "functions, transformer= in the callbacks."
         )
     return next(iter(found.values()))
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no torch module.
+
+    Raises:
+        NoSublayersFoundError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise NoSublayersFoundError(
+            f"The model must be a torch module, got {shown(model)}. Load it first, such as by "
+            "AutoModelForCausalLM.from_pretrained or layershed.load_pretrained."
+        )
 
 
 def predicts_next_token(transformer: nn.Module) -> TypeGuard[PreTrainedModel]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import as_path, check_kind, shown
 from layershed.discovery.find import find_sublayers, find_transformer, refuse_strangers, secure_quantized
 from layershed.discovery.model_record import check_plan, recorded
 from layershed.dropped_config import mark_dropped, note_dropped
@@ -66,6 +67,11 @@ def save_pretrained(
         PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = check_savable(model, standalone=standalone, name=name)
+    folder = as_path(folder, "save_pretrained: folder", ExportError)
+    if tokenizer is not None and (isinstance(tokenizer, type) or not hasattr(tokenizer, "save_pretrained")):
+        raise ExportError(f"save_pretrained: tokenizer must have save_pretrained, got {shown(tokenizer)}.")
+    if plan is not None:
+        check_kind(plan, DropPlan, "save_pretrained: plan", PlanError)
     _refuse_meta(transformer)
     dropped = dropped_sublayers(transformer)
     if plan is not None:
@@ -75,7 +81,6 @@ def save_pretrained(
             f"save_pretrained: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)} "
             f"({', '.join(s.name for s in dropped) or 'none'}). Give the plan of this model, or none."
         )
-    folder = Path(folder)
     check_folder(folder)
     weights = _weights(transformer)
     if holds_shards(transformer) and torch.distributed.get_rank():
@@ -192,7 +197,7 @@ def _described(problem: str, keys: list[str]) -> str:
 
 def load_plan(folder: str | Path) -> DropPlan | None:
     """The drop plan saved beside a model's weights, or None."""
-    path = Path(folder) / PLAN_FILE
+    path = as_path(folder, "load_plan: folder", PlanError) / PLAN_FILE
     return DropPlan.load(path) if path.is_file() else None
 
 

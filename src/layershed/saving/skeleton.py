@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from layershed.arguments import as_path
 from layershed.discovery.find import find_sublayers
 from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
@@ -51,6 +52,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     Raises:
         ExportError: If it is missing or not valid.
     """
+    as_path(source, "The folder of a model", ExportError)
     vet_folder(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
