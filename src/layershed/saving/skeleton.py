@@ -70,6 +70,11 @@ def lacks_sublayers(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "dropped_modules", None) or _skipped_in(config))
 
 
+def skips_sublayers(config: PreTrainedConfig) -> bool:
+    """Whether upstream's field says that sublayers were removed."""
+    return bool(_skipped_in(config))
+
+
 def _skipped_in(config: PreTrainedConfig) -> set[tuple[int, str]]:
     """The (block, kind) pairs that upstream's field skips."""
     text_config = config.get_text_config()
