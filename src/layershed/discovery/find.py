@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from layershed.arguments import check_kind, shown
 from layershed.discovery.anatomy import Anatomy, take_apart
-from layershed.discovery.autocast import no_ambient_autocast
+from layershed.discovery.autocast import has_mixed_dtypes, in_one_dtype, no_ambient_autocast
 from layershed.discovery.branches import LeftAlone
 from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
@@ -78,14 +78,25 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     secure_quantized(transformer)
     with _LOCK, gathered(transformer), quietly(transformer), no_ambient_autocast(transformer):
         state = fingerprint(transformer)
-        anatomy = None if state is None else _PROOFS.find(transformer, state)
-        if anatomy is None:
-            anatomy = _prove(transformer, state)
-        else:  # torch counts no writes by fused optimizers or through tensor.data, so the numbers may have changed
-            refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+        try:
+            anatomy = _known_or_proven(transformer, state)
+        except UnprovenStructureError:
+            if not has_mixed_dtypes(transformer):
+                raise
+            with in_one_dtype(transformer):  # it may run under an autocast alone, which a probe is without
+                anatomy = _known_or_proven(transformer, state)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
     return anatomy.copy()
+
+
+def _known_or_proven(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
+    anatomy = None if state is None else _PROOFS.find(transformer, state)
+    if anatomy is None:
+        return _prove(transformer, state)
+    # torch counts no writes by fused optimizers or through tensor.data, so the numbers may have changed
+    refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+    return anatomy
 
 
 def _prove(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:

@@ -47,7 +47,7 @@ def _refuse_undescribed(transformer: PreTrainedModel) -> None:
         if type(parameter).__name__ in ("Params4bit", "Int8Params") and name not in left_out:
             raise ExportError(
                 f"save_pretrained: bitsandbytes packed {name}, but the config has no quantization_config, so no "
-                "folder of it could be loaded. Quantize with layershed.quantize, or save the model before it is quantized."
+                "folder of it could be loaded. Quantize with layershed.quantize, or save the model before that."
             )
 
 
