@@ -8,7 +8,8 @@ from layershed.files.atomic import refuse_source
 from layershed.integration.preflight import check_order
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded
-from layershed.saving.pretrained import check_folder, check_savable, save_pretrained
+from layershed.saving.pretrained import check_folder, save_pretrained
+from layershed.saving.savable import check_savable
 
 
 class Export(Callback):

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Each room imports only what stands before it. layershed/__init__.py re-exports from everywhere and is no room.
 ROOMS = [
     "errors",
+    "arguments",
     "stand_ins",
     "files",
     "batches",
@@ -33,7 +34,7 @@ ROOMS = [
     "cli",
 ]
 WITHOUT_LIGHTNING = ROOMS[: ROOMS.index("integration")]
-WITHOUT_TORCH = ("errors", "planning")
+WITHOUT_TORCH = ("errors", "arguments", "planning")
 LONGEST = 350
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from layershed.discovery.find import find_sublayers, find_transformer
 from layershed.importance.tracker import check_scoring, estimate_importance
+from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, Scope, Sublayer
 from layershed.planning.selection import check_selection, equal_scores, select_sublayers
 from layershed.surgery import bypass, bypassed_sublayers
@@ -47,7 +48,7 @@ def drop_sublayers(
     """
     check_selection(scope, count=count, ratio=ratio)
     check_scoring(metric, max_batches)
-    protect = tuple(protect)
+    protect = as_protected(protect)
     gone = bypassed_sublayers(find_transformer(model, name=name))
     running = [sublayer for sublayer in find_sublayers(model, name=name) if sublayer not in gone]
     if running:  # a count that cannot be met is refused before any batch is read

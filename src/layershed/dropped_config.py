@@ -116,6 +116,7 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "zero": bool,
         "core": bool,
         "argument": int | str,
+        "asked_by": int | str,
         "layer_idx": int,
         "stride": int,
         "materialize": bool,
@@ -124,7 +125,7 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
     given = {
         name: value
         for name, value in fields.items()
-        if name not in ("sublayer", "echoes", "given", "captures", "aliases")
+        if name not in ("sublayer", "echoes", "given", "captures", "aliases", "asked")
     }
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]):
@@ -139,12 +140,14 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         raise TypeError(f"aliases={aliases!r} is no field of a stand-in")
     captures = tuple(map(_capture_from, fields.get("captures", ())))
     echoed = None if echoes is None else tuple(echoes)
+    asked = tuple(map(_asked_from, fields.get("asked", ())))
     return StandIn(
         sublayer_from(fields["sublayer"]),
         echoes=echoed,
         given=tuple(seen),
         aliases=tuple(aliases),
         captures=captures,
+        asked=asked,
         **given,
     )
 
@@ -154,3 +157,11 @@ def _capture_from(value: Any) -> Capture:
         key, ndim, size = value
         return key, ndim, size
     raise TypeError(f"captures: {value!r} is no entry of a stand-in")
+
+
+def _asked_from(value: Any) -> tuple[int, int]:
+    if isinstance(value, tuple | list) and [type(part) for part in value] == [int, int] and 0 < value[0] < 16:
+        place, ndim = value
+        if 0 <= ndim < 16:
+            return place, ndim
+    raise TypeError(f"asked: {value!r} is no entry of a stand-in")

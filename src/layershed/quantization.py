@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from layershed.arguments import as_names
 from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
@@ -144,7 +145,7 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
             "record how it is quantized."
         )
     linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    for skipped in skip_modules:
+    for skipped in as_names(skip_modules, "skip_modules", QuantizationError):
         if linear and all(should_convert_module(path, [skipped]) for path in linear):
             raise QuantizationError(
                 f"skip_modules: no linear module's path ends or begins with {skipped!r}. Available, for "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch
-from layershed.discovery.find import dissect, find_transformer, transformers_in
+from layershed.discovery.find import check_module, dissect, find_transformer, transformers_in
 from layershed.discovery.model_record import check_plan, keep_model_record, kept_model_record, take_model_record
 from layershed.dropped_config import mark_dropped, note_dropped, note_owner, noted_sublayers, resolved
 from layershed.errors import PlanError, RevivedSublayerError
@@ -77,6 +77,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     Raises:
         PlanError: If a sublayer is not bypassed; then nothing is restored.
     """
+    check_module(model)
     forget_foreign(model)
     if sublayers is None and name is None:
         for module, _ in list(overridden(model)):
@@ -166,6 +167,7 @@ def bypassed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     Raises:
         RevivedSublayerError: If that is impossible, because the model is another one now.
     """
+    check_module(model)
     for _, transformer in transformers_in(model):
         if lost := _lost(transformer):
             _put_back(transformer, lost)
@@ -224,6 +226,7 @@ def _warn_of(lost: set[Sublayer]) -> None:
 
 def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that were removed, in forward order."""
+    check_module(model)
     removed = (module.stand_in for module in model.modules() if isinstance(module, RemovedModule))
     return tuple(sorted({stand_in.sublayer for stand_in in removed if stand_in.core}))
 

@@ -1,11 +1,13 @@
 """Discovery does not depend on an autocast, neither around the model's forward nor around the caller."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from layershed.discovery.find import find_left_alone, find_sublayers
+from layershed.surgery import bypass
 from tests.support.models import build_model
 from tests.support.thinned import crossed
 
@@ -48,3 +50,44 @@ def test_autocast_works_again_after_a_probe():
     find_sublayers(model)
     assert torch.autocast.__enter__ is before
     assert model(input_ids=torch.arange(3, 9)[None]).logits.dtype is torch.bfloat16
+
+
+def half_of_all(model):
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data = parameter.data.bfloat16() if number % 2 else parameter.data
+
+
+def blocks(model):
+    model.base_model.layers.bfloat16()
+
+
+def all_but_embeddings(model):
+    model.bfloat16().get_input_embeddings().float()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "autocast around the model"])
+@pytest.mark.parametrize("lower", [half_of_all, blocks, all_but_embeddings])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_model_of_mixed_dtypes_that_only_runs_under_autocast_is_proven_and_dropped(model_type, lower, wrapped):
+    model, tokens = build_model(model_type), torch.arange(3, 11)[None]
+    expected = find_sublayers(model)
+    lower(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(tokens)
+    if wrapped:
+        around_model(model)
+    assert find_sublayers(model) == expected
+    assert find_sublayers(model) == expected  # from the known proof
+    zeroed = copy.deepcopy(model) if not wrapped else None
+    bypass(model, expected[1:4])
+    after = {name: tensor for name, tensor in model.state_dict().items() if name in before}
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+    if zeroed is not None:
+        for sublayer in expected[1:4]:
+            for parameter in zeroed.get_submodule(sublayer.path).parameters():
+                parameter.data.zero_()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(tokens).logits, zeroed(tokens).logits)

@@ -73,8 +73,28 @@ def test_attention_weights_and_hidden_states_stay_in_place(family, surgery):
     assert [gaps(part) for part in parts if type(part) is tuple and None in part] == [[2]]
 
 
-def test_attention_weights_stay_in_place_in_every_step_of_generation():
-    model = eager()
+@pytest.mark.parametrize("load", [None, load_pretrained, partial(AutoModelForCausalLM.from_pretrained, **TRUSTED)])
+@pytest.mark.parametrize("family", ["openai-gpt", "xlnet", "cpmant"])
+def test_weights_of_modules_that_return_more_when_asked_stay_in_place(family, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    case = Case(tiny_model(family))
+    given = {**case.inputs, "output_attentions": True}
+    dropped = [branch for branch in case.anatomy.branches if branch.sublayer.kind == "attention"][1:2]
+    model, expected = copy.deepcopy(case.model), reference(case, dropped)
+    bypass(model, [branch.sublayer for branch in dropped])
+    if load is not None:
+        save_pretrained(model, tmp_path / "saved", standalone=True)
+        model = load(tmp_path / "saved")
+    assert_equal_but_for(model(**given).attentions, expected(**given).attentions, [1])
+    restored = copy.deepcopy(case.model)
+    bypass(restored, [branch.sublayer for branch in dropped])
+    restore(restored)
+    assert gaps(restored(**given).attentions) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "openai-gpt", "cpmant"])
+def test_attention_weights_stay_in_place_in_every_step_of_generation(family):
+    model = eager() if family == "llama" else tiny_model(family, blocks=4)
     bypass(model, of_kind(model, "attention")[1:3])
     options = {"max_new_tokens": 3, "output_attentions": True, "return_dict_in_generate": True, "do_sample": False}
     steps = model.generate(TOKENS, **options).attentions

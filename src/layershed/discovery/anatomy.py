@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -38,11 +39,21 @@ class Anatomy:
     tokens_first: bool
     paths: tuple[str, ...] = ()
 
-    def copy(self) -> Anatomy:
-        """A copy with its own stand-ins, which are mutable, and without references to the recording."""
+    @property
+    def cores(self) -> tuple[str, ...]:
+        """Paths of the sublayers' own modules."""
+        return tuple(path for branch in self.branches for path, stand_in in branch.stand_ins if stand_in.core)
+
+    def copy(self, more: Mapping[str, Mapping[str, Any]] | None = None) -> Anatomy:
+        """A copy with its own stand-ins, which are mutable, and without references to the recording.
+
+        Args:
+            more: By path, further fields of the stand-ins.
+        """
+        fields = more or {}
 
         def own(stand_ins: tuple[tuple[str, StandIn], ...]) -> tuple[tuple[str, StandIn], ...]:
-            return tuple((path, replace(stand_in, own={})) for path, stand_in in stand_ins)
+            return tuple((path, replace(stand_in, own={}, **fields.get(path, {}))) for path, stand_in in stand_ins)
 
         branches = (replace(b, stand_ins=own(b.stand_ins), support=own(b.support), parts=()) for b in self.branches)
         return replace(self, branches=tuple(branches))

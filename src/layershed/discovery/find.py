@@ -14,12 +14,13 @@ from typing import Any, TypeGuard
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import check_kind, shown
 from layershed.discovery.anatomy import Anatomy, take_apart
-from layershed.discovery.autocast import no_ambient_autocast
+from layershed.discovery.autocast import has_mixed_dtypes, in_one_dtype, no_ambient_autocast
 from layershed.discovery.branches import LeftAlone
 from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
-from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
+from layershed.discovery.probe import asking, gathered, outputs_of, quietly, run_probe, watch_cache
 from layershed.discovery.proofs import Proofs
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
@@ -77,19 +78,32 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
     secure_quantized(transformer)
     with _LOCK, gathered(transformer), quietly(transformer), no_ambient_autocast(transformer):
         state = fingerprint(transformer)
-        anatomy = None if state is None else _PROOFS.find(transformer, state)
-        if anatomy is None:
-            anatomy = _prove(transformer, state)
-        else:  # torch counts no writes by fused optimizers or through tensor.data, so the numbers may have changed
-            refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+        try:
+            anatomy = _known_or_proven(transformer, state)
+        except UnprovenStructureError:
+            if not has_mixed_dtypes(transformer):
+                raise
+            with in_one_dtype(transformer):  # it may run under an autocast alone, which a probe is without
+                anatomy = _known_or_proven(transformer, state)
     if not anatomy.branches:
         raise NoSublayersFoundError(_nothing_found(transformer, anatomy.left_alone))
     return anatomy.copy()
 
 
+def _known_or_proven(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
+    anatomy = None if state is None else _PROOFS.find(transformer, state)
+    if anatomy is None:
+        return _prove(transformer, state)
+    # torch counts no writes by fused optimizers or through tensor.data, so the numbers may have changed
+    refuse_not_finite(transformer, outputs_of(transformer, anatomy.paths))
+    return anatomy
+
+
 def _prove(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
     tape, slots = run_probe(transformer), watch_cache(transformer)
     anatomy, of_zeros = take_apart(transformer, tape, slots)
+    asked = asking(transformer, {path: tape.calls_of(path)[0] for path in anatomy.cores})
+    anatomy = anatomy.copy(asked)
     outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]
     refuse_not_finite(transformer, [tape.tensors[output] for output in outputs if output is not None])
     if state is not None and not of_zeros:  # a branch that is zero for now may turn out to mix tokens
@@ -141,13 +155,9 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
         NoSublayersFoundError: If it holds none, or none under that name.
         AmbiguousModelError: If it holds several; the error names them.
     """
-    given: Any = model
-    if not isinstance(given, nn.Module):
-        raise NoSublayersFoundError(
-            f"The model must be a torch module, got {given!r:.60}. Load it first, such as by "
-            "AutoModelForCausalLM.from_pretrained or layershed.load_pretrained."
-        )
+    check_module(model)
     if name is not None:
+        check_kind(name, str, "name, the path of a module,", NoSublayersFoundError)
         model = _submodule(model, name)
     found: dict[str, Any] = {}
     for path, transformer in transformers_in(model):
@@ -164,6 +174,19 @@ def find_transformer(model: nn.Module, *, name: str | None = None) -> nn.Module:
             "functions, transformer= in the callbacks."
         )
     return next(iter(found.values()))
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no torch module.
+
+    Raises:
+        NoSublayersFoundError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise NoSublayersFoundError(
+            f"The model must be a torch module, got {shown(model)}. Load it first, such as by "
+            "AutoModelForCausalLM.from_pretrained or layershed.load_pretrained."
+        )
 
 
 def predicts_next_token(transformer: nn.Module) -> TypeGuard[PreTrainedModel]:

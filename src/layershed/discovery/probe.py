@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
@@ -19,13 +19,14 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from layershed.batches import device_of, is_offloaded
 from layershed.discovery.autocast import without_autocast
 from layershed.discovery.captured import without_requests
-from layershed.discovery.probe_failures import advice, without_flex
-from layershed.discovery.recording import Tape, recording
+from layershed.discovery.probe_failures import advice, with_attention, without_flex
+from layershed.discovery.recording import Call, Tape, recording
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import LayershedError, UnprovenStructureError
 from layershed.stand_ins.contexts import lifted
 
 _TOKENS = 4
+_REQUEST = "output_attentions"
 _SAMPLES = 4000  # of a sound wave: a quarter of a second
 _PROBING: ContextVar[bool] = ContextVar("layershed_probing", default=False)
 
@@ -101,6 +102,37 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
         except Exception:  # the model may not support a cache
             return None
     return watch.slots
+
+
+def asking(transformer: nn.Module, plain: Mapping[str, Call]) -> dict[str, dict[str, Any]]:
+    """By module path, what its stand-in must know to answer a request for attention weights.
+
+    Some modules return more values if an argument asks for them. A separate forward pass shows which.
+
+    Args:
+        transformer: The model.
+        plain: The recorded call of each module, without a request.
+    """
+    arguments = {path: list(signature(transformer.get_submodule(path).forward).parameters) for path in plain}
+    asked = {path: names.index(_REQUEST) for path, names in arguments.items() if _REQUEST in names}
+    if not asked or not isinstance(transformer, PreTrainedModel):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+
+    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        key = _REQUEST if _REQUEST in kwargs else asked[path]
+        values, before = output if isinstance(output, tuple | list) else (), plain[path].outputs
+        news = [i for i, x in enumerate(values) if isinstance(x, Tensor) and (i >= len(before) or before[i] is None)]
+        if news:
+            found[path] = {"asked_by": key, "asked": tuple((i, values[i].ndim) for i in news)}
+
+    eagerly = with_attention(transformer, lambda _: "eager")  # no other kind returns weights
+    with quietly(transformer), eagerly, ExitStack() as hooks, suppress(Exception):
+        for path in asked:
+            hook = partial(note, path)
+            hooks.callback(transformer.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+        _forward(transformer, output_attentions=True)
+    return found
 
 
 def filled_cache(transformer: nn.Module) -> Any:

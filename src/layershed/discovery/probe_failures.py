@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,16 +21,30 @@ def without_flex(transformer: nn.Module) -> Iterator[None]:
 
     Flex attention is one compiled operation that no recording sees. It computes the same function.
     """
+    with with_attention(transformer, _unflexed):
+        yield
+
+
+def _unflexed(model: PreTrainedModel) -> str:
+    before: str = model.config._attn_implementation
+    return before if before != _FLEX else "sdpa" if model._supports_sdpa else "eager"
+
+
+@contextmanager
+def with_attention(transformer: nn.Module, wanted: Callable[[PreTrainedModel], str]) -> Iterator[None]:
+    """Within the context each model inside computes attention by the implementation that is wanted for it."""
     models = [module for module in transformer.modules() if isinstance(module, PreTrainedModel)]
-    configs = {id(model.config): (model, model.config) for model in reversed(models)}
-    changed = [(model, config) for model, config in configs.values() if config._attn_implementation == _FLEX]
-    for model, config in changed:
-        config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
+    configs = {id(model.config): (model.config, wanted(model)) for model in reversed(models)}
+    before = [(config, config._attn_implementation) for config, _ in configs.values()]
+    for config, name in configs.values():
+        if name != config._attn_implementation:
+            config._attn_implementation_internal = name
     try:
         yield
     finally:
-        for _, config in changed:
-            config._attn_implementation_internal = _FLEX
+        for config, name in before:
+            if name != config._attn_implementation:
+                config._attn_implementation_internal = name
 
 
 def advice(transformer: nn.Module, error: Exception) -> str:

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layershed.arguments import check_kind
+from layershed.errors import CalibrationError
+
 Reduction = Literal["mean", "none"]
 
 
@@ -85,6 +88,8 @@ def _parts(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     In float32 or better: autocast would otherwise run the product in half precision. The part across is subtracted
     as a vector, since the difference of squares has no digits left where b is parallel to X.
     """
+    check_kind(x, Tensor, "x", CalibrationError)
+    check_kind(branch, Tensor, "branch", CalibrationError)
     dtype = torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x, branch = x.to(dtype), branch.to(dtype)
@@ -105,6 +110,7 @@ def _reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor
         return values
     if mask is None:
         return values.mean()
+    check_kind(mask, Tensor, "mask", CalibrationError)
     mask = mask.to(torch.bool)
     # where, not multiplication: a padded token may hold a NaN
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum()

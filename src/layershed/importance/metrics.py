@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from layershed.errors import UnknownNameError
+from layershed.arguments import check_number
+from layershed.errors import CalibrationError, UnknownNameError
 from layershed.importance.functional import angular, cosine_importance, relative_magnitude
 
 
@@ -31,6 +32,9 @@ class ImportanceMetric(Metric):
     tokens: Tensor
 
     def __init__(self, num_branches: int = 1, **kwargs: Any) -> None:
+        check_number(num_branches, "num_branches", CalibrationError, whole=True)
+        if num_branches < 0:
+            raise CalibrationError(f"num_branches={num_branches}: it must not be negative.")
         super().__init__(**kwargs)
         # float64: millions of tokens of 1e-6 each would be lost in a float32 sum
         self.add_state("total", torch.zeros(num_branches, dtype=torch.float64), dist_reduce_fx="sum")
@@ -100,6 +104,6 @@ def get_metric(name: str) -> type[ImportanceMetric]:
     Raises:
         UnknownNameError: If there is none; suggests the nearest name.
     """
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise UnknownNameError("importance metric", name, METRICS)
     return METRICS[name]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from layershed.errors import UnknownNameError
+from layershed.arguments import check_kind, shown
+from layershed.errors import MeasurementError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def accelerator(name: str) -> Ceilings:
     Raises:
         UnknownNameError: If the name is unknown.
     """
-    if name not in ACCELERATORS:
+    if not isinstance(name, str) or name not in ACCELERATORS:
         raise UnknownNameError("accelerator", name, ACCELERATORS)
     return ACCELERATORS[name]
 
@@ -110,7 +111,11 @@ def measure_ceilings(
             products (TF32).
         clock: Function that returns seconds, for tests. Each clock has its own cached result.
     """
-    device = torch.empty(0, device=device).device  # with its index
+    check_kind(dtype, torch.dtype, "measure_ceilings: dtype", MeasurementError)
+    try:
+        device = torch.empty(0, device=device).device  # with its index
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise MeasurementError(f"measure_ceilings: device={shown(device)} is no device here ({error}).") from None
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     key = (device, dtype, torch.get_num_threads() if device.type == "cpu" else None, clock)

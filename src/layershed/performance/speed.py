@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import check_kind
 from layershed.devices import WallClock
 from layershed.discovery.find import find_transformer
 from layershed.discovery.probe import eager, evaluating
@@ -81,6 +82,8 @@ def measure_speed(
             model's positions, the model cannot decode from a cache, or a wrapper of ``torch.compile`` holds it.
     """
     settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, runs, warmup)
+    if ceilings is not None:
+        check_kind(ceilings, Ceilings, "ceilings", MeasurementError)
     transformer = settings.check_structure(find_transformer(model, name=name))
     if base is None and not bypassed_sublayers(transformer):
         raise MeasurementError("measure_speed: nothing is bypassed, so there is nothing to compare. Bypass first.")

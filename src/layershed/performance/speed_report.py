@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layershed.arguments import check_number
+from layershed.errors import MeasurementError
 from layershed.formatting import short_bytes, short_count, short_number
 from layershed.performance.intervals import Interval
 
@@ -152,5 +154,7 @@ def speedup_degradation_ratio(points_lost: float, speedup: float) -> float:
         >>> round(speedup_degradation_ratio(68.2 - 65.8, 1.11), 2)
         0.22
     """
+    for name, number in (("points_lost", points_lost), ("speedup", speedup)):
+        check_number(number, f"speedup_degradation_ratio: {name}", MeasurementError)
     gained = (speedup - 1) * 100
     return points_lost / gained if gained > 0 else float("nan")

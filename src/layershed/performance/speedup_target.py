@@ -10,12 +10,14 @@ from typing import Any, get_args
 
 from torch import nn
 
+from layershed.arguments import check_kind, check_number
 from layershed.discovery.find import find_transformer
-from layershed.errors import SelectionError, SpeedupError, UnknownNameError
+from layershed.errors import MeasurementError, SelectionError, SpeedupError, UnknownNameError
 from layershed.performance.latency import Latency, measure_latency
 from layershed.performance.roofline import measure_ceilings
 from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed
 from layershed.performance.stopwatch import Phase, SpeedSettings, check_phase
+from layershed.planning.arguments import as_protected
 from layershed.planning.plan import Drop, DropPlan, Scope, Sublayer
 from layershed.planning.selection import Objective, check_scope, check_selection, plan_of_groups, rank_sublayers
 from layershed.surgery import bypass, bypassed_sublayers, restore
@@ -69,8 +71,9 @@ def drop_to_speedup(
         LayershedError: As the functions that it calls.
     """
     check_choice(scope, count=None, ratio=None, target_speedup=target_speedup, phase=phase, objective=objective)
+    check_kind(settings, SpeedSettings, "settings", MeasurementError)
     transformer: Any = settings.check_structure(find_transformer(model, name=name))
-    protect = tuple(protect)
+    protect = as_protected(protect)
     gone = bypassed_sublayers(transformer)
     if not _without(rank_sublayers(scores, scope, protect=protect), gone) and not gone:
         raise SelectionError(
@@ -165,6 +168,8 @@ def check_choice(
             "target_speedup alone."
         )
     check_phase(phase)
+    if target_speedup is not None:
+        check_number(target_speedup, "target_speedup", SpeedupError)
     if objective not in get_args(Objective):
         raise UnknownNameError("objective", objective, get_args(Objective))
     if target_speedup is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import check_number
 from layershed.devices import Clock, clock_of, module_of
 from layershed.discovery.find import predicts_next_token
 from layershed.discovery.probe import quietly
@@ -64,6 +65,7 @@ class SpeedSettings:
         """
         for name, number in asdict(self).items():
             least = 0 if name == "warmup" else 1
+            check_number(number, f"speed: {name}", MeasurementError, whole=True)
             if number < least:
                 raise MeasurementError(f"speed: {name}={number}: it must be at least {least}.")
         if not predicts_next_token(transformer):

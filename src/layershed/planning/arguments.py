@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
+from layershed.arguments import shown
 from layershed.errors import PlanError, SelectionError
 from layershed.planning.plan import Sublayer
 
@@ -30,6 +31,19 @@ def sublayer_set(sublayers: Iterable[Sublayer], what: str) -> set[Sublayer]:
         if not isinstance(each, Sublayer):
             raise PlanError(f"{what}: {each!r} is no Sublayer. Take those of find_sublayers(model), or a DropPlan.")
     return found
+
+
+def as_protected(protect: Any) -> tuple[Any, ...]:
+    """What is protected, as a tuple.
+
+    Raises:
+        SelectionError: If it is one, or no iterable.
+    """
+    if isinstance(protect, int | str | Sublayer):
+        raise SelectionError(f"protect={protect!r}: protect takes several blocks or sublayers. Give [{protect!r}].")
+    if not isinstance(protect, Iterable):
+        raise SelectionError(f"protect must be a list of blocks or sublayers, got {shown(protect)}.")
+    return tuple(protect)
 
 
 def check_amounts(count: Any, ratio: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from layershed.arguments import as_path, check_kind, shown
 from layershed.errors import PlanError
 from layershed.files.atomic import write_text
 from layershed.planning.model_record import ModelRecord
@@ -67,6 +68,9 @@ class ImportanceScores(dict[Sublayer, float]):
         tokens: int = 0,
         model: ModelRecord | None = None,
     ) -> None:
+        for value, what in ((scores, "scores"), ({} if blocks is None else blocks, "blocks")):
+            if not isinstance(value, Mapping):
+                raise PlanError(f"ImportanceScores: {what} must be a mapping to numbers, got {shown(value)}.")
         super().__init__(scores)
         self.blocks = dict(blocks or {})
         self.metric = metric
@@ -129,8 +133,12 @@ class DropPlan:
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise PlanError(f"DropPlan(scope={self.scope!r}): scope must be one of {', '.join(SCOPES)}.")
+        check_kind(self.drops, (tuple, list), "DropPlan: drops", PlanError)
         seen: set[tuple[int, Kind]] = set()
-        for sublayer in self:
+        for drop in self.drops:
+            check_kind(drop, Drop, "DropPlan: each of drops", PlanError)
+            sublayer = drop.sublayer
+            check_kind(sublayer, Sublayer, "DropPlan: the sublayer of a drop", PlanError)
             if sublayer.kind not in KINDS:
                 kinds = ", ".join(KINDS)
                 raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
@@ -219,10 +227,11 @@ class DropPlan:
         Raises:
             PlanError: If the file does not exist or holds no drop plan. The error names the file.
         """
-        if not Path(path).is_file():
+        path = as_path(path, "Drop plan: the file", PlanError)
+        if not path.is_file():
             raise PlanError(f"Drop plan: there is no file {str(path)!r}. Check the path.")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (PlanError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: {error}") from None
 

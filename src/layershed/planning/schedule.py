@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layershed.arguments import check_number
 from layershed.errors import ScheduleError
 
 
@@ -34,6 +35,8 @@ class DropSchedule:
     rounds: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("start", "rounds", *([] if self.every_n_steps is None else ["every_n_steps"])):
+            check_number(getattr(self, name), f"DropSchedule: {name}", ScheduleError, whole=True)
         if self.start < 1:
             raise ScheduleError(f"DropSchedule(start={self.start}): start must be at least 1 optimizer step.")
         if self.rounds < 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from layershed.errors import SelectionError
-from layershed.planning.arguments import check_amounts, check_scores
+from layershed.planning.arguments import as_protected, check_amounts, check_scores
 from layershed.planning.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
 
 Objective = Literal["importance", "speed"]
@@ -194,8 +194,9 @@ def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublaye
         SelectionError: If a block index is out of range.
     """
     present = set(sublayers)
-    if isinstance(protect, int | str | Sublayer):
-        raise SelectionError(f"protect={protect!r}: protect takes several blocks or sublayers. Give [{protect!r}].")
+    protect = as_protected(protect)
+    if not present:
+        raise SelectionError("There is no sublayer to choose from: the scores are empty. Measure them first.")
     last = max(sublayer.block for sublayer in present)
     kept: set[Sublayer] = set()
     for item in protect:

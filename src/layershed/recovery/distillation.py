@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from layershed.arguments import check_number
 from layershed.batches import as_inputs, describe, device_of, select
 from layershed.devices import WallClock, clock_of, has_events
 from layershed.discovery.find import find_transformer, predicts_next_token
@@ -47,6 +48,8 @@ class Distillation:
     kind: Divergence = "kl"
 
     def __post_init__(self) -> None:
+        check_number(self.weight, "distillation: weight", RecoveryError)
+        check_number(self.temperature, "distillation: temperature", RecoveryError)
         if not 0 < self.weight <= 1:
             raise RecoveryError(f"distillation: weight={self.weight} must be in (0, 1]; leave it out for none.")
         if not 0 < self.temperature < math.inf:

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershed.discovery.find import find_transformer, secure_quantized
+from layershed.arguments import check_number
+from layershed.discovery.find import check_module, find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.lora_options import check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, targets_of
@@ -68,6 +69,7 @@ def inject_lora(
         RecoveryError: If an option is invalid, there is nothing to adapt, or the model has adapters from elsewhere or
             with other settings.
     """
+    check_number(seed, "LoRA: seed", RecoveryError, whole=True)
     check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
     transformer = find_transformer(model, name=name)
     targets = targets_of(transformer, target_modules, placement)
@@ -161,6 +163,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Unlike peft's own switch, it does not change what is trainable.
     """
+    check_module(model)
     layers = [layer for layer in adapted_modules(model).values() if not layer.disable_adapters]
     _switch(layers, False)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from layershed.arguments import as_names, check_number
 from layershed.errors import RecoveryError, UnknownNameError
 from layershed.recovery.lora_targets import Placement
 
@@ -27,12 +28,16 @@ def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | S
         RecoveryError: If a number is out of range or no target is given.
         UnknownNameError: If there is no such placement.
     """
+    for name, number in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+        check_number(number, f"LoRA: {name}", RecoveryError, whole=name == "rank")
     if rank < 1 or alpha < 1:
         raise RecoveryError(f"rank={rank}, alpha={alpha}: both must be at least 1.")
     if not 0 <= dropout < 1:
         raise RecoveryError(f"dropout={dropout}: it must be in [0, 1).")
     if placement not in get_args(Placement):
         raise UnknownNameError("placement of adapters", placement, get_args(Placement))
+    if not isinstance(target_modules, str):
+        as_names(target_modules, "target_modules", RecoveryError)
     if target_modules != "all-linear" and (isinstance(target_modules, str) or not target_modules):
         raise RecoveryError(
             f"target_modules={target_modules!r}: give 'all-linear', or a list of ends of module paths, such as "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layershed.arguments import as_path
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
@@ -44,7 +45,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
         CheckpointError: If the checkpoint is missing, or does not fit the module.
         AmbiguousModelError: If the module holds several transformers and none is named.
     """
-    path = Path(path)
+    path = as_path(path, "load_checkpoint: path", CheckpointError)
     mend(path)
     getattr(module, "configure_model", _no_hook)()
     checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from layershed.arguments import as_path, check_kind
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.model_record import check_plan, recorded
 from layershed.errors import ExportError, PlanError, RecoveryError
@@ -60,11 +61,13 @@ def save_adapter(
         PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = find_transformer(model, name=name)
+    folder = as_path(folder, "save_adapter: folder", ExportError)
     check_adapter_folder(folder)
     if not _running(transformer):
         raise RecoveryError(f"save_adapter: {type(transformer).__name__} carries no LoRA adapters.")
     dropped = dropped_sublayers(transformer)
     if plan is not None:
+        check_kind(plan, DropPlan, "save_adapter: plan", PlanError)
         check_plan("save_adapter", plan, transformer)
     if plan is not None and tuple(sorted(plan)) != dropped:
         raise PlanError(f"save_adapter: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)}.")
@@ -77,13 +80,13 @@ def save_adapter(
     config.base_model_name_or_path = getattr(transformer, "name_or_path", "") or None
     weights = _weights(transformer)
     if holds_shards(transformer) and torch.distributed.get_rank():
-        return Path(folder)  # all ranks gather, one writes
+        return folder  # all ranks gather, one writes
     with replacing(folder) as fresh:
         config.save_pretrained(str(fresh))
         save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         if plan is not None:
             recorded(plan, transformer).save(fresh / PLAN_FILE)
-    return Path(folder)
+    return folder
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
@@ -101,7 +104,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     """
     from peft import LoraConfig
 
-    transformer, folder = find_transformer(model, name=name), Path(folder)
+    transformer = find_transformer(model, name=name)
+    folder = as_path(folder, "load_adapter: folder", ExportError)
     try:
         fields = read_mapping(folder / CONFIG_FILE)
         if fields.get("peft_type") != "LORA":

@@ -9,6 +9,7 @@ would fill the gaps with random weights. So load the folder with :func:`load_pre
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershed.discovery.find import find_sublayers, find_transformer, refuse_strangers, secure_quantized
+from layershed.arguments import as_path, check_kind, shown
+from layershed.discovery.find import find_sublayers, secure_quantized
 from layershed.discovery.model_record import check_plan, recorded
-from layershed.dropped_config import mark_dropped, note_dropped
+from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
 from layershed.planning.plan import DropPlan
-from layershed.recovery.lora import ADAPTER, adapted_modules
+from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
-from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping
+from layershed.saving.savable import check_savable
+from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping, skips_sublayers
 from layershed.saving.standalone import add_modelling_file
 from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, removed_sublayers, stand_ins_of
@@ -66,6 +69,11 @@ def save_pretrained(
         PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = check_savable(model, standalone=standalone, name=name)
+    folder = as_path(folder, "save_pretrained: folder", ExportError)
+    if tokenizer is not None and (isinstance(tokenizer, type) or not hasattr(tokenizer, "save_pretrained")):
+        raise ExportError(f"save_pretrained: tokenizer must have save_pretrained, got {shown(tokenizer)}.")
+    if plan is not None:
+        check_kind(plan, DropPlan, "save_pretrained: plan", PlanError)
     _refuse_meta(transformer)
     dropped = dropped_sublayers(transformer)
     if plan is not None:
@@ -75,7 +83,6 @@ def save_pretrained(
             f"save_pretrained: the plan drops {len(plan)} sublayers, but the model lacks {len(dropped)} "
             f"({', '.join(s.name for s in dropped) or 'none'}). Give the plan of this model, or none."
         )
-    folder = Path(folder)
     check_folder(folder)
     weights = _weights(transformer)
     if holds_shards(transformer) and torch.distributed.get_rank():
@@ -91,32 +98,6 @@ def save_pretrained(
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
     return folder
-
-
-def check_savable(model: nn.Module, *, standalone: bool = False, name: str | None = None) -> PreTrainedModel:
-    """Refuse a model that :func:`save_pretrained` cannot save; call it before anything is computed.
-
-    Returns:
-        The transformer.
-
-    Raises:
-        ExportError: If it is not from Hugging Face, or carries adapters of the user.
-    """
-    transformer = find_transformer(model, name=name)
-    if not isinstance(transformer, PreTrainedModel):
-        raise ExportError(
-            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
-            "then save it your own way."
-        )
-    refuse_strangers(transformer)
-    _refuse_lora(model, transformer, standalone)
-    packed = [name for name, value in transformer.state_dict().items() if not isinstance(value, Tensor)]
-    if packed:
-        raise ExportError(
-            f"save_pretrained: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot "
-            "hold it. Save the model before it is quantized."
-        )
-    return transformer
 
 
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -138,22 +119,16 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         ExportError: If the folder or a skipped sublayer does not exist, or a weight is missing or left over.
     """
     config = load_config(folder)
-    model_class = model_class_of(config)
-    # so mismatched shapes are reported, and refused below
-    options = {"dtype": "auto", **kwargs, "ignore_mismatched_sizes": True}
-    try:
-        model, report = skipping(model_class).from_pretrained(
-            folder, config=config, output_loading_info=True, use_safetensors=True, **options
-        )
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"load_pretrained: {folder} has no readable safetensors weights ({first_line(error)})."
-        ) from None
-    report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(problem):
-            raise ExportError(f"load_pretrained: {folder} {_described(problem, sorted(map(str, report[problem])))}")
-    model.__class__ = model_class
+    model, problems = _read(folder, config, kwargs)
+    if problems and _may_be_dense(config, model, problems):
+        whole_config = copy.deepcopy(config)
+        note_dropped(whole_config, {})
+        other, others = _read(folder, whole_config, kwargs)
+        if not others:
+            model, problems = other, others
+            _warn_of_dense(folder)
+    for problem, keys in problems.items():
+        raise ExportError(f"load_pretrained: {folder} {_described(problem, keys)}")
     note_dropped(model.config, stand_ins_of(model), model)
     secure_quantized(model)
     try:
@@ -166,6 +141,55 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(folder) / LORA_FOLDER).is_dir():
         load_adapter(model, Path(folder) / LORA_FOLDER)
     return model
+
+
+def _read(folder: str | Path, config: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """The model that a config describes with the weights of a folder, and by problem the keys that do not fit."""
+    model_class = model_class_of(config)
+    # so mismatched shapes are reported
+    options = {"dtype": "auto", **kwargs, "ignore_mismatched_sizes": True}
+    try:
+        model, report = skipping(model_class).from_pretrained(
+            folder, config=config, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"load_pretrained: {folder} has no readable safetensors weights ({first_line(error)})."
+        ) from None
+    except NotImplementedError as error:  # transformers compares tied weights, one of which does not fit
+        raise ExportError(
+            f"load_pretrained: {folder}: a weight does not fit the model of its config ({first_line(error):.150}). "
+            "Save the model before its layers are replaced."
+        ) from None
+    model.__class__ = model_class
+    report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model, {name: sorted(map(str, report[name])) for name in names if report.get(name)}
+
+
+def _may_be_dense(config: Any, model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:
+    """Whether a folder has unmarked weights of every dropped sublayer, and nothing else that does not fit.
+
+    Then the dense model was saved, and its config object is that of a dropped one. transformers marks a dropped one.
+    """
+    keys = problems.get("unexpected_keys", [])
+    dropped = [f"{path}." for path, stand_in in stand_ins_of(model).items() if stand_in.core]
+    return (
+        problems.keys() == {"unexpected_keys"}
+        and bool(noted_sublayers(config))
+        and not skips_sublayers(config)
+        and not any(key.endswith(MARK) for key in keys)
+        and all(any(key.startswith(path) for key in keys) for path in dropped)
+    )
+
+
+def _warn_of_dense(folder: str | Path) -> None:
+    warnings.warn(
+        f"load_pretrained: {folder}: its config says that sublayers were dropped, but it holds their weights without a "
+        "mark. The dense model was saved with the config of a dropped one, so the dense model is loaded. If another "
+        "tool saved the dropped model, call layershed.bypass(model, plan).",
+        stacklevel=3,
+    )
 
 
 def _left_over(keys: Collection[str], dropped: Iterable[str]) -> set[str]:
@@ -192,7 +216,7 @@ def _described(problem: str, keys: list[str]) -> str:
 
 def load_plan(folder: str | Path) -> DropPlan | None:
     """The drop plan saved beside a model's weights, or None."""
-    path = Path(folder) / PLAN_FILE
+    path = as_path(folder, "load_plan: folder", PlanError) / PLAN_FILE
     return DropPlan.load(path) if path.is_file() else None
 
 
@@ -233,6 +257,7 @@ def _weights(transformer: PreTrainedModel) -> dict[str, Tensor]:
 def _write(transformer: PreTrainedModel, weights: dict[str, Tensor], folder: Path, standalone: bool) -> None:
     stand_ins = stand_ins_of(transformer)
     config = copy.deepcopy(transformer.config)
+    note_dropped(config, {})  # it may be about another model with the same config object
     if stand_ins:
         mark_dropped(config, stand_ins)
     # Upstream writes the weights it is given (in shards, tied ones once) and the model's config. If the model has a
@@ -246,19 +271,3 @@ def _write(transformer: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
         transformer.__dict__.update(own)
     if standalone:
         add_modelling_file(folder, transformer)
-
-
-def _refuse_lora(model: nn.Module, transformer: PreTrainedModel, standalone: bool) -> None:
-    # prompts of a PeftModel leave no trace in the transformer itself
-    around = [m for m in model.modules() if m is not transformer and getattr(m, "base_model", None) is transformer]
-    prompts = {name for outer in around for name in getattr(outer, "peft_config", ())}
-    others = (set(getattr(transformer, "peft_config", ())) | prompts) - {ADAPTER}
-    if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
-        raise ExportError(
-            "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
-            "by peft's own save_pretrained."
-        )
-    if standalone and adapted_modules(transformer):
-        raise ExportError(
-            "save_pretrained: standalone=True takes no adapters; merge them first (layershed.merge_lora)."
-        )

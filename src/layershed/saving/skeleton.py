@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from layershed.arguments import as_path
 from layershed.discovery.find import find_sublayers
 from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
@@ -51,6 +52,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     Raises:
         ExportError: If it is missing or not valid.
     """
+    as_path(source, "The folder of a model", ExportError)
     vet_folder(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -66,6 +68,11 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 def lacks_sublayers(config: PreTrainedConfig) -> bool:
     """Whether a config says that sublayers were dropped."""
     return bool(getattr(config, "dropped_modules", None) or _skipped_in(config))
+
+
+def skips_sublayers(config: PreTrainedConfig) -> bool:
+    """Whether upstream's field says that sublayers were removed."""
+    return bool(_skipped_in(config))
 
 
 def _skipped_in(config: PreTrainedConfig) -> set[tuple[int, str]]:

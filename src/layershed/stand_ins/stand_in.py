@@ -44,6 +44,9 @@ class StandIn:
         aliases: Paths of further modules of the block that return what the module returns, unchanged.
         captures: The entries of extra outputs (attention weights, router logits) that transformers would collect from
             the module and its parts. They are None instead.
+        asked_by: Position or name of the argument that asks the module for attention weights, or None without one.
+        asked: The places at which it then returns them, with their number of dimensions. They are empty tensors
+            instead, because some models compute with them.
         frozen: Names of the module's parameters that were trainable before.
         own: Attributes of the instance that the stand-in hides, such as a forward that accelerate put there.
         original: The forward to call instead, while the module runs and another library still wraps this stand-in.
@@ -61,6 +64,8 @@ class StandIn:
     as_list: bool = False
     aliases: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = ()
+    asked_by: int | str | None = None
+    asked: tuple[tuple[int, int], ...] = ()
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
     original: Callable[..., Any] | None = None
@@ -90,10 +95,15 @@ class StandIn:
         if self.captures:
             self._hold_places()
         hidden = self._result(hidden)
-        if self.echoes is None:
+        asked = self.asked_by is not None and bool(_argument(self.asked_by, args, kwargs))
+        if self.echoes is None and not asked:
             return hidden
-        returned = (hidden, *(None if key is None else _argument(key, args, kwargs) for key in self.echoes))
-        return list(returned) if self.as_list else returned
+        echoed = (None if key is None else _argument(key, args, kwargs) for key in self.echoes or ())
+        returned = [hidden, *echoed]
+        for place, ndim in self.asked if asked else ():
+            returned += [None] * (place + 1 - len(returned))
+            returned[place] = hidden.new_empty((0,) * ndim)
+        return returned if self.as_list else tuple(returned)
 
     def _result(self, hidden: Tensor) -> Tensor:
         listening = torch_module._global_forward_hooks or torch_module._global_backward_hooks

@@ -23,10 +23,11 @@ def watch(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> None:
     """
     captures = {key: (ndim, size) for stand_in in stand_ins.values() for key, ndim, size in stand_in.captures}
     aliases = {path for own, stand_in in stand_ins.items() for path in (own, *stand_in.aliases)}
+    gives = bool(captures) or any(stand_in.asked for stand_in in stand_ins.values())
     outputs = Outputs(captures)
     for path, module in model.named_modules():
         take_watch(module)
-        hooks = ([outputs] if captures and isinstance(module, PreTrainedModel) else []) + [None] * (path in aliases)
+        hooks = ([outputs] if gives and isinstance(module, PreTrainedModel) else []) + [None] * (path in aliases)
         put_watch(module, hooks)
 
 
@@ -119,12 +120,13 @@ class Outputs:
         if isinstance(output, dict):
             for key in [key for key in self._shapes if key in output]:
                 output[key] = self._entries(model, key, output)
-        if self._depth > 0 or not self._full:
+        if self._depth > 0:
             return None
         full, self._full = self._full, []
         if isinstance(output, dict):
             for key, value in list(output.items()):
-                output[key] = _in_place(value, full)
+                if type(value) is tuple:
+                    output[key] = _in_place(value, full)
         return tuple(_in_place(value, full) for value in output) if type(output) is tuple else None
 
     def _entries(self, model: PreTrainedModel, key: str, output: Mapping[str, Any]) -> Any:
@@ -146,4 +148,9 @@ class Outputs:
 
 
 def _in_place(value: Any, full: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> Any:
-    return next((entries for kept, entries in full if kept is value and entries), value)
+    if type(value) is not tuple:
+        return value
+    entries = next((entries for kept, entries in full if kept is value and entries), value)
+    # empty tensors of modules that were asked
+    gaps = [isinstance(entry, Tensor) and entry.ndim > 0 and not any(entry.shape) for entry in entries]
+    return tuple(None if gap else entry for gap, entry in zip(gaps, entries, strict=True)) if any(gaps) else entries

@@ -1,0 +1,67 @@
+"""Which models can be saved as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layershed.discovery.find import find_transformer, refuse_strangers
+from layershed.errors import ExportError
+from layershed.recovery.lora import ADAPTER, adapted_modules
+from layershed.surgery import dropped_parameter_names
+
+
+def check_savable(model: nn.Module, *, standalone: bool = False, name: str | None = None) -> PreTrainedModel:
+    """Refuse a model that :func:`save_pretrained` cannot save; call it before anything is computed.
+
+    Returns:
+        The transformer.
+
+    Raises:
+        ExportError: If it is not from Hugging Face, or carries adapters of the user.
+    """
+    transformer = find_transformer(model, name=name)
+    if not isinstance(transformer, PreTrainedModel):
+        raise ExportError(
+            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
+            "then save it your own way."
+        )
+    refuse_strangers(transformer)
+    _refuse_lora(model, transformer, standalone)
+    packed = [name for name, value in transformer.state_dict().items() if not isinstance(value, Tensor)]
+    if packed:
+        raise ExportError(
+            f"save_pretrained: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot "
+            "hold it. Save the model before it is quantized."
+        )
+    _refuse_undescribed(transformer)
+    return transformer
+
+
+def _refuse_undescribed(transformer: PreTrainedModel) -> None:
+    """Refuse weights that bitsandbytes packed without the knowledge of the config: no folder of them can be loaded."""
+    if getattr(transformer.config, "quantization_config", None) is not None:
+        return
+    left_out = dropped_parameter_names(transformer)
+    for name, parameter in transformer.named_parameters(remove_duplicate=False):
+        if type(parameter).__name__ in ("Params4bit", "Int8Params") and name not in left_out:
+            raise ExportError(
+                f"save_pretrained: bitsandbytes packed {name}, but the config has no quantization_config, so no "
+                "folder of it could be loaded. Quantize with layershed.quantize, or save the model before that."
+            )
+
+
+def _refuse_lora(model: nn.Module, transformer: PreTrainedModel, standalone: bool) -> None:
+    # prompts of a PeftModel leave no trace in the transformer itself
+    around = [m for m in model.modules() if m is not transformer and getattr(m, "base_model", None) is transformer]
+    prompts = {name for outer in around for name in getattr(outer, "peft_config", ())}
+    others = (set(getattr(transformer, "peft_config", ())) | prompts) - {ADAPTER}
+    if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
+        raise ExportError(
+            "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
+            "by peft's own save_pretrained."
+        )
+    if standalone and adapted_modules(transformer):
+        raise ExportError(
+            "save_pretrained: standalone=True takes no adapters; merge them first (layershed.merge_lora)."
+        )
