@@ -187,7 +187,8 @@ class LoRARecovery(Callback):
         )
         if self.mode == "lora":
             refuse_averaging(trainer, self)
-            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
+            merges = self.finish != "adapter"
+            check_targets(pl_module, self.options["target_modules"], merges=merges, name=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)
