@@ -202,7 +202,7 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
     for path, layer in layers.items():
         if not all(parameter.isfinite().all() for name, parameter in layer.named_parameters() if "lora_" in name):
             raise RecoveryError(f"merge_lora: the adapter of {path} holds NaN or infinite values; nothing was merged.")
-    refuse_computed({path: layer.base_layer for path, layer in layers.items()})
+    refuse_computed(layers)
     for layer in layers.values():
         layer.merge(adapter_names=[ADAPTER])
     _unwrap(transformer, layers)

@@ -105,7 +105,8 @@ def refuse_computed(modules: Mapping[str, nn.Module]) -> None:
         RecoveryError: If a weight is pruned (``torch.nn.utils.prune``), normalised or parametrized.
     """
     for path, module in modules.items():
-        if module._parameters.get("weight") is None:
+        base: nn.Module = getattr(module, "base_layer", module)
+        if base._parameters.get("weight") is None:
             raise RecoveryError(
                 f"The weight of {path} is computed from other parameters (pruning, weight_norm or a parametrization), "
                 "so that a merged adapter would be lost. Make the weight permanent first (prune.remove, "
