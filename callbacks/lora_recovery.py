@@ -187,7 +187,8 @@ class LoRARecovery(Callback):
         )
         if self.mode == "lora":
             refuse_averaging(trainer, self)
-            check_targets(pl_module, self.options["target_modules"], name=self.transformer)
+            merges = self.finish != "adapter"
+            check_targets(pl_module, self.options["target_modules"], merges=merges, name=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)
@@ -218,13 +219,13 @@ class LoRARecovery(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the factor on the learning rate, which LearningRateMonitor does not see."""
-        self._keep_frozen()
+        self.keep_frozen()
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
             pl_module.log(LR_FACTOR, self._factor())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep the base frozen, whatever has unfrozen it."""
-        self._keep_frozen()
+        self.keep_frozen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -270,7 +271,7 @@ class LoRARecovery(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step at which it began and the optimizer's parameters, as primitives."""
-        self._keep_frozen()
+        self.keep_frozen()
         return {"began": self.began, "layout": self._layout, "origin": self._origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,9 +317,10 @@ class LoRARecovery(Callback):
             return base if self.mode == "lora" and adapted_modules(transformer) else dropped_parameters(transformer)
 
         self._frozen.hold(transformer, frozen)
-        self._keep_frozen()
+        self.keep_frozen()
 
-    def _keep_frozen(self) -> None:
+    def keep_frozen(self) -> None:
+        """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is None or self.began is None:
             return
         unfrozen = self._frozen.enforce(self._trainer.optimizers)

@@ -220,7 +220,7 @@ class SublayerDrop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score this batch if it is within the last steps before a drop."""
-        self._keep_frozen()
+        self.keep_frozen()
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -236,7 +236,7 @@ class SublayerDrop(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep dropped parameters out of the optimizers, whatever has unfrozen them."""
-        self._keep_frozen()
+        self.keep_frozen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -271,7 +271,7 @@ class SublayerDrop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
-        self._keep_frozen()
+        self.keep_frozen()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
@@ -326,9 +326,10 @@ class SublayerDrop(Callback):
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
         self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
-        self._keep_frozen()
+        self.keep_frozen()
 
-    def _keep_frozen(self) -> None:
+    def keep_frozen(self) -> None:
+        """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is not None:
             self._frozen.enforce(self._trainer.optimizers)
 

@@ -27,7 +27,7 @@ from layershed.planning.plan import Sublayer
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
 from layershed.stand_ins.record import check_records, forget_foreign, overridden, write_record
-from layershed.stand_ins.stand_in import RemovedModule, StandIn
+from layershed.stand_ins.stand_in import RemovedModule, StandIn, removed_in
 from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
 
@@ -227,8 +227,7 @@ def _warn_of(lost: set[Sublayer]) -> None:
 def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that were removed, in forward order."""
     check_module(model)
-    removed = (module.stand_in for module in model.modules() if isinstance(module, RemovedModule))
-    return tuple(sorted({stand_in.sublayer for stand_in in removed if stand_in.core}))
+    return tuple(sorted(removed_in(model)))
 
 
 def dropped_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:

@@ -106,3 +106,23 @@ def test_comparison_needs_the_same_make_in_another_block():
         "MLPs of blocks 1 and 3 are left alone (r), while those of other blocks can be dropped",
         "attention of block 1 is left alone (q), while that of other blocks can be dropped",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("use", ["tracker", "by hand"])
+def test_mlps_that_torch_quantized_dynamically_are_left_alone_with_a_warning(use):
+    model = torch.ao.quantization.quantize_dynamic(build_model(), {torch.nn.Linear})
+    assert {sublayer.kind for sublayer in ls.find_sublayers(model)} == {"attention"}
+    with pytest.warns(UserWarning, match="4 parts are left alone, such as .* because torch.s dynamic quantization"):
+        USES[use](model)
+
+
+def test_dynamically_quantized_head_is_no_reason_to_warn():
+    model = build_model()
+    model.lm_head = torch.nn.Linear(32, 97)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {"lm_head"})
+    assert "dynamic" in type(model.lm_head).__module__
+    warn_left_alone(model)

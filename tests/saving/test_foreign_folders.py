@@ -1,5 +1,7 @@
 """Folders that others wrote, of models that share a config object or hold weights that no config describes."""
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -23,7 +25,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "opt"])
-def test_dense_model_with_the_config_of_a_dropped_one_is_saved_and_loaded_dense(model_type, tmp_path):
+def test_dense_model_with_the_config_of_a_dropped_one_is_loaded_dense_or_refused_with_advice(model_type, tmp_path):
     teacher = build_model(model_type, **OPT) if model_type == "opt" else build_model(model_type)
     student = type(teacher)(teacher.config).eval()
     student.load_state_dict(teacher.state_dict())
@@ -31,8 +33,12 @@ def test_dense_model_with_the_config_of_a_dropped_one_is_saved_and_loaded_dense(
     ls.save_pretrained(teacher, tmp_path / "ours")
     assert torch.equal(run(ls.load_pretrained(tmp_path / "ours")), run(teacher))
     teacher.save_pretrained(tmp_path / "theirs")
-    with pytest.warns(UserWarning, match="the dense model is loaded"):
-        loaded = ls.load_pretrained(tmp_path / "theirs")
+    with pytest.raises(ExportError, match=r"delete dropped_modules from config\.json"):
+        ls.load_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del config["dropped_modules"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    loaded = ls.load_pretrained(tmp_path / "theirs")
     assert torch.equal(run(loaded), run(teacher))
     assert ls.dropped_sublayers(loaded) == ()
     student.save_pretrained(tmp_path / "dropped")

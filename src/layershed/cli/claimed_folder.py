@@ -58,27 +58,22 @@ class ClaimedFolder:
         return {"root": self.root, "_number": self.number}
 
 
-class RunCSVLogger(CSVLogger):
+class _InClaimedFolder:
+    """Of a logger, the version that the run has claimed."""
+
+    def __init__(self, folder: ClaimedFolder) -> None:
+        super().__init__(folder.root, name="")  # type: ignore[call-arg]
+        self._folder = folder
+
+    @property
+    def version(self) -> int:
+        """Number of the run."""
+        return self._folder.number
+
+
+class RunCSVLogger(_InClaimedFolder, CSVLogger):
     """A CSVLogger that writes to the claimed folder of a run."""
 
-    def __init__(self, folder: ClaimedFolder) -> None:
-        super().__init__(folder.root, name="")
-        self._folder = folder
 
-    @property
-    def version(self) -> int:
-        """Number of the run."""
-        return self._folder.number
-
-
-class RunTensorBoardLogger(TensorBoardLogger):
+class RunTensorBoardLogger(_InClaimedFolder, TensorBoardLogger):
     """A TensorBoardLogger that writes to the claimed folder of a run."""
-
-    def __init__(self, folder: ClaimedFolder) -> None:
-        super().__init__(folder.root, name="")
-        self._folder = folder
-
-    @property
-    def version(self) -> int:
-        """Number of the run."""
-        return self._folder.number

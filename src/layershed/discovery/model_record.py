@@ -14,15 +14,14 @@ from layershed.discovery.find import dissect
 from layershed.errors import PlanError
 from layershed.planning.model_record import ModelRecord, compact
 from layershed.planning.plan import DropPlan, ImportanceScores, Sublayer
-from layershed.stand_ins.stand_in import RemovedModule
+from layershed.stand_ins.stand_in import removed_in
 
 _KEPT = "_model_record"  # on the model itself, so that copies have it
 
 
 def take_model_record(transformer: nn.Module, anatomy: Anatomy) -> ModelRecord:
     """Record a model. Its dropped sublayers count, also removed ones."""
-    removed = (module.stand_in for module in transformer.modules() if isinstance(module, RemovedModule))
-    sublayers = {branch.sublayer for branch in anatomy.branches} | {gone.sublayer for gone in removed if gone.core}
+    sublayers = {branch.sublayer for branch in anatomy.branches} | removed_in(transformer)
     blocks = max([len(anatomy.blocks), *(sublayer.block + 1 for sublayer in sublayers)])
     places = compact((sublayer.kind, sublayer.block) for sublayer in sublayers)
     return ModelRecord(_classes(transformer)[0], blocks, places)

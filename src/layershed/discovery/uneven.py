@@ -12,6 +12,7 @@ from torch import nn
 from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.find import dissect, find_transformer
 
+_DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 _WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -47,7 +48,7 @@ def uneven(found: Iterable[Part], left_alone: Iterable[Part]) -> list[str]:
 
 
 def warn_uneven(transformer: nn.Module, anatomy: Anatomy) -> None:
-    """Warn once for a model and state if a plan will lack sublayers that others of the same make do not."""
+    """Warn once for a model and state if a plan will lack sublayers: others of the same make, or quantized ones."""
     found = [_part(transformer, anatomy, b.sublayer.path, b.sublayer.kind) for b in anatomy.branches]
     alone = [_part(transformer, anatomy, each.path, each.reason) for each in anatomy.left_alone]
     # a block that is left alone as a whole is compared with the blocks of the sublayers
@@ -57,7 +58,13 @@ def warn_uneven(transformer: nn.Module, anatomy: Anatomy) -> None:
         if part is not None and part.what == "attention"
     ]
     said = _WARNED.setdefault(transformer, set())
-    for phrase in uneven(filter(None, found), filter(None, alone)):
+    phrases = uneven(filter(None, found), filter(None, alone))
+    if quantized := [each.path for each in anatomy.left_alone if _is_quantized_by_torch(transformer, each.path)]:
+        phrases.append(
+            f"{len(quantized)} parts are left alone, such as {quantized[0]}, because torch's dynamic quantization "
+            "scales by all tokens of a batch at once, so that no token has its own output. Drop first, then quantize"
+        )
+    for phrase in phrases:
         if phrase not in said:
             said.add(phrase)
             warnings.warn(
@@ -71,6 +78,11 @@ def warn_left_alone(model: nn.Module, *, name: str | None = None) -> None:
     """As :func:`warn_uneven`, for a model whose anatomy is not at hand."""
     transformer = find_transformer(model, name=name)
     warn_uneven(transformer, dissect(transformer))
+
+
+def _is_quantized_by_torch(transformer: nn.Module, path: str) -> bool:
+    """Whether a part holds modules of torch's dynamic quantization."""
+    return any(type(inner).__module__.startswith(_DYNAMIC) for inner in transformer.get_submodule(path).modules())
 
 
 def _part(transformer: nn.Module, anatomy: Anatomy, path: str, what: str) -> Part | None:

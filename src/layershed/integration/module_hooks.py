@@ -19,8 +19,11 @@ from torch import nn
 
 from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import withhold_weights
+from layershed.integration.lightning_private import trainer_of
+from layershed.integration.pending_work import fits
 from layershed.integration.strategies import is_sharded
 from layershed.integration.trained_parameters import TrainedParameters, rename_finetuned
+from layershed.recovery.as_before import as_before
 from layershed.saving.checkpoint import (
     CHECKPOINT_KEY,
     apply_structure,
@@ -80,6 +83,27 @@ class StructureHooks:
         if self.changes or _BY_HAND_KEY in checkpoint:
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
             rename_finetuned(checkpoint, self.pl_module)
+            self._configure_as_before()
+
+    def _configure_as_before(self) -> None:
+        """In a resumed fit, let configure_optimizers see the model that the interrupted run began with, once.
+
+        It may make groups by number, name or requires_grad. Their parameters are set later, from the checkpoint. FSDP2
+        has built the optimizers by now.
+        """
+        trainer, transformer = trainer_of(self.pl_module), self.watched()
+        if transformer is None or trainer is None or is_sharded(trainer) or not fits(trainer):
+            return
+        own, vars_ = self.pl_module.configure_optimizers, vars(self.pl_module)
+        before = {name: vars_[name] for name in ("configure_optimizers",) if name in vars_}
+
+        def configure() -> Any:
+            del vars_["configure_optimizers"]
+            vars_.update(before)
+            with as_before(self.pl_module, transformer):
+                return own()
+
+        vars_["configure_optimizers"] = configure
 
     def watched(self) -> nn.Module | None:
         """The transformer, or None if there is none, or several and no name."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from layershed.errors import OptimizerError, ScheduleError
 from layershed.integration.lightning_private import (
@@ -77,12 +79,18 @@ def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None
 
 
 def check_optimizers(trainer: Trainer, callback: Callback) -> None:
-    """Refuse an optimizer that keeps a list of parameters of its own, such as ZeroRedundancyOptimizer.
+    """Refuse an optimizer that keeps a list for its parameters elsewhere, such as ZeroRedundancyOptimizer.
 
     Raises:
         OptimizerError: If the parameters that leave or join the groups would not leave or join that list.
     """
     for optimizer in trainer.optimizers:
+        if (name := _own_list(optimizer)) is not None:
+            raise OptimizerError(
+                f"{_name(callback)}: {_name(optimizer)}.{name} holds a tensor for each parameter outside the "
+                "optimizer's state, so it would not follow when parameters leave or join. Keep such tensors in "
+                "optimizer.state[parameter], or use a plain torch optimizer."
+            )
         lists = {id(group["params"]) for group in optimizer.param_groups}
         for inner in vars(optimizer).values():
             if isinstance(inner, Optimizer) and any(id(group["params"]) not in lists for group in inner.param_groups):
@@ -92,16 +100,36 @@ def check_optimizers(trainer: Trainer, callback: Callback) -> None:
                 )
 
 
+def _own_list(optimizer: Optimizer) -> str | None:
+    """The attribute that holds copies of a group's parameters, one by one, such as the slow weights of Lookahead.
+
+    A second list of the parameters themselves does no harm where they leave: they have no gradient then.
+    """
+    held = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
+    held.append([shape for own in held for shape in own])
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "defaults") or not isinstance(value, list | tuple):
+            continue
+        for own in (value, *value):
+            if not isinstance(own, list | tuple) or not own or not all(isinstance(each, Tensor) for each in own):
+                continue
+            if [each.shape for each in own] in held and not any(id(each) in parameters for each in own):
+                return name
+    return None
+
+
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
     """Refuse to change the modules of a model if a weight average holds a copy of it.
 
     Raises:
-        ScheduleError: If weights are averaged.
+        ScheduleError: If weights are averaged, by a callback or by a module inside the LightningModule.
     """
-    if any(isinstance(other, _AVERAGES) for other in callbacks_of(trainer)):
+    by_module = any(isinstance(module, AveragedModel) for module in trainer.lightning_module.modules())
+    if by_module or any(isinstance(other, _AVERAGES) for other in callbacks_of(trainer)):
         raise ScheduleError(
-            f"{_name(callback)}: a weight average (WeightAveraging, EMA) holds a copy of the model. The copy would "
-            "not get the adapters or quantized weights. Leave one of the two out."
+            f"{_name(callback)}: a weight average (WeightAveraging, EMA, AveragedModel) holds a copy of the "
+            "model. The copy would not get the adapters or quantized weights. Leave one of the two out."
         )
 
 

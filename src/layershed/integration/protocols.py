@@ -70,3 +70,11 @@ class WritesHistory(Protocol):
     """Writes into importance.csv, as RedundancyMonitor does."""
 
     history_was_lost: bool
+
+
+@runtime_checkable
+class KeepsFrozen(Protocol):
+    """A callback that keeps parameters frozen."""
+
+    def keep_frozen(self) -> None:
+        """Freeze again what others unfroze, and keep it out of the optimizers."""

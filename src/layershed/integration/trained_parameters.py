@@ -9,15 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.integration.lightning_private import finetuning_groups
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.protocols import KeepsFrozen
+from layershed.integration.run import rewrap
 from layershed.recovery.optimizer_groups import Layout, forget_parameters, layout_of, restore_layout
 
 _KEY = "layershed_trained"
+_LOAD, _STEP = "load_optimizer_state_dict", "training_step"
 
 
 class TrainedParameters:
-    """Follows one fit. It replaces one method of the strategy; :meth:`release` restores it.
+    """Follows one fit. It replaces methods of the strategy; :meth:`release` restores them.
+
+    DistributedDataParallel averages the gradients of what was trainable when it was built. It is built anew when more
+    becomes trainable, or the ranks would part in silence.
 
     Args:
         trainer: The Trainer, when the optimizers are built.
@@ -29,19 +37,36 @@ class TrainedParameters:
         self._configured = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         self._held = _names(layout_of(trainer.optimizers, pl_module))
         self._trainable = self._trainable_now()
-        self._own: Any = vars(trainer.strategy).get("load_optimizer_state_dict")
-        vars(trainer.strategy)["load_optimizer_state_dict"] = self.load
+        replaced: dict[str, Any] = {_LOAD: self.load}
+        if isinstance(trainer.strategy, DDPStrategy):
+            replaced[_STEP] = self.step
+        self._averaged = self._ids()
+        self._own: dict[str, Any] = {name: getattr(trainer.strategy, name) for name in replaced}
+        self._on_instance = {name: vars(trainer.strategy)[name] for name in replaced if name in vars(trainer.strategy)}
+        vars(trainer.strategy).update(replaced)
 
     def follows(self, trainer: Trainer) -> bool:
         """Whether it follows the fit of this Trainer that is under way."""
-        return getattr(vars(trainer.strategy).get("load_optimizer_state_dict"), "__self__", None) is self
+        return getattr(vars(trainer.strategy).get(_LOAD), "__self__", None) is self
 
     def release(self) -> None:
-        """Restore the strategy's method. Checkpoints that are saved later are still noted in."""
+        """Restore the strategy's methods. Checkpoints that are saved later are still noted in."""
         own = vars(self.trainer.strategy)
         if self.follows(self.trainer):
-            del own["load_optimizer_state_dict"]
-            own.update({} if self._own is None else {"load_optimizer_state_dict": self._own})
+            for name in self._own:
+                del own[name]
+            own.update(self._on_instance)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """``training_step``: after all hooks that may unfreeze, before the forward pass."""
+        for callback in callbacks_of(self.trainer):
+            if isinstance(callback, KeepsFrozen):
+                callback.keep_frozen()
+        now = self._ids()
+        if now - self._averaged:
+            rewrap(self.trainer, self.pl_module)
+            self._averaged = now
+        return self._own[_STEP](*args, **kwargs)
 
     def note(self, checkpoint: dict[str, Any]) -> None:
         """Save what others changed since the run began; nothing if nobody did."""
@@ -63,8 +88,10 @@ class TrainedParameters:
             if name in parameters and parameters[name].is_floating_point():
                 parameters[name].requires_grad_(True)
         forget_parameters(self.trainer.optimizers, self.pl_module)
-        load = self._own or type(self.trainer.strategy).load_optimizer_state_dict.__get__(self.trainer.strategy)
-        load(checkpoint)
+        self._own[_LOAD](checkpoint)
+
+    def _ids(self) -> set[int]:
+        return {id(parameter) for parameter in self.pl_module.parameters() if parameter.requires_grad}
 
     def _trainable_now(self) -> set[str]:
         return {name for name, parameter in self.pl_module.named_parameters() if parameter.requires_grad}

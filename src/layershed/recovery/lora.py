@@ -19,7 +19,7 @@ from layershed.arguments import check_number
 from layershed.discovery.find import check_module, find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.lora_options import check_lora, lora_arguments, settings_of
-from layershed.recovery.lora_targets import Placement, no_target, targets_of
+from layershed.recovery.lora_targets import Placement, no_target, refuse_computed, targets_of
 from layershed.stand_ins.install import take_over_hooks
 from layershed.stand_ins.record import exchange, overridden
 from layershed.stand_ins.stand_in import StandIn
@@ -80,16 +80,20 @@ def inject_lora(
     return inject_at(transformer, targets | present.keys(), settings, seed=seed)
 
 
-def check_targets(model: nn.Module, target_modules: str | Sequence[str], *, name: str | None = None) -> None:
-    """Refuse a model that :func:`inject_lora` would refuse after any drop; call it before training.
+def check_targets(
+    model: nn.Module, target_modules: str | Sequence[str], *, merges: bool = False, name: str | None = None
+) -> None:
+    """Refuse a model that :func:`inject_lora`, or a later merge, would refuse after any drop; call it before training.
 
     Raises:
-        RecoveryError: If it is no Hugging Face model, carries adapters from elsewhere, or a target is missing or tied
-            to another module.
+        RecoveryError: If it is no Hugging Face model, carries adapters from elsewhere, or a target is missing, tied to
+            another module or cannot be merged into.
     """
     transformer = find_transformer(model, name=name)
     _refuse_others(transformer)
-    targets_of(transformer, target_modules, "all")
+    targets = targets_of(transformer, target_modules, "all")
+    if merges:
+        refuse_computed({path: transformer.get_submodule(path) for path in sorted(targets)})
 
 
 def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any], *, seed: int = 0) -> LoraConfig:
@@ -188,7 +192,7 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Raises:
-        RecoveryError: If there are no adapters, or they hold NaN or infinite values.
+        RecoveryError: If there are no adapters, they hold NaN or infinite values, or a weight is computed from others.
         QuantizationError: If the weights are quantized and ``force`` is False.
     """
     transformer = find_transformer(model, name=name)
@@ -201,6 +205,7 @@ def merge_lora(model: nn.Module, *, force: bool = False, name: str | None = None
     for path, layer in layers.items():
         if not all(parameter.isfinite().all() for name, parameter in layer.named_parameters() if "lora_" in name):
             raise RecoveryError(f"merge_lora: the adapter of {path} holds NaN or infinite values; nothing was merged.")
+    refuse_computed(layers)
     for layer in layers.values():
         layer.merge(adapter_names=[ADAPTER])
     _unwrap(transformer, layers)
@@ -247,6 +252,14 @@ def _trainable_names(transformer: nn.Module) -> set[str]:
         names[name] for override, names in _dropped_names(transformer) for name in override.frozen if name in names
     }
     return resting | {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def trainable_before(transformer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that were trainable before the drop and the adapters, and can be again."""
+    names = transformer.__dict__.get(_TRAINABLE, set()) | _trainable_names(transformer)
+    plain = {name.replace(".base_layer.", ".") for name in names if "lora_" not in name}
+    named = transformer.named_parameters()
+    return [p for name, p in named if name.replace(".base_layer.", ".") in plain and p.is_floating_point()]
 
 
 def remember_trainable(transformer: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -96,3 +96,19 @@ def no_target(transformer: nn.Module, target_modules: str | Sequence[str], place
         f"There is nothing to adapt in {type(transformer).__name__} (target_modules={target_modules!r}, "
         f"placement={placement!r}): no such linear module runs."
     )
+
+
+def refuse_computed(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse to merge into weights that torch computes before each forward pass: it would be undone in silence.
+
+    Raises:
+        RecoveryError: If a weight is pruned (``torch.nn.utils.prune``), normalised or parametrized.
+    """
+    for path, module in modules.items():
+        base: nn.Module = getattr(module, "base_layer", module)
+        if base._parameters.get("weight") is None:
+            raise RecoveryError(
+                f"The weight of {path} is computed from other parameters (pruning, weight_norm or a parametrization), "
+                "so that a merged adapter would be lost. Make the weight permanent first (prune.remove, "
+                "parametrize.remove_parametrizations), or keep the adapter (finish='adapter')."
+            )

@@ -117,6 +117,8 @@ def restore_layout(
         CheckpointError: If the number of optimizers or groups differs, or a parameter does not exist.
     """
     parameters = dict(module.named_parameters())
+    for name, parameter in list(parameters.items()):
+        parameters.setdefault(f"{name}_orig", parameter)  # torch's pruning calls it so until it is made permanent
     saved, found = [len(groups) for groups in layout], [len(optimizer.param_groups) for optimizer in optimizers]
     if found not in (saved, configured):
         raise CheckpointError(

@@ -9,7 +9,6 @@ would fill the gaps with random weights. So load the folder with :func:`load_pre
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -121,12 +120,12 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     config = load_config(folder)
     model, problems = _read(folder, config, kwargs)
     if problems and _may_be_dense(config, model, problems):
-        whole_config = copy.deepcopy(config)
-        note_dropped(whole_config, {})
-        other, others = _read(folder, whole_config, kwargs)
-        if not others:
-            model, problems = other, others
-            _warn_of_dense(folder)
+        raise ExportError(
+            f"load_pretrained: the config of {folder} says that sublayers were dropped, but their weights are there "
+            "without a mark. Either the dense model was saved with the config of a dropped one: delete dropped_modules "
+            "from config.json to load it. Or a tool that keeps no marks saved the dropped model: do the same, then "
+            "call layershed.bypass(model, plan)."
+        )
     for problem, keys in problems.items():
         raise ExportError(f"load_pretrained: {folder} {_described(problem, keys)}")
     note_dropped(model.config, stand_ins_of(model), model)
@@ -170,7 +169,8 @@ def _read(folder: str | Path, config: Any, kwargs: dict[str, Any]) -> tuple[PreT
 def _may_be_dense(config: Any, model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:
     """Whether a folder has unmarked weights of every dropped sublayer, and nothing else that does not fit.
 
-    Then the dense model was saved, and its config object is that of a dropped one. transformers marks a dropped one.
+    Then perhaps the dense model was saved, and its config object is that of a dropped one; transformers would have
+    marked a dropped one, other tools perhaps not.
     """
     keys = problems.get("unexpected_keys", [])
     dropped = [f"{path}." for path, stand_in in stand_ins_of(model).items() if stand_in.core]
@@ -180,15 +180,6 @@ def _may_be_dense(config: Any, model: PreTrainedModel, problems: dict[str, list[
         and not skips_sublayers(config)
         and not any(key.endswith(MARK) for key in keys)
         and all(any(key.startswith(path) for key in keys) for path in dropped)
-    )
-
-
-def _warn_of_dense(folder: str | Path) -> None:
-    warnings.warn(
-        f"load_pretrained: {folder}: its config says that sublayers were dropped, but it holds their weights without a "
-        "mark. The dense model was saved with the config of a dropped one, so the dense model is loaded. If another "
-        "tool saved the dropped model, call layershed.bypass(model, plan).",
-        stacklevel=3,
     )
 
 

@@ -20,6 +20,7 @@ from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
+from layershed.stand_ins.contexts import DROPPED_MODULES
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
 from layershed.stand_ins.watching import watch
 from layershed.surgery import bypass, remove
@@ -37,7 +38,7 @@ def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = load_config(source)
     model: PreTrainedModel = model_class_of(config)._from_config(config, dtype=dtype)
-    if getattr(config, "dropped_modules", None):
+    if getattr(config, DROPPED_MODULES, None):
         gone = {stand_in.sublayer for stand_in in _stand_ins_in(config).values() if stand_in.core}
     else:
         gone = set(_skipped_sublayers(model, config))
@@ -67,7 +68,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 
 def lacks_sublayers(config: PreTrainedConfig) -> bool:
     """Whether a config says that sublayers were dropped."""
-    return bool(getattr(config, "dropped_modules", None) or _skipped_in(config))
+    return bool(getattr(config, DROPPED_MODULES, None) or _skipped_in(config))
 
 
 def skips_sublayers(config: PreTrainedConfig) -> bool:
@@ -108,7 +109,7 @@ def skipping(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        if getattr(config, "dropped_modules", None):
+        if getattr(config, DROPPED_MODULES, None):
             _remove_modules(self, config)
         elif _skipped_in(config):
             _remove_skipped(self, config)

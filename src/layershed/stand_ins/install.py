@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from layershed.stand_ins.stand_in import StandIn
 from layershed.stand_ins.wrappers import is_wrapped, override_of
@@ -40,6 +43,7 @@ expressions where it renames weights.
 
 WITHHELD = " (dropped)"  # ends the name of a module in the checkpoints of :func:`withheld`
 _HIDDEN = ("forward", "extra_repr")
+_COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -141,7 +145,21 @@ def _take_mark(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Move the hooks of one module to another one; the handles that remove them keep working."""
+    """Move the hooks of one module to another one; the handles that remove them keep working.
+
+    Those that compute a module's own weights stay.
+    """
+    staying = [(module, _take_computing(module)) for module in (old, new)]
     for name in _HOOKS:
         if old.__dict__.get(name) is not None and (name == "_is_full_backward_hook" or old.__dict__[name]):
             new.__dict__[name], old.__dict__[name] = old.__dict__[name], new.__dict__[name]
+    for module, hooks in staying:
+        for number in reversed(hooks):  # they run before all others
+            module._forward_pre_hooks[number] = hooks[number]
+            module.__dict__["_forward_pre_hooks"].move_to_end(number, last=False)
+
+
+def _take_computing(module: nn.Module) -> dict[int, Any]:
+    """Remove the hooks of torch's pruning, weight_norm and spectral_norm, and return them."""
+    hooks = module._forward_pre_hooks
+    return {n: hooks.pop(n) for n in [n for n, hook in hooks.items() if isinstance(hook, _COMPUTING)]}

@@ -32,7 +32,7 @@ def overridden(model: nn.Module) -> Iterator[tuple[nn.Module, StandIn]]:
         RevivedSublayerError: If a lost one cannot be put back.
     """
     for module in model.modules():  # parents before their children
-        if _RECORD in module.__dict__:
+        if recorded(module):
             mend(module)
         override = override_of(module)
         if override is not None:
@@ -155,7 +155,7 @@ def mend(parent: nn.Module) -> None:
     Raises:
         RevivedSublayerError: If the forward of a child was replaced by an unknown function.
     """
-    for name, stand_in in parent.__dict__[_RECORD].children.items():
+    for name, stand_in in recorded(parent).items():
         child = parent._modules.get(name)
         if child is None or override_of(child) is stand_in:
             continue

@@ -170,6 +170,12 @@ class RemovedModule(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def removed_in(model: nn.Module) -> set[Any]:
+    """The sublayers that were removed from a model."""
+    removed = (module.stand_in for module in model.modules() if isinstance(module, RemovedModule))
+    return {stand_in.sublayer for stand_in in removed if stand_in.core}
+
+
 def _argument(key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(key, int):
         return args[key] if key < len(args) else None
