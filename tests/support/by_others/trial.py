@@ -177,6 +177,7 @@ def _bypass(world: World, model: nn.Module) -> None:
     sublayers = wanted(world.name, model)
     lacking = len(world.architecture.dropped) - len(sublayers)
     if lacking:
+        ls.estimate_importance(model, [world.inputs])  # what a user who makes a plan hears
         raise LeftAloneError(f"layershed does not find {lacking} of the sublayers to drop")
     ls.bypass(model, sublayers)
 
