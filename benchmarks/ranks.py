@@ -6,9 +6,9 @@ in the middle, by the environment of torchrun and by Lightning's own launcher. P
 
     python benchmarks/ranks.py
 
-Seen at commit 1829927, with 14 checks fewer, on two busy cores of a shared AMD EPYC, torch 2.13.0, in 364 s:
+Seen at commit a50d049 on two busy cores of a shared Intel Xeon, torch 2.13.0, in 355 s:
 
-    68 checks on 2 ranks, 68 equal; 14 deaths of a rank, 14 ended the other with an error within 4 s
+    82 checks on 2 ranks, 82 equal; 14 deaths of a rank, 14 ended the other with an error within 4 s
 """
 
 from __future__ import annotations
