@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from layershed.discovery.find import dissect, find_sublayers
 from layershed.errors import AmbiguousModelError, PlanError
 from layershed.planning.plan import Sublayer
-from layershed.spellings import cache_name, layer_overrides
+from layershed.spellings import cache_name, layer_overrides, recompute_activations
 from layershed.stand_ins.install import MARK
 from layershed.surgery import (
     bypass,
@@ -210,7 +210,7 @@ def test_gradients_under_checkpointing_equal_those_without(llama, tokens):
     llama(input_ids=tokens, labels=tokens).loss.backward()
     expected = {name: p.grad.clone() for name, p in llama.named_parameters() if p.grad is not None}
     llama.zero_grad()
-    llama.activation_checkpointing_enable()
+    recompute_activations(llama)
     llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(llama.get_parameter(name).grad, gradient)

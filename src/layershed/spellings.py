@@ -4,19 +4,22 @@
 |---|---|
 | the argument and output of the KV cache | ``past_key_values``; ``cache`` from 5.24 on; ``cache_params`` in Mamba |
 | the base of all configs | ``PretrainedConfig``; ``PreTrainedConfig`` from 5.0 on |
-| the fields of single layers | a plain ``per_layer_config``; a heterogeneous config from 5.20 on |
+| the fields of single layers | a plain ``per_layer_config``; a heterogeneous config from 5.14 on |
 | a cache slot that stores nothing | ``DummyLayer`` from 5.23 on |
-| the collector of extra outputs | ``utils.output_capturing`` from 5.2 on; before, wrapped forwards |
+| the collector of extra outputs | ``utils.output_capturing`` from 5.2 on; before, forwards wrapped in each call |
+| the length of a static cache | counted from 5.10 on; before, its entries that are not zero |
+| recomputing activations | ``gradient_checkpointing_enable``; ``activation_checkpointing_enable`` from 5.23 on |
 
 The text of this file is copied into folders that load without layershed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+import torch
 import transformers
 from transformers import cache_utils, modeling_outputs
 
@@ -54,6 +57,13 @@ def cache_in(values: Any) -> Any:
     return next((fields[name] for name in CACHE_NAMES if fields.get(name) is not None), None)
 
 
+def place_in(layer: Any, tokens: int, device: torch.device) -> dict[str, Any] | None:
+    """Where a cache slot must store tokens, if it counts its entries that are not zero; None for all other slots."""
+    if not isinstance(layer, cache_utils.StaticLayer) or hasattr(layer, "cumulative_length"):
+        return None
+    return {"cache_position": layer.get_seq_length() + torch.arange(tokens, device=device)}
+
+
 def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
     """By block, the fields in which its config differs: ``per_layer_config``, such as ``{1: {"skip": ["mlp"]}}``.
 
@@ -70,6 +80,26 @@ def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
         if not isinstance(skip, list | tuple) or not all(isinstance(kind, str) for kind in skip):
             raise TypeError(f"per_layer_config: skip={skip!r} must be a list of names.")
     return {block: own for block, own in found.items() if own != {"skip": []}}
+
+
+def recompute_activations(model: Any, options: Mapping[str, Any] | None = None) -> None:
+    """Make a model recompute its activations in the backward pass.
+
+    Args:
+        model: A model of transformers.
+        options: Options of ``torch.utils.checkpoint``, such as ``{"use_reentrant": False}``.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(None if options is None else dict(options))
+
+
+def should_convert(path: str, skipped: Sequence[str]) -> bool:
+    """Whether a module is quantized, given the names that are left out; by the rule of transformers from 5.0 on."""
+    try:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+    except ImportError:
+        return not any(f"{path}.".startswith(f"{name}.") or path.endswith(name) for name in skipped)
+    return bool(should_convert_module(path, list(skipped)))
 
 
 def recordable_outputs(model: Any) -> Mapping[str, Any]:

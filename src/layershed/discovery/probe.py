@@ -232,7 +232,8 @@ def _forward(transformer: nn.Module, **more: Any) -> Any:
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
         return transformer(**{**inputs, **more})
     # without real data, grouped matrix products of expert layers require bfloat16
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # on the CPU also within torch.device("meta"): some versions of transformers ask for the autocast of the device
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from layershed.spellings import DummyLayer, cache_in, collected_outputs
+from layershed.spellings import DummyLayer, cache_in, collected_outputs, place_in
 
 UNKNOWN_SLOT = -1
 
@@ -185,7 +185,11 @@ def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> 
     stored = getattr(layer, "keys", None)
     if type(layer) is not DynamicLayer or stored is None or stored.ndim != 4 or getattr(cache, "offloading", False):
         keys, values = (_placeholder(hidden, tokens, getattr(layer, name, None)) for name in ("keys", "values"))
-        cache.update(keys, values, layer_idx)
+        place = place_in(layer, tokens, hidden.device)
+        if place is None:
+            cache.update(keys, values, layer_idx)
+        else:
+            cache.update(torch.ones_like(keys), values, layer_idx, place)
         layer = cache.layers[layer_idx]
         if type(layer) is not DynamicLayer:
             return
