@@ -93,23 +93,31 @@ def row(name: str, python: Path) -> dict[str, str]:
     return {"corner": name, **versions, "tests": counts, "failed": "; ".join(sorted(failed))}
 
 
-def neighbour(package: str, torch: str) -> dict[str, str]:
-    """Resolve layershed beside another package, without installing either."""
-    requirements = f"{package}\nlayershed @ {ROOT.as_uri()}\n"
+def _resolved(requirements: list[str]) -> tuple[dict[str, str], str]:
+    """The versions that uv resolves requirements to, without installing any, and why it does not."""
     command = ["uv", "pip", "compile", "-q", "--python-version", "3.11", "-"]
-    both = _run(command, input=requirements)
-    alone = _run(command, input=f"{package}\n")
-    found = re.search(rf"^{package}==(\S+)", both.stdout, re.MULTILINE | re.IGNORECASE)
-    newest = re.search(rf"^{package}==(\S+)", alone.stdout, re.MULTILINE | re.IGNORECASE)
-    reason = " ".join(both.stderr.split())
-    pinned = re.search(r"^transformers==(\S+)", both.stdout, re.MULTILINE)
-    same = found is not None and newest is not None and found[1] == newest[1]
+    done = _run(command, cwd=ROOT, input="\n".join(requirements))
+    found = re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", done.stdout, re.MULTILINE)
+    return {name.lower(): version for name, version in found}, " ".join(done.stderr.split())
+
+
+def neighbour(package: str) -> dict[str, str]:
+    """Resolve layershed, and layershed with all its extras, beside another package."""
+    alone, _ = _resolved([package])
+    core, why = _resolved([package, f"layershed @ {ROOT.as_uri()}"])
+    everything, why_all = _resolved([package, f"layershed[all] @ {ROOT.as_uri()}"])
+    newest = alone.get(package, "none")
+    if everything and everything.get(package) != newest:  # an older version is taken: ask why the newest is not
+        _, why_all = _resolved([f"{package}=={newest}", f"layershed[all] @ {ROOT.as_uri()}"])
+    reasons = [f"{what}: {reason[-400:]}" for what, reason in (("core", why), ("all", why_all)) if reason]
     return {
         "package": package,
-        "newest alone": newest[1] if newest else "does not resolve",
-        "beside layershed": found[1] if found else "does not resolve",
-        "transformers": pinned[1] if pinned else "",
-        "what stands in the way": "" if same else (reason[:400] or "an older version is taken"),
+        "newest alone": newest,
+        "beside layershed": core.get(package, "does not resolve"),
+        "beside layershed[all]": everything.get(package, "does not resolve"),
+        "transformers there": core.get("transformers", ""),
+        "torch there": core.get("torch", ""),
+        "what stands in the way": "; ".join(reasons) or "nothing",
     }
 
 
@@ -138,7 +146,7 @@ def main() -> int:
         corners[name] = row(name, make(name, CORNERS[name], given.torch, given.find_links))
         print(name, corners[name]["tests"], flush=True)
     for package in NEIGHBOURS if given.neighbours or not given.corner else ():
-        beside[package] = neighbour(package, given.torch)
+        beside[package] = neighbour(package)
         print(*beside[package].values(), sep=" | ", flush=True)
     kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
     rows = [{**one, "failed": one["failed"] or "none"} for one in corners.values()]

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 # ---- plugins, strategies, callbacks ----
@@ -257,6 +258,11 @@ def _end_iteration(loop: Any) -> None:
         loop.on_iteration_done()
     else:
         loop._restarting = False
+
+
+def tells_resumed_loops() -> bool:
+    """Whether Lightning's loops know that they resume, and where; without that no resume can be exact (before 2.5.3)."""
+    return hasattr(_FitLoop, "restarted_mid_epoch") and hasattr(_FitLoop, "is_resuming")
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
