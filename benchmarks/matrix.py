@@ -57,6 +57,17 @@ HEADER = """# Compatibility
 `make matrix` writes this page. A corner is an environment of its own in `build/matrix`; the tests are a core selection
 (discovery, surgery, cached decoding, saving, a drop in a fit, exact resume, DDP on two ranks).
 
+Limits that are no failure of a test:
+
+- torch: only 2.13 has a CPU wheel for this machine's Python 3.11, so every corner runs on it. The lower bound 2.6 is
+  that of the names we use (`torch.accelerator`, `FSDPModule`); no older and no newer build was run.
+- Python: 3.11 alone was run, for the same reason.
+- Lightning before 2.5.3: ExactResume refuses it, as its loops do not say where they resume.
+- transformers before 5.2: an extra output (attention weights) has no entry for a dropped sublayer; later it is None.
+- transformers 4.57: a model without weights (meta device) whose masks read numbers (GPT-2, OPT, BERT) cannot be proven.
+- pytorch_lightning: `lightning` is required and brings it. The callbacks of a `pytorch_lightning` Trainer are another
+  issue; the matrix has no corner for it yet.
+
 """
 
 

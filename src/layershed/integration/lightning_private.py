@@ -261,7 +261,7 @@ def _end_iteration(loop: Any) -> None:
 
 
 def tells_resumed_loops() -> bool:
-    """Whether Lightning's loops know that they resume, and where; without that no resume can be exact (before 2.5.3)."""
+    """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
     return hasattr(_FitLoop, "restarted_mid_epoch") and hasattr(_FitLoop, "is_resuming")
 
 
