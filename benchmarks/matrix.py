@@ -28,7 +28,7 @@ CORE = [
     "tests/callbacks/test_exact_resume.py",
     "tests/distributed/test_ranks.py",  # DDP on two ranks
 ]
-TOOLS = ["pytest>=8", "hypothesis>=6.100", "filelock>=3", "accelerate"]
+TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "filelock>=3", "accelerate"]
 CORNERS = {
     "oldest": [
         "transformers==4.57.6",
@@ -150,15 +150,18 @@ def main() -> int:
     parser.add_argument("--find-links", action="append", default=[])
     given = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
-    kept = PLACE / "results.json"
-    results: dict[str, dict[str, dict[str, str]]] = json.loads(kept.read_text()) if kept.exists() else {}
-    corners, beside = results.setdefault("corners", {}), results.setdefault("beside", {})
+    corners: dict[str, dict[str, str]] = {}
+    beside: dict[str, dict[str, str]] = {}
     for name in [] if given.neighbours else given.corner or CORNERS:
         corners[name] = row(name, make(name, CORNERS[name], given.torch, given.find_links))
         print(name, corners[name]["tests"], flush=True)
     for package in NEIGHBOURS if given.neighbours or not given.corner else ():
         beside[package] = neighbour(package)
         print(*beside[package].values(), sep=" | ", flush=True)
+    kept = PLACE / "results.json"  # read late: other corners may have run beside this one
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"corners": {}, "beside": {}}
+    corners = results["corners"] = {**results["corners"], **corners}
+    beside = results["beside"] = {**results["beside"], **beside}
     kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
     rows = [{**one, "failed": one["failed"] or "none"} for one in corners.values()]
     failures = [
