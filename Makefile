@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: fit test test-all check clean
+.PHONY: fit test test-all check matrix clean
 
 fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
@@ -25,6 +25,11 @@ check: $(VENV)/installed-dev
 	ln -s $(CURDIR)/src/layershed/* $(CURDIR)/callbacks build/types/layershed/
 	$(BIN)/mypy
 
+# environments of old and new versions in build/matrix (some minutes each); writes docs/compatibility.md
+matrix: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.matrix $(if $(TORCH),--torch "$(TORCH)") $(MATRIX)
+
 clean:
 	rm -rf $(VENV)
 
@@ -33,7 +38,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e .
+	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[all]"
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml

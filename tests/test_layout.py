@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "errors",
     "arguments",
+    "extras",
+    "spellings",
     "stand_ins",
     "files",
     "batches",

@@ -20,7 +20,15 @@ from layershed.discovery.autocast import has_mixed_dtypes, in_one_dtype, no_ambi
 from layershed.discovery.branches import LeftAlone
 from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
-from layershed.discovery.probe import asking, gathered, outputs_of, quietly, run_probe, watch_cache
+from layershed.discovery.probe import (
+    asking,
+    gathered,
+    outputs_of,
+    quietly,
+    refuse_hidden_cache,
+    run_probe,
+    watch_cache,
+)
 from layershed.discovery.proofs import Proofs
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
@@ -102,6 +110,8 @@ def _known_or_proven(transformer: nn.Module, state: Fingerprint | None) -> Anato
 def _prove(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
     tape, slots = run_probe(transformer), watch_cache(transformer)
     anatomy, of_zeros = take_apart(transformer, tape, slots)
+    if slots is None and any(branch.sublayer.kind == "attention" for branch in anatomy.branches):
+        refuse_hidden_cache(transformer)
     asked = asking(transformer, {path: tape.calls_of(path)[0] for path in anatomy.cores})
     anatomy = anatomy.copy(asked)
     outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]

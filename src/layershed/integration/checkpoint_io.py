@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from layershed.files.checkpoint_file import (
@@ -69,7 +72,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if target is not None:
             refuse_folder(target)
         if target is None or not target.is_file():
-            return super().load_checkpoint(path, map_location, weights_only)
+            if "weights_only" in signature(TorchCheckpointIO.load_checkpoint).parameters:
+                return super().load_checkpoint(path, map_location, weights_only)
+            with fsspec.open(str(path), "rb") as file:  # Lightning before 2.6 would always run the pickle
+                loaded: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
+            return loaded
         content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
         return content
 

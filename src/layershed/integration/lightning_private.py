@@ -16,6 +16,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 # ---- plugins, strategies, callbacks ----
@@ -248,7 +249,20 @@ def end_batches(trainer: Trainer) -> None:
     loop: Any = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped += not loop._should_accumulate()
     loop.restarting = False
-    loop.on_iteration_done()
+    _end_iteration(loop)
+
+
+def _end_iteration(loop: Any) -> None:
+    """What a loop does after each of its steps; Lightning has a method for it from 2.6 on."""
+    if hasattr(loop, "on_iteration_done"):
+        loop.on_iteration_done()
+    else:
+        loop._restarting = False
+
+
+def tells_resumed_loops() -> bool:
+    """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
+    return hasattr(_FitLoop, "restarted_mid_epoch") and hasattr(_FitLoop, "is_resuming")
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
@@ -279,7 +293,7 @@ def end_fit(trainer: Trainer, *, advances: bool) -> None:
         loop.epoch_loop.reset()
         end_epoch_for_loggers(trainer)
         loop.on_advance_end()
-    loop.on_iteration_done()
+    _end_iteration(loop)
     loop._restarting = False
     loop.on_run_end()
 
