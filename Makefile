@@ -33,7 +33,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e .
+	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[all]"
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml

@@ -4,14 +4,19 @@ Each callback works alone, finds the transformer in any LightningModule, and kee
 shares only the model, the logged metrics and the files of the run directory with the others.
 """
 
+from typing import TYPE_CHECKING
+
 from layershed.callbacks.exact_resume import ExactResume
 from layershed.callbacks.export import Export
 from layershed.callbacks.lora_recovery import LoRARecovery
 from layershed.callbacks.quantization import Quantization
 from layershed.callbacks.redundancy_monitor import RedundancyMonitor
-from layershed.callbacks.report import Report
 from layershed.callbacks.speed_monitor import SpeedMonitor
 from layershed.callbacks.sublayer_drop import SublayerDrop
+from layershed.extras import needs
+
+if TYPE_CHECKING:
+    from layershed.callbacks.report import Report
 
 __all__ = [
     "ExactResume",
@@ -23,3 +28,14 @@ __all__ = [
     "SpeedMonitor",
     "SublayerDrop",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name != "Report":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+        with needs("report", "Report"):  # only here: the other callbacks work without matplotlib
+            from layershed.callbacks.report import Report
+        globals()[name] = Report
+        return Report

@@ -10,6 +10,23 @@ class LayershedError(Exception):
     """Base of all errors that layershed raises on purpose."""
 
 
+class MissingExtraError(LayershedError, ImportError):
+    """An optional package is not installed.
+
+    Args:
+        what: What needs the package.
+        package: The package.
+        extra: The extra of layershed that brings it.
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.what, self.package, self.extra = what, package, extra
+        super().__init__(f'{what} needs {package}, which is not installed: pip install "layershed[{extra}]".')
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.what, self.package, self.extra)
+
+
 class NoSublayersFoundError(LayershedError, ValueError):
     """The model holds no attention or MLP sublayer that can be dropped."""
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
+from layershed.extras import needs
 from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
 from layershed.spellings import should_convert
 from layershed.stand_ins.install import MARK
@@ -134,8 +135,11 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
     """Refuse a model that :func:`quantize` cannot quantize; call it before anything else is done.
 
     Raises:
+        MissingExtraError: If bitsandbytes is not installed.
         QuantizationError: If the model is not from Hugging Face, or a module to skip does not exist.
     """
+    with needs("quantization", "quantize"):
+        import bitsandbytes  # noqa: F401
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
         raise QuantizationError(
@@ -155,6 +159,8 @@ def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
     """Quantize exactly as described, without the checks of :func:`quantize`."""
     from transformers.quantizers.auto import AutoHfQuantizer  # imported here, because it imports bitsandbytes
 
+    with needs("quantization", "A quantized model"):
+        import bitsandbytes  # noqa: F401
     config = _upstream_config(how)
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=True)
     # upstream's own list: the output embedding, modules tied to it, and modules that must stay in float32

@@ -278,7 +278,7 @@ def test_forget_validation_clears_the_loops_record(asked):
 
 def test_fit_loops_have_the_methods_that_are_replaced(make_trainer):
     trainer = make_trainer()
-    names = ["run", "reset", "done", "on_run_start", "on_iteration_done", "advance"]
+    names = ["run", "reset", "done", "on_run_start", "advance"]
     for loop in private.fit_loops(trainer):
         assert [name for name in names if not hasattr(type(loop), name)] == []
     assert private.fit_loops(trainer)[1] is not trainer.fit_loop
@@ -308,11 +308,11 @@ def test_steering_functions_use_only_attributes_of_the_loops(make_trainer):
     for owner, names in (
         (
             loop,
-            ["restarting", "_restarting", "_resuming_from_checkpoint", "is_resuming", "restarted_mid_epoch"],
+            ["restarting", "_restarting"],
         ),
         (type(loop), ["done", "skip"]),
-        (loop, ["max_batches", "on_iteration_done", "on_run_end", "on_advance_end", "_combined_loader"]),
-        (batches, ["restarting", "_batches_that_stepped", "_should_accumulate", "on_iteration_done", "reset"]),
+        (loop, ["max_batches", "on_run_end", "on_advance_end", "_combined_loader"]),
+        (batches, ["restarting", "_batches_that_stepped", "_should_accumulate", "reset"]),
         (batches.batch_progress, ["increment_completed", "is_last_batch", "current", "total"]),
         (type(trainer._logger_connector), ["epoch_end_reached", "should_update_logs", "metrics"]),
     ):

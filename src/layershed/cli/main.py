@@ -13,6 +13,7 @@ from pathlib import Path
 from layershed.cli.commands import answer_overview
 from layershed.cli.messages import causes, one_line
 from layershed.errors import LayershedError
+from layershed.extras import needs
 
 
 def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = None) -> int:
@@ -34,9 +35,10 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
     if words[:1] == ["fit"] and quickstart is not None and not named:
         words[1:1] = ["--config", str(quickstart)]
     try:
-        with _no_garbage_collection():
-            from layershed.cli.lightning_cli import run_command
-        run_command(words)
+        with needs("cli", "The command line"):
+            with _no_garbage_collection():
+                from layershed.cli.lightning_cli import run_command
+            run_command(words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -248,7 +248,15 @@ def end_batches(trainer: Trainer) -> None:
     loop: Any = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped += not loop._should_accumulate()
     loop.restarting = False
-    loop.on_iteration_done()
+    _end_iteration(loop)
+
+
+def _end_iteration(loop: Any) -> None:
+    """What a loop does after each of its steps; Lightning has a method for it from 2.6 on."""
+    if hasattr(loop, "on_iteration_done"):
+        loop.on_iteration_done()
+    else:
+        loop._restarting = False
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
@@ -279,7 +287,7 @@ def end_fit(trainer: Trainer, *, advances: bool) -> None:
         loop.epoch_loop.reset()
         end_epoch_for_loggers(trainer)
         loop.on_advance_end()
-    loop.on_iteration_done()
+    _end_iteration(loop)
     loop._restarting = False
     loop.on_run_end()
 

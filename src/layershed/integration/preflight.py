@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch.optim import Optimizer
 
 from layershed.errors import OptimizerError, ScheduleError
@@ -22,7 +23,8 @@ from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, export"
 _DROP, _LORA = 1, 3
-_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
+# Lightning has WeightAveraging from 2.6 on
+_AVERAGES = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
 _WITH_THE_DROP = (DROP, SPEED)
 
 

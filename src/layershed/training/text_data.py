@@ -14,14 +14,17 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from layershed.errors import DataError
+from layershed.extras import needs
 from layershed.integration.lightning_private import epoch_in_progress
 from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.packing import Packer, held_out_count, split_documents
 from layershed.training.sources import BUILDERS, local_files, parse_hub
+
+with needs("data", "TextData"):
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class TextData(pl.LightningDataModule):
@@ -186,7 +189,8 @@ class TextData(pl.LightningDataModule):
                 )
             own = splits.get("validation")
             return self._texts(splits["train"]), None if own is None else self._texts(own)
-        import datasets  # here because it takes half a second
+        with needs("data", "TextData"):
+            import datasets  # here because it takes half a second
 
         if self.source == "pydoc":
             topics = importlib.import_module("pydoc_data.topics").topics
