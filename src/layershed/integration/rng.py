@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from layershed.integration.lightning_private import is_stateful, wrapped_sampler
+from layershed.integration.namespaces import Trainer, TrainerStatus
 
 T = TypeVar("T")
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from layershed.integration.lightning_private import finetuning_groups
+from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.recovery.optimizer_groups import Layout, forget_parameters, layout_of, restore_layout
 
 _KEY = "layershed_trained"
