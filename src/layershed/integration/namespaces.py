@@ -116,6 +116,43 @@ def base(place: str, name: str) -> Any:
     return inheriting
 
 
+def follow_trainer(inheriting: Any) -> Any:
+    """Make a class of :func:`base` inherit first from the class of a Trainer's namespace, once that Trainer takes it.
+
+    The Trainer would take the other class's hooks for hooks that the user has overridden. It does not ask callbacks so.
+
+    Args:
+        inheriting: The class, of LightningModule or LightningDataModule.
+    """
+
+    def theirs(self: Any) -> Any:
+        """The property of LightningModule; None for LightningDataModule, where it is a plain attribute."""
+        found = getattr(super(inheriting, type(self)), "trainer", None)
+        return found if isinstance(found, property) else None
+
+    def get(self: Any) -> Any:
+        own_property = theirs(self)
+        return vars(self).get("trainer") if own_property is None else own_property.fget(self)
+
+    def take(self: Any, trainer: Any) -> None:
+        known = [_root(each) for each in classes(Trainer) if isinstance(trainer, each)]
+        ordered = tuple(sorted(inheriting.__bases__, key=lambda each: _root(each) not in known))
+        if known and ordered != inheriting.__bases__:
+            inheriting.__bases__ = ordered
+        own_property = theirs(self)
+        if own_property is None:
+            vars(self)["trainer"] = trainer
+        else:
+            own_property.fset(self, trainer)
+
+    inheriting.trainer = property(get, take)
+    return inheriting
+
+
+def _root(lightning_class: type) -> str:
+    return lightning_class.__module__.partition(".")[0]
+
+
 def _module(namespace: Namespace, place: str) -> str:
     root, _, rest = place.partition(".")
     package = getattr(namespace, root)
@@ -127,6 +164,7 @@ if TYPE_CHECKING:
     from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars as convert_tensors_to_scalars
     from lightning.fabric.utilities.data import sized_len as sized_len
     from lightning.pytorch import Callback as Callback
+    from lightning.pytorch import LightningDataModule as LightningDataModule
     from lightning.pytorch import LightningModule as LightningModule
     from lightning.pytorch import Trainer as Trainer
     from lightning.pytorch.callbacks import EarlyStopping as EarlyStopping
@@ -146,10 +184,15 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities import CombinedLoader as CombinedLoader
     from lightning.pytorch.utilities import rank_zero_warn as rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng as isolate_rng
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig as OptimizerLRSchedulerConfig
 
+    InheritedModule = LightningModule
+    InheritedDataModule = LightningDataModule
     InheritedCheckpointIO = TorchCheckpointIO
 else:
     Callback = base("pytorch.callbacks", "Callback")
+    InheritedModule = follow_trainer(base("pytorch", "LightningModule"))
+    InheritedDataModule = follow_trainer(base("pytorch", "LightningDataModule"))
     InheritedCheckpointIO = base("fabric.plugins.io", "TorchCheckpointIO")
 
     LightningModule = kind("pytorch", "LightningModule")
@@ -175,3 +218,4 @@ else:
     CombinedLoader = function("pytorch.utilities", "CombinedLoader")
     rank_zero_warn = function("pytorch.utilities", "rank_zero_warn")
     isolate_rng = function("pytorch.utilities.seed", "isolate_rng")
+    OptimizerLRSchedulerConfig = function("pytorch.utilities.types", "OptimizerLRSchedulerConfig")
