@@ -61,7 +61,7 @@ def hide(package: str) -> None:
 def begin() -> None:
     """Do what the variable says; the tests' modules that were imported before are imported anew."""
     asked = os.environ.get(VARIABLE)
-    if not asked:
+    if not asked or builtins.__import__.__name__ == "translated":
         return
     if asked == ONLY_SECOND:
         hide(FIRST)
