@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-
 from layershed.errors import CheckpointError
 from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.integration.lightning_private import give_back_header_rewrite, tells_resumed_loops
 from layershed.integration.metrics_csv import keep_rows, note_rows, take_up_rows
 from layershed.integration.module_hooks import carry_changes_by_hand, leave_structure, refuse_shards_changed_by_hand
+from layershed.integration.namespaces import Callback, ExperimentWriter, LightningModule, Trainer
 from layershed.integration.pending_work import fits, give_back_loops, note_progress, take_up_progress
 from layershed.integration.preflight import callbacks_of
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from layershed.files.atomic import refuse_source
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.preflight import check_order
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded

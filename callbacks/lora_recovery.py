@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,6 +15,7 @@ from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import regained_loss, trainable_parameters
 from layershed.integration.metric_names import LR_FACTOR
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
+from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import check_optimizers, check_order, check_start, refuse_averaging
 from layershed.integration.recovery_checks import (
     check_recovery,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
 from layershed.integration.module_hooks import carry_structure, leave_structure
+from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
 from layershed.integration.protocols import TrainsLoRA
 from layershed.integration.run import StepCounter, current_drop, publish, rewrap

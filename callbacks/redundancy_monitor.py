@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from layershed.errors import CalibrationError, NotFiniteError, ScheduleError
@@ -20,6 +18,7 @@ from layershed.integration.module_hooks import (
     watch_for_bypass,
     watch_for_changes,
 )
+from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import WritesHistory
 from layershed.integration.rng import of_every_rank

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from layershed.discovery.find import find_transformer
@@ -18,6 +17,7 @@ from layershed.integration.module_hooks import (
     watch_for_bypass,
     watch_for_changes,
 )
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
 from layershed.integration.watching import Watcher
 from layershed.performance.speed import SpeedReport

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-
 from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
 from layershed.integration.metric_names import SDR, quality_name, speed_name
 from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
+from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Drops
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,6 +24,7 @@ from layershed.integration.measurements import (
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
+from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import check_averaging, check_monitors, check_optimizers, check_order
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import (

@@ -27,6 +27,16 @@ class MissingExtraError(LayershedError, ImportError):
         return type(self), (self.what, self.package, self.extra)
 
 
+class MissingLightningError(LayershedError, ImportError):
+    """Neither of Lightning's packages is installed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The callbacks of layershed need PyTorch Lightning, which is not installed: pip install lightning "
+            "(or pytorch_lightning)."
+        )
+
+
 class NoSublayersFoundError(LayershedError, ValueError):
     """The model holds no attention or MLP sublayer that can be dropped."""
 

@@ -1,16 +1,24 @@
 """DDP and FSDP2 on two processes; the script benchmarks/ranks.py tries more of the same."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from layershed.integration.namespaces import NAMESPACES
+from tests.support.namespaces import SECOND, VARIABLE
+from tests.support.ranks import replicated
 from tests.support.ranks.checks import (
+    as_one_process,
     checks_of_replicated,
     checks_of_sharded,
     former_shards_are_left,
     replicated_in,
     run_sharded,
+    same_on_both_ranks,
 )
 from tests.support.ranks.deaths import SHARDS
-from tests.support.two_ranks import said, seconds_to_follow
+from tests.support.two_ranks import run_two_ranks, said, seconds_to_follow
 
 REPLICATED, SHARDED = checks_of_replicated(), checks_of_sharded("some")
 
@@ -33,6 +41,18 @@ def test_ddp_check_holds_on_two_ranks(ddp, name):
 @pytest.mark.parametrize("name", SHARDED)
 def test_fsdp2_check_holds_on_two_ranks(fsdp2, name):
     SHARDED[name](fsdp2)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(each, marks=pytest.mark.slow) for each in ("running", "qlora"))]
+)
+def test_ddp_run_under_lightnings_second_name_equals_one_process(tmp_path, name):
+    run_two_ranks("tests.support.ranks.named", tmp_path, name, environment={VARIABLE: SECOND})
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0]["lightning"] == NAMESPACES[1].pytorch
+    found = SimpleNamespace(ranks=ranks, one={name: replicated.train(tmp_path / "one", name, 1)})
+    same_on_both_ranks(name, found)
+    as_one_process(name, found)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch.utils.data import RandomSampler
 
 import layershed.callbacks
 from layershed.integration import lightning_private as private
+from layershed.integration.namespaces import own
 from tests.support.killed import EPOCH, plain, stateful
 from tests.support.runs import Foreign, Save, fit_foreign, val_loader
 
@@ -340,8 +341,9 @@ def private_names():
     """Every private name of Lightning's classes around the Trainer: their methods, and what they set on themselves."""
     found = set()
     packages = ["callbacks", "loggers", "loops", "overrides", "plugins", "strategies", "trainer", "core"]
-    places = [f"lightning.pytorch.{package}" for package in packages]
-    for place in (*places, "lightning.fabric.loggers", "lightning.fabric.plugins", "lightning.fabric.strategies"):
+    names = own()
+    places = [f"{names.pytorch}.{package}" for package in packages]
+    for place in (*places, *(f"{names.fabric}.{package}" for package in ("loggers", "plugins", "strategies"))):
         root = importlib.import_module(place)
         for info in pkgutil.walk_packages(root.__path__, f"{root.__name__}."):
             if any(part in info.name for part in ("xla", "wandb", "mlflow", "comet", "neptune", "litlogger")):

@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.support import namespaces
+
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ["tests.support.chaos_runs", "tests.support.ranks.sharded"]
 
@@ -35,6 +37,7 @@ def _run(module: str, words: list[str], environment: dict[str, str], output: Pat
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    namespaces.begin()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
     sys.argv = [module, *words]

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from tests.support.forked import start_module
 
 
-def run_two_ranks(module, folder, *words, timeout=180):
+def run_two_ranks(module, folder, *words, timeout=180, environment=None):
     """Run ``python -m module folder words`` on both ranks; fails with what they printed if one of them fails."""
-    with two_ranks(module, folder, *words) as processes:
+    with two_ranks(module, folder, *words, environment=environment) as processes:
         for process in processes:
             process.join(timeout)
         codes = [process.exitcode for process in processes]
@@ -36,7 +36,7 @@ def seconds_to_follow(module, folder, *words, dies, timeout=180):
 
 
 @contextmanager
-def two_ranks(module, folder, *words):
+def two_ranks(module, folder, *words, environment=None):
     """The processes of both ranks; none of them outlives the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +47,9 @@ def two_ranks(module, folder, *words):
         for rank in (0, 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
             output = folder / f"output-{rank}.txt"
-            processes.append(start_module(module, [str(folder), *words], {**shared, **own}, output))
+            processes.append(
+                start_module(module, [str(folder), *words], {**shared, **own, **(environment or {})}, output)
+            )
         yield processes
     finally:
         for process in processes:

@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from layershed.files.checkpoint_file import (
     local_path,
@@ -20,9 +19,10 @@ from layershed.files.checkpoint_file import (
     write_atomically,
 )
 from layershed.integration.lightning_private import replace_wrapped_checkpoint_io, wraps_checkpoint_io
+from layershed.integration.namespaces import InheritedCheckpointIO, TorchCheckpointIO, classes
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(InheritedCheckpointIO):
     """Writes Lightning's checkpoint files safely in runs that may be killed at any moment.
 
     - A local file is written beside the file that it replaces, synced to the disk, and renamed. Until then the former
@@ -91,9 +91,9 @@ def keep_checkpoints_whole(strategy: Any) -> None:
         current = strategy.checkpoint_io
     except NotImplementedError:
         return
-    if type(current) is TorchCheckpointIO:
+    if type(current) in classes(TorchCheckpointIO):
         strategy.checkpoint_io = AtomicCheckpointIO()
     while wraps_checkpoint_io(current):  # such as AsyncCheckpointIO
         wrapper, current = current, current.checkpoint_io
-        if type(current) is TorchCheckpointIO:
+        if type(current) in classes(TorchCheckpointIO):
             replace_wrapped_checkpoint_io(wrapper, AtomicCheckpointIO())

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from lightning.pytorch import LightningModule, Trainer
-
 from layershed.discovery.find import find_sublayers, find_transformer
 from layershed.discovery.uneven import warn_left_alone
 from layershed.errors import SelectionError
+from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.performance.latency import measure_latency
 from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup, phase_of
 from layershed.performance.stopwatch import Phase, SpeedSettings

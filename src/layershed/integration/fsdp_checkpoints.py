@@ -14,8 +14,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +30,7 @@ from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import NOTES_FILE, mend, read_notes, read_shards, replacing_shards
 from layershed.files.shard_index import INDEX_FILE
 from layershed.integration.lightning_private import raw_optimizer, saves_shards, trainer_of
+from layershed.integration.namespaces import LightningModule, ModelParallelStrategy, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import LoadsShards
 from layershed.recovery.lora import lora_settings, set_enabled

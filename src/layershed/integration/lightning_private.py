@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from layershed.integration.namespaces import (
+    EarlyStopping,
+    ExperimentWriter,
+    LightningModule,
+    ModelCheckpoint,
+    TorchCheckpointIO,
+    Trainer,
+    function,
+    kind,
+)
+
+_set_sampler_epoch = function("fabric.utilities.data", "_set_sampler_epoch")
+_Stateful = function("fabric.utilities.types", "_Stateful")  # a protocol, by attributes alone
+_FitLoop = function("pytorch.loops.fit_loop", "_FitLoop")
+_WrappingCheckpointIO = kind("pytorch.plugins.io.wrapper", "_WrappingCheckpointIO")
 
 # ---- plugins, strategies, callbacks ----
 

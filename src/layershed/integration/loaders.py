@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from layershed.batches import as_inputs, describe
 from layershed.errors import CalibrationError
 from layershed.integration.lightning_private import set_up_train_loader, set_up_val_loaders
+from layershed.integration.namespaces import CombinedLoader, Trainer, isolate_rng, sized_len
 from layershed.integration.rng import own_generators
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning.pytorch import LightningModule, Trainer
-
 from layershed.discovery.find import find_transformer
 from layershed.importance.tracker import estimate_importance
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
@@ -16,6 +14,7 @@ from layershed.integration.metric_names import (
     dropped_name,
     quality_name,
 )
+from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.planning.plan import ImportanceScores, count_by_kind
 from layershed.quality import Quality, check_head, evaluate_quality
 from layershed.surgery import bypassed_sublayers

@@ -15,14 +15,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-
 from layershed.files.checkpoint_file import local_path
 from layershed.integration.lightning_private import replace_header_rewrite
+from layershed.integration.namespaces import CSVLogger, ExperimentWriter, Logger, Trainer, TrainerFn, rank_zero_warn
 from layershed.integration.run import write_text
 
 ROWS_KEY = "layershed_rows"

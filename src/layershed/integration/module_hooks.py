@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import withhold_weights
 from layershed.integration.lightning_private import trainer_of
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.pending_work import fits
 from layershed.integration.strategies import is_sharded
 from layershed.integration.trained_parameters import TrainedParameters, rename_finetuned

@@ -16,12 +16,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-
 from layershed.integration import lightning_private as private
+from layershed.integration.namespaces import Trainer, TrainerFn, convert_tensors_to_scalars, rank_zero_warn
 from layershed.integration.rng import (
     loader_states,
     of_every_rank,

@@ -6,9 +6,6 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -20,13 +17,21 @@ from layershed.integration.lightning_private import (
     saves_after_train_epoch,
 )
 from layershed.integration.metric_names import DROP, SPEED
+from layershed.integration.namespaces import (
+    Callback,
+    EarlyStopping,
+    LightningModule,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Trainer,
+    WeightAveraging,
+)
 from layershed.integration.protocols import ActsAtStep, Drops, Placed
 from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, export"
 _DROP, _LORA = 1, 3
-# Lightning has WeightAveraging from 2.6 on
-_AVERAGES = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
+_AVERAGES = (StochasticWeightAveraging, WeightAveraging)
 _WITH_THE_DROP = (DROP, SPEED)
 
 

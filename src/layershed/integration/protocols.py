@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import LightningModule, Trainer
-
+from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.planning.schedule import DropSchedule
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
+from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of, waits_for_nothing
 from layershed.integration.protocols import Quantizes
 from layershed.integration.strategies import is_sharded, train_adapters

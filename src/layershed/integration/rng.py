@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from layershed.devices import device_random_states, set_device_random_states
 from layershed.integration.lightning_private import is_stateful, wrapped_sampler
+from layershed.integration.namespaces import Trainer, TrainerStatus
 
 T = TypeVar("T")
 

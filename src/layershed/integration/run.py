@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 
 from layershed.discovery.model_record import kept_model_record
 from layershed.files.atomic import write_text as write_text
+from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.saving.lora_folder import PLAN_FILE
 from layershed.stand_ins.record import overridden

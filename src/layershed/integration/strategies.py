@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-)
-from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 
 from layershed.errors import StrategyError
 from layershed.integration.fsdp_checkpoints import ShardedCheckpoints
 from layershed.integration.lightning_private import tensor_parallel_size
+from layershed.integration.namespaces import (
+    Callback,
+    DDPStrategy,
+    DeepSpeedStrategy,
+    LightningModule,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Trainer,
+    XLAStrategy,
+)
 from layershed.recovery.lora import set_enabled
 from layershed.stand_ins.record import overridden
 

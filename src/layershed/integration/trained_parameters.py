@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
-
 from layershed.integration.lightning_private import finetuning_groups
+from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import KeepsFrozen
 from layershed.integration.run import rewrap

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from layershed.errors import LayershedError, RevivedSublayerError
+from layershed.integration.namespaces import rank_zero_warn
 
 
 class Watcher:

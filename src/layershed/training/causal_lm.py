@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
 
 from layershed.errors import CheckpointError, OptimizerError, RecoveryError, ScheduleError
+from layershed.integration.namespaces import InheritedModule, OptimizerLRSchedulerConfig
 from layershed.integration.preflight import waits_for_nothing
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation
 from layershed.saving.checkpoint import apply_structure, write_structure
@@ -23,8 +23,11 @@ from layershed.saving.load_model import build_model
 from layershed.spellings import recompute_activations
 from layershed.training.lr_schedule import Schedule, share_of_peak
 
+# as Lightning's command line reads it; its own name for it would import the command line
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
-class CausalLM(pl.LightningModule):
+
+class CausalLM(InheritedModule):
     """Trains, validates and tests a Hugging Face causal language model.
 
     Logs ``train_loss`` at every step, and ``val_loss`` / ``val_perplexity`` (``test_...``) over each evaluation.

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from layershed.errors import DataError
 from layershed.extras import needs
 from layershed.integration.lightning_private import epoch_in_progress
+from layershed.integration.namespaces import InheritedDataModule
 from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.packing import Packer, held_out_count, split_documents
 from layershed.training.sources import BUILDERS, local_files, parse_hub
@@ -27,7 +27,7 @@ with needs("data", "TextData"):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
 
-class TextData(pl.LightningDataModule):
+class TextData(InheritedDataModule):
     """Text as batches ``{"input_ids": (B, T), "labels": (B, T)}`` of int64 token ids; labels equal the inputs.
 
     Documents are split into training and validation, tokenized, ended with the tokenizer's eos, concatenated and cut

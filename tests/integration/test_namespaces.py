@@ -1,0 +1,241 @@
+"""Lightning under both of its names: what recognizes its classes, and what inherits from them.
+
+The first tests know two packages of their own, ``first_name`` and ``second_name``. The last ones run tests of the suite
+in a process where the tests import the second name of Lightning; tests/support/namespaces.py says how.
+"""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layershed.errors import LayershedError, MissingLightningError
+from layershed.integration import namespaces
+from layershed.integration.namespaces import Namespace, base, classes, follow_trainer, function, kind, loaded, own
+from tests.support.forked import start_module
+from tests.support.namespaces import ONLY_SECOND, SECOND, VARIABLE
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(namespaces.__file__)
+PACKAGE = """
+from {name} import things
+class Callback:
+    def hook(self): return {name!r}
+class Trainer: pass
+class Module:
+    trainer = property(lambda self: self._trainer, lambda self, trainer: setattr(self, "_trainer", trainer))
+    def hook(self): return {name!r}
+class DataModule:
+    trainer = None
+    def hook(self): return {name!r}
+"""
+THINGS = "class Old: pass\ndef said(): return {name!r}\n"
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Two packages of the same classes; the second lacks one. None is imported."""
+    for name in ("first_name", "second_name"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(PACKAGE.format(name=name))
+        (tmp_path / name / "things.py").write_text(THINGS.format(name=name))
+    with (tmp_path / "first_name" / "things.py").open("a") as file:
+        file.write("class New: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = tuple(Namespace(name, name) for name in ("first_name", "second_name"))
+    monkeypatch.setattr(namespaces, "NAMESPACES", names)
+    monkeypatch.setattr(namespaces, "Trainer", kind("pytorch", "Trainer"))
+    yield names
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("first_name", "second_name")]:
+        del sys.modules[name]
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", ["first_name", "second_name"])
+def test_loaded_namespace_is_used_and_the_other_never_imported(two, name):
+    load(name)
+    assert [each.pytorch for each in loaded()] == [name]
+    assert own().pytorch == name
+    assert function("pytorch.things", "said")() == name
+    base("pytorch", "Callback")()
+    assert isinstance(load(name).Trainer(), kind("pytorch", "Trainer"))
+    assert [each.pytorch for each in loaded()] == [name]
+
+
+def test_first_namespace_is_imported_if_none_is_loaded(two):
+    assert loaded() == ()
+    assert own() == two[0]
+    assert loaded() == two[:1]
+
+
+def test_second_namespace_is_imported_if_only_it_is_installed(two, tmp_path):
+    (tmp_path / "first_name").rename(tmp_path / "gone")
+    importlib.invalidate_caches()
+    assert own() == two[1]
+
+
+def test_missing_lightning_is_an_error_that_names_what_to_install(two, monkeypatch):
+    monkeypatch.setattr(namespaces, "NAMESPACES", (Namespace("no_such_name", "no_such_name"),))
+    with pytest.raises(MissingLightningError, match="pip install lightning") as caught:
+        own()
+    assert isinstance(caught.value, LayershedError)
+    assert isinstance(caught.value, ImportError)
+
+
+def test_kind_recognizes_the_classes_of_every_loaded_namespace(two):
+    old, new = kind("pytorch.things", "Old"), kind("pytorch.things", "New")
+    assert not isinstance(object(), old)
+    first = load("first_name.things")
+    assert isinstance(first.Old(), old)
+    second = load("second_name.things")
+    assert isinstance(second.Old(), old)
+    assert isinstance(second.Old(), new | old)
+    assert isinstance(second.Old(), (new, old))
+    assert issubclass(type("Mine", (second.Old,), {}), old)
+    assert isinstance(first.New(), new)
+    assert not isinstance(second.Old(), new)
+    assert classes(old) == (first.Old, second.Old)
+    assert classes(new) == (first.New,), "an older version may lack a class"
+    assert not isinstance(first.Old(), kind("pytorch.nothing", "Old"))
+
+
+def test_inherited_class_suits_a_namespace_that_is_loaded_later(two):
+    first = load("first_name")
+    inherited = base("pytorch", "Callback")
+
+    class Ours(inherited):
+        def __init__(self, value, *, word="w"):
+            self.value, self.word = value, word
+
+    before = Ours(1)
+    second = load("second_name")
+    assert not isinstance(before, second.Callback)
+    after = Ours(2, word="x")
+    assert (after.value, after.word) == (2, "x")
+    for one in (before, after):
+        assert isinstance(one, first.Callback)
+        assert isinstance(one, second.Callback)
+        assert one.hook() == "first_name"
+
+
+def test_inherited_class_suits_both_namespaces_if_both_are_loaded_before(two):
+    first, second = load("first_name"), load("second_name")
+    inherited = base("pytorch", "Callback")
+    assert inherited.__bases__ == (first.Callback, second.Callback)
+    inherited()
+    assert inherited.__bases__ == (first.Callback, second.Callback)
+
+
+def test_users_class_that_leaves_no_order_of_bases_is_still_made(two):
+    load("first_name")
+    inherited = base("pytorch", "Callback")
+    second = load("second_name")
+
+    class Mine(second.Callback, inherited):
+        pass
+
+    assert isinstance(Mine(), second.Callback)
+    assert inherited().hook() == "first_name"
+
+
+@pytest.mark.parametrize("name", ["Module", "DataModule"])
+def test_module_inherits_first_from_the_namespace_of_its_trainer(two, name):
+    first, second = load("first_name"), load("second_name")
+
+    class Ours(follow_trainer(base("pytorch", name))):
+        pass
+
+    module = Ours()
+    for place in (second, first, second):
+        trainer = place.Trainer()
+        module.trainer = trainer
+        assert module.trainer is trainer
+        assert module.hook() == place.__name__
+        assert isinstance(module, (getattr(first, name), getattr(second, name)))
+    module.trainer = None
+    assert module.trainer is None
+    assert module.hook() == "second_name"
+
+
+def test_names_for_type_checkers_are_those_that_exist_when_it_runs():
+    guarded = next(node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.If) and node.orelse)
+    typed, real = (
+        {alias.asname for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        | {node.targets[0].id for node in body if isinstance(node, ast.Assign)}
+        for body in (guarded.body, guarded.orelse)
+    )
+    assert typed - {"LightningDataModule"} == real
+
+
+def test_every_class_that_is_recognized_exists_in_the_namespace():
+    kinds = [each for each in vars(namespaces).values() if isinstance(each, namespaces._Kind)]
+    assert len(kinds) > 10
+    missing = {each.__name__ for each in kinds if len(classes(each)) < len(loaded())}
+    assert missing <= {"WeightAveraging"}  # from Lightning 2.6 on
+
+
+# ---- tests of the suite under the second name ----
+
+PRIVATE = "tests/integration/test_lightning_private.py"
+CHOSEN = [
+    PRIVATE,
+    "tests/integration/test_namespaces.py::test_every_class_that_is_recognized_exists_in_the_namespace",
+    "tests/integration/test_checkpoint_io.py::test_atomic_checkpoint_io_replaces_only_lightnings_own",
+    "tests/distributed/test_strategies.py::test_strategy_that_holds_the_weights_is_refused",
+    "tests/callbacks/test_sublayer_drop.py::test_losses_around_the_drop_equal_an_evaluation_by_hand",
+    "tests/callbacks/test_sublayer_drop.py::test_optimizer_forgets_dropped_parameters_and_its_schedule_goes_on",
+    "tests/callbacks/test_exact_resume.py::test_lost_rows_and_rows_of_another_run_are_warned_of",
+    "tests/callbacks/test_exact_resume.py::test_run_resumed_in_a_copied_moved_or_linked_directory_keeps_its_rows",
+    "tests/callbacks/test_exact_resume.py::test_end_of_the_last_epoch_is_done_when_resumed",
+]
+FEW = ["tests/callbacks/test_order.py", CHOSEN[3]]
+WHOLE = ["tests/callbacks", "tests/distributed", "tests/integration"]
+OPTIONS = ["-q", "-p", "no:cacheprovider", f"--deselect={Path(__file__).relative_to(ROOT)}::test_suites"]
+
+
+def passed(text):
+    """How many tests passed in the output of a run that is expected to have no other outcome."""
+    (count,) = re.findall(r"^(\d+) passed", text, re.MULTILINE)
+    return int(count)
+
+
+def test_suites_chosen_tests_pass_under_the_second_name(tmp_path):
+    """Beside the first name, which layershed has imported; as a fork, which has the libraries already."""
+    output = tmp_path / "output.txt"
+    # the plugins' modules are there already, and pytest warns that it cannot rewrite them
+    environment = {VARIABLE: SECOND, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    process = start_module("pytest", [*OPTIONS, *CHOSEN], environment, output)
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()
+    assert passed(output.read_text()) > 40
+
+
+def under(how, *words):
+    environment = {**os.environ, VARIABLE: how}
+    command = [sys.executable, "-m", "pytest", *OPTIONS, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return passed(done.stdout)
+
+
+def test_suites_chosen_tests_pass_where_only_the_second_name_is_installed():
+    assert under(ONLY_SECOND, *FEW) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", WHOLE)
+def test_suites_folder_passes_under_the_second_name(folder):
+    assert under(SECOND, folder) > 30
+
+
+@pytest.mark.slow
+def test_suites_chosen_tests_and_two_ranks_pass_where_only_the_second_name_is_installed():
+    assert under(ONLY_SECOND, *CHOSEN, "tests/distributed/test_ranks.py") > 40
