@@ -21,6 +21,9 @@ from layershed.files.checkpoint_file import (
 from layershed.integration.lightning_private import replace_wrapped_checkpoint_io, wraps_checkpoint_io
 from layershed.integration.namespaces import InheritedCheckpointIO, TorchCheckpointIO, classes
 
+# Lightning before 2.6 always runs the pickle
+_TAKES_WEIGHTS_ONLY = "weights_only" in signature(TorchCheckpointIO.load_checkpoint).parameters
+
 
 class AtomicCheckpointIO(InheritedCheckpointIO):
     """Writes Lightning's checkpoint files safely in runs that may be killed at any moment.
@@ -72,9 +75,9 @@ class AtomicCheckpointIO(InheritedCheckpointIO):
         if target is not None:
             refuse_folder(target)
         if target is None or not target.is_file():
-            if "weights_only" in signature(TorchCheckpointIO.load_checkpoint).parameters:
+            if _TAKES_WEIGHTS_ONLY:
                 return super().load_checkpoint(path, map_location, weights_only)
-            with fsspec.open(str(path), "rb") as file:  # Lightning before 2.6 would always run the pickle
+            with fsspec.open(str(path), "rb") as file:
                 loaded: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
             return loaded
         content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
