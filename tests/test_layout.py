@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from layershed.integration.namespaces import NAMESPACES
+
 ROOT = Path(__file__).parents[1]
 # Each room imports only what stands before it. layershed/__init__.py re-exports from everywhere and is no room.
 ROOMS = [
@@ -137,6 +139,16 @@ def test_rooms_before_integration_import_no_lightning():
         if room(name) in WITHOUT_LIGHTNING:
             found = {other for other in imports(parse(name)) if other.partition(".")[0].endswith("lightning")}
             assert not found, f"{name} imports {found}"
+
+
+def test_one_file_imports_lightning_under_either_name_for_the_callbacks():
+    """The command line is a program of its own: it has one name."""
+    for name, path in MODULES.items():
+        if name != "integration.namespaces":
+            assert NAMESPACES[1].pytorch not in path.read_text(encoding="utf-8"), name
+            if room(name) != "cli":
+                found = {other for other in imports(parse(name)) if other.partition(".")[0] == "lightning"}
+                assert not found, f"{name} imports {found}"
 
 
 def test_errors_and_planning_import_no_torch():

@@ -32,8 +32,7 @@ class MissingLightningError(LayershedError, ImportError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The callbacks of layershed need PyTorch Lightning, which is not installed: pip install lightning "
-            "(or pytorch_lightning)."
+            "The callbacks of layershed need PyTorch Lightning, which is not installed: pip install lightning."
         )
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from layershed.callbacks import ExactResume, RedundancyMonitor, Report, SpeedMonitor
+from layershed.integration.namespaces import NAMESPACES
 from tests.support.killed import Kill, Killed, stateful
 from tests.support.runs import Foreign, val_loader
 
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("unpainted"),
 ]
 
+LIGHTNING = tuple(package for names in NAMESPACES for package in names)
 WATCHERS = {
     "RedundancyMonitor": lambda: [RedundancyMonitor(2)],
     "Report": lambda: [Report(every_n_steps=1)],
@@ -49,7 +51,7 @@ def looked_at(root):
             left += [(f"{path}[{key!r}]", each) for key, each in value.items() if not str(key).startswith("importance")]
         elif isinstance(value, list | tuple):
             left += [(f"{path}[{index}]", each) for index, each in enumerate(value)]
-        elif type(value).__module__.startswith(("lightning", "torch.utils", "torchdata", "tests")):
+        elif type(value).__module__.startswith((*LIGHTNING, "torch.utils", "torchdata", "tests")):
             left += [(f"{path}.{name}", each) for name, each in getattr(value, "__dict__", {}).items()]
     return found
 

@@ -22,7 +22,7 @@ from layershed.integration.lightning_private import replace_wrapped_checkpoint_i
 from layershed.integration.namespaces import InheritedCheckpointIO, TorchCheckpointIO, classes
 
 # Lightning before 2.6 always runs the pickle
-_TAKES_WEIGHTS_ONLY = "weights_only" in signature(TorchCheckpointIO.load_checkpoint).parameters
+_TAKES_WEIGHTS_ONLY = "weights_only" in signature(InheritedCheckpointIO.load_checkpoint).parameters
 
 
 class AtomicCheckpointIO(InheritedCheckpointIO):
