@@ -281,7 +281,7 @@ class LoRARecovery(Callback):
     def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Under FSDP2, before weights and optimizer states are loaded: train what the interrupted run trained."""
         begun = state["began"] is not None and self.mode == "lora"
-        train_before_sharded_load(trainer, pl_module, state["layout"], begun=begun, transformer=self.transformer)
+        train_before_sharded_load(pl_module, begun=begun, transformer=self.transformer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
@@ -310,6 +310,7 @@ class LoRARecovery(Callback):
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep frozen what recovery does not train: with LoRA the base, else the dropped sublayers."""
+        reshard(pl_module)
         transformer = find_transformer(pl_module, name=self.transformer)
         base = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
 

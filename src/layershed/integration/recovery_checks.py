@@ -15,7 +15,6 @@ from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
 from layershed.recovery.lora import inject_lora, lora_settings, set_enabled
 from layershed.recovery.lora_options import lora_arguments
-from layershed.recovery.optimizer_groups import Layout, forget_parameters, restore_layout
 
 
 def check_recovery(
@@ -103,23 +102,16 @@ def inject_before_sharding(pl_module: LightningModule, options: dict[str, Any], 
     set_enabled(pl_module, False)
 
 
-def train_before_sharded_load(
-    trainer: Trainer, pl_module: LightningModule, layout: Layout | None, *, begun: bool, transformer: str | None
-) -> None:
+def train_before_sharded_load(pl_module: LightningModule, *, begun: bool, transformer: str | None) -> None:
     """Train what the interrupted run trained, before FSDP2 reads weights and optimizer states.
 
     Args:
-        trainer: The Trainer.
         pl_module: The module that holds the transformer.
-        layout: What the optimizers of the interrupted run held; None if recovery had not changed it.
         begun: Whether LoRA was being trained.
         transformer: Path of the transformer in the module.
     """
     found = find_transformer(pl_module, name=transformer)
-    if not begun:
+    if begun:
+        train_adapters(found)
+    else:
         set_enabled(found, False)
-        return
-    train_adapters(found)
-    if trainer.optimizers and layout is not None:
-        restore_layout(trainer.optimizers, pl_module, layout)
-        forget_parameters(trainer.optimizers, found)

@@ -112,7 +112,7 @@ def state_of(trainer, module):
             for group in optimizer.param_groups
             if group["params"]
         ],
-        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "step": trainer.global_step,
     }
 
