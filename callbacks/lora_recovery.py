@@ -22,6 +22,7 @@ from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
     inject_before_sharding,
+    refuse_lasting_masks,
     train_before_sharded_load,
 )
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
@@ -188,7 +189,10 @@ class LoRARecovery(Callback):
         if self.mode == "lora":
             refuse_averaging(trainer, self)
             merges = self.finish != "adapter"
-            check_targets(pl_module, self.options["target_modules"], merges=merges, name=self.transformer)
+            targets = self.options["target_modules"]
+            check_targets(pl_module, targets, merges=merges, name=self.transformer)
+            if merges:
+                refuse_lasting_masks(trainer, pl_module, targets, transformer=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
@@ -72,6 +72,13 @@ def finetuning_groups(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
     saved = [state.get("internal_optimizer_metadata") for state in states]
     return [group for each in saved if isinstance(each, dict) for groups in each.values() for group in groups]
+
+
+def lasting_masks(callback: ModelPruning) -> list[tuple[Any, str]]:
+    """The modules and names of what a ModelPruning leaves masked after training; it keeps its arguments privately."""
+    if callback._make_pruning_permanent or not callback._apply_pruning or not callback.amount:
+        return []
+    return list(callback._parameters_to_prune)
 
 
 def replace_header_rewrite(writer: ExperimentWriter, rewrite: Callable[[Sequence[str]], None]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
+from layershed.integration.lightning_private import lasting_masks
 from layershed.integration.preflight import callbacks_of, waits_for_nothing
 from layershed.integration.protocols import Quantizes
 from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
-from layershed.recovery.lora import inject_lora, lora_settings, set_enabled
+from layershed.recovery.lora import inject_lora, lora_settings, modules_to_adapt, set_enabled
 from layershed.recovery.lora_options import lora_arguments
 
 
@@ -59,6 +62,33 @@ def check_recovery(
             "LoRARecovery(finish='merge'): merging into quantized weights rounds the recovery away. Use "
             "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
         )
+
+
+def refuse_lasting_masks(
+    trainer: Trainer, pl_module: LightningModule, target_modules: str | Sequence[str], *, transformer: str | None
+) -> None:
+    """Refuse a ModelPruning that still masks the weights into which the adapters are merged at the end.
+
+    Args:
+        trainer: The Trainer, once all callbacks are set up.
+        pl_module: The module that holds the transformer.
+        target_modules: As of LoRARecovery, like transformer.
+        transformer: See above.
+
+    Raises:
+        RecoveryError: If a mask would undo the merge.
+    """
+    found = find_transformer(pl_module, name=transformer)
+    paths = {id(module): path for path, module in modules_to_adapt(found, target_modules).items()}
+    for callback in callbacks_of(trainer):
+        masked = lasting_masks(callback) if isinstance(callback, ModelPruning) else []
+        first = next((paths[id(module)] for module, name in masked if name == "weight" and id(module) in paths), None)
+        if first is not None:
+            raise RecoveryError(
+                f"{type(callback).__name__}(make_pruning_permanent=False): the weight of {first} would still be "
+                "masked when LoRARecovery merges its adapters into it, and the merge would be lost. Set "
+                "make_pruning_permanent=True, or keep the adapters (LoRARecovery(finish='adapter'))."
+            )
 
 
 def check_resumed_lora(transformer: nn.Module, options: dict[str, Any]) -> None:
