@@ -1,4 +1,4 @@
-"""What a checkpoint notes of the parameters that its run unfroze and added to its optimizers, and how it is restored."""
+"""What a checkpoint notes of the parameters that its run unfroze and gave its optimizers, and how it is restored."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class TrainedParameters:
     DistributedDataParallel averages the gradients of what was trainable when it was built. It is built anew when more
     becomes trainable, or the ranks would part in silence.
 
-    FSDP2 leaves gathered weights in the places of frozen parameters. They are taken out before a hook could unfreeze them,
-    or add them to an optimizer, instead of the parameters. What was unfrozen is restored by ShardedCheckpoints.
+    FSDP2 leaves gathered weights in the places of frozen parameters. They are taken out before a hook could unfreeze
+    them, or add them to an optimizer, instead of the parameters. ShardedCheckpoints restores what was unfrozen.
 
     Args:
         trainer: The Trainer, when the optimizers are built.

@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch.distributed.fsdp import fully_shard
@@ -73,7 +72,8 @@ WAYS = {
     "hook": None,
 }
 
-RUNS = [(way, drop, shards) for shards in (True, False) for way in WAYS for drop in DROPS]
+RUNS = [(way, drop, True) for way in WAYS for drop in DROPS]  # as folders of shards; and some as single files
+RUNS += [("backbone", "drop before", False), ("blockwise", "LoRA after", False), ("hook", "LoRA before", False)]
 
 
 def fit(folder, way, drop, shards, cut):

@@ -1,0 +1,32 @@
+"""Weights that are unfrozen during a run on two ranks: averaged over the ranks from then on, dropped ones left out."""
+
+import pytest
+import torch
+
+from tests.support.ranks.unfreezing import CUTS, RUNS
+from tests.support.runs import same
+from tests.support.two_ranks import run_two_ranks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of both ranks."""
+    folder = tmp_path_factory.mktemp("unfreezing")
+    run_two_ranks("tests.support.ranks.unfreezing", folder, timeout=600)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("name", RUNS)
+def test_ddp_ranks_stay_equal_when_a_callback_unfreezes_and_a_resumed_run_equals_it(ranks, name, unused):
+    first, second = (rank[name, unused, None] for rank in ranks)
+    assert first.get("error") is None
+    assert same(first["state"], second["state"])
+    assert len(first["dropped"]) == 3
+    assert first["frozen"] == second["frozen"] == []
+    assert any(path.startswith("backbone.") for path in first["trainable"])
+    for cut in CUTS:
+        for rank in ranks:
+            assert same(rank[name, unused, cut], rank[name, unused, None]), cut
