@@ -1,4 +1,4 @@
-"""Weights that are unfrozen during a run on two ranks under FSDP2; benchmarks/ranks.py tries the same, also under DDP."""
+"""Weights that are unfrozen during a run on two ranks under FSDP2; benchmarks/ranks.py tries the same, and DDP."""
 
 import pytest
 
