@@ -61,6 +61,11 @@ def _checks(place: Path) -> list[bool]:
         found = getattr(checks, f"run_{name}")(_fresh(place, name), *which)
         own: dict[str, Callable[[Any], None]] = getattr(checks, f"checks_of_{name}")(*which)
         equal += [_holds(title, partial(check, found)) for title, check in own.items()]
+    unfreezing = import_module("tests.support.ranks.unfreezing_checks")
+    for name in ("replicated", "sharded"):
+        ranks = getattr(unfreezing, f"run_{name}")(_fresh(place, f"unfreezing-{name}"))
+        own = getattr(unfreezing, f"checks_of_{name}")()
+        equal += [_holds(title, partial(check, ranks)) for title, check in own.items()]
 
     def by_lightning() -> None:
         code, said = launched.fit(_fresh(place, "launched"))

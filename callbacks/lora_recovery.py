@@ -21,6 +21,7 @@ from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
     inject_before_sharding,
+    refuse_lasting_masks,
     train_before_sharded_load,
 )
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
@@ -187,7 +188,10 @@ class LoRARecovery(Callback):
         if self.mode == "lora":
             refuse_averaging(trainer, self)
             merges = self.finish != "adapter"
-            check_targets(pl_module, self.options["target_modules"], merges=merges, name=self.transformer)
+            targets = self.options["target_modules"]
+            check_targets(pl_module, targets, merges=merges, name=self.transformer)
+            if merges:
+                refuse_lasting_masks(trainer, pl_module, targets, transformer=self.transformer)
         if self.mode == "lora" and self.finish == "adapter":
             directory = run_directory(trainer)
             check_adapter_folder(directory / self.folder, apart=directory)
@@ -280,7 +284,7 @@ class LoRARecovery(Callback):
     def before_sharded_load(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Under FSDP2, before weights and optimizer states are loaded: train what the interrupted run trained."""
         begun = state["began"] is not None and self.mode == "lora"
-        train_before_sharded_load(trainer, pl_module, state["layout"], begun=begun, transformer=self.transformer)
+        train_before_sharded_load(pl_module, begun=begun, transformer=self.transformer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
@@ -309,6 +313,7 @@ class LoRARecovery(Callback):
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep frozen what recovery does not train: with LoRA the base, else the dropped sublayers."""
+        reshard(pl_module)
         transformer = find_transformer(pl_module, name=self.transformer)
         base = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
 

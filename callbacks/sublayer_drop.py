@@ -318,12 +318,14 @@ class SublayerDrop(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         quality = validation_quality(trainer, pl_module, self.quality_batches, self.transformer)
+        reshard(pl_module)
         if quality is not None:
             self.quality[when] = quality
             publish(trainer, quality_metrics({when: quality}))
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
+        reshard(pl_module)
         self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
         self.keep_frozen()
 

@@ -171,6 +171,38 @@ def test_drop_and_lora_work_while_model_pruning_holds_masks(make_trainer, lora):
         assert zeros > 0.3
 
 
+def pruning(**options):
+    return ModelPruning("l1_unstructured", amount=0.3, make_pruning_permanent=False, **options)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_merge_into_weights_that_model_pruning_leaves_masked_is_refused_before_the_first_step(make_trainer, first):
+    own = [dropping(4), recovery(target_modules=["up_proj"])]
+    trainer = make_trainer(*([pruning(), *own] if first else [*own, pruning()]))
+    refused_at_start(trainer, Foreign(), RecoveryError, r"layers.0.mlp.up_proj would still be masked when")
+
+
+class EmbeddingOnly(ModelPruning):
+    def filter_parameters_to_prune(self, parameters_to_prune=()):
+        return [(module, name) for module, name in parameters_to_prune if isinstance(module, torch.nn.Embedding)]
+
+
+@pytest.mark.parametrize(
+    ("finish", "make"),
+    [
+        ("adapter", pruning),
+        ("merge", lambda: pruning(apply_pruning=False)),
+        ("merge", lambda: EmbeddingOnly("l1_unstructured", amount=0.3, make_pruning_permanent=False)),
+    ],
+    ids=["keeps the adapter", "never prunes", "prunes other modules"],
+)
+def test_lasting_masks_that_no_merge_meets_are_left_alone(make_trainer, finish, make):
+    module = Foreign()
+    trainer = make_trainer(dropping(1), recovery(finish=finish), make(), max_epochs=2)
+    trainer.fit(module, loader(2), val_loader())
+    assert bool(adapted_modules(module)) == (finish == "adapter")
+
+
 def reparametrized(how):
     model = build_model()
     layer = model.model.layers[1].mlp.up_proj

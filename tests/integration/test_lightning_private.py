@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -199,6 +199,16 @@ def test_finetuning_groups_are_those_that_backbone_finetuning_saves(make_trainer
     names = {name for group in groups for name in group["params"]}
     assert len(groups) == 2
     assert names == {name for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize(("permanent", "lasting"), [(False, True), (True, False)])
+def test_lasting_masks_are_those_that_model_pruning_leaves_after_training(make_trainer, permanent, lasting):
+    module = Foreign()
+    layer = module.net.model.layers[0].mlp.up_proj
+    pruning = ModelPruning("l1_unstructured", [(layer, "weight")], amount=0.5, make_pruning_permanent=permanent)
+    fit_foreign(make_trainer(pruning, max_epochs=1), module)
+    assert private.lasting_masks(pruning) == ([(layer, "weight")] if lasting else [])
+    assert hasattr(layer, "weight_mask") == lasting
 
 
 def test_progress_functions_agree_within_and_between_epochs(asked):

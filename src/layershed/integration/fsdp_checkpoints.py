@@ -33,6 +33,7 @@ from layershed.integration.lightning_private import raw_optimizer, saves_shards,
 from layershed.integration.namespaces import LightningModule, ModelParallelStrategy, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import LoadsShards
+from layershed.integration.resumed_groups import restore_trained
 from layershed.recovery.lora import lora_settings, set_enabled
 from layershed.recovery.optimizer_groups import complete_state, forget_parameters, without_empty_groups
 from layershed.saving.checkpoint import CHECKPOINT_KEY, apply_structure, read_sharded_weights
@@ -82,13 +83,15 @@ class ShardedCheckpoints:
                 "(save_distributed_checkpoint=True)."
             )
         apply_structure(noted, self.pl_module, name=self.transformer)
-        forget_parameters(trainer.optimizers, transformer)
         # LoRARecovery switches them off again if it had not begun; a checkpoint of weights alone does not say
         set_enabled(transformer, True)
         states = noted.get("callbacks", {})
         for callback in callbacks_of(trainer):
             if isinstance(callback, LoadsShards) and callback.state_key in states:
                 callback.before_sharded_load(trainer, self.pl_module, states[callback.state_key])
+        if trainer.optimizers:
+            restore_trained(trainer.optimizers, self.pl_module, noted)
+        forget_parameters(trainer.optimizers, transformer)
         with without_empty_groups(trainer.optimizers), withheld(self.pl_module):
             if path.is_dir():
                 self._load_shards(path)

@@ -15,6 +15,7 @@ from layershed.integration.namespaces import (
     ExperimentWriter,
     LightningModule,
     ModelCheckpoint,
+    ModelPruning,
     TorchCheckpointIO,
     Trainer,
     function,
@@ -80,6 +81,13 @@ def finetuning_groups(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
     saved = [state.get("internal_optimizer_metadata") for state in states]
     return [group for each in saved if isinstance(each, dict) for groups in each.values() for group in groups]
+
+
+def lasting_masks(callback: ModelPruning) -> list[tuple[Any, str]]:
+    """The modules and names of what a ModelPruning leaves masked after training; it keeps its arguments privately."""
+    if callback._make_pruning_permanent or not callback._apply_pruning or not callback.amount:
+        return []
+    return list(callback._parameters_to_prune)
 
 
 def replace_header_rewrite(writer: ExperimentWriter, rewrite: Callable[[Sequence[str]], None]) -> None:

@@ -175,12 +175,9 @@ def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, 
 
 
 def follow_training(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Save and restore what others unfreeze during this fit; call it in on_fit_start, after :func:`carry_structure`.
-
-    Under FSDP2 it does nothing: Lightning loads the optimizer states at another time.
-    """
+    """Save and restore what others unfreeze during this fit; call it in on_fit_start, after :func:`carry_structure`."""
     hooks = _hooks_of(pl_module)
-    if hooks is None or is_sharded(trainer) or (hooks.training is not None and hooks.training.follows(trainer)):
+    if hooks is None or (hooks.training is not None and hooks.training.follows(trainer)):
         return
     hooks.training = TrainedParameters(trainer, pl_module)
 

@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer as Trainer
     from lightning.pytorch.callbacks import EarlyStopping as EarlyStopping
     from lightning.pytorch.callbacks import ModelCheckpoint as ModelCheckpoint
+    from lightning.pytorch.callbacks import ModelPruning as ModelPruning
     from lightning.pytorch.callbacks import StochasticWeightAveraging as StochasticWeightAveraging
     from lightning.pytorch.callbacks import WeightAveraging as WeightAveraging
     from lightning.pytorch.loggers import CSVLogger as CSVLogger
@@ -200,6 +201,7 @@ else:
     TorchCheckpointIO = kind("fabric.plugins.io", "TorchCheckpointIO")
     EarlyStopping = kind("pytorch.callbacks", "EarlyStopping")
     ModelCheckpoint = kind("pytorch.callbacks", "ModelCheckpoint")
+    ModelPruning = kind("pytorch.callbacks", "ModelPruning")
     StochasticWeightAveraging = kind("pytorch.callbacks", "StochasticWeightAveraging")
     WeightAveraging = kind("pytorch.callbacks", "WeightAveraging")  # from Lightning 2.6 on
     CSVLogger = kind("pytorch.loggers", "CSVLogger")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
-from layershed.integration.namespaces import LightningModule, Trainer
+from layershed.integration.lightning_private import lasting_masks
+from layershed.integration.namespaces import LightningModule, ModelPruning, Trainer
 from layershed.integration.preflight import callbacks_of, waits_for_nothing
 from layershed.integration.protocols import Quantizes
 from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
-from layershed.recovery.lora import inject_lora, lora_settings, set_enabled
+from layershed.recovery.lora import inject_lora, lora_settings, modules_to_adapt, set_enabled
 from layershed.recovery.lora_options import lora_arguments
-from layershed.recovery.optimizer_groups import Layout, forget_parameters, restore_layout
 
 
 def check_recovery(
@@ -62,6 +63,33 @@ def check_recovery(
         )
 
 
+def refuse_lasting_masks(
+    trainer: Trainer, pl_module: LightningModule, target_modules: str | Sequence[str], *, transformer: str | None
+) -> None:
+    """Refuse a ModelPruning that still masks the weights into which the adapters are merged at the end.
+
+    Args:
+        trainer: The Trainer, once all callbacks are set up.
+        pl_module: The module that holds the transformer.
+        target_modules: As of LoRARecovery, like transformer.
+        transformer: See above.
+
+    Raises:
+        RecoveryError: If a mask would undo the merge.
+    """
+    found = find_transformer(pl_module, name=transformer)
+    paths = {id(module): path for path, module in modules_to_adapt(found, target_modules).items()}
+    for callback in callbacks_of(trainer):
+        masked = lasting_masks(callback) if isinstance(callback, ModelPruning) else []
+        first = next((paths[id(module)] for module, name in masked if name == "weight" and id(module) in paths), None)
+        if first is not None:
+            raise RecoveryError(
+                f"{type(callback).__name__}(make_pruning_permanent=False): the weight of {first} would still be "
+                "masked when LoRARecovery merges its adapters into it, and the merge would be lost. Set "
+                "make_pruning_permanent=True, or keep the adapters (LoRARecovery(finish='adapter'))."
+            )
+
+
 def check_resumed_lora(transformer: nn.Module, options: dict[str, Any]) -> None:
     """Refuse to resume with other LoRA settings than those of the interrupted run.
 
@@ -103,23 +131,16 @@ def inject_before_sharding(pl_module: LightningModule, options: dict[str, Any], 
     set_enabled(pl_module, False)
 
 
-def train_before_sharded_load(
-    trainer: Trainer, pl_module: LightningModule, layout: Layout | None, *, begun: bool, transformer: str | None
-) -> None:
+def train_before_sharded_load(pl_module: LightningModule, *, begun: bool, transformer: str | None) -> None:
     """Train what the interrupted run trained, before FSDP2 reads weights and optimizer states.
 
     Args:
-        trainer: The Trainer.
         pl_module: The module that holds the transformer.
-        layout: What the optimizers of the interrupted run held; None if recovery had not changed it.
         begun: Whether LoRA was being trained.
         transformer: Path of the transformer in the module.
     """
     found = find_transformer(pl_module, name=transformer)
-    if not begun:
+    if begun:
+        train_adapters(found)
+    else:
         set_enabled(found, False)
-        return
-    train_adapters(found)
-    if trainer.optimizers and layout is not None:
-        restore_layout(trainer.optimizers, pl_module, layout)
-        forget_parameters(trainer.optimizers, found)

@@ -6,17 +6,20 @@ Lightning restores neither the trainable parameters, nor groups that hooks of th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from layershed.integration.fsdp_checkpoints import reshard
 from layershed.integration.lightning_private import finetuning_groups
-from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
+from layershed.integration.namespaces import DDPStrategy, LightningModule, ModelParallelStrategy, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import KeepsFrozen
+from layershed.integration.resumed_groups import TRAINED_KEY, restore_trained
 from layershed.integration.run import rewrap
-from layershed.recovery.optimizer_groups import Layout, forget_parameters, layout_of, restore_layout
+from layershed.recovery.optimizer_groups import Layout, forget_parameters, layout_of
 
-_KEY = "layershed_trained"
 _LOAD, _STEP = "load_optimizer_state_dict", "training_step"
+_LEFT_GATHERED = ("backward", "validation_step")  # where FSDP2 may leave gathered weights in their places
 
 
 class TrainedParameters:
@@ -24,6 +27,9 @@ class TrainedParameters:
 
     DistributedDataParallel averages the gradients of what was trainable when it was built. It is built anew when more
     becomes trainable, or the ranks would part in silence.
+
+    FSDP2 leaves gathered weights in the places of frozen parameters. They are taken out before a hook could unfreeze
+    them, or add them to an optimizer, instead of the parameters. ShardedCheckpoints restores what was unfrozen.
 
     Args:
         trainer: The Trainer, when the optimizers are built.
@@ -36,8 +42,10 @@ class TrainedParameters:
         self._held = _names(layout_of(trainer.optimizers, pl_module))
         self._trainable = self._trainable_now()
         replaced: dict[str, Any] = {_LOAD: self.load}
-        if isinstance(trainer.strategy, DDPStrategy):
+        if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):
             replaced[_STEP] = self.step
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            replaced.update({name: partial(self.reshard_after, name) for name in _LEFT_GATHERED})
         self._averaged = self._ids()
         self._own: dict[str, Any] = {name: getattr(trainer.strategy, name) for name in replaced}
         self._on_instance = {name: vars(trainer.strategy)[name] for name in replaced if name in vars(trainer.strategy)}
@@ -61,10 +69,16 @@ class TrainedParameters:
             if isinstance(callback, KeepsFrozen):
                 callback.keep_frozen()
         now = self._ids()
-        if now - self._averaged:
+        if now - self._averaged:  # under FSDP2 nothing is rebuilt
             rewrap(self.trainer, self.pl_module)
             self._averaged = now
         return self._own[_STEP](*args, **kwargs)
+
+    def reshard_after(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the strategy, after which the module has the parameters that the optimizers hold."""
+        result = self._own[name](*args, **kwargs)
+        reshard(self.pl_module)
+        return result
 
     def note(self, checkpoint: dict[str, Any]) -> None:
         """Save what others changed since the run began; nothing if nobody did."""
@@ -73,18 +87,12 @@ class TrainedParameters:
         groups = layout_of(self.trainer.optimizers, self.pl_module)
         unfrozen = sorted(self._trainable_now() - self._trainable)
         if unfrozen or _names(groups) - self._held or [len(own) for own in groups] != self._configured:
-            checkpoint[_KEY] = {"configured": self._configured, "groups": groups, "unfrozen": unfrozen}
+            checkpoint[TRAINED_KEY] = {"configured": self._configured, "groups": groups, "unfrozen": unfrozen}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """``load_optimizer_state_dict``: after all hooks that set optimizers up, before the states are loaded."""
-        noted = checkpoint.get(_KEY) or {"configured": None, "groups": _former_layout(checkpoint), "unfrozen": []}
-        if noted["groups"] is not None:
-            restore_layout(self.trainer.optimizers, self.pl_module, noted["groups"], configured=noted["configured"])
-        self._configured = noted["configured"] or self._configured
-        parameters = dict(self.pl_module.named_parameters())
-        for name in noted["unfrozen"]:
-            if name in parameters and parameters[name].is_floating_point():
-                parameters[name].requires_grad_(True)
+        configured = restore_trained(self.trainer.optimizers, self.pl_module, checkpoint)
+        self._configured = configured or self._configured
         forget_parameters(self.trainer.optimizers, self.pl_module)
         self._own[_LOAD](checkpoint)
 
@@ -104,13 +112,6 @@ def rename_finetuned(checkpoint: dict[str, Any], pl_module: LightningModule) -> 
     for group in finetuning_groups(checkpoint):
         found = (now.get(name.replace(".base_layer.", ".")) for name in group["params"])
         group["params"] = [name for name in found if name is not None]
-
-
-def _former_layout(checkpoint: dict[str, Any]) -> Layout | None:
-    """The groups of a checkpoint of an earlier version, in which only LoRARecovery saved them."""
-    states = checkpoint.get("callbacks", {}).values()
-    found = [state["layout"] for state in states if isinstance(state, dict) and state.get("layout")]
-    return found[0] if found else None
 
 
 def _names(layout: Layout) -> set[str]:

@@ -91,9 +91,16 @@ def check_targets(
     """
     transformer = find_transformer(model, name=name)
     _refuse_others(transformer)
-    targets = targets_of(transformer, target_modules, "all")
+    targets = modules_to_adapt(transformer, target_modules)
     if merges:
-        refuse_computed({path: transformer.get_submodule(path) for path in sorted(targets)})
+        refuse_computed(targets)
+
+
+def modules_to_adapt(transformer: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The linear maps that may get adapters, by path; of an adapted one, the map itself."""
+    paths = sorted(targets_of(transformer, target_modules, "all"))
+    found = {path: transformer.get_submodule(path) for path in paths}
+    return {path: getattr(module, "base_layer", module) for path, module in found.items()}
 
 
 def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any], *, seed: int = 0) -> LoraConfig:

@@ -67,7 +67,7 @@ RUNS = {"drop": lambda: [dropping()], "lora": lambda: [dropping(), recovering()]
 RUNS["headed"] = RUNS["lora"]
 
 
-def trainer_of(folder, *callbacks, shards=True):
+def trainer_of(folder, *callbacks, shards=True, max_steps=STEPS):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     strategy = ModelParallelStrategy(
         data_parallel_size=2,
@@ -81,7 +81,7 @@ def trainer_of(folder, *callbacks, shards=True):
         devices=2,
         strategy=strategy,
         callbacks=list(callbacks),
-        max_steps=STEPS,
+        max_steps=max_steps,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         **quiet,
@@ -112,7 +112,7 @@ def state_of(trainer, module):
             for group in optimizer.param_groups
             if group["params"]
         ],
-        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "step": trainer.global_step,
     }
 
