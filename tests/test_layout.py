@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Each room imports only what stands before it. layershed/__init__.py re-exports from everywhere and is no room.
 ROOMS = [
     "errors",
+    "spellings",
     "stand_ins",
     "files",
     "batches",

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from layershed.discovery.find import dissect, find_sublayers
 from layershed.errors import AmbiguousModelError, PlanError
 from layershed.planning.plan import Sublayer
+from layershed.spellings import cache_name, layer_overrides, recompute_activations
 from layershed.stand_ins.install import MARK
 from layershed.surgery import (
     bypass,
@@ -139,7 +140,9 @@ def cached_logits(model, tokens, cache, **kwargs):
     with torch.no_grad():
         for start, stop in [(0, 4), *((i, i + 1) for i in range(4, tokens.shape[1]))]:
             mask = kwargs["attention_mask"][:, :stop] if "attention_mask" in kwargs else None
-            step = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, attention_mask=mask)
+            step = model(
+                tokens[:, start:stop], use_cache=True, attention_mask=mask, **{cache_name(model.forward): cache}
+            )
             steps.append(step.logits)
     return torch.cat(steps, dim=1)
 
@@ -207,7 +210,7 @@ def test_gradients_under_checkpointing_equal_those_without(llama, tokens):
     llama(input_ids=tokens, labels=tokens).loss.backward()
     expected = {name: p.grad.clone() for name, p in llama.named_parameters() if p.grad is not None}
     llama.zero_grad()
-    llama.activation_checkpointing_enable()
+    recompute_activations(llama)
     llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(llama.get_parameter(name).grad, gradient)
@@ -239,12 +242,12 @@ def test_remove_frees_the_weights_and_marks_the_config(llama):
     expected = sum(p.numel() for m in (block.mlp, block.post_attention_layernorm) for p in m.parameters())
     remove(llama, found[3:4])
     assert total - llama.num_parameters() == expected
-    assert llama.config.per_layer_config[1].skip == ["mlp"]
+    assert layer_overrides(llama.config)[1]["skip"] == ["mlp"]
     assert bypassed_sublayers(llama) == found[2:3]
     assert dropped_sublayers(llama) == found[2:4]
     assert find_sublayers(llama) == (*found[:3], *found[4:])
     remove(llama)
-    assert llama.config.per_layer_config[1].skip == ["attention", "mlp"]
+    assert layer_overrides(llama.config)[1]["skip"] == ["attention", "mlp"]
 
 
 @pytest.mark.parametrize("act", [bypass, remove])

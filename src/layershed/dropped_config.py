@@ -17,6 +17,7 @@ from torch import nn
 
 from layershed.errors import PlanError
 from layershed.planning.plan import Sublayer, sublayer_from
+from layershed.spellings import layer_overrides
 from layershed.stand_ins.contexts import DROPPED_MODULES
 from layershed.stand_ins.stand_in import Capture, StandIn
 
@@ -86,8 +87,7 @@ def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn], owner: nn.Module
     """
     note_dropped(config, stand_ins, owner)
     text_config = config.get_text_config()
-    spec = getattr(text_config, "_heterogeneity_spec", None)
-    layers: dict[int, dict[str, Any]] = {i: dict(own) for i, own in (spec.per_layer_overrides if spec else {}).items()}
+    layers = layer_overrides(text_config)
     if any(own.keys() - {"skip"} for own in layers.values()):
         return
     for sublayer in {stand_in.sublayer for stand_in in stand_ins.values() if stand_in.core}:

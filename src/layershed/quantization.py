@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from layershed.discovery.find import find_transformer, secure_quantized
 from layershed.errors import QuantizationError, UnknownNameError
 from layershed.recovery.lora import adapted_modules, inject_at, lora_settings, remove_lora, set_enabled
+from layershed.spellings import should_convert
 from layershed.stand_ins.install import MARK
 from layershed.stand_ins.record import exchange
 
@@ -135,8 +136,6 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
     Raises:
         QuantizationError: If the model is not from Hugging Face, or a module to skip does not exist.
     """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
         raise QuantizationError(
@@ -145,7 +144,7 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
         )
     linear = [path for path, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D)]
     for skipped in skip_modules:
-        if linear and all(should_convert_module(path, [skipped]) for path in linear):
+        if linear and all(should_convert(path, [skipped]) for path in linear):
             raise QuantizationError(
                 f"skip_modules: no linear module's path ends or begins with {skipped!r}. Available, for "
                 f"example: {', '.join(linear[:2])}."
@@ -154,9 +153,7 @@ def check_quantizable(model: nn.Module, skip_modules: Sequence[str] = (), *, nam
 
 def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
     """Quantize exactly as described, without the checks of :func:`quantize`."""
-    # imported here, because they import bitsandbytes
-    from transformers.quantizers.auto import AutoHfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
+    from transformers.quantizers.auto import AutoHfQuantizer  # imported here, because it imports bitsandbytes
 
     config = _upstream_config(how)
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=True)
@@ -166,7 +163,7 @@ def quantize_as(transformer: PreTrainedModel, how: Quantized) -> None:
     paths = [
         path
         for path, module in transformer.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and should_convert_module(path, config.llm_int8_skip_modules)
+        if type(module) in (nn.Linear, Conv1D) and should_convert(path, config.llm_int8_skip_modules)
     ]
     if not paths:
         raise QuantizationError(f"quantize: {type(transformer).__name__} has no linear map to quantize.")

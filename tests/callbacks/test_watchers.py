@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from layershed.callbacks import RedundancyMonitor, Report, SublayerDrop
 from layershed.discovery.find import find_sublayers
+from layershed.spellings import recompute_activations
 from layershed.surgery import bypass
 from tests.support.runs import Foreign, Save, fit_foreign
 from tests.support.seq2seq import batch, by_hand, seq2seq
@@ -86,7 +87,7 @@ def test_gradient_checkpointing_by_hand_counts_each_block_once(make_trainer, tmp
 
         module.training_step = step
         if name == "checkpointed":
-            module.net.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(module.net, {"use_reentrant": False})
         assert fit(make_trainer(RedundancyMonitor(1), name=name, max_steps=3), module) == []
     assert rows(tmp_path / "checkpointed") == pytest.approx(rows(tmp_path / "plain"), rel=1e-5)
 

@@ -18,6 +18,7 @@ from layershed.discovery.find import dissect, find_sublayers, find_transformer
 from layershed.discovery.registry import SublayerAdapter, register_adapter, registered_adapter
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.planning.plan import Sublayer
+from layershed.spellings import cache_name
 from layershed.surgery import bypass, bypassed_sublayers, restore
 from tests.support.hand_written import GPT, Block
 from tests.support.models import build_model
@@ -196,9 +197,10 @@ def test_adapter_of_a_hugging_face_class_keeps_cached_decoding_exact(monkeypatch
     register_adapter(type(model), SublayerAdapter(lambda model: {"input_ids": torch.arange(4)[None]}))
     bypass(model, find_sublayers(model)[:1])
     cache = DynamicCache(config=model.config)
+    given = {cache_name(model.forward): cache}
     with torch.no_grad():
-        model(tokens[:, :6], past_key_values=cache)
-        cached = model(tokens[:, 6:], past_key_values=cache).logits
+        model(tokens[:, :6], **given)
+        cached = model(tokens[:, 6:], **given).logits
         torch.testing.assert_close(cached, model(tokens, use_cache=False).logits[:, 6:])
 
 

@@ -19,6 +19,7 @@ from layershed.importance.running_sums import RunningSums, Skipped
 from layershed.importance.taps import Taps
 from layershed.importance.tracker import ImportanceTracker, estimate_importance
 from layershed.planning.plan import ImportanceScores, Sublayer
+from layershed.spellings import recompute_activations
 from layershed.surgery import bypass, remove
 from tests.support.models import build_model
 
@@ -386,7 +387,7 @@ def test_nan_pass_counts_for_no_sublayer_of_the_tracker(llama):
 def test_nan_pass_under_activation_checkpointing_is_skipped_once(llama):
     llama.train()
     expected = measured(llama, BATCHES[:1])
-    llama.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(llama, {"use_reentrant": False})
     with ImportanceTracker(llama) as tracker:
         tracker.start()
         llama(**BATCHES[0], labels=BATCHES[0]["input_ids"], use_cache=False).loss.backward()
@@ -514,7 +515,7 @@ def test_tracker_reset_after_a_failed_pass_measures_the_next_exactly(llama):
 def test_tracker_under_activation_checkpointing_counts_each_token_once(llama, reentrant):
     llama.train()
     expected = measured(llama, BATCHES)
-    llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute_activations(llama, {"use_reentrant": reentrant})
     llama.enable_input_require_grads()
     with ImportanceTracker(llama) as tracker:
         tracker.start()

@@ -18,6 +18,7 @@ from layershed.performance.stopwatch import SpeedSettings, Stopwatch, cache_byte
 from layershed.planning.plan import Sublayer
 from layershed.quantization import quantize
 from layershed.recovery.lora import inject_lora
+from layershed.spellings import cache_in, cache_name
 from layershed.surgery import bypass, remove
 from tests.support.models import SIZES, build_model, hooks_of
 from tests.support.thinned import one_of, some_of
@@ -67,9 +68,9 @@ def counted(model, batch_size, tokens):
     words = torch.randint(3, 97, (batch_size, tokens), generator=torch.Generator().manual_seed(0))
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with FlopCounterMode(display=False) as prefill:
-        cache = model(input_ids=words, use_cache=True, **last).past_key_values
+        cache = cache_in(model(input_ids=words, use_cache=True, **last))
     with FlopCounterMode(display=False) as decode:
-        model(input_ids=words[:, :1], past_key_values=cache, use_cache=True, **last)
+        model(input_ids=words[:, :1], **{cache_name(model.forward): cache}, use_cache=True, **last)
     return prefill, decode
 
 
@@ -171,7 +172,7 @@ def test_expert_flops_follow_the_share_per_token_and_bytes_the_experts_in_use():
 def generated(model, settings):
     with torch.no_grad():
         stopwatch = Stopwatch(model, settings)
-        return cache_bytes(stopwatch.decode(stopwatch.prefill()).past_key_values)
+        return cache_bytes(cache_in(stopwatch.decode(stopwatch.prefill())))
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), some_of(MODELS, 2), ids=ids)

@@ -6,6 +6,7 @@ from torch import nn
 
 from layershed.performance.peak_memory import watching_memory
 from layershed.performance.stopwatch import SpeedSettings, Stopwatch, cache_bytes
+from layershed.spellings import cache_in
 
 CPU = torch.device("cpu")
 
@@ -128,7 +129,7 @@ def test_generation_peak_is_repeatable_and_includes_the_cache(llama):
     def peak(new_tokens):
         stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=8, new_tokens=new_tokens))
         with watching_memory(CPU) as told:
-            held = cache_bytes(stopwatch.decode(stopwatch.prefill()).past_key_values)
+            held = cache_bytes(cache_in(stopwatch.decode(stopwatch.prefill())))
         return told(), held
 
     few, many = peak(30), peak(90)  # enough of them that a step takes more than the prefill

@@ -25,6 +25,7 @@ from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed, 
 from layershed.performance.stopwatch import SpeedSettings, Stopwatch
 from layershed.planning.plan import Sublayer
 from layershed.recovery.lora import inject_lora
+from layershed.spellings import cache_in
 from layershed.surgery import bypass, bypassed_sublayers, remove, restore
 from tests.support.models import build_model
 
@@ -44,7 +45,7 @@ class Bench:
     def count(self, _module, _args, kwargs):
         if probing():
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         side = "dropped" if bypassed_sublayers(self.model) else "dense"
         held = 0 if cache is None else cache.get_seq_length()
         self.passes.append((side, kwargs["input_ids"].shape[1], held))
@@ -349,7 +350,7 @@ def test_compiled_wrapper_is_refused(dropped):
 
 def test_model_without_cached_decoding_is_refused_before_timing(dropped, monkeypatch):
     def forward(*args, **kwargs):
-        if kwargs.get("past_key_values") is not None:
+        if cache_in(kwargs) is not None:
             raise IndexError("no place left.\nmore")
         return dense(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from layershed.performance.stopwatch import (
     clock_of,
     describe_device,
 )
+from layershed.spellings import cache_in, cache_name
 from tests.support.models import SIZES, build_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
@@ -152,15 +153,17 @@ def test_stopwatch_runs_use_one_prompt_and_keep_the_random_state(llama):
 def test_stopwatch_computes_only_the_last_logits_if_supported(llama, monkeypatch, last_only):
     whole = llama.forward
 
+    name = cache_name(whole)
+
     def forward(input_ids, past_key_values=None, use_cache=None):
-        return whole(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return whole(input_ids=input_ids, use_cache=use_cache, **{name: past_key_values})
 
     if not last_only:
         monkeypatch.setattr(llama, "forward", forward)
     stopwatch = Stopwatch(llama, SpeedSettings(prompt_tokens=6, new_tokens=2))
     output = stopwatch.prefill()
     assert output.logits.shape[1] == (1 if last_only else 6)
-    assert stopwatch.decode(output).past_key_values.get_seq_length() == 8
+    assert cache_in(stopwatch.decode(output)).get_seq_length() == 8
 
 
 def test_cache_bytes_count_shared_memory_once():

@@ -22,6 +22,7 @@ from layershed.discovery.model_record import model_record
 from layershed.errors import AmbiguousModelError, ExportError, PlanError
 from layershed.planning.plan import Drop, DropPlan
 from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
+from layershed.spellings import layer_overrides
 from layershed.surgery import bypass, bypassed_sublayers, dropped_sublayers, remove, restore
 from tests.support.models import build_model, some
 
@@ -262,7 +263,7 @@ def test_failed_save_leaves_only_the_former_folder(tmp_path, monkeypatch, before
     assert contents(tmp_path) == there
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if before else [])
     assert model.config is config
-    assert not config.is_heterogeneous
+    assert not layer_overrides(config)
 
 
 class Allocations(TorchDispatchMode):

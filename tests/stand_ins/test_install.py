@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from layershed.planning.plan import Sublayer
+from layershed.spellings import cache_name
 from layershed.stand_ins.contexts import lifted, withheld
 from layershed.stand_ins.install import MARK, install, uninstall
 from layershed.stand_ins.record import overridden
@@ -107,7 +108,7 @@ def test_cache_layer_of_a_bypassed_attention_allocates_one_element(tokens):
     stand_in = zeros(echoes=(None,), argument="hidden_states", layer_idx=0)
     install(model.model.layers[0].self_attn, stand_in)
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache})
     own, other = (cache.layers[i].keys for i in (0, 1))
     assert own.shape[2] == other.shape[2] == tokens.shape[1]
     assert own.numel() * 8 <= other.numel()

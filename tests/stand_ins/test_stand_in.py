@@ -144,10 +144,10 @@ def static_cache():
 
 def test_dropped_attention_advances_a_static_cache_as_real_keys_do(hidden):
     cache, reference = static_cache(), static_cache()
-    for part in (hidden, hidden[:, :1]):
+    for part, at in ((hidden, torch.arange(5)), (hidden[:, :1], torch.tensor([5]))):
         zeros(layer_idx=0)(part, past_key_values=cache)
-        keys = torch.zeros(2, 2, part.shape[1], 8)
-        reference.update(keys, keys, 0)
+        keys = torch.ones(2, 2, part.shape[1], 8)
+        reference.update(keys, keys, 0, {"cache_position": at})  # transformers 4.57 asks for the position
         assert int(cache.get_seq_length()) == int(reference.get_seq_length())
     assert int(cache.get_seq_length()) == 6
 

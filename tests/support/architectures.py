@@ -7,14 +7,17 @@ every kind that the family mixes (full and sliding attention, Mamba and attentio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from layershed.spellings import PreTrainedConfig
 
 VOCABULARY = 128
 
@@ -261,7 +264,8 @@ def _shrink(config_class: type[PreTrainedConfig], fixes: Mapping[str, Any], bloc
         defaults = dict(vars(config_class()))
     except Exception:  # some defaults contradict each other; the declared ones have to do
         defaults = {}
-    declared = {field.name for field in fields(config_class)}
+    # configs are dataclasses from transformers 5.1 on
+    declared = {f.name for f in fields(config_class)} if is_dataclass(config_class) else declared_by(config_class)
     subs = {
         name: CONFIG_MAPPING[config_class.sub_configs_defaults[name].model_type] if sub is AutoConfig else sub
         for name, sub in config_class.sub_configs.items()
@@ -284,6 +288,11 @@ def _shrink(config_class: type[PreTrainedConfig], fixes: Mapping[str, Any], bloc
     for name, sub_class in subs.items():
         sizes[name] = _shrink(sub_class, fixes.get(name, {}), blocks)
     return config_class(**sizes)
+
+
+def declared_by(config_class: type) -> set[str]:
+    """The named arguments of a config that is no dataclass."""
+    return {name for name, p in signature(config_class).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _repeat(kinds: list[Any], blocks: int, *, cycle: bool) -> list[Any]:

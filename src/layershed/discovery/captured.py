@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+from transformers import PreTrainedModel
 
 from layershed.discovery.recording import Call, Tape
+from layershed.spellings import OutputRecorder, PreTrainedConfig, recordable_outputs
 from layershed.stand_ins.stand_in import Capture
 
 
@@ -27,7 +27,7 @@ def without_requests(transformer: nn.Module) -> Iterator[None]:
     configs: dict[int, PreTrainedConfig] = {}
     for module in transformer.modules():
         if isinstance(module, PreTrainedModel):
-            names.update(f"output_{key}" for key in _CAN_RECORD_REGISTRY.get(module))
+            names.update(f"output_{key}" for key in recordable_outputs(module))
         configs |= {id(config): config for config in _configs_in(module.__dict__.get("config"))}
     wanted = {f"{dash}{name}": False for name in names for dash in ("", "_")} | {"return_dict": True}
     before = [
@@ -91,7 +91,7 @@ def _recorders(
 
 def _tasks(model: PreTrainedModel) -> Iterator[tuple[str, OutputRecorder]]:
     """As transformers reads ``_can_record_outputs``; hidden states come from whole blocks, which keep running."""
-    for key, specs in _CAN_RECORD_REGISTRY.get(model).items():
+    for key, specs in recordable_outputs(model).items():
         for spec in specs if isinstance(specs, list) else [specs]:
             if "hidden_states" in key:
                 continue

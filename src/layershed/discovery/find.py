@@ -19,7 +19,7 @@ from layershed.discovery.autocast import no_ambient_autocast
 from layershed.discovery.branches import LeftAlone
 from layershed.discovery.fingerprint import Fingerprint, fingerprint
 from layershed.discovery.finite import refuse_not_finite
-from layershed.discovery.probe import gathered, outputs_of, quietly, run_probe, watch_cache
+from layershed.discovery.probe import gathered, outputs_of, quietly, refuse_hidden_cache, run_probe, watch_cache
 from layershed.discovery.proofs import Proofs
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import AmbiguousModelError, NoSublayersFoundError, UnprovenStructureError
@@ -90,6 +90,8 @@ def dissect(model: nn.Module, *, name: str | None = None) -> Anatomy:
 def _prove(transformer: nn.Module, state: Fingerprint | None) -> Anatomy:
     tape, slots = run_probe(transformer), watch_cache(transformer)
     anatomy, of_zeros = take_apart(transformer, tape, slots)
+    if slots is None and any(branch.sublayer.kind == "attention" for branch in anatomy.branches):
+        refuse_hidden_cache(transformer)
     outputs = [call.output for path in anatomy.paths for call in tape.calls_of(path)]
     refuse_not_finite(transformer, [tape.tensors[output] for output in outputs if output is not None])
     if state is not None and not of_zeros:  # a branch that is zero for now may turn out to mix tokens

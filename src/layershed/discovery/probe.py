@@ -23,6 +23,7 @@ from layershed.discovery.probe_failures import advice, without_flex
 from layershed.discovery.recording import Tape, recording
 from layershed.discovery.registry import registered_adapter
 from layershed.errors import LayershedError, UnprovenStructureError
+from layershed.spellings import CACHE_NAMES, cache_in, cache_name
 from layershed.stand_ins.contexts import lifted
 
 _TOKENS = 4
@@ -87,9 +88,11 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
     Runs a separate forward pass with the cache that the model makes for itself.
 
     Returns:
-        Empty for a model without a cache; None if the pass failed.
+        Empty for a model without a cache; None if the pass failed, or filled a cache that is not of transformers.
     """
-    if "past_key_values" not in signature(transformer.forward).parameters:
+    generates = isinstance(transformer, PreTrainedModel) and bool(transformer.can_generate())
+    known, name = signature(transformer.forward).parameters, cache_name(transformer.forward)
+    if "use_cache" not in known and (name is None or (name not in known and not generates)):
         return {}
     watch = _CacheWatch()
     with quietly(transformer), ExitStack() as hooks:
@@ -97,10 +100,28 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
             hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
         try:
-            _forward(transformer, use_cache=True)
+            output = _forward(transformer, use_cache=True)
         except Exception:  # the model may not support a cache
             return None
-    return watch.slots
+    hidden = cache_in(output) is not None or (name is None and generates)
+    return None if hidden and not watch.seen else watch.slots
+
+
+def refuse_hidden_cache(transformer: nn.Module) -> None:
+    """Refuse a model that generates and takes ``use_cache``, but takes its KV cache under no known name.
+
+    Call it if :func:`watch_cache` found no cache of transformers either: a stand-in cannot see that a cache is used.
+
+    Raises:
+        UnprovenStructureError: If it is such a model.
+    """
+    generates = isinstance(transformer, PreTrainedModel) and bool(transformer.can_generate())
+    if generates and "use_cache" in signature(transformer.forward).parameters and not cache_name(transformer.forward):
+        raise UnprovenStructureError(
+            f"{type(transformer).__name__} takes use_cache, but no KV cache under a known name "
+            f"({', '.join(CACHE_NAMES[:3])}), and passes no Cache of transformers to its parts. Dropping an attention "
+            "could silently break its cached decoding. Rename the argument, or update layershed."
+        )
 
 
 def filled_cache(transformer: nn.Module) -> Any:
@@ -110,7 +131,7 @@ def filled_cache(transformer: nn.Module) -> Any:
         UnprovenStructureError: If the forward pass fails.
     """
     with quietly(transformer), _as_structure_error(transformer):
-        return getattr(_forward(transformer, use_cache=True), "past_key_values", None)
+        return cache_in(_forward(transformer, use_cache=True))
 
 
 class _CacheWatch:
@@ -118,12 +139,14 @@ class _CacheWatch:
 
     def __init__(self) -> None:
         self.slots: dict[str, tuple[int, int]] = {}
+        self.seen = False
         self._running: list[str] = []
 
     def enter(self, path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.append(path)
         for value in (*args, *kwargs.values()):
             cache = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+            self.seen |= isinstance(cache, Cache)
             if isinstance(cache, Cache) and "update" not in cache.__dict__:
                 cache.__dict__["update"] = partial(self._update, cache.update)
 
@@ -209,7 +232,8 @@ def _forward(transformer: nn.Module, **more: Any) -> Any:
         inputs = {name: _moved(value, device) for name, value in example_inputs(transformer).items()}
         return transformer(**{**inputs, **more})
     # without real data, grouped matrix products of expert layers require bfloat16
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # on the CPU also within torch.device("meta"): some versions of transformers ask for the autocast of the device
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from layershed.errors import CalibrationError
 from layershed.importance.masks import tokens_that_count
 from layershed.importance.passes import holds
+from layershed.spellings import cache_in
 
 # arguments with the mask of a module's own tokens; torch's own are true where there is padding
 _OWN = {"attention_mask": False, "src_key_padding_mask": True, "tgt_key_padding_mask": True}
@@ -70,7 +71,7 @@ class Padding:
         if outermost:
             self._outermost = path
             self._given = {key: own for key, own in self._given.items() if not _meet(key[0], path)}
-            self._cached = given.get("past_key_values") is not None
+            self._cached = cache_in(given) is not None
         if any(holds(path, decoder) for decoder in self._decoder):
             self._note(path, False, given, _OF_ENCODER)
             self._note(path, True, given, _OF_DECODER)

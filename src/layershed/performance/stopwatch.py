@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from layershed.discovery.find import predicts_next_token
 from layershed.discovery.probe import quietly
 from layershed.errors import MeasurementError, UnknownNameError
+from layershed.spellings import CACHE_NAMES, cache_in, cache_name
 
 Phase = Literal["prefill", "decode"]
 
@@ -173,16 +174,26 @@ class Stopwatch:
         # like generate(): logits of the last position only, if the model supports it
         last_only = "logits_to_keep" in inspect.signature(transformer.forward).parameters
         self.options = {"use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
+        self.cache_name = cache_name(transformer.forward)
 
     def prefill(self) -> Any:
         """Run the prompt and return the model's output with its KV cache."""
         return self.transformer(input_ids=self.prompt, **self.options)
 
     def decode(self, output: Any) -> Any:
-        """Run the cached one-token steps after ``output`` and return the last output."""
+        """Run the cached one-token steps after ``output`` and return the last output.
+
+        Raises:
+            MeasurementError: If the model takes or returns no KV cache.
+        """
+        if self.cache_name is None or cache_in(output) is None:
+            raise MeasurementError(
+                f"speed: {type(self.transformer).__name__} {'takes' if self.cache_name is None else 'returns'} no KV "
+                f"cache under a known name ({', '.join(CACHE_NAMES[:3])})."
+            )
         for _ in range(self.new_tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = self.transformer(input_ids=token, past_key_values=output.past_key_values, **self.options)
+            output = self.transformer(input_ids=token, **{self.cache_name: cache_in(output)}, **self.options)
         return output
 
     def run(self) -> Timing:
@@ -194,7 +205,7 @@ class Stopwatch:
         start = self.clock.mark()
         output = self.decode(output)
         decode = self.clock.seconds(start, self.clock.mark())
-        return Timing(prefill, decode, cache_bytes(output.past_key_values))
+        return Timing(prefill, decode, cache_bytes(cache_in(output)))
 
 
 def check_phase(phase: Phase) -> None:
@@ -247,7 +258,7 @@ def _try_out(transformer: PreTrainedModel) -> None:
     with quietly(transformer):
         stopwatch = Stopwatch(transformer, SpeedSettings(prompt_tokens=2, new_tokens=1))
         try:
-            cache_bytes(stopwatch.decode(stopwatch.prefill()).past_key_values)
+            cache_bytes(cache_in(stopwatch.decode(stopwatch.prefill())))
         except Exception as error:  # the model's own code may raise anything
             reason = next(iter(str(error).splitlines()), "no message").rstrip(".")
             raise MeasurementError(

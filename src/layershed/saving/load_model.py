@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layershed.discovery.find import secure_quantized
 from layershed.errors import LayershedError, ModelError
 from layershed.files.untrusted import problem_of, refuse_unfitting
 from layershed.saving.pretrained import load_pretrained
 from layershed.saving.skeleton import lacks_sublayers, load_config, load_skeleton
+from layershed.spellings import PreTrainedConfig
 
 QUICKSTART_CONFIG: dict[str, Any] = {
     "model_type": "llama",

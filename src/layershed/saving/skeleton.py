@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layershed.discovery.find import find_sublayers
 from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
 from layershed.planning.plan import Sublayer
+from layershed.spellings import PreTrainedConfig, layer_overrides
 from layershed.stand_ins.stand_in import RemovedModule, StandIn
 from layershed.stand_ins.watching import watch
 from layershed.surgery import bypass, remove
@@ -53,7 +54,8 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """
     vet_folder(source)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _skipped_in(config)  # transformers before 5.20 does not check this field
     except Exception as error:  # transformers and its dataclasses raise errors of many kinds for wrong fields
         if (Path(source) / "config.json").is_file():
             raise ExportError(f"The config.json in {str(source)!r} is not valid ({first_line(error)}).") from None
@@ -61,6 +63,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             f"{str(source)!r} is neither a folder with a config.json nor an accessible model of the hub "
             f"({first_line(error)})."
         ) from None
+    return config
 
 
 def lacks_sublayers(config: PreTrainedConfig) -> bool:
@@ -70,11 +73,8 @@ def lacks_sublayers(config: PreTrainedConfig) -> bool:
 
 def _skipped_in(config: PreTrainedConfig) -> set[tuple[int, str]]:
     """The (block, kind) pairs that upstream's field skips."""
-    text_config = config.get_text_config()
-    if not text_config.is_heterogeneous:
-        return set()
-    layers = range(getattr(text_config, "num_hidden_layers", 0))
-    return {(i, kind) for i in layers for kind in getattr(text_config.per_layer_config[i], "skip", None) or ()}
+    overrides = layer_overrides(config.get_text_config())
+    return {(block, kind) for block, own in overrides.items() for kind in own.get("skip", ())}
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

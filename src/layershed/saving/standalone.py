@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from layershed import spellings
 from layershed.errors import ExportError
 from layershed.stand_ins import stand_in, watching
 
@@ -51,9 +52,9 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
 
 
 def _sources() -> str:
-    """The text of the two files as one that imports nothing of layershed."""
-    first, second = inspect.getsource(stand_in), inspect.getsource(watching)
-    lines = second.splitlines(keepends=True)
+    """The text of the three files as one that imports nothing of layershed."""
+    first, *others = (inspect.getsource(module) for module in (spellings, stand_in, watching))
+    lines = [line for text in others for line in text.splitlines(keepends=True)]
     return first + "".join(line for line in lines if not line.startswith(("from __future__", "from layershed")))
 
 

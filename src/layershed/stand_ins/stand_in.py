@@ -1,4 +1,4 @@
-"""The stand-in that runs instead of a dropped module. Imports only torch and transformers.
+"""The stand-in that runs instead of a dropped module. Imports only torch, transformers and our spellings of its names.
 
 The text of this file is copied into folders that load without layershed.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache
-from transformers.utils.output_capturing import _active_collector
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from layershed.spellings import DummyLayer, cache_in, collected_outputs, place_in
 
 UNKNOWN_SLOT = -1
 
@@ -81,7 +82,7 @@ class StandIn:
             self._refuse_strangers(hidden, args, kwargs)
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-            if cache is not None and self.layer_idx == UNKNOWN_SLOT:
+            if self.layer_idx == UNKNOWN_SLOT and (cache is not None or cache_in(kwargs) is not None):
                 raise NotImplementedError(
                     f"Cannot advance the KV cache past dropped {self.label}: its slot is unknown. Use use_cache=False."
                 )
@@ -105,9 +106,7 @@ class StandIn:
 
     def _hold_places(self) -> None:
         """Collect a None for each entry that would be collected, if transformers is asked for its output."""
-        # torch cannot trace a ContextVar; a compiled model sets the plain variable
-        compiled = torch.compiler.is_compiling() and not _active_collector.compiling
-        collected: Any = None if compiled else _active_collector.get()
+        collected = collected_outputs(torch.compiler.is_compiling())
         for key, *_ in self.captures:
             if collected is not None and key in collected:
                 collected[key].append(None)
@@ -186,7 +185,11 @@ def advance_cache(cache: Cache, layer_idx: int, hidden: Tensor, tokens: int) -> 
     stored = getattr(layer, "keys", None)
     if type(layer) is not DynamicLayer or stored is None or stored.ndim != 4 or getattr(cache, "offloading", False):
         keys, values = (_placeholder(hidden, tokens, getattr(layer, name, None)) for name in ("keys", "values"))
-        cache.update(keys, values, layer_idx)
+        place = place_in(layer, tokens, hidden.device)
+        if place is None:
+            cache.update(keys, values, layer_idx)
+        else:
+            cache.update(torch.ones_like(keys), values, layer_idx, place)
         layer = cache.layers[layer_idx]
         if type(layer) is not DynamicLayer:
             return

@@ -20,6 +20,7 @@ from layershed.integration.preflight import waits_for_nothing
 from layershed.recovery.distillation import Distillation, check_teacher, self_distillation
 from layershed.saving.checkpoint import apply_structure, write_structure
 from layershed.saving.load_model import build_model
+from layershed.spellings import recompute_activations
 from layershed.training.lr_schedule import Schedule, share_of_peak
 
 
@@ -74,7 +75,7 @@ class CausalLM(pl.LightningModule):
         # transformers loads a folder in eval mode, and Lightning does not change the mode of a module
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
         if gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            recompute_activations(self.model)
         self.val_perplexity = Perplexity(ignore_index=-100)
         self.test_perplexity = Perplexity(ignore_index=-100)
 
