@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershed.discovery.find import find_transformer, secure_quantized
@@ -49,7 +48,7 @@ def inject_lora(
     drop, it adds the adapters that are missing. It uses a random state of its own, so that every rank gets the same.
 
     Args:
-        model: A Hugging Face transformer, or a module that holds one.
+        model: A transformer, of Hugging Face or with a SublayerAdapter, or a module that holds one.
         rank: Rank of the adapters.
         alpha: Sets their scale, alpha / rank.
         dropout: Dropout probability of their inputs, in [0, 1).
@@ -82,8 +81,7 @@ def check_targets(model: nn.Module, target_modules: str | Sequence[str], *, name
     """Refuse a model that :func:`inject_lora` would refuse after any drop; call it before training.
 
     Raises:
-        RecoveryError: If it is no Hugging Face model, carries adapters from elsewhere, or a target is missing or tied
-            to another module.
+        RecoveryError: If it carries adapters from elsewhere, or a target is missing or tied to another module.
     """
     transformer = find_transformer(model, name=name)
     _refuse_others(transformer)
@@ -94,7 +92,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     """Put LoRA at the given paths that have none yet; :func:`inject_lora` chooses the paths and calls this.
 
     Args:
-        transformer: A Hugging Face transformer.
+        transformer: A transformer.
         targets: Paths of linear modules.
         settings: Arguments of peft's LoraConfig.
         seed: Seed of A's initial values.
@@ -279,11 +277,6 @@ def _refuse_strangers(transformer: nn.Module, targets: list[str]) -> None:
 
 
 def _refuse_others(transformer: nn.Module) -> None:
-    if not isinstance(transformer, PreTrainedModel):
-        raise RecoveryError(
-            f"inject_lora: {type(transformer).__name__} is not a Hugging Face model, and only those take LoRA. Train "
-            "all weights instead (mode: full)."
-        )
     others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
     if others:
         raise RecoveryError(
