@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
@@ -84,13 +85,15 @@ def _chosen(values: dict[str, float], metric: str | None) -> dict[str, float]:
 
 def _run(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], record: _Record) -> None:
     several = [0] if isinstance(trainer.val_dataloaders, list | tuple) and len(trainer.val_dataloaders) > 1 else []
+    # as Lightning decides it: a step may take the batch alone
+    numbered = is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2)
     _hook(pl_module, "on_validation_start")
     _hook(pl_module, "on_validation_epoch_start")
     for index, given in enumerate(batches):
         batch = on_device(trainer, given)
         record.rows = _rows(batch)
         _hook(pl_module, "on_validation_batch_start", batch, index, *several)
-        output: Any = pl_module.validation_step(batch, index, *several)
+        output: Any = pl_module.validation_step(batch, *([index] if numbered else []), *several)
         loss = output.get(LOSS, output.get("val_loss")) if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.numel() == 1:
             record(LOSS, loss)
@@ -130,8 +133,9 @@ class _Record:
             total[1] += weight
             return
         before = self._last.get(name, number)
-        reduce = {"sum": sum, "min": min, "max": max}.get(str(options["reduce_fx"]))
-        self._last[name] = number if reduce is None or name not in self._last else reduce((before, number))
+        reduced = {"sum": before + number, "min": min(before, number), "max": max(before, number)}
+        known = name in self._last
+        self._last[name] = reduced.get(str(options["reduce_fx"]), number) if known else number
 
     def values(self, trainer: Trainer) -> dict[str, float]:
         """The values over all batches of all ranks."""

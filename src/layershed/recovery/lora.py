@@ -6,6 +6,7 @@ B of shape (out, rank), and s = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
         if paths:
             transformer.__dict__.pop("peft_config", None)  # peft would warn of a second adapter; it is the same one
-            lora = LoraConfig(**settings, fan_in_fan_out=transposed, target_modules=paths)
+            lora = LoraConfig(**settings, fan_in_fan_out=transposed, target_modules=exactly(transformer, paths))
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
                 inject_adapter_in_model(lora, transformer, ADAPTER)
@@ -215,6 +216,14 @@ def peft_config_of(transformer: Any) -> LoraConfig:
     """Peft's config of the adapters, which peft keeps on the model."""
     config: LoraConfig = transformer.peft_config[ADAPTER]
     return config
+
+
+def exactly(transformer: nn.Module, paths: list[str]) -> list[str] | str:
+    """Paths as peft's ``target_modules``: a pattern where an end of another path equals one, as peft compares ends."""
+    ends, wanted = tuple(f".{path}" for path in paths), set(paths)
+    if any(path.endswith(ends) and path not in wanted for path, _ in transformer.named_modules()):
+        return "|".join(map(re.escape, paths))
+    return paths
 
 
 def _switch(layers: Iterable[Any], enabled: bool) -> None:

@@ -9,7 +9,9 @@ would fill the gaps with random weights. So load the folder with :func:`load_pre
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Collection, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +143,13 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     model_class = model_class_of(config)
     # so mismatched shapes are reported, and refused below
     options = {"dtype": "auto", **kwargs, "ignore_mismatched_sizes": True}
-    try:
-        model, report = skipping(model_class).from_pretrained(
-            folder, config=config, output_loading_info=True, use_safetensors=True, **options
-        )
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"load_pretrained: {folder} has no readable safetensors weights ({first_line(error)})."
-        ) from None
-    report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
+    model, report = _loaded(model_class, folder, config, options)
+    for flipped in _constructor_options(model_class):
+        if not (report["missing_keys"] or report["unexpected_keys"]):
+            break
+        other, others = _loaded(model_class, folder, config, {**options, **flipped})
+        if not (others["missing_keys"] or others["unexpected_keys"]):
+            model, report = other, others
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(problem):
             raise ExportError(f"load_pretrained: {folder} {_described(problem, sorted(map(str, report[problem])))}")
@@ -166,6 +166,31 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(folder) / LORA_FOLDER).is_dir():
         load_adapter(model, Path(folder) / LORA_FOLDER)
     return model
+
+
+def _loaded(
+    model_class: type[PreTrainedModel], folder: str | Path, config: Any, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model without what its config skips, and what transformers reports of its keys."""
+    try:
+        model, report = skipping(model_class).from_pretrained(
+            folder, config=config, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"load_pretrained: {folder} has no readable safetensors weights ({first_line(error)})."
+        ) from None
+    report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
+    return model, report
+
+
+def _constructor_options(model_class: type[PreTrainedModel]) -> Iterator[dict[str, bool]]:
+    """Other values of a constructor's yes-or-no options, such as ``add_pooling_layer``: no config records them."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    options = [parameter for parameter in parameters if isinstance(parameter.default, bool)]
+    for number in range(1, len(options) + 1):
+        for chosen in combinations(options, number):
+            yield {option.name: not option.default for option in chosen}
 
 
 def _left_over(keys: Collection[str], dropped: Iterable[str]) -> set[str]:
