@@ -1,12 +1,16 @@
-"""Saves the dropped model as a Hugging Face folder when training ends."""
+"""Saves the dropped model as a folder when training ends."""
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
+from layershed.discovery.find import find_transformer
 from layershed.files.atomic import refuse_source
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.preflight import check_order
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded
+from layershed.saving.own_model import check_own_folder, check_own_savable, save_weights
 from layershed.saving.pretrained import check_folder, save_pretrained
 from layershed.saving.savable import check_savable
 
@@ -17,7 +21,8 @@ class Export(Callback):
     Hooks: writes in ``on_fit_end`` on rank 0, to which FSDP2 sends all shards. The callbacks listed before it have
     merged the adapters or quantized the model by then. The training model keeps its dropped weights.
     Logs: nothing.
-    Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder.
+    Writes: a folder for ``layershed.load_pretrained``; without a drop, an ordinary Hugging Face folder. A model with a
+    SublayerAdapter gives a folder for ``layershed.load_weights``.
     Checkpoint: nothing.
 
     Args:
@@ -25,8 +30,8 @@ class Export(Callback):
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
 
     Raises:
-        ExportError: Before training, if the model is not from Hugging Face or carries adapters of peft that the user
-            added, or if the folder holds other files.
+        ExportError: Before training, if the model carries adapters of peft that the user added, or if the folder holds
+            other files.
     """
 
     layershed_place = 5  # in the order drop, quantize, LoRA, export
@@ -38,6 +43,10 @@ class Export(Callback):
         """Refuse, before training, a model that cannot be saved, or a folder that holds other files."""
         check_order(trainer)
         directory = run_directory(trainer)
+        if not isinstance(find_transformer(pl_module, name=self.transformer), PreTrainedModel):
+            check_own_folder(directory / self.folder, apart=directory)
+            check_own_savable(pl_module, name=self.transformer)
+            return
         check_folder(directory / self.folder, apart=directory)
         transformer = check_savable(pl_module, name=self.transformer)
         refuse_source(directory / self.folder, getattr(transformer, "name_or_path", None))
@@ -47,8 +56,11 @@ class Export(Callback):
         directory = run_directory(trainer)
         if not trainer.is_global_zero and not is_sharded(trainer):
             return
+        plan = plan_of(directory, pl_module)
+        if not isinstance(find_transformer(pl_module, name=self.transformer), PreTrainedModel):
+            save_weights(pl_module, directory / self.folder, plan=plan, name=self.transformer)
+            return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not hasattr(tokenizer, "save_pretrained"):  # the user's own tokenizer, which cannot be saved
             tokenizer = None
-        plan = plan_of(directory, pl_module)
         save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)

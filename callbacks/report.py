@@ -10,7 +10,7 @@ from rich.console import Console
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
-from layershed.integration.metric_names import quality_name
+from layershed.integration.measurements import logged_quality, quality_from, quality_state
 from layershed.integration.module_hooks import (
     leave_structure,
     refuse_shards_changed_by_hand,
@@ -19,9 +19,9 @@ from layershed.integration.module_hooks import (
 )
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
+from layershed.integration.speed_measuring import AnySpeed, report_from
 from layershed.integration.watching import Watcher
-from layershed.performance.speed import SpeedReport
-from layershed.quality import Quality
+from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
 from layershed.reporting.figures import MOST_COLUMNS, ImportancePoint, LossPoint, RunRecord, drop_steps
 from layershed.reporting.html_report import write_report
@@ -65,7 +65,7 @@ class Report(Callback):
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
         self._watcher = Watcher("Report")
         self._curves = {split: ThinnedCurve() for split in ("train", "val")}
-        self._quality: dict[str, Quality] = {}
+        self._quality: dict[str, Quality | OwnQuality] = {}
         self._finished: tuple[RunRecord, Path] | None = None
         self._stale: set[tuple[str, int]] = set()
 
@@ -133,28 +133,26 @@ class Report(Callback):
         """The losses and qualities so far, as primitives."""
         return {
             "losses": {split: curve.state_dict() for split, curve in self._curves.items()},
-            "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self._quality.items()},
+            "quality": quality_state(self._quality),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         for split, curve in self._curves.items():
             curve.load_state_dict(state_dict["losses"][split])
-        self._quality = {when: Quality(*fields) for when, fields in state_dict["quality"].items()}
+        self._quality = quality_from(state_dict["quality"])
 
     def _note_quality(self, trainer: Trainer) -> None:
         """Note the quality that SublayerDrop logged, and add its loss to the curve."""
         for when in ("before", "after", "end"):
-            loss, accuracy = (trainer.callback_metrics.get(quality_name(name, when)) for name in ("loss", "accuracy"))
-            if loss is None or accuracy is None:
-                continue
-            quality = Quality(loss.item(), accuracy.item(), 0)
-            if quality != self._quality.get(when):
+            quality = logged_quality(trainer, when)
+            if quality is not None and quality != self._quality.get(when):
                 self._quality[when] = quality
                 for curve in self._curves.values():
                     curve.mark()
-                self._curves["val"].add(trainer.global_step, quality.loss)
-                self._curves["val"].mark()
+                if "loss" in quality.values:
+                    self._curves["val"].add(trainer.global_step, quality.values["loss"])
+                    self._curves["val"].mark()
 
     def _losses(self) -> tuple[LossPoint, ...]:
         points = [LossPoint(step, split, loss) for split, curve in self._curves.items() for step, loss in curve]
@@ -187,8 +185,8 @@ class Report(Callback):
         )
 
 
-def _read_speed(path: Path) -> SpeedReport:
-    return SpeedReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+def _read_speed(path: Path) -> AnySpeed:
+    return report_from(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _files(directory: Path) -> dict[str, int]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
-from layershed.integration.metric_names import SDR, quality_name, speed_name
+from layershed.integration.metric_names import SDR, quality_name
 from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Drops
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.integration.speed_measuring import AnySpeed, SpeedTrial, figures, phase_in, report_from, speed_trial
 from layershed.integration.strategies import refuse_sharded_speed
 from layershed.integration.watching import Watcher
-from layershed.performance.speed import SpeedReport, measure_speed
-from layershed.performance.speedup_target import phase_of
-from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.performance.forward import measure_forward
+from layershed.performance.speed import measure_speed
+from layershed.performance.stopwatch import Phase
 from layershed.planning.plan import Sublayer
 from layershed.surgery import removed_sublayers
 
@@ -30,7 +31,10 @@ _QUALITY = "the quality of a validation, and the SDR with it,"
 
 
 class SpeedMonitor(Callback):
-    """Measures prefill and cached decode after every drop, dense against dropped, and the quality that the speed costs.
+    """Measures the speed after every drop, dense against dropped, and the quality that it costs.
+
+    Of a causal language model it measures prefill and cached decode. Of any other model it measures the forward pass,
+    and of an encoder-decoder also its encoder, in tokens, images or sequences.
 
     Hooks: measures in ``on_train_batch_end`` and ``on_train_end`` if the set of bypassed sublayers has changed. List it
     after SublayerDrop to measure at the step of the drop. It reads a quality of the module in ``on_validation_end``.
@@ -40,6 +44,8 @@ class SpeedMonitor(Callback):
     - ``speed/prefill_predicted``, ``speed/decode_predicted``, the speedups that the roofline model predicts;
     - ``speed/prefill_ms``, until the prompt is read, and ``speed/decode_ms``, per token, of the dropped model;
     - ``speed/prefill_tokens_per_s``, ``speed/decode_tokens_per_s``, and their ``_dense`` of the dense model;
+    - of another model ``speed/forward_speedup``, ``speed/forward_ms``, ``speed/forward_tokens_per_s`` (or ``images``,
+      ``sequences``) and so on, and ``speed/encoder_speedup``;
     - ``speed/parameters``, ``speed/kv_bytes_per_token``, ``speed/peak_memory`` and ``speed/file_bytes``, of the dropped
       model;
     - ``speed/sdr``, points of quality lost per percent of speed gained.
@@ -49,17 +55,19 @@ class SpeedMonitor(Callback):
     Checkpoint: the last measurement and the dense quality. A resumed run does not repeat them.
 
     Args:
-        prompt_tokens: Tokens per prompt.
-        new_tokens: Tokens decoded one at a time.
-        batch_size: Sequences at once.
+        prompt_tokens: Tokens per prompt, or per sequence of a forward pass. None for 128, or what fits into the model.
+        new_tokens: Tokens decoded one at a time. None for 32, or what fits into the model.
+        batch_size: Sequences or images at once.
         runs: Number of pairs of a dense and a dropped run.
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
         quality: The quality in SDR; None for no SDR. SublayerDrop measures ``accuracy``, ``loss`` and ``perplexity``
-            around every drop, and SDR is logged with each measurement. Any other word is a metric that the module logs
-            in validation. The last validation before the drop gives its dense value, and each validation after a
-            measurement logs SDR. A point is 0.01: a percentage point of a share, 0.01 of a loss.
+            around every drop, and SDR is logged with each measurement. If it measures no accuracy, as of a model that
+            is no causal language model, its loss takes the place of accuracy. Any other word is a metric that the
+            module logs in validation, or that SublayerDrop measures. The last validation before the drop gives its
+            dense value, and each validation after a measurement logs SDR. A point is 0.01: a percentage point of a
+            share, 0.01 of a loss.
         quality_mode: Whether ``max`` or ``min`` is better; needed only for a metric of the module.
-        phase: The speedup in SDR, ``decode`` or ``prefill``.
+        phase: The speedup in SDR, ``decode`` or ``prefill``; of other models it is the forward pass.
 
     Raises:
         MeasurementError: If quality_mode is missing or contradicts the quality; before training, if a number is below
@@ -70,8 +78,8 @@ class SpeedMonitor(Callback):
 
     def __init__(
         self,
-        prompt_tokens: int = 128,
-        new_tokens: int = 32,
+        prompt_tokens: int | None = None,
+        new_tokens: int | None = None,
         batch_size: int = 1,
         runs: int = 9,
         transformer: str | None = None,
@@ -84,7 +92,8 @@ class SpeedMonitor(Callback):
         self.prompt_tokens, self.new_tokens, self.batch_size, self.runs = prompt_tokens, new_tokens, batch_size, runs
         self.transformer, self.phase = transformer, phase
         self.quality, self.quality_mode = quality, _mode_of(quality, quality_mode)
-        self.report: SpeedReport | None = None
+        self.report: AnySpeed | None = None
+        self._trial: SpeedTrial | None = None
         self._watcher = Watcher("SpeedMonitor")
         self._measured: tuple[Sublayer, ...] = ()
         self._latest: dict[str, float] = {}
@@ -109,8 +118,10 @@ class SpeedMonitor(Callback):
         """Refuse settings that cannot be measured."""
         watch_for_changes(pl_module, self.transformer)
         refuse_sharded_speed(trainer, "SpeedMonitor")
-        settings = SpeedSettings(self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
-        settings.check(find_transformer(pl_module, name=self.transformer))
+        transformer = find_transformer(pl_module, name=self.transformer)
+        self._trial = speed_trial(transformer, self.prompt_tokens, self.new_tokens, self.batch_size, self.runs)
+        if self._trial.reason:
+            rank_zero_warn(f"SpeedMonitor measures the forward pass instead of decoding. {self._trial.reason}")
         if gone := removed_sublayers(pl_module):
             rank_zero_warn(
                 f"SpeedMonitor measures nothing: the model was saved without {_names(gone)}, "
@@ -148,7 +159,7 @@ class SpeedMonitor(Callback):
         if not dropped:
             self._dense_quality = value.item()
         elif self.report is not None and self._dense_quality is not None and dropped == self._measured:
-            sdr = {SDR: self._sdr(self.report, self._dense_quality, value.item())}
+            sdr = {SDR: self._sdr(self.report, self._dense_quality, value.item(), self.quality_mode)}
             self._latest.update(sdr)
             publish(trainer, sdr)
 
@@ -169,7 +180,7 @@ class SpeedMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.report = None if state_dict["report"] is None else SpeedReport.from_dict(state_dict["report"])
+        self.report = None if state_dict["report"] is None else report_from(state_dict["report"])
         self._measured = tuple(Sublayer(*fields) for fields in state_dict["measured"])
         self._latest = state_dict["latest"]
         self._dense_quality = state_dict["dense_quality"]
@@ -193,18 +204,18 @@ class SpeedMonitor(Callback):
                 (run_directory(trainer) / SPEED_FILE).unlink(missing_ok=True)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._trial is not None, "on_fit_start comes first"
+        settings = self._trial.settings
+        numbers: Any = {"batch_size": settings.batch_size, "runs": settings.runs, "name": self.transformer}
+        prompt, new = settings.prompt_tokens, settings.new_tokens
         with trainer.precision_plugin.forward_context():
-            self.report = measure_speed(
-                pl_module,
-                prompt_tokens=self.prompt_tokens,
-                new_tokens=self.new_tokens,
-                batch_size=self.batch_size,
-                runs=self.runs,
-                name=self.transformer,
-            )
+            if self._trial.generates:
+                self.report = measure_speed(pl_module, prompt_tokens=prompt, new_tokens=new, **numbers)
+            else:
+                self.report = measure_forward(pl_module, tokens=prompt, **numbers)
         with self._watcher.leaving_out(SPEED_FILE):
             self._save(trainer)
-        metrics = {**_figures(self.report), **self._sdr_around_the_drop(trainer, self.report)}
+        metrics = {**figures(self.report), **self._sdr_around_the_drop(trainer, self.report)}
         self._latest = {**self._latest, **metrics}
         publish(trainer, metrics)
 
@@ -230,33 +241,39 @@ class SpeedMonitor(Callback):
             raise MeasurementError(text)
         rank_zero_warn(text)
 
-    def _sdr(self, report: SpeedReport, before: float, after: float) -> float:
-        lost = before - after if self.quality_mode == "max" else after - before
-        return phase_of(report, self.phase).degradation(100 * lost)
+    def _sdr(self, report: AnySpeed, before: float, after: float, mode: Better | None) -> float:
+        lost = before - after if mode == "max" else after - before
+        return phase_in(report, self.phase).degradation(100 * lost)
 
-    def _sdr_around_the_drop(self, trainer: Trainer, report: SpeedReport) -> dict[str, float]:
+    def _sdr_around_the_drop(self, trainer: Trainer, report: AnySpeed) -> dict[str, float]:
         """The SDR from SublayerDrop's quality, if that is the chosen one."""
         if self.quality is None:
             return {}
+        for name in (self.quality, "loss") if self.quality == "accuracy" else (self.quality,):
+            logged = "loss" if name == "perplexity" else name
+            before, after = (trainer.callback_metrics.get(quality_name(logged, when)) for when in ("before", "after"))
+            if before is not None and after is not None:
+                if name == "perplexity":
+                    before, after = before.exp(), after.exp()
+                mode = _AROUND_THE_DROP.get(name, self.quality_mode)
+                return {SDR: self._sdr(report, before.item(), after.item(), mode)}
+        self._warn_without_quality(trainer)
+        return {}
+
+    def _warn_without_quality(self, trainer: Trainer) -> None:
+        """Say why there is no SDR, unless somebody has."""
         if self.quality not in _AROUND_THE_DROP:
             if self._dense_quality is None and not self._watcher.warned_of(_QUALITY):
                 rank_zero_warn(
                     f"SpeedMonitor(quality={self.quality!r}): no validation came before the drop, so there is no dense "
                     "value and no SDR. Validate sooner (val_check_interval), or drop later."
                 )
-            return {}
-        name = "loss" if self.quality == "perplexity" else self.quality
-        before, after = (trainer.callback_metrics.get(quality_name(name, when)) for when in ("before", "after"))
-        if before is None or after is None:
-            if _measures_around_drops(trainer):  # else on_fit_start warned
-                rank_zero_warn(
-                    f"SpeedMonitor(quality={self.quality!r}): {_names(self._measured)} was not dropped by "
-                    "SublayerDrop, so nothing measured the quality and there is no SDR. Drop with SublayerDrop."
-                )
-            return {}
-        if self.quality == "perplexity":
-            before, after = before.exp(), after.exp()
-        return {SDR: self._sdr(report, before.item(), after.item())}
+        # else on_fit_start warned; SublayerDrop itself warns of a quality that it cannot measure
+        elif _measures_around_drops(trainer) and not _dropped_by_callback(trainer, self._measured):
+            rank_zero_warn(
+                f"SpeedMonitor(quality={self.quality!r}): {_names(self._measured)} was not dropped by "
+                "SublayerDrop, so nothing measured the quality and there is no SDR. Drop with SublayerDrop."
+            )
 
     def _save(self, trainer: Trainer) -> None:
         folder = run_directory(trainer)
@@ -269,6 +286,12 @@ def _measures_around_drops(trainer: Trainer) -> bool:
     return trainer.enable_validation and any(
         isinstance(other, Drops) and other.quality_batches > 0 for other in callbacks_of(trainer)
     )
+
+
+def _dropped_by_callback(trainer: Trainer, dropped: Collection[Sublayer]) -> bool:
+    """Whether a SublayerDrop has dropped all of these."""
+    plans = (getattr(other, "plan", None) or () for other in callbacks_of(trainer) if isinstance(other, Drops))
+    return any(set(dropped) <= set(plan) for plan in plans)
 
 
 def _names(sublayers: Iterable[Sublayer]) -> str:
@@ -289,24 +312,3 @@ def _mode_of(quality: str | None, given: Better | None) -> Better | None:
             "quality_mode out."
         )
     return known or given
-
-
-def _figures(report: SpeedReport) -> dict[str, float]:
-    """The logged figures of a measurement."""
-    figures: dict[str, float] = {
-        "parameters": float(report.parameters_dropped),
-        "kv_bytes_per_token": report.kv_bytes_dropped,
-        "peak_memory": float(report.peak_memory_dropped),
-        "file_bytes": float(report.file_bytes_dropped),
-        "prefill_ms": report.prefill_ms[1],
-        "decode_ms": report.decode_ms[1],
-    }
-    for name, phase in (("prefill", report.prefill), ("decode", report.decode)):
-        figures[f"{name}_tokens_per_s_dense"] = phase.dense
-        figures[f"{name}_tokens_per_s"] = phase.dropped
-        figures[f"{name}_speedup"] = phase.speedup.median
-        figures[f"{name}_speedup_low"] = phase.speedup.low
-        figures[f"{name}_speedup_high"] = phase.speedup.high
-        if phase.predicted is not None:
-            figures[f"{name}_predicted"] = phase.predicted
-    return {speed_name(name): value for name, value in figures.items()}

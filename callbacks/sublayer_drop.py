@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import kept_model_record
-from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
 from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import (
+    CalibrateOn,
     check_batches,
+    check_calibration,
     drop_metrics,
     importance_in_a_pass,
+    quality_from,
     quality_metrics,
+    quality_state,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
@@ -34,36 +38,33 @@ from layershed.integration.run import (
     own_share,
     publish,
     rewrap,
-    run_directory,
+    save_plan,
     show,
-    write_text,
 )
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
+from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
-from layershed.quality import Quality
+from layershed.quality import OwnQuality, Quality
 from layershed.recovery.frozen import StaysFrozen
 from layershed.recovery.optimizer_groups import dropped_parameters
-from layershed.saving.lora_folder import PLAN_FILE
 from layershed.surgery import bypass
-
-CalibrateOn = Literal["running", "train", "val"]
 
 
 class SublayerDrop(Callback):
     """Bypasses the least important sublayers at configured optimizer steps. Training continues without them.
 
-    A count, a ratio or a target speedup sets how many it drops. For a target speedup it drops and measures until the
-    target is reached. Use one per Trainer: a second one would write the same files and metrics.
+    A count, a ratio, a target speedup or a given plan sets what it drops. For a target speedup it drops and measures
+    until the target is reached. Use one per Trainer: a second one would write the same files and metrics.
 
     Hooks: decides in ``on_train_batch_end``, after the configured optimizer step. The optimizer removes the dropped
-    parameters in place, so the learning-rate schedule continues. If an unfreezing callback or a hook brings dropped
-    parameters back, they are frozen and removed again before the next step and before a checkpoint.
-    Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` (and ``accuracy``) on validation batches;
-    ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``, the measured speedup.
+    parameters in place, so the learning-rate schedule continues. Dropped parameters that others unfreeze are frozen and
+    removed again before the next step and before a checkpoint.
+    Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` on validation batches (and ``accuracy`` or
+    ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``.
     Writes: ``drop_plan.json`` in the run directory.
     Checkpoint: the plan and the running sums of every rank. The module's own hooks, which this callback extends, save
     which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with this callback resumes,
@@ -74,7 +75,7 @@ class SublayerDrop(Callback):
         start: Optimizer steps before the first drop.
         scope: ``attention``, ``mlp``, ``block`` or ``joint`` (attention and MLP ranked in one array).
         count: Number to drop at each drop step: blocks with scope ``block``, else sublayers. Give exactly one of
-            count, ratio and target_speedup.
+            count, ratio, target_speedup and plan.
         ratio: Share of the candidates to drop, in (0, 1); one-shot only.
         every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
         rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
@@ -84,7 +85,9 @@ class SublayerDrop(Callback):
             before the drop, without an extra forward pass; ``train`` or ``val``, a pass over that loader's batches.
         calibration_batches: Number of scored batches, or of optimizer steps if ``running``. A batch in which several
             optimizers step by hand is scored as a whole.
-        quality_batches: Validation batches on which loss and accuracy are measured around the drop; 0 for none.
+        quality_batches: Validation batches on which the quality is measured around the drop; 0 for none. It is the
+            next-token loss and accuracy of a causal language model that can read the batches. Of any other model it is
+            the loss of the module's ``validation_step``, in a pass of its own that logs nothing.
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
         target_speedup: Target of dropped speed over dense speed, such as 1.3. It is reached with as few drops as
             possible. Each round of an iterative schedule covers an equal part of the way.
@@ -92,12 +95,17 @@ class SublayerDrop(Callback):
         objective: The order of the drops: ``importance`` drops the least important first; ``speed`` drops those first
             that cost least importance per millisecond saved.
         speed: Settings of the speed measurement: prompt_tokens, new_tokens, batch_size, runs, warmup.
+        quality: A metric that the module logs in validation, such as ``val_f1``, to measure beside its loss; None for
+            the loss.
+        plan: Path of a drop plan, such as the ``drop_plan.json`` of another run. It is dropped at ``start``, and no
+            importance is measured.
 
     Raises:
+        PlanError: Before training, if the given plan cannot be read, or is for another model.
         CalibrationError: At the drop, if every pass had a NaN or infinite importance. If only some passes had one, they
             are left out with a warning.
-        SelectionError: If not exactly one of count, ratio and target_speedup is given, or it is out of range; before
-            training, if there are too few sublayers.
+        SelectionError: If not exactly one of count, ratio, target_speedup and plan is given, or it is out of range;
+            before training, if there are too few sublayers.
         SpeedupError: If the target is out of reach: before training, if dropping every candidate does not reach it;
             otherwise at the drop.
         MeasurementError: Before training, if speed is needed and cannot be measured.
@@ -128,18 +136,14 @@ class SublayerDrop(Callback):
         phase: Phase = "decode",
         objective: Objective = "importance",
         speed: SpeedSettings = DEFAULT_SETTINGS,
+        quality: str | None = None,
+        plan: str | Path | None = None,
     ) -> None:
         self.schedule = DropSchedule(start, every_n_steps, rounds)
         self.rule = DropRule(
-            self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer=transformer
+            self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer, plan
         )
-        if calibration_batches < 1 or quality_batches < 0:
-            raise SelectionError(
-                f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "
-                "calibration_batches must be at least 1, and quality_batches at least 0."
-            )
-        if calibrate_on not in get_args(CalibrateOn):
-            raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
+        check_calibration(calibrate_on, calibration_batches, quality_batches)
         get_metric(metric)
         self.metric = metric
         self.protect = tuple(protect)
@@ -148,7 +152,10 @@ class SublayerDrop(Callback):
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
         self.transformer = transformer
         self.plan: DropPlan | None = None
-        self.quality: dict[str, Quality] = {}
+        self._given: DropPlan | None = None  # read from the file of ``plan``
+        self.quality_metric = quality
+        self.quality: dict[str, Quality | OwnQuality] = {}
+        self._watcher = Watcher("SublayerDrop")
         self.speedup: float | None = None
         self._steps = StepCounter()
         self._frozen = StaysFrozen()
@@ -171,6 +178,7 @@ class SublayerDrop(Callback):
         fit_strategy(trainer, self, pl_module, self.transformer)
         carry_structure(pl_module, self.transformer)
         if stage == "fit":  # a resumed run loads the checkpoint's state later
+            self._watcher.forget()
             self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
@@ -191,9 +199,11 @@ class SublayerDrop(Callback):
             refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
         self._protected = resolve_protected(pl_module, self.protect, self.transformer)
         self.rule.check(pl_module, self._protected)
+        if self.plan is None:
+            self._given = self.rule.given_plan(pl_module, self._protected)
         follow_training(trainer, pl_module)
         self._hold(pl_module)
-        if self.calibrate_on == "running":
+        if self.calibrate_on == "running" and self.rule.plan is None:
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer, strict=False)
             self._tracker.attach()
 
@@ -202,7 +212,7 @@ class SublayerDrop(Callback):
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
         limit = trainer.estimated_stepping_batches
         self.schedule.check_against(int(limit) if limit != float("inf") else -1)
-        check_batches(trainer, pl_module, self.calibrate_on, self.quality_batches, self.transformer)
+        check_batches(trainer, pl_module, self.calibrate_on if self._given is None else "running", self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
         self._steps.start(trainer, self._stride or several)
@@ -214,7 +224,7 @@ class SublayerDrop(Callback):
             self.rule.check_reachable(trainer, pl_module, self._protected)
         else:
             show(trainer, {**drop_metrics(pl_module, self.speedup), **quality_metrics(self.quality)})
-        self._save_plan(trainer)
+        save_plan(trainer, self.plan)
         self._hold(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -273,7 +283,7 @@ class SublayerDrop(Callback):
         self.keep_frozen()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "quality": {when: [q.loss, q.accuracy, q.tokens] for when, q in self.quality.items()},
+            "quality": quality_state(self.quality),
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -282,15 +292,15 @@ class SublayerDrop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
-        self.quality = {when: Quality(*values) for when, values in state_dict["quality"].items()}
+        self.quality = quality_from(state_dict["quality"])
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.plan is None:
             self._measure(trainer, pl_module, "before")
-        scores = self._scores(trainer, pl_module)
-        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected)
+        scores = None if self._given is not None else self._scores(trainer, pl_module)
+        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected, self._given)
         round_plan = chosen.at_step(trainer.global_step)
         reshard(pl_module)
         if round_plan.drops:
@@ -300,7 +310,7 @@ class SublayerDrop(Callback):
         self.plan = replace(round_plan, drops=(*earlier, *round_plan.drops), model=record)
         self._hold(pl_module)
         rewrap(trainer, pl_module)
-        self._save_plan(trainer)
+        save_plan(trainer, self.plan)
         publish(trainer, drop_metrics(pl_module, self.speedup))
         if round_plan.drops:  # else an earlier round already reached this round's target
             self._measure(trainer, pl_module, "after")
@@ -317,11 +327,13 @@ class SublayerDrop(Callback):
         )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
-        quality = validation_quality(trainer, pl_module, self.quality_batches, self.transformer)
+        with self._watcher.leaving_out("the quality around the drop is"):
+            wanted = self.quality_batches, self.quality_metric
+            quality = validation_quality(trainer, pl_module, *wanted, self.transformer)
+            if quality is not None:
+                self.quality[when] = quality
+                publish(trainer, quality_metrics({when: quality}))
         reshard(pl_module)
-        if quality is not None:
-            self.quality[when] = quality
-            publish(trainer, quality_metrics({when: quality}))
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
@@ -333,8 +345,3 @@ class SublayerDrop(Callback):
         """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is not None:
             self._frozen.enforce(self._trainer.optimizers)
-
-    def _save_plan(self, trainer: Trainer) -> None:
-        folder = run_directory(trainer)
-        if self.plan is not None and trainer.is_global_zero:
-            write_text(folder / PLAN_FILE, self.plan.to_json())

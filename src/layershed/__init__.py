@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.importance.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
     from layershed.importance.tracker import ImportanceTracker, estimate_importance
     from layershed.performance.costs import CostModel, PassCosts
+    from layershed.performance.forward import ForwardReport, measure_forward
     from layershed.performance.intervals import Interval
     from layershed.performance.latency import Latency, measure_latency
     from layershed.performance.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.recovery.lora import adapters_off, inject_lora, merge_lora, remove_lora
     from layershed.saving.checkpoint import load_checkpoint
     from layershed.saving.lora_folder import load_adapter, save_adapter
+    from layershed.saving.own_model import load_weights, save_weights
     from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
     from layershed.surgery import (
         bypass,
@@ -62,6 +64,7 @@ __all__ = [
     "Drop",
     "DropPlan",
     "DropSchedule",
+    "ForwardReport",
     "ImportanceMetric",
     "ImportanceScores",
     "ImportanceTracker",
@@ -99,7 +102,9 @@ __all__ = [
     "load_checkpoint",
     "load_plan",
     "load_pretrained",
+    "load_weights",
     "measure_ceilings",
+    "measure_forward",
     "measure_latency",
     "measure_speed",
     "merge_lora",
@@ -113,6 +118,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "save_pretrained",
+    "save_weights",
     "select_sublayers",
     "self_distillation_loss",
     "speedup_degradation_ratio",
@@ -132,6 +138,7 @@ _NAMES = {
     "performance.intervals": ("Interval",),
     "performance.latency": ("Latency", "measure_latency"),
     "performance.roofline": ("ACCELERATORS", "Ceilings", "Cost", "accelerator", "measure_ceilings"),
+    "performance.forward": ("ForwardReport", "measure_forward"),
     "performance.speed": ("PhaseSpeed", "SpeedReport", "measure_speed", "speedup_degradation_ratio"),
     "performance.speedup_target": ("drop_to_speedup",),
     "performance.stopwatch": ("SpeedSettings",),
@@ -145,6 +152,7 @@ _NAMES = {
     "recovery.lora": ("adapters_off", "inject_lora", "merge_lora", "remove_lora"),
     "saving.checkpoint": ("load_checkpoint",),
     "saving.lora_folder": ("load_adapter", "save_adapter"),
+    "saving.own_model": ("load_weights", "save_weights"),
     "saving.pretrained": ("load_plan", "load_pretrained", "save_pretrained"),
     "surgery": ("bypass", "bypassed_sublayers", "dense", "dropped_sublayers", "remove", "removed_sublayers", "restore"),
 }

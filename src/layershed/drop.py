@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from layershed.discovery.find import find_sublayers, find_transformer
+from layershed.discovery.uneven import explaining_empty_scope
 from layershed.importance.tracker import check_scoring, estimate_importance
 from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, Scope, Sublayer
@@ -52,7 +53,8 @@ def drop_sublayers(
     gone = bypassed_sublayers(find_transformer(model, name=name))
     running = [sublayer for sublayer in find_sublayers(model, name=name) if sublayer not in gone]
     if running:  # a count that cannot be met is refused before any batch is read
-        select_sublayers(equal_scores(running), scope, count=count, ratio=ratio, protect=protect)
+        with explaining_empty_scope(model, scope, name=name):
+            select_sublayers(equal_scores(running), scope, count=count, ratio=ratio, protect=protect)
     scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
     plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
     bypass(model, plan, name=name)

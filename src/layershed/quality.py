@@ -1,4 +1,4 @@
-"""Quality of a causal language model on batches: mean loss and next-token accuracy."""
+"""Quality: mean loss and next-token accuracy of a causal language model, or what a module's own validation says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from layershed.batches import IdRange, device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
+from layershed.batches import IdRange, as_inputs, device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import BatchError, MeasurementError
@@ -31,6 +31,22 @@ class Quality:
     loss: float
     accuracy: float
     tokens: int
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Loss and accuracy by name."""
+        return {"loss": self.loss, "accuracy": self.accuracy}
+
+
+@dataclass(frozen=True)
+class OwnQuality:
+    """What the validation of a user's own module says.
+
+    Args:
+        values: Means over the rows of the batches, by name: ``loss``, and the metric that was asked for.
+    """
+
+    values: dict[str, float]
 
 
 def evaluate_quality(
@@ -81,9 +97,20 @@ def check_head(transformer: nn.Module) -> None:
     """
     if not predicts_next_token(transformer):
         raise MeasurementError(
-            f"{type(transformer).__name__} does not predict the next token, so quality cannot be measured. Use a "
-            "causal language model, or set quality_batches=0 in callbacks."
+            f"{type(transformer).__name__} does not predict the next token, so this quality cannot be measured. "
+            "Use a causal language model. SublayerDrop measures other models by the module's own validation."
         )
+
+
+def reads_as_text(batch: Any, transformer: nn.Module) -> bool:
+    """Whether :func:`evaluate_quality` can read a batch for this model, judged by its form, without running it."""
+    if not predicts_next_token(transformer):
+        return False
+    inputs = as_inputs(batch)
+    if inputs is None or not isinstance(inputs["input_ids"], Tensor):
+        return False
+    shapes = {value.shape for key in ("labels", "attention_mask") if isinstance(value := inputs.get(key), Tensor)}
+    return shapes <= {inputs["input_ids"].shape}
 
 
 def _predictions(transformer: nn.Module, batch: Any, ids: IdRange) -> tuple[Tensor, Tensor, Tensor]:

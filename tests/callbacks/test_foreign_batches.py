@@ -1,4 +1,4 @@
-"""A module whose batches are not text for a language model is refused before training."""
+"""A module whose batches are not text for a language model: measured by its own validation, or refused."""
 
 import lightning.pytorch as pl
 import pytest
@@ -50,15 +50,22 @@ def fit(module, tmp_path, **options):
     trainer.fit(module, loader(), loader())
 
 
-@pytest.mark.parametrize(
-    ("options", "advice"),
-    [({}, "set quality_batches=0"), ({"calibrate_on": "train", "quality_batches": 0}, "set calibrate_on='running'")],
-)
-def test_callbacks_refuse_unreadable_batches_before_training(tmp_path, options, advice):
+def test_calibration_refuses_unreadable_batches_before_training(tmp_path):
     module = Pairs()
-    with pytest.raises(CalibrationError, match=rf"A batch is a list\. .*(?i:{advice})"):
-        fit(module, tmp_path, **options)
+    with pytest.raises(CalibrationError, match=r"A batch is a list\. .*Set calibrate_on='running'"):
+        fit(module, tmp_path, calibrate_on="train", quality_batches=0)
     assert module.steps == 0
+
+
+def test_default_quality_warns_once_of_a_validation_without_a_loss_and_the_run_goes_on(tmp_path):
+    module = Pairs()
+    with pytest.warns(
+        UserWarning, match="the quality around the drop is left out. validation_step returns no"
+    ) as caught:
+        fit(module, tmp_path)
+    assert len([each for each in caught if "quality" in str(each.message)]) == 1
+    assert module.steps == 3
+    assert len(bypassed_sublayers(module)) == 1
 
 
 def test_advice_for_unreadable_batches_makes_the_run_pass(tmp_path):

@@ -210,7 +210,7 @@ def test_saving_a_model_outside_hugging_face_as_a_folder_is_refused(monkeypatch,
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(nn.TransformerEncoder, ls.SublayerAdapter(lambda model: {"src": torch.randn(1, 4, 32)}))
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
-    with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model\. Call layershed\.remove"):
+    with pytest.raises(ExportError, match=r"TransformerEncoder is no Hugging Face model\. Use layershed\.save_weights"):
         ls.save_pretrained(model, tmp_path / "out")
 
 

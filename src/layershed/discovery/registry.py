@@ -55,4 +55,10 @@ def register_adapter(module_class: type[nn.Module], adapter: SublayerAdapter) ->
 
 def registered_adapter(module: nn.Module) -> SublayerAdapter | None:
     """The SublayerAdapter registered for a module's class, or for the nearest of its bases."""
-    return next((_REGISTERED[base] for base in type(module).__mro__ if base in _REGISTERED), None)
+    found = registered_class(module)
+    return None if found is None else _REGISTERED[found]
+
+
+def registered_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class, of a module or the nearest of its bases, for which a SublayerAdapter is registered."""
+    return next((base for base in type(module).__mro__ if base in _REGISTERED), None)

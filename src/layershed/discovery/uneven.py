@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.find import dissect, find_transformer
+from layershed.errors import SelectionError
 
 _DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 _WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -83,6 +85,28 @@ def warn_left_alone(model: nn.Module, *, name: str | None = None) -> None:
 def _is_quantized_by_torch(transformer: nn.Module, path: str) -> bool:
     """Whether a part holds modules of torch's dynamic quantization."""
     return any(type(inner).__module__.startswith(_DYNAMIC) for inner in transformer.get_submodule(path).modules())
+
+
+@contextmanager
+def explaining_empty_scope(model: nn.Module, scope: str, *, name: str | None = None) -> Iterator[None]:
+    """Add to a SelectionError of the context what is left alone, if the model has no sublayer of the scope.
+
+    Raises:
+        SelectionError: With the first part that is left alone, and the reason.
+    """
+    try:
+        yield
+    except SelectionError as error:
+        anatomy = dissect(model, name=name)
+        kinds = {branch.sublayer.kind for branch in anatomy.branches}
+        wanted = {"block": {"attention", "mlp"}, "joint": set()}.get(scope, {scope})
+        if not wanted - kinds or not anatomy.left_alone:
+            raise
+        first, *more = anatomy.left_alone
+        others = f", and {len(more)} more parts" if more else ""
+        raise SelectionError(
+            f"{error} Left alone: {first.path} ({first.reason}){others}. ls.find_left_alone(model) lists them."
+        ) from None
 
 
 def _part(transformer: nn.Module, anatomy: Anatomy, path: str, what: str) -> Part | None:

@@ -1,13 +1,15 @@
-"""The rule by which SublayerDrop chooses: a count, a ratio, or as many as a measured speedup needs."""
+"""The rule by which SublayerDrop chooses: a count, a ratio, as many as a measured speedup needs, or a given plan."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from layershed.discovery.find import find_sublayers, find_transformer
-from layershed.discovery.uneven import warn_left_alone
-from layershed.errors import SelectionError
+from layershed.discovery.model_record import check_plan, model_record
+from layershed.discovery.uneven import explaining_empty_scope, warn_left_alone
+from layershed.errors import PlanError, SelectionError
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.performance.latency import measure_latency
 from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup, phase_of
@@ -15,6 +17,7 @@ from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective, equal_scores, protected_sublayers, rank_sublayers, select_sublayers
+from layershed.surgery import bypassed_sublayers
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,12 @@ class DropRule:
     objective: Objective
     speed: SpeedSettings
     transformer: str | None
+    plan: str | Path | None = None
 
     def __post_init__(self) -> None:
+        if self.plan is not None:
+            self._check_plan_alone()
+            return
         check_choice(
             self.scope,
             count=self.count,
@@ -50,10 +57,46 @@ class DropRule:
                 "target_speedup. Set one of these instead of ratio, or leave rounds out."
             )
 
+    def _check_plan_alone(self) -> None:
+        others = {"count": self.count, "ratio": self.ratio, "target_speedup": self.target_speedup}
+        if given := [f"{name}={value}" for name, value in others.items() if value is not None]:
+            raise SelectionError(
+                f"{', '.join(given)}, plan={str(self.plan)!r}: give exactly one of count, ratio, target_speedup and "
+                "plan."
+            )
+        if self.schedule.rounds > 1:
+            raise SelectionError(
+                f"plan={str(self.plan)!r}, rounds={self.schedule.rounds}: a plan is dropped at once. Leave rounds out."
+            )
+
     @property
     def measures_speed(self) -> bool:
         """Whether the rule depends on measured time."""
-        return self.target_speedup is not None or self.objective == "speed"
+        return self.plan is None and (self.target_speedup is not None or self.objective == "speed")
+
+    def given_plan(self, pl_module: LightningModule, protect: Collection[Sublayer]) -> DropPlan | None:
+        """Read the given plan and refuse one that does not fit the model; None without a given plan.
+
+        Raises:
+            PlanError: If the file holds no plan, or one for another model, or nothing of it is left to drop.
+            SelectionError: If it drops a protected sublayer.
+        """
+        if self.plan is None:
+            return None
+        plan, what = DropPlan.load(self.plan), f"SublayerDrop(plan={str(self.plan)!r})"
+        transformer = find_transformer(pl_module, name=self.transformer)
+        present = set(find_sublayers(transformer))
+        check_plan(what, plan, transformer, model_record(transformer))
+        if unknown := [sublayer for sublayer in plan if sublayer not in present]:
+            raise PlanError(
+                f"{what}: {type(transformer).__name__} has no sublayer {unknown[0].name} at {unknown[0].path!r}. Give "
+                "a plan for this model."
+            )
+        if not set(plan) - set(bypassed_sublayers(transformer)):
+            raise PlanError(f"{what}: it holds nothing that is not dropped already. Give another plan.")
+        if kept := [sublayer for sublayer in plan if sublayer in protect]:
+            raise SelectionError(f"{what}: it drops {kept[0].name}, which is protected. Protect other blocks.")
+        return plan
 
     def check(self, pl_module: LightningModule, protect: Collection[Sublayer | int]) -> None:
         """Refuse what this model cannot do, without running it.
@@ -64,14 +107,17 @@ class DropRule:
         """
         equal = equal_scores(find_sublayers(pl_module, name=self.transformer))
         warn_left_alone(pl_module, name=self.transformer)
-        if self.target_speedup is None:
-            total = None if self.count is None else self.count * self.schedule.rounds
-            select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=protect)
-        elif not rank_sublayers(equal, self.scope, protect=protect):
-            raise SelectionError(
-                f"target_speedup={self.target_speedup}, scope={self.scope!r}: the model has no sublayers of "
-                "this scope, or all are protected. Set another scope, or protect fewer blocks."
-            )
+        if self.plan is not None:
+            return
+        with explaining_empty_scope(pl_module, self.scope, name=self.transformer):
+            if self.target_speedup is None:
+                total = None if self.count is None else self.count * self.schedule.rounds
+                select_sublayers(equal, self.scope, count=total, ratio=self.ratio, protect=protect)
+            elif not rank_sublayers(equal, self.scope, protect=protect):
+                raise SelectionError(
+                    f"target_speedup={self.target_speedup}, scope={self.scope!r}: the model has no sublayers of "
+                    "this scope, or all are protected. Set another scope, or protect fewer blocks."
+                )
         if self.measures_speed:
             self.speed.check(find_transformer(pl_module, name=self.transformer))
 
@@ -102,8 +148,9 @@ class DropRule:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        scores: ImportanceScores,
+        scores: ImportanceScores | None,
         protect: Collection[Sublayer | int],
+        given: DropPlan | None = None,
     ) -> tuple[DropPlan, float | None]:
         """The drop of this step, the same on every rank; with a target, also its measured speedup, else None.
 
@@ -112,6 +159,11 @@ class DropRule:
         Raises:
             SpeedupError: If dropping every candidate does not reach the target.
         """
+        if given is not None:
+            agreed: DropPlan = trainer.strategy.broadcast(given)
+            gone = set(bypassed_sublayers(pl_module))
+            return replace(agreed, drops=tuple(drop for drop in agreed.drops if drop.sublayer not in gone)), None
+        assert scores is not None, "only a given plan needs no scores"
         # all ranks have the same scores, but a last bit may differ between machines: use rank 0's
         scores = trainer.strategy.broadcast(scores)
         if self.target_speedup is None:

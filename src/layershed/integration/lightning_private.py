@@ -113,6 +113,13 @@ def set_up_val_loaders(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
 
 
+def on_device(trainer: Trainer, batch: Any) -> Any:
+    """A batch of the first validation loader as a step gets it, with the transfer hooks of module or datamodule."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def train_loaders(trainer: Trainer) -> list[Any]:
     """The train loaders as one flat list; empty before they are set up."""
     loader = trainer.fit_loop._combined_loader

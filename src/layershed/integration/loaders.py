@@ -41,21 +41,22 @@ def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
     return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None
 
 
-def check_text(batches: Iterator[Any] | None, instead: str) -> None:
-    """Refuse, before training, batches that are not a language model's inputs.
+def check_text(batches: Iterator[Any] | None, instead: str, main: str = "input_ids") -> None:
+    """Refuse, before training, batches that are not a model's inputs.
 
     Args:
         batches: The batches that will be read later, or None.
         instead: The setting that avoids reading them, for the message.
+        main: Name of the model's main input.
 
     Raises:
-        CalibrationError: If the first batch is not text.
+        CalibrationError: If the first batch does not hold the main input.
     """
     first = None if batches is None else next(batches, None)
-    if first is not None and as_inputs(first) is None:
+    if first is not None and as_inputs(first, main) is None:
+        alone = "token ids of shape (batch, tokens)" if main == "input_ids" else f"a tensor of {main}"
         raise CalibrationError(
-            f"A batch is {describe(first)}. It is neither a mapping with input_ids nor token ids of shape "
-            f"(batch, tokens). Set {instead}."
+            f"A batch is {describe(first)}. It is neither a mapping with {main} nor {alone}. Set {instead}."
         )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any, Literal, get_args
 
-from layershed.discovery.find import find_transformer
+from layershed.discovery.find import find_transformer, predicts_next_token
+from layershed.errors import MeasurementError, SelectionError, UnknownNameError
 from layershed.importance.tracker import estimate_importance
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
 from layershed.integration.metric_names import (
+    DROP,
     REACHED_SPEEDUP,
     REGAINED,
     TRAINABLE_PARAMETERS,
@@ -15,24 +19,39 @@ from layershed.integration.metric_names import (
     quality_name,
 )
 from layershed.integration.namespaces import LightningModule, Trainer
+from layershed.integration.own_validation import own_quality
 from layershed.planning.plan import ImportanceScores, count_by_kind
-from layershed.quality import Quality, check_head, evaluate_quality
+from layershed.quality import OwnQuality, Quality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
 
+CalibrateOn = Literal["running", "train", "val"]
 
-def check_batches(
-    trainer: Trainer, pl_module: LightningModule, calibrate_on: str, quality_batches: int, transformer: str | None
-) -> None:
-    """Refuse, before training, batches and heads that cannot be measured. Arguments are those of SublayerDrop.
+
+def check_calibration(calibrate_on: str, calibration_batches: int, quality_batches: int) -> None:
+    """Check arguments of SublayerDrop.
+
+    Raises:
+        SelectionError: If a number is too low.
+        UnknownNameError: If the source of the batches is unknown.
+    """
+    if calibration_batches < 1 or quality_batches < 0:
+        raise SelectionError(
+            f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "
+            "calibration_batches must be at least 1, and quality_batches at least 0."
+        )
+    if calibrate_on not in get_args(CalibrateOn):
+        raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
+
+
+def check_batches(trainer: Trainer, pl_module: LightningModule, calibrate_on: str, transformer: str | None) -> None:
+    """Refuse, before training, batches of which the importance cannot be measured. Arguments are SublayerDrop's.
 
     Raises:
         CalibrationError: If batches are needed and cannot be read.
     """
     if calibrate_on != "running":
-        check_text(calibration_batches(trainer, calibrate_on), "calibrate_on='running'")
-    if quality_batches:
-        check_text(validation_batches(trainer), "quality_batches=0")
-        check_head(find_transformer(pl_module, name=transformer))
+        main = getattr(find_transformer(pl_module, name=transformer), "main_input_name", "input_ids")
+        check_text(calibration_batches(trainer, calibrate_on), "calibrate_on='running'", main)
 
 
 def importance_in_a_pass(
@@ -45,22 +64,64 @@ def importance_in_a_pass(
 
 
 def validation_quality(
-    trainer: Trainer, pl_module: LightningModule, max_batches: int, name: str | None
-) -> Quality | None:
-    """Loss and accuracy on the first validation batches, in the run's precision; None without such batches."""
-    batches = validation_batches(trainer) if max_batches else None
-    if batches is None:
+    trainer: Trainer, pl_module: LightningModule, max_batches: int, metric: str | None, name: str | None
+) -> Quality | OwnQuality | None:
+    """The quality on the first validation batches, in the run's precision.
+
+    A causal language model that reads the batches by itself has its next-token loss and accuracy measured, or nothing
+    without batches. Any other model, and any named metric, is measured by the module's own validation.
+
+    Raises:
+        LayershedError: If there is no validation of its own, or it gives neither a loss nor the metric.
+    """
+    if not max_batches:
         return None
-    with trainer.precision_plugin.forward_context():
-        return evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+    transformer, batches = find_transformer(pl_module, name=name), validation_batches(trainer)
+    if batches is None:
+        if metric is None and predicts_next_token(transformer):
+            return None
+        raise MeasurementError(
+            "The run has no validation to measure it. Add validation_step and validation data, or set quality_batches=0"
+        )
+    first = next(batches, None)
+    batches = chain([] if first is None else [first], batches)
+    if metric is None and (first is None or reads_as_text(first, transformer)):
+        with trainer.precision_plugin.forward_context():
+            return evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+    return own_quality(trainer, pl_module, batches, max_batches, metric)
 
 
-def quality_metrics(measured: Mapping[str, Quality]) -> dict[str, float]:
+def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:
+    """The qualities as primitives, for a checkpoint."""
+    return {
+        when: [q.loss, q.accuracy, q.tokens] if isinstance(q, Quality) else dict(q.values)
+        for when, q in measured.items()
+    }
+
+
+def quality_from(state: Mapping[str, Any]) -> dict[str, Quality | OwnQuality]:
+    """The inverse of :func:`quality_state`."""
+    return {when: OwnQuality(q) if isinstance(q, dict) else Quality(*q) for when, q in state.items()}
+
+
+def quality_metrics(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, float]:
     """The qualities before, after and at the end, by their names."""
     return {
-        **{quality_name("loss", when): quality.loss for when, quality in measured.items()},
-        **{quality_name("accuracy", when): quality.accuracy for when, quality in measured.items()},
+        quality_name(what, when): value for when, quality in measured.items() for what, value in quality.values.items()
     }
+
+
+def logged_quality(trainer: Trainer, when: str) -> Quality | OwnQuality | None:
+    """The quality that SublayerDrop logged at a moment, or None."""
+    begin, end = DROP, quality_name("", when).removeprefix(DROP)
+    values = {
+        name.removeprefix(begin).removesuffix(end): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(begin) and name.endswith(end)
+    }
+    if values.keys() == {"loss", "accuracy"}:
+        return Quality(values["loss"], values["accuracy"], 0)
+    return OwnQuality(values) if values else None
 
 
 def drop_metrics(pl_module: LightningModule, speedup: float | None) -> dict[str, float]:

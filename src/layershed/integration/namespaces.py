@@ -175,6 +175,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger as CSVLogger
     from lightning.pytorch.loggers import Logger as Logger
     from lightning.pytorch.loggers.csv_logs import ExperimentWriter as ExperimentWriter
+    from lightning.pytorch.loggers.logger import DummyLogger as DummyLogger
     from lightning.pytorch.strategies import DDPStrategy as DDPStrategy
     from lightning.pytorch.strategies import DeepSpeedStrategy as DeepSpeedStrategy
     from lightning.pytorch.strategies import ModelParallelStrategy as ModelParallelStrategy
@@ -183,8 +184,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.states import TrainerFn as TrainerFn
     from lightning.pytorch.trainer.states import TrainerStatus as TrainerStatus
     from lightning.pytorch.utilities import CombinedLoader as CombinedLoader
+    from lightning.pytorch.utilities import rank_zero_info as rank_zero_info
     from lightning.pytorch.utilities import rank_zero_warn as rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng as isolate_rng
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as is_param_in_hook_signature
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig as OptimizerLRSchedulerConfig
 
     InheritedModule = LightningModule
@@ -218,6 +221,9 @@ else:
     TrainerFn = function("pytorch.trainer.states", "TrainerFn")
     TrainerStatus = function("pytorch.trainer.states", "TrainerStatus")
     CombinedLoader = function("pytorch.utilities", "CombinedLoader")
+    DummyLogger = function("pytorch.loggers.logger", "DummyLogger")
+    is_param_in_hook_signature = function("pytorch.utilities.signature_utils", "is_param_in_hook_signature")
+    rank_zero_info = function("pytorch.utilities", "rank_zero_info")
     rank_zero_warn = function("pytorch.utilities", "rank_zero_warn")
     isolate_rng = function("pytorch.utilities.seed", "isolate_rng")
     OptimizerLRSchedulerConfig = function("pytorch.utilities.types", "OptimizerLRSchedulerConfig")

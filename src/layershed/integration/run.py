@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
 from layershed.discovery.model_record import kept_model_record
 from layershed.files.atomic import write_text as write_text
-from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
+from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer, rank_zero_info
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.saving.lora_folder import PLAN_FILE
 from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 
 Sums = dict[str, list[float]]
+_TEMPORARY: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 IMPORTANCE_FILE = "importance.csv"
 SPEED_FILE = "speed.json"
@@ -24,8 +27,30 @@ REPORT_FILE = "report.html"
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """The run directory, the same on every rank: the first logger's, or the trainer's root."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    """The run directory, the same on every rank: the first logger's, or ``default_root_dir``.
+
+    Lightning's own default of ``default_root_dir`` is the current directory. Nothing is written there: without a logger
+    the files go into a temporary directory, which is said once.
+    """
+    directory = trainer.log_dir  # a collective
+    if directory is None or not trainer.loggers:
+        folder = Path(directory or trainer.default_root_dir)
+        return _temporary(trainer) if folder.resolve() == Path.cwd().resolve() else _made(trainer, folder)
+    return _made(trainer, Path(directory))
+
+
+def _temporary(trainer: Trainer) -> Path:
+    if trainer not in _TEMPORARY:
+        made = tempfile.mkdtemp(prefix="layershed-") if trainer.is_global_zero else ""
+        _TEMPORARY[trainer] = Path(trainer.strategy.broadcast(made))
+        rank_zero_info(
+            f"layershed: there is no logger, so files of this run are in {_TEMPORARY[trainer]}. To keep them "
+            "elsewhere, set the Trainer's default_root_dir, or add a logger."
+        )
+    return _TEMPORARY[trainer]
+
+
+def _made(trainer: Trainer, folder: Path) -> Path:
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -75,6 +100,13 @@ def plan_of(directory: Path, pl_module: LightningModule) -> DropPlan | None:
     if plan is not None and tuple(sorted((*gone, *plan))) == dropped:
         return replace(plan, drops=(*(Drop(sublayer) for sublayer in gone), *plan.drops))
     return DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
+
+
+def save_plan(trainer: Trainer, plan: DropPlan | None) -> None:
+    """Write the plan, if there is one, into the run directory."""
+    folder = run_directory(trainer)  # a collective: call it on all ranks
+    if plan is not None and trainer.is_global_zero:
+        write_text(folder / PLAN_FILE, plan.to_json())
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,15 +14,16 @@ from layershed.performance.intervals import Interval
 
 @dataclass(frozen=True)
 class PhaseSpeed:
-    """Speed of one phase, prefill or decode.
+    """Speed of one phase: prefill or decode, or the forward pass of a model that does not decode.
 
     Args:
-        dense: Tokens per second of the dense model, median over runs.
-        dropped: Tokens per second of the dropped model, median over runs.
+        dense: Tokens (or what ``unit`` says) per second of the dense model, median over runs.
+        dropped: The same of the dropped model.
         speedup: Speed, dropped over dense, from the paired runs.
         predicted: Speedup that the roofline model predicts from the ceilings; None if the model's costs are unknown.
         dense_spread: ``dense`` with its interval.
         dropped_spread: ``dropped`` with its interval.
+        unit: What is counted: ``tokens``, ``images`` or ``sequences``.
     """
 
     dense: float
@@ -31,6 +32,7 @@ class PhaseSpeed:
     predicted: float | None = None
     dense_spread: Interval | None = field(default=None, compare=False)
     dropped_spread: Interval | None = field(default=None, compare=False)
+    unit: str = "tokens"
 
     @property
     def measurable(self) -> bool:
@@ -52,7 +54,7 @@ class PhaseSpeed:
         if self.predicted is not None:
             speedup += f", x{self.predicted:.2f} in theory"
         doubt = "" if self.measurable else "no measurable speedup, "
-        return f"{short_number(self.dense)} -> {short_number(self.dropped)} tokens/s, {doubt}{speedup}"
+        return f"{short_number(self.dense)} -> {short_number(self.dropped)} {self.unit}/s, {doubt}{speedup}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class SpeedReport:
     device: str
 
     @property
+    def phases(self) -> dict[str, PhaseSpeed]:
+        """Both phases by name."""
+        return {"prefill": self.prefill, "decode": self.decode}
+
+    @property
     def prefill_ms(self) -> tuple[float, float]:
         """Milliseconds of the prefill, dense and dropped."""
         tokens = 1000 * self.batch_size * self.prompt_tokens
@@ -134,10 +141,14 @@ class SpeedReport:
         """Read the result of :meth:`to_dict`."""
         phases = {}
         for name in ("prefill", "decode"):
-            fields = content[name]
-            intervals = {key: Interval(**value) for key, value in fields.items() if isinstance(value, dict)}
-            phases[name] = PhaseSpeed(**{**fields, **intervals})
+            phases[name] = phase_from(content[name])
         return cls(**{**content, **phases})
+
+
+def phase_from(fields: dict[str, Any]) -> PhaseSpeed:
+    """The speed of a phase from its fields as primitives."""
+    intervals = {key: Interval(**value) for key, value in fields.items() if isinstance(value, dict)}
+    return PhaseSpeed(**{**fields, **intervals})
 
 
 def speedup_degradation_ratio(points_lost: float, speedup: float) -> float:

@@ -54,6 +54,18 @@ class SpeedSettings:
             _try_out(causal)
         return causal
 
+    def check_numbers(self) -> None:
+        """Refuse numbers that are too low, and what is no number.
+
+        Raises:
+            MeasurementError: If one is.
+        """
+        for name, number in asdict(self).items():
+            least = 0 if name == "warmup" else 1
+            check_number(number, f"speed: {name}", MeasurementError, whole=True)
+            if number < least:
+                raise MeasurementError(f"speed: {name}={number}: it must be at least {least}.")
+
     def check_structure(self, transformer: nn.Module) -> PreTrainedModel:
         """Refuse settings and models that cannot be measured, without running the model.
 
@@ -64,11 +76,7 @@ class SpeedSettings:
             MeasurementError: If a number is too low, the model is not a causal language model, or prompt and new
                 tokens exceed its positions.
         """
-        for name, number in asdict(self).items():
-            least = 0 if name == "warmup" else 1
-            check_number(number, f"speed: {name}", MeasurementError, whole=True)
-            if number < least:
-                raise MeasurementError(f"speed: {name}={number}: it must be at least {least}.")
+        self.check_numbers()
         if not predicts_next_token(transformer):
             raise MeasurementError(
                 f"speed: {type(transformer).__name__} does not predict the next token, so it cannot decode. Use a "

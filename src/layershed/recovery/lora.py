@@ -6,13 +6,13 @@ B of shape (out, rank), and s = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershed.arguments import check_number
@@ -50,7 +50,7 @@ def inject_lora(
     drop, it adds the adapters that are missing. It uses a random state of its own, so that every rank gets the same.
 
     Args:
-        model: A Hugging Face transformer, or a module that holds one.
+        model: A transformer, of Hugging Face or with a SublayerAdapter, or a module that holds one.
         rank: Rank of the adapters.
         alpha: Sets their scale, alpha / rank.
         dropout: Dropout probability of their inputs, in [0, 1).
@@ -86,8 +86,8 @@ def check_targets(
     """Refuse a model that :func:`inject_lora`, or a later merge, would refuse after any drop; call it before training.
 
     Raises:
-        RecoveryError: If it is no Hugging Face model, carries adapters from elsewhere, or a target is missing, tied to
-            another module or cannot be merged into.
+        RecoveryError: If it carries adapters from elsewhere, or a target is missing, tied to another module or cannot
+            be merged into.
     """
     transformer = find_transformer(model, name=name)
     _refuse_others(transformer)
@@ -107,7 +107,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     """Put LoRA at the given paths that have none yet; :func:`inject_lora` chooses the paths and calls this.
 
     Args:
-        transformer: A Hugging Face transformer.
+        transformer: A transformer.
         targets: Paths of linear modules.
         settings: Arguments of peft's LoraConfig.
         seed: Seed of A's initial values.
@@ -130,7 +130,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
         if paths:
             transformer.__dict__.pop("peft_config", None)  # peft would warn of a second adapter; it is the same one
-            lora = LoraConfig(**settings, fan_in_fan_out=transposed, target_modules=paths)
+            lora = LoraConfig(**settings, fan_in_fan_out=transposed, target_modules=exactly(transformer, paths))
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
                 inject_adapter_in_model(lora, transformer, ADAPTER)
@@ -234,6 +234,14 @@ def peft_config_of(transformer: Any) -> LoraConfig:
     return config
 
 
+def exactly(transformer: nn.Module, paths: list[str]) -> list[str] | str:
+    """Paths as peft's ``target_modules``: a pattern where an end of another path equals one, as peft compares ends."""
+    ends, wanted = tuple(f".{path}" for path in paths), set(paths)
+    if any(path.endswith(ends) and path not in wanted for path, _ in transformer.named_modules()):
+        return "|".join(map(re.escape, paths))
+    return paths
+
+
 def _switch(layers: Iterable[Any], enabled: bool) -> None:
     for layer in layers:
         layer._disable_adapters = not enabled  # peft's own setter would also change what is trainable
@@ -302,11 +310,6 @@ def _refuse_strangers(transformer: nn.Module, targets: list[str]) -> None:
 
 
 def _refuse_others(transformer: nn.Module) -> None:
-    if not isinstance(transformer, PreTrainedModel):
-        raise RecoveryError(
-            f"inject_lora: {type(transformer).__name__} is not a Hugging Face model, and only those take LoRA. Train "
-            "all weights instead (mode: full)."
-        )
     others = set(getattr(transformer, "peft_config", ())) - {ADAPTER}
     if others:
         raise RecoveryError(

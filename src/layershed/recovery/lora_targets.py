@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershed.discovery.find import dissect
@@ -27,6 +28,8 @@ def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], plac
     if isinstance(target_modules, str):
         head = getattr(transformer, "get_output_embeddings", lambda: None)()
         chosen = {path for path in linear if transformer.get_submodule(path) is not head}
+        if not isinstance(transformer, PreTrainedModel):  # nobody says which map is the output embedding
+            chosen = {path for path in chosen if not _shared(transformer, path)}
     else:
         ends = tuple(f".{end}" for end in target_modules)
         chosen = {path for path in linear if f".{path}".endswith(ends)}
@@ -45,17 +48,19 @@ def targets_of(transformer: nn.Module, target_modules: str | Sequence[str], plac
 
 def _refuse_tied(transformer: nn.Module, paths: set[str]) -> None:
     """Refuse shared weights: merging an adapter into one module would change the other too."""
-    holders: dict[int, int] = {}
-    for module in transformer.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for path in sorted(paths):
-        shared = [p for p in transformer.get_submodule(path).parameters() if holders[id(p)] > 1]
-        if shared:
+        if _shared(transformer, path):
             raise RecoveryError(
                 f"target_modules: the weight of {path} is tied to another module's, such as the input embedding. "
                 "Merging would change both. Leave it out."
             )
+
+
+def _shared(transformer: nn.Module, path: str) -> bool:
+    """Whether another module holds a parameter of this one, too."""
+    own = {id(parameter) for parameter in transformer.get_submodule(path).parameters()}
+    held = [id(p) for module in transformer.modules() for p in module.parameters(recurse=False) if id(p) in own]
+    return len(held) > len(own)
 
 
 def _linear_modules(transformer: nn.Module) -> Iterator[str]:

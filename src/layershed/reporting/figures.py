@@ -19,9 +19,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from layershed.errors import DataError
+from layershed.performance.forward import ForwardReport
 from layershed.performance.speed import SpeedReport
 from layershed.planning.plan import DropPlan
-from layershed.quality import Quality
+from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import shown_steps
 from layershed.reporting.plot_style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
 
@@ -85,8 +86,8 @@ class RunRecord:
     importance: tuple[ImportancePoint, ...] = ()
     losses: tuple[LossPoint, ...] = ()
     plan: DropPlan | None = None
-    quality: Mapping[str, Quality] = field(default_factory=dict)
-    speed: SpeedReport | None = None
+    quality: Mapping[str, Quality | OwnQuality] = field(default_factory=dict)
+    speed: SpeedReport | ForwardReport | None = None
     measured: Mapping[str, int] = field(default_factory=dict)
 
 

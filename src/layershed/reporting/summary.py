@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
-from layershed.performance.speed import PhaseSpeed, speedup_degradation_ratio
-from layershed.quality import Quality
+from layershed.performance.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+from layershed.quality import OwnQuality, Quality
 from layershed.reporting.figures import RunRecord
 
 _MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
@@ -30,25 +30,27 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         >>> summary_rows(RunRecord("gpt2"))
         [('Sublayers dropped', 'nothing was dropped')]
     """
-    rows = [(f"Validation loss {words}", _quality(record.quality[key])) for key, words in _moments(record, *_MOMENTS)]
+    rows = [row for key, words in _moments(record, *_MOMENTS) for row in _quality_rows(record.quality[key], words)]
     if record.plan:
         rows.append(("Sublayers dropped", counts_of(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
         rows.append(("Sublayers dropped", "nothing was dropped"))
     if speed := record.speed:
         before, after = speed.parameters_dense, speed.parameters_dropped
-        cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+        rows += [("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}")]
+        rows += [(f"{name.capitalize()} speed", str(phase)) for name, phase in speed.phases.items()]
         rows += [
-            ("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}"),
-            ("Prefill speed", str(speed.prefill)),
-            ("Decode speed", str(speed.decode)),
             ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
             ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
-            ("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}"),
         ]
+        if isinstance(speed, SpeedReport):
+            cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+            rows += [("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}")]
         if "before" in record.quality:
+            what = ("decode", speed.decode) if isinstance(speed, SpeedReport) else ("forward", speed.forward)
             moments = _moments(record, "after", "end")
-            rows += [(f"SDR {words}", _sdr(record, key, speed.decode)) for key, words in moments]
+            texts = [(words, _sdr(record, key, *what)) for key, words in moments]
+            rows += [(f"SDR {words}", text) for words, text in texts if text]
     return rows
 
 
@@ -73,8 +75,12 @@ def _moments(record: RunRecord, *keys: str) -> Iterator[tuple[str, str]]:
     return ((key, _MOMENTS[key]) for key in keys if key in record.quality)
 
 
-def _quality(quality: Quality) -> str:
-    return f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
+def _quality_rows(quality: Quality | OwnQuality, moment: str) -> list[tuple[str, str]]:
+    if isinstance(quality, Quality):
+        text = f"{quality.loss:.4f} (next-token accuracy {quality.accuracy:.1%})".replace("%", " %")
+        return [(f"Validation loss {moment}", text)]
+    names = {name: "Validation loss" if name == "loss" else printable(name) for name in quality.values}
+    return [(f"{names[name]} {moment}", f"{value:.4f}") for name, value in quality.values.items()]
 
 
 def _sizes(before: float, after: float) -> str:
@@ -85,10 +91,17 @@ def _in_brackets(before: float, after: float) -> str:
     return f" ({change_of(before, after)})" if before else ""
 
 
-def _sdr(record: RunRecord, moment: str, decode: PhaseSpeed) -> str:
-    points_lost = 100 * (record.quality["before"].accuracy - record.quality[moment].accuracy)
-    ratio = speedup_degradation_ratio(points_lost, decode.speedup.median)
+def _sdr(record: RunRecord, moment: str, name: str, phase: PhaseSpeed) -> str:
+    """SDR by next-token accuracy, else by the loss; empty if neither is known."""
+    before, after = (record.quality[key].values for key in ("before", moment))
+    if "accuracy" in before and "accuracy" in after:
+        points_lost, what = 100 * (before["accuracy"] - after["accuracy"]), "points of next-token accuracy"
+    elif "loss" in before and "loss" in after:
+        points_lost, what = 100 * (after["loss"] - before["loss"]), "hundredths of the loss"
+    else:
+        return ""
+    ratio = speedup_degradation_ratio(points_lost, phase.speedup.median)
     if math.isnan(ratio):
         return "undefined (no speed gained)"
-    doubt = "" if decode.measurable else " (speedup not measurable)"
-    return f"{round(ratio, 2) + 0.0:.2f} points of next-token accuracy per % of decode speed{doubt}"
+    doubt = "" if phase.measurable else " (speedup not measurable)"
+    return f"{round(ratio, 2) + 0.0:.2f} {what} per % of {name} speed{doubt}"

@@ -19,7 +19,7 @@ from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
 from layershed.planning.plan import Drop, DropPlan
-from layershed.recovery.lora import ADAPTER, adapted_modules, inject_at, peft_config_of
+from layershed.recovery.lora import ADAPTER, adapted_modules, exactly, inject_at, peft_config_of
 from layershed.recovery.lora_options import SETTINGS, checked_settings, settings_of
 from layershed.stand_ins.record import overridden
 from layershed.surgery import dropped_sublayers
@@ -76,7 +76,7 @@ def save_adapter(
     config: Any = copy.copy(peft_config_of(transformer))
     config.inference_mode = True
     config.task_type = "CAUSAL_LM" if predicts_next_token(transformer) else None
-    config.target_modules = sorted(_running(transformer))
+    config.target_modules = exactly(transformer, sorted(_running(transformer)))
     config.base_model_name_or_path = getattr(transformer, "name_or_path", "") or None
     weights = _weights(transformer)
     if holds_shards(transformer) and torch.distributed.get_rank():

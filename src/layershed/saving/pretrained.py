@@ -9,7 +9,9 @@ would fill the gaps with random weights. So load the folder with :func:`load_pre
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Collection, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,12 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = load_config(folder)
     model, problems = _read(folder, config, kwargs)
+    for flipped in _constructor_options(type(model)):
+        if not problems.keys() & {"missing_keys", "unexpected_keys"}:
+            break
+        other, others = _read(folder, config, {**kwargs, **flipped})
+        if not others.keys() & {"missing_keys", "unexpected_keys"}:
+            model, problems = other, others
     if problems and _may_be_dense(config, model, problems):
         raise ExportError(
             f"load_pretrained: the config of {folder} says that sublayers were dropped, but their weights are there "
@@ -164,6 +172,15 @@ def _read(folder: str | Path, config: Any, kwargs: dict[str, Any]) -> tuple[PreT
     report["unexpected_keys"] = _left_over(report["unexpected_keys"], stand_ins_of(model))
     names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model, {name: sorted(map(str, report[name])) for name in names if report.get(name)}
+
+
+def _constructor_options(model_class: type[PreTrainedModel]) -> Iterator[dict[str, bool]]:
+    """Other values of a constructor's yes-or-no options, such as ``add_pooling_layer``: no config records them."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    options = [parameter for parameter in parameters if isinstance(parameter.default, bool)]
+    for number in range(1, len(options) + 1):
+        for chosen in combinations(options, number):
+            yield {option.name: not option.default for option in chosen}
 
 
 def _may_be_dense(config: Any, model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:

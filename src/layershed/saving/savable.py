@@ -23,8 +23,8 @@ def check_savable(model: nn.Module, *, standalone: bool = False, name: str | Non
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
         raise ExportError(
-            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Call layershed.remove(model), "
-            "then save it your own way."
+            f"save_pretrained: {type(transformer).__name__} is no Hugging Face model. Use layershed.save_weights, "
+            "and layershed.load_weights on an instance of its class."
         )
     refuse_strangers(transformer)
     _refuse_lora(model, transformer, standalone)

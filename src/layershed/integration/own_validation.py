@@ -1,0 +1,212 @@
+"""Quality by the module's own validation: its loss, or a metric that it logs, over a few batches.
+
+The pass leaves no trace: nothing is logged, no callback is called, and metrics, lists and random states are as before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from layershed.discovery.probe import evaluating
+from layershed.errors import MeasurementError, UnknownNameError
+from layershed.integration.lightning_private import on_device
+from layershed.integration.namespaces import (
+    DummyLogger,
+    LightningModule,
+    Trainer,
+    is_param_in_hook_signature,
+    isolate_rng,
+)
+from layershed.quality import OwnQuality
+
+LOSS = "loss"
+
+
+def own_quality(
+    trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], max_batches: int, metric: str | None
+) -> OwnQuality:
+    """Run ``validation_step`` over the first batches and return its loss, and the metric if one is named.
+
+    The loss is what ``validation_step`` returns, or the logged metric named like a loss. Random numbers are the same in
+    every pass, so that passes before and after a drop compare.
+
+    Args:
+        trainer: The Trainer, in a hook of ``fit``.
+        pl_module: Its module.
+        batches: Batches of the first validation loader.
+        max_batches: Maximum number of batches.
+        metric: Name under which the module logs it in validation; None for the loss alone.
+
+    Raises:
+        MeasurementError: If the validation gives no loss and no metric is named, or the step failed on a rank.
+        UnknownNameError: If the module does not log the metric.
+    """
+    record = _Record()
+    failure: Exception | None = None
+    with _without_trace(trainer, pl_module, record), trainer.precision_plugin.forward_context():
+        try:
+            _run(trainer, pl_module, islice(batches, max_batches), record)
+        except Exception as error:  # the user's own code may raise anything; other ranks must hear of it
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=trainer.strategy.root_device)
+        failed = trainer.strategy.reduce(failed, reduce_op="sum")
+        if failure is not None:
+            raise failure
+        if float(failed):
+            raise MeasurementError("validation_step failed on another rank.")
+        values = record.values(trainer)
+    return OwnQuality(_chosen(values, metric))
+
+
+def _chosen(values: dict[str, float], metric: str | None) -> dict[str, float]:
+    """The loss, and the metric of that name."""
+    loss = {LOSS: values[LOSS]} if LOSS in values else {}
+    if not loss:
+        named = [name for name in values if name.lower().endswith(LOSS)]
+        wanted = next((name for name in named if name in ("val_loss", "val/loss")), named[0] if len(named) == 1 else "")
+        loss = {LOSS: values[wanted]} if wanted else {}
+    if metric is None or metric == LOSS:
+        if not loss:
+            raise MeasurementError(
+                "validation_step returns no loss, and logs none under one name that ends in 'loss'. Return the loss, "
+                "or name a logged metric: SublayerDrop(quality='val_f1')"
+            )
+        return loss
+    if metric not in values:
+        raise UnknownNameError("metric of the validation", metric, set(values) - {LOSS})
+    return {**loss, metric: values[metric]}
+
+
+def _run(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], record: _Record) -> None:
+    several = [0] if isinstance(trainer.val_dataloaders, list | tuple) and len(trainer.val_dataloaders) > 1 else []
+    # as Lightning decides it: a step may take the batch alone
+    numbered = is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2)
+    _hook(pl_module, "on_validation_start")
+    _hook(pl_module, "on_validation_epoch_start")
+    for index, given in enumerate(batches):
+        batch = on_device(trainer, given)
+        record.rows = _rows(batch)
+        _hook(pl_module, "on_validation_batch_start", batch, index, *several)
+        output: Any = pl_module.validation_step(batch, *([index] if numbered else []), *several)
+        loss = output.get(LOSS, output.get("val_loss")) if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            record(LOSS, loss)
+        _hook(pl_module, "on_validation_batch_end", output, batch, index, *several)
+    record.rows = 1
+    _hook(pl_module, "on_validation_epoch_end")
+    _hook(pl_module, "on_validation_end")
+
+
+def _hook(pl_module: LightningModule, name: str, *args: Any) -> None:
+    getattr(pl_module, name)(*args)
+
+
+def _rows(batch: Any) -> int:
+    """Number of rows of a batch, by its first tensor."""
+    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+class _Record:
+    """Takes the place of ``LightningModule.log``, and keeps what would be logged."""
+
+    def __init__(self) -> None:
+        self.rows = 1
+        self._sums: dict[str, list[float]] = {}
+        self._last: dict[str, float] = {}
+        self._metrics: dict[str, Metric] = {}
+
+    def __call__(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **options: Any) -> None:
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+            return
+        number = float(value)
+        if options.get("reduce_fx", "mean") == "mean":
+            weight = batch_size or self.rows
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            total[0] += weight * number
+            total[1] += weight
+            return
+        before = self._last.get(name, number)
+        reduced = {"sum": before + number, "min": min(before, number), "max": max(before, number)}
+        known = name in self._last
+        self._last[name] = reduced.get(str(options["reduce_fx"]), number) if known else number
+
+    def values(self, trainer: Trainer) -> dict[str, float]:
+        """The values over all batches of all ranks."""
+        sums = {**self._sums, **{name: [value, 1.0] for name, value in self._last.items()}}
+        device, names = trainer.strategy.root_device, sorted(sums)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.tensor([sums[name] for name in names], dtype=dtype, device=device).reshape(-1, 2)
+        totals = trainer.strategy.reduce(totals, reduce_op="sum")
+        found = {name: float(total / weight) for name, (total, weight) in zip(names, totals, strict=True)}
+        return {**found, **{name: float(metric.compute()) for name, metric in sorted(self._metrics.items())}}
+
+
+@contextmanager
+def _without_trace(trainer: Trainer, pl_module: LightningModule, record: _Record) -> Iterator[None]:
+    """A validation of its own within the context: in eval mode, without gradients, loggers and consequences."""
+    loggers, stage = trainer.loggers, trainer.state.stage
+    with ExitStack() as contexts:
+        contexts.enter_context(evaluating(pl_module))
+        contexts.enter_context(torch.no_grad())
+        contexts.enter_context(isolate_rng())
+        contexts.enter_context(_attributes_kept(pl_module))
+        contexts.enter_context(_metrics_kept(pl_module))
+        contexts.callback(setattr, trainer.state, "stage", stage)
+        contexts.callback(setattr, trainer, "loggers", loggers)
+        contexts.callback(pl_module.__dict__.pop, "log", None)
+        trainer.loggers = [DummyLogger()] if loggers else []
+        trainer.validating = True
+        pl_module.__dict__["log"] = record
+        torch.manual_seed(0)
+        random.seed(0)
+        yield
+
+
+@contextmanager
+def _metrics_kept(pl_module: LightningModule) -> Iterator[None]:
+    """Fresh torchmetrics within the context; afterwards they hold what they held."""
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    states = [{k: list(v) if isinstance(v, list) else v for k, v in vars(metric).items()} for metric in metrics]
+    for metric in metrics:
+        metric.reset()
+    try:
+        yield
+    finally:
+        for metric, state in zip(metrics, states, strict=True):
+            vars(metric).update(state)
+
+
+@contextmanager
+def _attributes_kept(pl_module: LightningModule) -> Iterator[None]:
+    """Afterwards the module's numbers, and what its lists, dicts and sets hold, are as before."""
+    attributes = dict(vars(pl_module))
+    for name in vars(nn.Module()):
+        attributes.pop(name, None)
+    held = {name: value.copy() for name, value in attributes.items() if isinstance(value, list | dict | set)}
+    try:
+        yield
+    finally:
+        for name, value in attributes.items():
+            if name in held:
+                vars(pl_module)[name] = value
+                _refill(value, held[name])
+            elif value is None or isinstance(value, int | float | str | Tensor):
+                vars(pl_module)[name] = value
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)

@@ -1,0 +1,50 @@
+"""Where the files of a run go, with and without a logger."""
+
+import logging
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from layershed.callbacks import RedundancyMonitor, SublayerDrop
+from layershed.integration.run import run_directory
+from tests.support.runs import fit_foreign
+
+
+def trainer_in(monkeypatch, place, *callbacks, **options):
+    monkeypatch.chdir(place)
+    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(max_steps=4, accelerator="cpu", callbacks=list(callbacks), **{**settings, **options})
+
+
+def test_run_without_a_logger_writes_nothing_into_the_current_directory_and_says_so_once(monkeypatch, tmp_path, caplog):
+    trainer = trainer_in(monkeypatch, tmp_path, RedundancyMonitor(1), SublayerDrop(2, count=1), logger=False)
+    with caplog.at_level(logging.INFO):
+        fit_foreign(trainer)
+    assert list(tmp_path.iterdir()) == []
+    folder = run_directory(trainer)
+    assert {path.name for path in folder.iterdir()} == {"importance.csv", "drop_plan.json"}
+    said = [record.message for record in caplog.records if "no logger" in record.message]
+    assert len(said) == 1
+    assert str(folder) in said[0]
+    assert "default_root_dir" in said[0]
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "below"])
+def test_run_without_a_logger_writes_into_a_given_default_root_dir(monkeypatch, tmp_path, caplog, place):
+    here = tmp_path / "here"
+    here.mkdir()
+    root = here / "below" if place == "below" else tmp_path / "elsewhere"
+    given = "below" if place == "below" else root
+    trainer = trainer_in(monkeypatch, here, SublayerDrop(2, count=1), logger=False, default_root_dir=given)
+    with caplog.at_level(logging.INFO):
+        fit_foreign(trainer)
+    assert (root / "drop_plan.json").is_file()
+    assert not [record for record in caplog.records if "no logger" in record.message]
+
+
+def test_run_with_a_logger_writes_into_its_directory(monkeypatch, tmp_path):
+    logger = CSVLogger(".", name="", version="")
+    trainer = trainer_in(monkeypatch, tmp_path, SublayerDrop(2, count=1), logger=logger)
+    fit_foreign(trainer)
+    assert (tmp_path / "drop_plan.json").is_file()
