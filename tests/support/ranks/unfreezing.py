@@ -60,7 +60,9 @@ class Frozen(pl.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         resting = [p for module, _ in overridden(pl_module) for p in module.parameters()]
-        resting += [p for layer in adapted_modules(pl_module).values() for p in layer.base_layer.parameters()]
+        # under FSDP2 adapters are in the model from the start, but the base trains until recovery begins
+        if any(getattr(callback, "began", None) is not None for callback in trainer.callbacks):
+            resting += [p for layer in adapted_modules(pl_module).values() for p in layer.base_layer.parameters()]
         if any(p.requires_grad or id(p) in held for p in resting):
             self.seen.append(trainer.global_step)
 
