@@ -34,7 +34,7 @@ CORNERS = {
         "transformers==4.57.6",
         "lightning==2.5.6",
         "pytorch-lightning==2.5.6",
-        "peft==0.19.0",
+        "peft==0.18.0",
         "datasets==4.0.0",
     ],
     "lightning 2.4": ["transformers==5.23.0", "lightning==2.4.0", "pytorch-lightning==2.4.0"],
