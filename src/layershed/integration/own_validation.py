@@ -140,9 +140,10 @@ class _Record:
     def values(self, trainer: Trainer) -> dict[str, float]:
         """The values over all batches of all ranks."""
         sums = {**self._sums, **{name: [value, 1.0] for name, value in self._last.items()}}
-        device, names = trainer.strategy.root_device, sorted(sums)
+        # rank 0 says which: a module may log some on one rank only
+        device, names = trainer.strategy.root_device, trainer.strategy.broadcast(sorted(sums))
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.tensor([sums[name] for name in names], dtype=dtype, device=device).reshape(-1, 2)
+        totals = torch.tensor([sums.get(name, (0.0, 0.0)) for name in names], dtype=dtype, device=device).reshape(-1, 2)
         totals = trainer.strategy.reduce(totals, reduce_op="sum")
         found = {name: float(total / weight) for name, (total, weight) in zip(names, totals, strict=True)}
         return {**found, **{name: float(metric.compute()) for name, metric in sorted(self._metrics.items())}}
