@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 import layershed as ls
 import layershed.discovery.registry as registry
 import layershed.performance.stopwatch as stopwatch
-from layershed.callbacks import Export, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, Export, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import MeasurementError, SelectionError
 from layershed.performance.forward import ForwardReport
 from layershed.performance.speed import SpeedReport
 from tests.support.hand_written import GPT
 from tests.support.models import build_model
-from tests.support.runs import Foreign, fit_foreign
+from tests.support.runs import Foreign, Save, fit_foreign, same, state_of
 from tests.support.seq2seq import batch as pairs
 from tests.support.seq2seq import by_hand, seq2seq
 
@@ -160,6 +161,31 @@ def test_sdr_of_a_metric_that_sublayer_drop_measures_comes_with_the_measurement(
     lost = metrics["drop/val_score_before"] - metrics["drop/val_score_after"]
     assert lost == pytest.approx(metrics["drop/loss_after"] - metrics["drop/loss_before"], rel=1e-4)
     assert metrics["speed/sdr"] == pytest.approx(100 * lost / 25, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("at", [4, 7])
+def test_resumed_run_of_a_hand_written_model_equals_the_uninterrupted_one(make_trainer, tmp_path, adapter, at):
+    """With a drop, a quality of its own and LoRA, cut before and after them."""
+
+    def run(name, *more, ckpt_path=None):
+        module, data = hand_written()
+        data = StatefulDataLoader(data.dataset, batch_size=2)
+        ours = [ExactResume(), SublayerDrop(5, count=2), LoRARecovery(finish="adapter"), *more]
+        trainer = make_trainer(*ours, name=name, max_steps=9)
+        torch.manual_seed(5)
+        trainer.fit(module, data, data, ckpt_path=ckpt_path)
+        return state_of(trainer, module), ours[1].quality
+
+    whole = run("whole", Save(tmp_path / "cut.ckpt", at))
+    resumed = run("resumed", ckpt_path=tmp_path / "cut.ckpt")
+    assert same(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
+    assert len(whole[1]) == 3
+    assert any("lora_A" in name for name in whole[0]["weights"])
+    loaded = hand_written()[0]
+    ls.load_checkpoint(loaded, tmp_path / "cut.ckpt")
+    assert len(ls.dropped_sublayers(loaded)) == (2 if at > 5 else 0)
 
 
 def importances(folder):
