@@ -130,6 +130,16 @@ def test_sdr_of_any_model_is_hundredths_of_loss_per_percent_of_forward_speed(mak
     assert metrics["speed/sdr"] == pytest.approx(100 * lost / 25, rel=1e-4)
 
 
+def test_calibration_in_a_pass_reads_pictures(make_trainer):
+    module, data = images()
+    data = DataLoader([{"pixel_values": pixels, "labels": label} for pixels, label in data.dataset], batch_size=2)
+    module._loss = lambda net, batch: net(**batch).loss
+    for split in ("train", "val"):
+        drop = SublayerDrop(2 if split == "train" else 4, count=1, calibrate_on=split)
+        make_trainer(drop, max_steps=5, name=split).fit(module, data, data)
+        assert len(drop.plan) == 1
+
+
 class Uneven:
     """A clock whose first measurement of each pair takes five seconds, and whose second takes four."""
 

@@ -94,6 +94,7 @@ def validation_quality(
         causal = trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
     # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
     guarded = not causal or trainer.world_size == 1
+    quality: Quality | OwnQuality | None = None
     with watcher.leaving_out("the quality around the drop is") if guarded else nullcontext():
         if batches is None:
             raise MeasurementError(
@@ -102,10 +103,11 @@ def validation_quality(
             )
         batches = chain([] if first is None else [first], batches)
         if not causal:
-            return own_quality(trainer, pl_module, batches, max_batches, metric)
-        with trainer.precision_plugin.forward_context():
-            return evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
-    return None
+            quality = own_quality(trainer, pl_module, batches, max_batches, metric)
+        else:
+            with trainer.precision_plugin.forward_context():
+                quality = evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+    return quality
 
 
 def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:
