@@ -327,13 +327,12 @@ class SublayerDrop(Callback):
         )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
-        with self._watcher.leaving_out("the quality around the drop is"):
-            wanted = self.quality_batches, self.quality_metric
-            quality = validation_quality(trainer, pl_module, *wanted, self.transformer)
-            if quality is not None:
-                self.quality[when] = quality
-                publish(trainer, quality_metrics({when: quality}))
+        wanted = self.quality_batches, self.quality_metric, self.transformer
+        quality = validation_quality(trainer, pl_module, *wanted, self._watcher)
         reshard(pl_module)
+        if quality is not None:
+            self.quality[when] = quality
+            publish(trainer, quality_metrics({when: quality}))
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""

@@ -26,7 +26,9 @@ def test_readme_lightning_example_runs_as_written(tmp_path, monkeypatch, capsys)
     network = names["trainer"].lightning_module.net
     dropped = ls.bypassed_sublayers(network)
     assert [s.kind for s in dropped] == ["attention", "attention"]
-    steps = {line.split(",")[0] for line in (tmp_path / "importance.csv").read_text().splitlines()[1:]}
+    steps = {
+        line.split(",")[0] for line in (tmp_path / "runs" / "mine" / "importance.csv").read_text().splitlines()[1:]
+    }
     assert steps == {"2", "4", "6", "8", "10", "12"}
 
 

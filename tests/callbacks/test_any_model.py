@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 import layershed as ls
 import layershed.discovery.registry as registry
 import layershed.performance.stopwatch as stopwatch
-from layershed.callbacks import Export, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, Export, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import MeasurementError, SelectionError
 from layershed.performance.forward import ForwardReport
 from layershed.performance.speed import SpeedReport
 from tests.support.hand_written import GPT
 from tests.support.models import build_model
-from tests.support.runs import Foreign, fit_foreign
+from tests.support.runs import Foreign, Save, fit_foreign, same, state_of
 from tests.support.seq2seq import batch as pairs
 from tests.support.seq2seq import by_hand, seq2seq
 
@@ -62,7 +63,7 @@ def translation(run=lambda net, batch: net(**batch).logits):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return nn.functional.cross_entropy(run(net, inputs).flatten(0, 1), batch["labels"].flatten())
 
-    return Any(seq2seq(), loss), DataLoader(batches, batch_size=None)
+    return Any(seq2seq().train(), loss), DataLoader(batches, batch_size=None)
 
 
 def translation_by_hand():
@@ -129,6 +130,16 @@ def test_sdr_of_any_model_is_hundredths_of_loss_per_percent_of_forward_speed(mak
     assert metrics["speed/sdr"] == pytest.approx(100 * lost / 25, rel=1e-4)
 
 
+def test_calibration_in_a_pass_reads_pictures(make_trainer):
+    module, data = images()
+    data = DataLoader([{"pixel_values": pixels, "labels": label} for pixels, label in data.dataset], batch_size=2)
+    module._loss = lambda net, batch: net(**batch).loss
+    for split in ("train", "val"):
+        drop = SublayerDrop(2 if split == "train" else 4, count=1, calibrate_on=split)
+        make_trainer(drop, max_steps=5, name=split).fit(module, data, data)
+        assert len(drop.plan) == 1
+
+
 class Uneven:
     """A clock whose first measurement of each pair takes five seconds, and whose second takes four."""
 
@@ -160,6 +171,31 @@ def test_sdr_of_a_metric_that_sublayer_drop_measures_comes_with_the_measurement(
     lost = metrics["drop/val_score_before"] - metrics["drop/val_score_after"]
     assert lost == pytest.approx(metrics["drop/loss_after"] - metrics["drop/loss_before"], rel=1e-4)
     assert metrics["speed/sdr"] == pytest.approx(100 * lost / 25, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("at", [4, 7])
+def test_resumed_run_of_a_hand_written_model_equals_the_uninterrupted_one(make_trainer, tmp_path, adapter, at):
+    """With a drop, a quality of its own and LoRA, cut before and after them."""
+
+    def run(name, *more, ckpt_path=None):
+        module, data = hand_written()
+        data = StatefulDataLoader(data.dataset, batch_size=2)
+        ours = [ExactResume(), SublayerDrop(5, count=2), LoRARecovery(finish="adapter"), *more]
+        trainer = make_trainer(*ours, name=name, max_steps=9)
+        torch.manual_seed(5)
+        trainer.fit(module, data, data, ckpt_path=ckpt_path)
+        return state_of(trainer, module), ours[1].quality
+
+    whole = run("whole", Save(tmp_path / "cut.ckpt", at))
+    resumed = run("resumed", ckpt_path=tmp_path / "cut.ckpt")
+    assert same(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
+    assert len(whole[1]) == 3
+    assert any("lora_A" in name for name in whole[0]["weights"])
+    loaded = hand_written()[0]
+    ls.load_checkpoint(loaded, tmp_path / "cut.ckpt")
+    assert len(ls.dropped_sublayers(loaded)) == (2 if at > 5 else 0)
 
 
 def importances(folder):
@@ -236,17 +272,16 @@ class Inlined(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-@pytest.mark.parametrize("scope", ["attention", "block"])
-def test_empty_scope_quotes_what_is_left_alone(make_trainer, adapter, scope):
+def test_empty_scope_quotes_what_is_left_alone(make_trainer, adapter):
     module, data = hand_written()
     module.net.h = nn.ModuleList(Inlined() for _ in range(3))
     module.net.more = nn.ModuleList()
     with pytest.raises(SelectionError, match=r"Left alone: h\.0\.out \(it is not computed by modules of its own\)"):
-        make_trainer(SublayerDrop(2, scope, count=1), max_steps=3).fit(module, data)
+        make_trainer(SublayerDrop(2, "attention", count=1), max_steps=3).fit(module, data, data)
     with pytest.raises(SelectionError, match=r"Left alone: h\.0\.out .*ls\.find_left_alone"):
-        ls.drop_sublayers(module.net, data, scope, count=1)
+        ls.drop_sublayers(module.net, data, "attention", count=1)
     trainer = make_trainer(SublayerDrop(2, "mlp", count=1, quality_batches=0), max_steps=3)
-    trainer.fit(module, data)
+    trainer.fit(module, data, data)
     assert len(ls.dropped_sublayers(module)) == 1
 
 

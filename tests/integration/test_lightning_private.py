@@ -136,6 +136,24 @@ def test_set_up_val_loaders_makes_the_val_dataloaders(asked):
     assert asked("on_fit_start", ask, max_steps=1) == [(None, True)]
 
 
+def test_on_device_applies_the_transfer_hooks_of_the_module(make_trainer):
+    class Hooked(Foreign):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {"before": batch["input_ids"], "number": dataloader_idx}
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {**batch, "after": batch["before"] + 1}
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step({"input_ids": batch["before"]}, batch_idx)
+
+    ask = At("on_train_batch_end", lambda trainer: private.on_device(trainer, {"input_ids": torch.arange(3)}))
+    make_trainer(ask, max_steps=1, limit_val_batches=0).fit(Hooked(), stateful(), val_loader())
+    (found,) = ask.found
+    assert found["number"] == 0
+    assert torch.equal(found["after"], torch.arange(1, 4))
+
+
 def test_train_loaders_are_found_and_stateful_ones_recognized(asked):
     def ask(trainer):
         return [private.is_stateful(loader) for loader in private.train_loaders(trainer)]

@@ -172,6 +172,25 @@ def test_own_quality_gives_the_loggers_back(make_trainer):
     assert len(ask.found) == 2
 
 
+REDUCED = {"sum": 10.0, "min": 1.0, "max": 4.0, "mean": 2.5}
+
+
+@pytest.mark.parametrize("how", REDUCED)
+def test_logged_numbers_are_reduced_as_the_module_asks(make_trainer, how):
+    class Numbered(Classifier):
+        def validation_step(self, batch, batch_idx):
+            number = float(batch_idx + 1)
+            value = torch.tensor(number) if batch_idx % 2 else number
+            self.log("number", value, reduce_fx=getattr(torch, how) if batch_idx % 2 else how, batch_size=1)
+
+        def on_validation_epoch_end(self):
+            pass
+
+    ask = Ask("number", batches=4)
+    fit(make_trainer, ask, module=Numbered())
+    assert ask.found[0].values == {"number": REDUCED[how]}
+
+
 FORMS = {
     "returned": lambda self, loss: loss,
     "in a dict": lambda self, loss: {"loss": loss, "preds": torch.zeros(2)},

@@ -13,7 +13,12 @@ from tests.support.runs import fit_foreign
 
 def trainer_in(monkeypatch, place, *callbacks, **options):
     monkeypatch.chdir(place)
-    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
     return pl.Trainer(max_steps=4, accelerator="cpu", callbacks=list(callbacks), **{**settings, **options})
 
 

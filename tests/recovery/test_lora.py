@@ -448,11 +448,17 @@ def test_injection_over_foreign_adapters_is_refused(llama):
     assert adapted_modules(llama) == {}
 
 
-def test_injection_refuses_a_model_outside_hugging_face(monkeypatch):
+def test_injection_into_a_model_outside_hugging_face_keeps_its_outputs_and_trains_only_lora(monkeypatch):
     monkeypatch.setattr(adapter, "_REGISTERED", {})
     ls.register_adapter(GPT, ls.SublayerAdapter(lambda model: {"idx": torch.arange(4)[None]}))
-    with pytest.raises(RecoveryError, match=r"GPT is not a Hugging Face model, .*Train all weights"):
-        inject_lora(GPT())
+    model, ids = GPT(), torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = model(ids)[0]
+    config = inject_lora(model)
+    assert torch.equal(model(ids)[0], before)
+    linear = {path for path, module in GPT().named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(config.target_modules) == linear
+    model(ids)[0].sum().backward()
+    assert all(("lora_" in name) == (parameter.grad is not None) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("end", [merge_lora, remove_lora])

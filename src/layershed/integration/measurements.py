@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from layershed.integration.metric_names import (
 )
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.own_validation import own_quality
+from layershed.integration.watching import Watcher
 from layershed.planning.plan import ImportanceScores, count_by_kind
 from layershed.quality import OwnQuality, Quality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
@@ -64,31 +66,47 @@ def importance_in_a_pass(
 
 
 def validation_quality(
-    trainer: Trainer, pl_module: LightningModule, max_batches: int, metric: str | None, name: str | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    max_batches: int,
+    metric: str | None,
+    name: str | None,
+    watcher: Watcher,
 ) -> Quality | OwnQuality | None:
-    """The quality on the first validation batches, in the run's precision.
+    """The quality on the first validation batches, in the run's precision; None if it cannot be measured.
 
     A causal language model that reads the batches by itself has its next-token loss and accuracy measured, or nothing
-    without batches. Any other model, and any named metric, is measured by the module's own validation.
+    without batches. Any other model, and any named metric, is measured by the module's own validation. An error becomes
+    one warning.
 
     Raises:
-        LayershedError: If there is no validation of its own, or it gives neither a loss nor the metric.
+        LayershedError: In a run of several processes, if a causal language model cannot be measured on one of them.
     """
     if not max_batches:
         return None
     transformer, batches = find_transformer(pl_module, name=name), validation_batches(trainer)
-    if batches is None:
-        if metric is None and predicts_next_token(transformer):
-            return None
-        raise MeasurementError(
-            "The run has no validation to measure it. Add validation_step and validation data, or set quality_batches=0"
-        )
-    first = next(batches, None)
-    batches = chain([] if first is None else [first], batches)
-    if metric is None and (first is None or reads_as_text(first, transformer)):
-        with trainer.precision_plugin.forward_context():
-            return evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
-    return own_quality(trainer, pl_module, batches, max_batches, metric)
+    causal = metric is None and predicts_next_token(transformer)
+    if batches is None and causal:
+        return None
+    first = None if batches is None else next(batches, None)
+    if causal:  # all ranks must measure the same way
+        causal = trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
+    # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
+    guarded = not causal or trainer.world_size == 1
+    quality: Quality | OwnQuality | None = None
+    with watcher.leaving_out("the quality around the drop is") if guarded else nullcontext():
+        if batches is None:
+            raise MeasurementError(
+                "The run has no validation to measure it. Add validation_step and validation data, or set "
+                "quality_batches=0"
+            )
+        batches = chain([] if first is None else [first], batches)
+        if not causal:
+            quality = own_quality(trainer, pl_module, batches, max_batches, metric)
+        else:
+            with trainer.precision_plugin.forward_context():
+                quality = evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+    return quality
 
 
 def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:

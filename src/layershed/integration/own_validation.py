@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -116,38 +117,44 @@ def _rows(batch: Any) -> int:
 
 
 class _Record:
-    """Takes the place of ``LightningModule.log``, and keeps what would be logged."""
+    """Takes the place of ``LightningModule.log``, and keeps what would be logged, on its device until the end."""
 
     def __init__(self) -> None:
         self.rows = 1
-        self._sums: dict[str, list[float]] = {}
-        self._last: dict[str, float] = {}
+        self._sums: dict[str, tuple[Any, float]] = {}
         self._metrics: dict[str, Metric] = {}
 
     def __call__(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **options: Any) -> None:
         if isinstance(value, Metric):
             self._metrics[name] = value
             return
-        number = float(value)
-        if options.get("reduce_fx", "mean") == "mean":
+        number = value.detach().float() if isinstance(value, Tensor) else float(value)
+        how = options.get("reduce_fx", "mean")
+        how = getattr(how, "__name__", how)
+        if how == "mean":
             weight = batch_size or self.rows
-            total = self._sums.setdefault(name, [0.0, 0.0])
-            total[0] += weight * number
-            total[1] += weight
+            total, weights = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + weight * number, weights + weight)
             return
-        before = self._last.get(name, number)
-        reduced = {"sum": before + number, "min": min(before, number), "max": max(before, number)}
-        known = name in self._last
-        self._last[name] = reduced.get(str(options["reduce_fx"]), number) if known else number
+        before: Any = self._sums.get(name, (number, 1.0))[0]
+        reduced: dict[str, Any] = {
+            "sum": before + number if name in self._sums else number,
+            "min": min(before, number),
+            "max": max(before, number),
+        }
+        self._sums[name] = (reduced.get(how, number), 1.0)
 
     def values(self, trainer: Trainer) -> dict[str, float]:
         """The values over all batches of all ranks."""
-        sums = {**self._sums, **{name: [value, 1.0] for name, value in self._last.items()}}
-        device, names = trainer.strategy.root_device, sorted(sums)
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.tensor([sums[name] for name in names], dtype=dtype, device=device).reshape(-1, 2)
+        # rank 0 says which: a module may log some on one rank only
+        device, names = trainer.strategy.root_device, trainer.strategy.broadcast(sorted(self._sums))
+        pairs = [self._sums.get(name, (0.0, 0.0)) for name in names]
+        flat = [
+            torch.as_tensor(number, dtype=torch.float32).reshape(()).to(device) for pair in pairs for number in pair
+        ]
+        totals = torch.stack(flat).reshape(-1, 2) if flat else torch.zeros(0, 2, device=device)
         totals = trainer.strategy.reduce(totals, reduce_op="sum")
-        found = {name: float(total / weight) for name, (total, weight) in zip(names, totals, strict=True)}
+        found = dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
         return {**found, **{name: float(metric.compute()) for name, metric in sorted(self._metrics.items())}}
 
 
@@ -167,8 +174,8 @@ def _without_trace(trainer: Trainer, pl_module: LightningModule, record: _Record
         trainer.loggers = [DummyLogger()] if loggers else []
         trainer.validating = True
         pl_module.__dict__["log"] = record
-        torch.manual_seed(0)
-        random.seed(0)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
         yield
 
 

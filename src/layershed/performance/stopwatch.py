@@ -80,7 +80,7 @@ class SpeedSettings:
         if not predicts_next_token(transformer):
             raise MeasurementError(
                 f"speed: {type(transformer).__name__} does not predict the next token, so it cannot decode. Use a "
-                "causal language model."
+                "causal language model, or layershed.measure_forward."
             )
         places = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
         if places is not None and 0 < places < self.prompt_tokens + self.new_tokens:

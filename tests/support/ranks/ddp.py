@@ -5,9 +5,15 @@ from pathlib import Path
 
 import torch
 
-from tests.support.ranks import clock, files, lora, replicated
+from tests.support.ranks import clock, files, lora, own_quality, replicated
 
-SCENARIOS = {"replicated": replicated.run, "files": files.run, "clock": clock.run, "lora": lora.run}
+SCENARIOS = {
+    "replicated": replicated.run,
+    "files": files.run,
+    "clock": clock.run,
+    "lora": lora.run,
+    "own_quality": own_quality.run,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
