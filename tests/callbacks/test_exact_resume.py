@@ -42,7 +42,7 @@ from tests.support.runs import (
     state_of,
     val_loader,
 )
-from tests.support.thinned import one_of
+from tests.support.thinned import crossed, one_of
 
 pytestmark = [
     pytest.mark.skipif(not tells_resumed_loops(), reason="ExactResume refuses a Lightning before 2.5.3"),
@@ -766,11 +766,44 @@ def bypassed():
     return module
 
 
+def late_drop():
+    return SublayerDrop(3, count=1, calibration_batches=2, quality_batches=0)
+
+
 @pytest.mark.parametrize("again", [bypassed, Foreign], ids=["bypassed again", "dense"])
 def test_model_bypassed_by_hand_ends_as_uninterrupted_also_from_a_dense_one(twice_run, again):
     whole, cut = twice_run(WATCHERS["RedundancyMonitor"], bypassed, 4, again)
     assert len(whole["dropped"]) == 2
     for part in whole:
+        assert same(cut[part], whole[part]), part
+
+
+def by_hand(bypasses, adapts, filters):
+    """Builds a module that is changed before the fit; its optimizer takes all parameters, or those that train."""
+
+    class Changed(Foreign):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad or not filters], lr=1e-2)
+
+    def make():
+        module = Changed()
+        if bypasses:
+            ls.bypass(module.net, [s for s in ls.find_sublayers(module.net) if s.name in ("mlp.1", "attention.2")])
+        if adapts:
+            ls.inject_lora(module.net, rank=2)
+        return module
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changed", "filters", "own"),
+    crossed(((True, True), (False, True), (True, False)), (True, False), (WATCHERS["RedundancyMonitor"], late_drop)),
+)
+def test_model_changed_by_hand_before_the_fit_resumes_exactly(twice_run, changed, filters, own):
+    make = by_hand(*changed, filters)
+    whole, cut = twice_run(own, make, 4, make)
+    for part in ("weights", "optimizer", "step", "dropped"):
         assert same(cut[part], whole[part]), part
 
 

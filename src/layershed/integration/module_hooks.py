@@ -24,6 +24,7 @@ from layershed.integration.pending_work import fits
 from layershed.integration.strategies import is_sharded
 from layershed.integration.trained_parameters import TrainedParameters, rename_finetuned
 from layershed.recovery.as_before import as_before
+from layershed.recovery.lora import adapted_modules
 from layershed.saving.checkpoint import (
     CHECKPOINT_KEY,
     apply_structure,
@@ -32,6 +33,7 @@ from layershed.saving.checkpoint import (
     write_structure,
 )
 from layershed.stand_ins.record import overridden
+from layershed.surgery import dropped_sublayers
 
 _BY_HAND_KEY = "layershed_by_hand"
 _SAVE, _LOAD = "on_save_checkpoint", "on_load_checkpoint"
@@ -81,9 +83,16 @@ class StructureHooks:
         """``on_load_checkpoint``."""
         self._own[_LOAD](checkpoint)
         if self.changes or _BY_HAND_KEY in checkpoint:
+            begun_changed = self._is_changed()  # by hand, before this run: configure_optimizers saw it so
             apply_structure(checkpoint, self.pl_module, name=self.transformer)
             rename_finetuned(checkpoint, self.pl_module)
-            self._configure_as_before()
+            if self.changes and not begun_changed:
+                self._configure_as_before()
+
+    def _is_changed(self) -> bool:
+        """Whether something is dropped or adapted now."""
+        transformer = self.watched()
+        return transformer is not None and bool(dropped_sublayers(transformer) or adapted_modules(transformer))
 
     def _configure_as_before(self) -> None:
         """In a resumed fit, let configure_optimizers see the model that the interrupted run began with, once.
