@@ -9,6 +9,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from layershed.discovery.model_record import kept_model_record
 from layershed.files.atomic import write_text as write_text
@@ -19,6 +20,7 @@ from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 
 Sums = dict[str, list[float]]
+_AVERAGED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 _TEMPORARY: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 IMPORTANCE_FILE = "importance.csv"
@@ -110,12 +112,30 @@ def save_plan(trainer: Trainer, plan: DropPlan | None) -> None:
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Rebuild DistributedDataParallel, because it chooses the gradients to wait for at construction."""
+    """Rebuild DistributedDataParallel, because it chooses the gradients to wait for at construction.
+
+    Gradients that are being accumulated are kept.
+    """
     if isinstance(trainer.strategy, DDPStrategy):
-        for parameter in pl_module.parameters():
+        gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters() if parameter.grad is not None]
+        for parameter, _ in gradients:
             parameter.grad = None
         trainer.strategy.model = pl_module
         trainer.strategy.configure_ddp()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient if parameter.requires_grad else None
+        _AVERAGED[trainer.strategy.model] = trainable_ids(pl_module)
+
+
+def averaged(trainer: Trainer) -> set[int] | None:
+    """The ids of the parameters whose gradients the DistributedDataParallel of :func:`rewrap` averages, if it runs."""
+    model = trainer.strategy.model
+    return None if model is None else _AVERAGED.get(model)
+
+
+def trainable_ids(module: nn.Module) -> set[int]:
+    """The ids of the trainable parameters of a module."""
+    return {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
 
 
 class StepCounter:

@@ -15,7 +15,7 @@ from layershed.integration.namespaces import DDPStrategy, LightningModule, Model
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import KeepsFrozen
 from layershed.integration.resumed_groups import TRAINED_KEY, restore_trained
-from layershed.integration.run import rewrap
+from layershed.integration.run import averaged, rewrap, trainable_ids
 from layershed.recovery.optimizer_groups import Layout, forget_parameters, layout_of
 
 _LOAD, _STEP = "load_optimizer_state_dict", "training_step"
@@ -46,7 +46,7 @@ class TrainedParameters:
             replaced[_STEP] = self.step
         if isinstance(trainer.strategy, ModelParallelStrategy):
             replaced.update({name: partial(self.reshard_after, name) for name in _LEFT_GATHERED})
-        self._averaged = self._ids()
+        self._averaged = trainable_ids(pl_module)
         self._own: dict[str, Any] = {name: getattr(trainer.strategy, name) for name in replaced}
         self._on_instance = {name: vars(trainer.strategy)[name] for name in replaced if name in vars(trainer.strategy)}
         vars(trainer.strategy).update(replaced)
@@ -68,10 +68,9 @@ class TrainedParameters:
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, KeepsFrozen):
                 callback.keep_frozen()
-        now = self._ids()
-        if now - self._averaged:  # under FSDP2 nothing is rebuilt
-            rewrap(self.trainer, self.pl_module)
-            self._averaged = now
+        known = averaged(self.trainer)  # a drop may have built it anew since the last step
+        if trainable_ids(self.pl_module) - (self._averaged if known is None else known):
+            rewrap(self.trainer, self.pl_module)  # under FSDP2 nothing is rebuilt
         return self._own[_STEP](*args, **kwargs)
 
     def reshard_after(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +94,6 @@ class TrainedParameters:
         self._configured = configured or self._configured
         forget_parameters(self.trainer.optimizers, self.pl_module)
         self._own[_LOAD](checkpoint)
-
-    def _ids(self) -> set[int]:
-        return {id(parameter) for parameter in self.pl_module.parameters() if parameter.requires_grad}
 
     def _trainable_now(self) -> set[str]:
         return {name for name, parameter in self.pl_module.named_parameters() if parameter.requires_grad}
