@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,29 @@ def trial(name: str, namespace: str, folder: Path) -> dict[str, str]:
     if pl is None:
         missing = f"{namespace} is not installed"
         return {"two lines": missing, "everything": missing}
-    for quiet in ("lightning", "pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(quiet).setLevel(logging.ERROR)
     project, said = PROJECTS[name](pl), {}
     for what, attempt in (("two lines", try_two_lines), ("everything", try_everything)):
         place = folder / what.replace(" ", "_")
         place.mkdir(parents=True)
         try:
-            attempt(project, pl, place)
+            with _quiet():
+                attempt(project, pl, place)
         except Exception as error:  # any is a failure of this project, and the others go on
             said[what] = f"{type(error).__name__}: {error}"
         else:
             said[what] = ""
     return said
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what both Lightnings say about devices and the end of a fit."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
