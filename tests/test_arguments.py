@@ -147,3 +147,9 @@ def test_wrong_option_is_refused_and_leaves_the_model_as_it_was(name, argument, 
 
 def test_whole_numbers_of_numpy_are_numbers():
     assert ls.DropSchedule(start=torch.arange(4).numpy()[2]).steps == (2,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value):
+    with pytest.raises(ls.LayershedError, match=r"LoRA: alpha must be finite, got"):
+        ls.inject_lora(build_model("llama"), alpha=value)

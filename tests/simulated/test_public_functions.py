@@ -211,8 +211,18 @@ def by_adapter(world):
     found = ls.find_sublayers(model)
     scores = dict(ls.estimate_importance(model, [{"idx": ids}])) if world.batches_on is None else {}
     ls.bypass(model, found[:1])
+    ls.save_weights(model, world.folder / "own")
+    again = GPT().to(world.device)
+    ls.load_weights(again, world.folder / "own")
     with torch.no_grad():
+        assert torch.equal(again(ids)[0], model(ids)[0])
         return found, scores, model(ids)[0]
+
+
+def forward_speed(world):
+    report = ls.measure_forward(world.dropped(), tokens=4, batch_size=2, runs=2, warmup=0)
+    assert isinstance(report, ls.ForwardReport)
+    return sorted(report.to_dict())
 
 
 CASES = {
@@ -221,7 +231,8 @@ CASES = {
     "CostModel PassCosts Cost": costs,
     "ImportanceTracker": tracked,
     "METRICS ImportanceMetric RelativeMagnitude": metric(ls.METRICS["relative_magnitude"]),
-    "SublayerAdapter register_adapter": by_adapter,
+    "SublayerAdapter register_adapter save_weights load_weights": by_adapter,
+    "ForwardReport measure_forward": forward_speed,
     "Distillation self_distillation_loss": distilled,
     "adapters_off inject_lora merge_lora remove_lora": lora,
     "angular": by_function(ls.angular),
