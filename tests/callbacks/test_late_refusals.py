@@ -113,6 +113,24 @@ class Late(Foreign):
             self.net = build_model().train()
 
 
+class NeedsTrainer(Late):
+    """Builds its model with the help of the Trainer."""
+
+    def configure_model(self):
+        self.rank = self.trainer.global_rank
+        super().configure_model()
+
+
+def test_load_checkpoint_says_that_configure_model_needs_a_trainer(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    fit_foreign(trainer, NeedsTrainer())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"configure_model\(\) of NeedsTrainer failed without a Trainer"):
+        ls.load_checkpoint(NeedsTrainer(), tmp_path / "a.ckpt")
+    with pytest.raises(ls.LayershedError, match="Late"):
+        ls.load_checkpoint(Late, tmp_path / "a.ckpt")
+
+
 def test_load_checkpoint_builds_a_model_that_configure_model_builds(make_trainer, tmp_path):
     trainer = make_trainer(dropping(3), max_steps=5)
     trained = fit_foreign(trainer, Late())

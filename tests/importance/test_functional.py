@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
+from layershed.errors import CalibrationError, UnknownNameError
 from layershed.importance.functional import angular, cosine_importance, relative_magnitude
 
 FUNCTIONS = (cosine_importance, relative_magnitude, angular)
@@ -203,3 +204,26 @@ def test_cosine_importance_is_within_0_and_2_and_angular_within_0_and_1(ratio, s
     cosine, angle = (f(x, b, reduction="none") for f in (cosine_importance, angular))
     assert ((cosine >= 0) & (cosine <= 2 + 1e-5)).all()
     assert ((angle >= 0) & (angle <= 1 + 1e-5)).all()
+
+
+WRONG = {
+    "mask that would broadcast": ((2, 4, 8), torch.ones(4), "mask has the shape"),
+    "mask of another batch": ((2, 4, 8), torch.ones(2, 1), "mask has the shape"),
+    "additive mask": ((2, 4, 8), torch.tensor([[0.0, 0.0, 0.0, -1e9]] * 2), "negative numbers"),
+    "branch that would broadcast": ((2, 1, 8), None, "both must be equal"),
+    "branch of another size": ((2, 4, 6), None, "both must be equal"),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", WRONG)
+def test_shapes_and_masks_that_do_not_fit_are_refused(function, name):
+    shape, mask, words = WRONG[name]
+    with pytest.raises(CalibrationError, match=words):
+        function(torch.ones(2, 4, 8), torch.ones(*shape), mask)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_unknown_reduction_is_refused_with_the_known_ones(function):
+    with pytest.raises(UnknownNameError, match="sum"):
+        function(torch.ones(2, 4, 8), torch.ones(2, 4, 8), reduction="sum")

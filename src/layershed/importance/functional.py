@@ -7,13 +7,13 @@ X and Y, because Y has already rounded away the small b that decides the ranking
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from layershed.arguments import check_kind
-from layershed.errors import CalibrationError
+from layershed.errors import CalibrationError, UnknownNameError
 
 Reduction = Literal["mean", "none"]
 
@@ -90,6 +90,10 @@ def _parts(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_kind(x, Tensor, "x", CalibrationError)
     check_kind(branch, Tensor, "branch", CalibrationError)
+    if x.shape != branch.shape:
+        raise CalibrationError(
+            f"x has the shape {tuple(x.shape)} and branch {tuple(branch.shape)}: both must be equal."
+        )
     dtype = torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x, branch = x.to(dtype), branch.to(dtype)
@@ -106,11 +110,20 @@ def _no_angle(x_norm: Tensor, y_norm: Tensor) -> Tensor:
 
 
 def _reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    if reduction not in get_args(Reduction):
+        raise UnknownNameError("reduction", reduction, get_args(Reduction))
     if reduction == "none":
         return values
     if mask is None:
         return values.mean()
     check_kind(mask, Tensor, "mask", CalibrationError)
+    if mask.shape != values.shape:
+        raise CalibrationError(
+            f"mask has the shape {tuple(mask.shape)}, but there is one value for each of {tuple(values.shape)} tokens. "
+            "Give a mask of this shape."
+        )
+    if mask.dtype != torch.bool and bool((mask < 0).any()):
+        raise CalibrationError("mask holds negative numbers, as an additive mask does. Give true where a token counts.")
     mask = mask.to(torch.bool)
     # where, not multiplication: a padded token may hold a NaN
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum()

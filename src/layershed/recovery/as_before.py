@@ -14,7 +14,7 @@ from layershed.recovery.lora import adapted_modules, trainable_before
 def as_before(model: nn.Module, transformer: nn.Module) -> Iterator[None]:
     """Within the context the parameters have their first names, and what was trainable then is trainable.
 
-    The adapters are out of the way. A forward pass within the context is not meant.
+    The adapters are taken out. Run no forward pass within the context.
 
     Args:
         model: The module that holds the transformer.

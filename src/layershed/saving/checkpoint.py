@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layershed.arguments import as_path
-from layershed.discovery.find import find_transformer
+from layershed.discovery.find import check_module, find_transformer
 from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
 from layershed.files.checkpoint_file import read_checkpoint
@@ -47,7 +47,8 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
     """
     path = as_path(path, "load_checkpoint: path", CheckpointError)
     mend(path)
-    getattr(module, "configure_model", _no_hook)()
+    check_module(module)
+    _configure(module)
     checkpoint = dict(read_notes(path)) if path.is_dir() else _read(path)
     try:
         apply_structure(checkpoint, module, name=name)
@@ -203,8 +204,20 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _no_hook() -> None:
-    """The hook of a module that has none."""
+def _configure(module: nn.Module) -> None:
+    """Call the hook ``configure_model``, if there is one.
+
+    Raises:
+        CheckpointError: If it fails, for example because it reads the Trainer.
+    """
+    if hasattr(module, "configure_model"):
+        try:
+            module.configure_model()  # type: ignore[operator]
+        except Exception as error:
+            raise CheckpointError(
+                f"load_checkpoint: configure_model() of {type(module).__name__} failed without a Trainer ({error}). "
+                "Build the transformer in the module yourself, then call load_checkpoint."
+            ) from error
 
 
 def _nothing(_checkpoint: object) -> None:

@@ -130,9 +130,8 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if problems and _may_be_dense(config, model, problems):
         raise ExportError(
             f"load_pretrained: the config of {folder} says that sublayers were dropped, but their weights are there "
-            "without a mark. Either the dense model was saved with the config of a dropped one: delete dropped_modules "
-            "from config.json to load it. Or a tool that keeps no marks saved the dropped model: do the same, then "
-            "call layershed.bypass(model, plan)."
+            "without a mark. To load the dense model, delete dropped_modules from config.json. If another tool saved "
+            "the dropped model, delete it, too, load the model, then call layershed.bypass(model, plan)."
         )
     for problem, keys in problems.items():
         raise ExportError(f"load_pretrained: {folder} {_described(problem, keys)}")

@@ -61,7 +61,7 @@ def _refuse_lora(model: nn.Module, transformer: PreTrainedModel, standalone: boo
     if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
         raise ExportError(
             "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
-            "by peft's own save_pretrained."
+            "by peft's own save_pretrained. In a run, leave the callback Export out, and save after training."
         )
     if standalone and adapted_modules(transformer):
         raise ExportError(
