@@ -25,7 +25,8 @@ class Encoder(nn.Module):
         self.model = louder(XLMRobertaModel(config, add_pooling_layer=False))
 
     def forward(self, input_ids, attention_mask):
-        last, states = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)
+        # without a pooler some versions return None between the two
+        last, *_, states = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)
         return {"sentemb": last[:, 0], "wordemb": last, "all_layers": states, "attention_mask": attention_mask}
 
 
