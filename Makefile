@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: fit test test-all check clean
+.PHONY: fit test test-all check matrix clean
 
 fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
@@ -24,6 +24,11 @@ check: $(VENV)/installed-dev
 	rm -rf build/types && mkdir -p build/types/layershed
 	ln -s $(CURDIR)/src/layershed/* $(CURDIR)/callbacks build/types/layershed/
 	$(BIN)/mypy
+
+# environments of old and new versions in build/matrix (some minutes each); writes docs/compatibility.md
+matrix: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.matrix $(if $(TORCH),--torch "$(TORCH)") $(MATRIX)
 
 clean:
 	rm -rf $(VENV)

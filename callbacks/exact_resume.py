@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from layershed.errors import CheckpointError
 from layershed.integration.checkpoint_io import keep_checkpoints_whole
-from layershed.integration.lightning_private import give_back_header_rewrite
+from layershed.integration.lightning_private import give_back_header_rewrite, tells_resumed_loops
 from layershed.integration.metrics_csv import keep_rows, note_rows, take_up_rows
 from layershed.integration.module_hooks import carry_changes_by_hand, leave_structure, refuse_shards_changed_by_hand
 from layershed.integration.namespaces import Callback, ExperimentWriter, LightningModule, Trainer
@@ -36,6 +37,7 @@ class ExactResume(Callback):
     Checkpoint: all of the above, as primitives and tensors.
 
     Raises:
+        CheckpointError: Before training, if Lightning is older than 2.5.3.
         StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand and no callback changes it.
     """
 
@@ -46,6 +48,11 @@ class ExactResume(Callback):
         """Make checkpoints and metrics.csv be written whole or not at all."""
         if not self._acts(trainer):
             return
+        if stage == "fit" and not tells_resumed_loops(trainer):
+            raise CheckpointError(
+                "ExactResume needs Lightning 2.5.3 or newer: the loops of an older one do not say where they resume. "
+                "Update lightning, or leave ExactResume out."
+            )
         keep_checkpoints_whole(trainer.strategy)
         carry_changes_by_hand(pl_module)
         if stage == "fit":

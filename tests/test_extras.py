@@ -1,5 +1,6 @@
 """Optional packages: the core works without them, and each missing one is named by its extra."""
 
+import importlib
 import pickle
 import re
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import layershed.callbacks
+from layershed.cli.main import main
 from layershed.errors import LayershedError, MissingExtraError
 from layershed.extras import EXTRAS, needs
+from layershed.quantization import check_quantizable
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WITHOUT = """
@@ -30,37 +34,45 @@ PathFinder.find_spec = staticmethod(
 THEIRS = ("jinja2", "rich")
 
 
-def without(packages, code):
-    """What a fresh interpreter prints in which packages are missing."""
-    script = WITHOUT.format(missing=tuple(packages), code=code)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
-    return done.stdout + done.stderr
-
-
 def named(requirements):
     return {re.split(r"[\[<>=;! ]", one)[0].lower() for one in requirements}
 
 
+@pytest.mark.slow
 def test_core_and_callbacks_work_without_any_optional_package():
-    optional = [
-        package for packages in EXTRAS.values() for package in packages if package != "jinja2"
-    ]  # torch needs it
+    optional = tuple(package for packages in EXTRAS.values() for package in packages if package not in THEIRS)
     code = "import layershed as ls, layershed.callbacks as c\n"
     code += "for name in ls.__all__: getattr(ls, name)\nc.SublayerDrop; c.Quantization; print('fine')"
-    assert without(optional, code).splitlines()[-1] == "fine"
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(missing=optional, code=code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["fine"], done.stderr
 
 
 @pytest.mark.parametrize(
-    ("package", "code", "extra"),
+    ("package", "use", "extra"),
     [
-        ("matplotlib", "from layershed.callbacks import Report", "report"),
-        ("torchdata", "import layershed.training.text_data", "data"),
-        ("jsonargparse", "from layershed.cli.main import main; main(['fit'])", "cli"),
-        ("bitsandbytes", "import layershed.quantization as q; q.check_quantizable(None)", "quantization"),
+        ("matplotlib", lambda: layershed.callbacks.__getattr__("Report"), "report"),
+        ("torchdata", lambda: importlib.import_module("layershed.training.text_data"), "data"),
+        ("bitsandbytes", lambda: check_quantizable(None), "quantization"),
     ],
 )
-def test_missing_package_is_named_by_its_extra(package, code, extra):
-    assert f'needs {package}, which is not installed: pip install "layershed[{extra}]"' in without([package], code)
+def test_missing_package_is_named_by_its_extra(monkeypatch, package, use, extra):
+    gone = [name for name in sys.modules if name.partition(".")[0] == package]
+    for name in {package, *gone}:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("layershed.callbacks.report", "layershed.reporting.figures", "layershed.training.text_data"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # they fail to be imported, and come back as they were
+    with pytest.raises(MissingExtraError, match=rf'needs {package}, .*pip install "layershed\[{extra}\]"'):
+        use()
+
+
+def test_command_line_names_its_extra_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "layershed.cli.lightning_cli", None)
+    monkeypatch.setattr("layershed.extras.EXTRAS", {"cli": ("layershed",)})
+    assert main(["fit"]) == 1
+    assert 'The command line needs layershed, which is not installed: pip install "layershed[cli]"' in (
+        capsys.readouterr().err
+    )
 
 
 def test_other_failed_imports_stay_what_they_are():

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import layershed as ls
-from layershed.callbacks import Export
+from layershed.callbacks import ExactResume, Export
 from layershed.errors import CheckpointError, ExportError, OptimizerError
 from layershed.recovery.lora import adapted_modules
 from layershed.surgery import bypassed_sublayers
@@ -133,3 +133,9 @@ def test_load_checkpoint_into_a_module_without_a_transformer_is_still_refused(ma
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="holds no Hugging Face transformer"):
         ls.load_checkpoint(torch.nn.Linear(2, 2), tmp_path / "a.ckpt")
+
+
+def test_exact_resume_is_refused_before_training_by_a_lightning_that_hides_where_it_resumes(make_trainer, monkeypatch):
+    monkeypatch.setattr("layershed.callbacks.exact_resume.tells_resumed_loops", lambda _: False)
+    with pytest.raises(CheckpointError, match=r"needs Lightning 2\.5\.3 or newer.*leave ExactResume out"):
+        fit_foreign(make_trainer(ExactResume()))

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import pickle
 import resource
 import zipfile
 from pathlib import Path
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -251,11 +253,29 @@ def test_unreadable_checkpoint_is_refused_and_loads_once_permitted(tmp_path, mon
 
 def test_url_checkpoint_is_read_by_lightning_without_running_its_pickle(monkeypatch):
     seen = []
+    monkeypatch.setattr("layershed.integration.checkpoint_io._TAKES_WEIGHTS_ONLY", True)
     for each in namespaces.classes(namespaces.TorchCheckpointIO):
         monkeypatch.setattr(each, "load_checkpoint", lambda self, *words: seen.append(words))
     AtomicCheckpointIO().load_checkpoint("memory://somewhere/last.ckpt")
     assert [words[0] for words in seen] == ["memory://somewhere/last.ckpt"]
     assert seen[0][2] is True
+
+
+def test_url_checkpoint_runs_no_pickle_with_a_lightning_that_always_would(monkeypatch, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    monkeypatch.setattr("layershed.integration.checkpoint_io._TAKES_WEIGHTS_ONLY", False)
+    for content in ({"step": 3}, {"evil": Evil()}):
+        with fsspec.open("memory://somewhere/own.ckpt", "wb") as file:
+            torch.save(content, file)
+        if "step" in content:
+            assert AtomicCheckpointIO().load_checkpoint("memory://somewhere/own.ckpt") == content
+        else:
+            with pytest.raises(pickle.UnpicklingError):
+                AtomicCheckpointIO().load_checkpoint("memory://somewhere/own.ckpt")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("refuse", [AtomicCheckpointIO().load_checkpoint, check_checkpoint])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
+
+import fsspec
+import torch
 
 from layershed.files.checkpoint_file import (
     local_path,
@@ -16,6 +20,9 @@ from layershed.files.checkpoint_file import (
 )
 from layershed.integration.lightning_private import replace_wrapped_checkpoint_io, wraps_checkpoint_io
 from layershed.integration.namespaces import InheritedCheckpointIO, TorchCheckpointIO, classes
+
+# Lightning before 2.6 always runs the pickle
+_TAKES_WEIGHTS_ONLY = "weights_only" in signature(InheritedCheckpointIO.load_checkpoint).parameters
 
 
 class AtomicCheckpointIO(InheritedCheckpointIO):
@@ -68,7 +75,11 @@ class AtomicCheckpointIO(InheritedCheckpointIO):
         if target is not None:
             refuse_folder(target)
         if target is None or not target.is_file():
-            return super().load_checkpoint(path, map_location, weights_only)
+            if _TAKES_WEIGHTS_ONLY:
+                return super().load_checkpoint(path, map_location, weights_only)
+            with fsspec.open(str(path), "rb") as file:
+                loaded: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
+            return loaded
         content: dict[str, Any] = read_checkpoint(target, map_location=map_location, weights_only=weights_only)
         return content
 

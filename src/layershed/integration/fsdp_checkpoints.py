@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ class ShardedCheckpoints:
                 self._load_shards(path)
                 content = dict(noted)
             else:
-                content = type(strategy).load_checkpoint(strategy, path, weights_only)
+                load = type(strategy).load_checkpoint
+                # Lightning takes it from 2.6 on
+                more = (weights_only,) if "weights_only" in signature(load).parameters else ()
+                content = load(strategy, path, *more)
         parameters = dict(self.pl_module.named_parameters())
         for optimizer, names in zip(trainer.optimizers, noted.get(_UNSTARTED_KEY, ()), strict=False):
             for name in names:

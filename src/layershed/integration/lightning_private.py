@@ -23,6 +23,7 @@ from layershed.integration.namespaces import (
 
 _set_sampler_epoch = function("fabric.utilities.data", "_set_sampler_epoch")
 _Stateful = function("fabric.utilities.types", "_Stateful")  # a protocol, by attributes alone
+_FitLoop = function("pytorch.loops.fit_loop", "_FitLoop")
 _WrappingCheckpointIO = kind("pytorch.plugins.io.wrapper", "_WrappingCheckpointIO")
 
 # ---- plugins, strategies, callbacks ----
@@ -264,6 +265,12 @@ def _end_iteration(loop: Any) -> None:
         loop.on_iteration_done()
     else:
         loop._restarting = False
+
+
+def tells_resumed_loops(trainer: Trainer | None = None) -> bool:
+    """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
+    loop = _FitLoop if trainer is None else type(trainer.fit_loop)  # the two namespaces may be of two versions
+    return hasattr(loop, "restarted_mid_epoch") and hasattr(loop, "is_resuming")
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:

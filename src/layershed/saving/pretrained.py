@@ -252,7 +252,9 @@ def _refuse_lora(model: nn.Module, transformer: PreTrainedModel, standalone: boo
     # prompts of a PeftModel leave no trace in the transformer itself
     around = [m for m in model.modules() if m is not transformer and getattr(m, "base_model", None) is transformer]
     prompts = {name for outer in around for name in getattr(outer, "peft_config", ())}
-    others = (set(getattr(transformer, "peft_config", ())) | prompts) - {ADAPTER}
+    # peft before 0.19 leaves its config on a model that it merged
+    inside = any(type(module).__module__.startswith("peft.") for module in transformer.modules())
+    others = ({*(getattr(transformer, "peft_config", ()) if inside else ())} | prompts) - {ADAPTER}
     if others or any(".base_layer." in key for key in transformer.state_dict()) > bool(adapted_modules(transformer)):
         raise ExportError(
             "save_pretrained: the model carries adapters of peft; merge them first (merge_and_unload()), or save them "
