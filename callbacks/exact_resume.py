@@ -48,7 +48,7 @@ class ExactResume(Callback):
         """Make checkpoints and metrics.csv be written whole or not at all."""
         if not self._acts(trainer):
             return
-        if stage == "fit" and not tells_resumed_loops():
+        if stage == "fit" and not tells_resumed_loops(trainer):
             raise CheckpointError(
                 "ExactResume needs Lightning 2.5.3 or newer: the loops of an older one do not say where they resume. "
                 "Update lightning, or leave ExactResume out."

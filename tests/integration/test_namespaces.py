@@ -214,7 +214,9 @@ def test_suites_chosen_tests_pass_under_the_second_name(tmp_path):
     output = tmp_path / "output.txt"
     # the plugins' modules are there already, and pytest warns that it cannot rewrite them
     environment = {VARIABLE: SECOND, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    process = start_module("pytest", [*OPTIONS, *CHOSEN], environment, output)
+    # two of the contract tests read the sources of Lightning, which are the same
+    words = [*OPTIONS, *CHOSEN, "-k", "not private_name"]
+    process = start_module("pytest", words, environment, output)
     process.join(300)
     assert process.exitcode == 0, output.read_text()
     assert passed(output.read_text()) > 40

@@ -282,9 +282,10 @@ def _end_iteration(loop: Any) -> None:
         loop._restarting = False
 
 
-def tells_resumed_loops() -> bool:
+def tells_resumed_loops(trainer: Trainer | None = None) -> bool:
     """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
-    return hasattr(_FitLoop, "restarted_mid_epoch") and hasattr(_FitLoop, "is_resuming")
+    loop = _FitLoop if trainer is None else type(trainer.fit_loop)  # the two namespaces may be of two versions
+    return hasattr(loop, "restarted_mid_epoch") and hasattr(loop, "is_resuming")
 
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
