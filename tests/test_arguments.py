@@ -150,6 +150,6 @@ def test_whole_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_refused(value):
-    with pytest.raises(ls.LayershedError, match=r"LoRA: alpha must be finite, got"):
+def test_alpha_that_is_not_finite_is_refused(value):
+    with pytest.raises(ls.LayershedError, match=rf"alpha={value}: both must be at least 1, and finite"):
         ls.inject_lora(build_model("llama"), alpha=value)

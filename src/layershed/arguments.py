@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 from os import PathLike
@@ -26,11 +25,9 @@ def as_path(value: Any, what: str, error: type[LayershedError]) -> Path:
 
 
 def check_number(value: Any, what: str, error: type[LayershedError], *, whole: bool = False) -> None:
-    """Refuse what is no finite number, or no whole one; arguments as of :func:`as_path`."""
+    """Refuse what is no number, or no whole one; arguments as of :func:`as_path`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise error(f"{what} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
-    if not math.isfinite(value):
-        raise error(f"{what} must be finite, got {value}.")
 
 
 def check_kind(value: Any, kind: type | tuple[type, ...], what: str, error: type[LayershedError]) -> None:

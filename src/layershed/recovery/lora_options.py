@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,8 +31,8 @@ def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | S
     """
     for name, number in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
         check_number(number, f"LoRA: {name}", RecoveryError, whole=name == "rank")
-    if rank < 1 or alpha < 1:
-        raise RecoveryError(f"rank={rank}, alpha={alpha}: both must be at least 1.")
+    if rank < 1 or not 1 <= alpha < math.inf:
+        raise RecoveryError(f"rank={rank}, alpha={alpha}: both must be at least 1, and finite.")
     if not 0 <= dropout < 1:
         raise RecoveryError(f"dropout={dropout}: it must be in [0, 1).")
     if placement not in get_args(Placement):
