@@ -305,7 +305,7 @@ def test_under_autocast_the_model_runs_in_half_precision(dropped):
         held = CostModel(dropped).kv_bytes(batch_size=1, tokens=6, dropped=())
     assert 0 < half.decode.speedup.median < math.inf
     assert half.file_bytes_dense == full.file_bytes_dense
-    # the rotation gives float32 keys; values follow them, or stay bfloat16 in some orders of the suite (not yet explained)
+    # keys are float32 by the rotation; values follow, or stay bfloat16 in some orders of the suite (not explained yet)
     assert held / 6 == full.kv_bytes_dense
     assert half.kv_bytes_dense in (full.kv_bytes_dense, 3 / 4 * full.kv_bytes_dense)
     assert half.decode.predicted != full.decode.predicted
