@@ -207,8 +207,10 @@ class CostModel:
                     raise CostError(f"CostModel: the config of {self._name} lacks num_attention_heads. Add it.")
                 query = heads * (keys.shape[-1] + values.shape[-1])
                 # under autocast the cache may hold another dtype than the matrices return; fake tensors hide that
-                size = self._element if isinstance(keys, FakeTensor) else keys.element_size()
-                kept = size * (keys.shape[1] * keys.shape[-1] + values.shape[1] * values.shape[-1])
+                kept = 0
+                for held in (keys, values):
+                    size = self._element if isinstance(held, FakeTensor) else held.element_size()
+                    kept += size * held.shape[1] * held.shape[-1]
                 expansion = expansions.get(slot, (0, 0))
                 query += expansion[0] - heads * expansion[1]  # keys and values instead of the latent
                 found[slot] = _Attention(query, kept, getattr(layer, "sliding_window", None), expansion)
