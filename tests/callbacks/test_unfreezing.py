@@ -5,16 +5,16 @@ from itertools import product
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.errors import CheckpointError
 from layershed.recovery.lora import adapted_modules
 from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, restore
+from tests.support.finetuned import Backbone, Blockwise
 from tests.support.lora_runs import dropping, recovery
-from tests.support.models import build_model
-from tests.support.runs import BATCH, HeadLoss, fit_foreign, same, sequences, state_of
+from tests.support.runs import BATCH, fit_foreign, same, sequences, state_of
 
 EPOCH = 6  # steps; the loader of fit_foreign holds as many batches
 UNFROZEN_AT, STEPS = 2 * EPOCH, 3 * EPOCH + 2
@@ -26,26 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
 ]
-
-
-class Backbone(HeadLoss, pl.LightningModule):
-    """A frozen transformer, where BackboneFinetuning looks for it, and a head that trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = build_model().train()
-        torch.manual_seed(3)
-        self.head = torch.nn.Linear(97, 97)
-
-    @property
-    def net(self):
-        return self.backbone
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.head.parameters(), lr=1e-2, weight_decay=0.1)
 
 
 class ByHook(Backbone):
@@ -79,18 +59,6 @@ class ByHook(Backbone):
 
     def on_before_zero_grad(self, optimizer):
         self.unfreeze("on_before_zero_grad")
-
-
-class Blockwise(BaseFinetuning):
-    """Unfreezes two blocks at a time, into a group each."""
-
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch in (1, 2):
-            blocks = pl_module.backbone.model.layers[2 * (epoch - 1) : 2 * epoch]
-            self.unfreeze_and_add_param_group(blocks, optimizer, lr=1e-3)
 
 
 def backbone_finetuning():

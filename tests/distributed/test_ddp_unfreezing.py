@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.ranks.unfreezing import CUTS, RUNS
+from tests.support.finetuned import DROPS
+from tests.support.ranks.unfreezing import CUTS
 from tests.support.runs import same
 from tests.support.two_ranks import run_two_ranks
 
@@ -19,7 +20,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("unused", [False, True])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", DROPS)
 def test_ddp_ranks_stay_equal_when_a_callback_unfreezes_and_a_resumed_run_equals_it(ranks, name, unused):
     first, second = (rank[name, unused, None] for rank in ranks)
     assert first.get("error") is None

@@ -91,24 +91,20 @@ def _run(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], r
     several = [0] if isinstance(trainer.val_dataloaders, list | tuple) and len(trainer.val_dataloaders) > 1 else []
     # as Lightning decides it: a step may take the batch alone
     numbered = is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2)
-    _hook(pl_module, "on_validation_start")
-    _hook(pl_module, "on_validation_epoch_start")
+    pl_module.on_validation_start()
+    pl_module.on_validation_epoch_start()
     for index, given in enumerate(batches):
         batch = on_device(trainer, given)
         record.rows = _rows(batch)
-        _hook(pl_module, "on_validation_batch_start", batch, index, *several)
+        pl_module.on_validation_batch_start(batch, index, *several)
         output: Any = pl_module.validation_step(batch, *([index] if numbered else []), *several)
         loss = output.get(LOSS, output.get("val_loss")) if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.numel() == 1:
             record(LOSS, loss)
-        _hook(pl_module, "on_validation_batch_end", output, batch, index, *several)
+        pl_module.on_validation_batch_end(output, batch, index, *several)
     record.rows = 1
-    _hook(pl_module, "on_validation_epoch_end")
-    _hook(pl_module, "on_validation_end")
-
-
-def _hook(pl_module: LightningModule, name: str, *args: Any) -> None:
-    getattr(pl_module, name)(*args)
+    pl_module.on_validation_epoch_end()
+    pl_module.on_validation_end()
 
 
 def _rows(batch: Any) -> int:

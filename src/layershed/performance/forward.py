@@ -21,11 +21,10 @@ from layershed.devices import WallClock, clock_of
 from layershed.discovery.find import find_transformer
 from layershed.discovery.probe import eager, evaluating, example_inputs
 from layershed.errors import MeasurementError
-from layershed.formatting import short_bytes, short_count
 from layershed.performance.intervals import bootstrap_interval
 from layershed.performance.model_size import weight_sizes
 from layershed.performance.peak_memory import watching_memory
-from layershed.performance.speed_report import PhaseSpeed, phase_from
+from layershed.performance.speed_report import PhaseSpeed, phase_from, size_fields, size_lines
 from layershed.performance.stopwatch import SpeedSettings, casting_alike, check_compiled, describe_device
 from layershed.recovery.lora import adapters_off
 from layershed.surgery import bypassed_sublayers, dense
@@ -77,12 +76,7 @@ class ForwardReport:
     def __str__(self) -> str:
         """Format the report in a few lines, the dense model first."""
         lines = [f"{name}: {phase}" for name, phase in self.phases.items()]
-        lines += [
-            f"parameters: {short_count(self.parameters_dense)} -> {short_count(self.parameters_dropped)}",
-            f"file: {short_bytes(self.file_bytes_dense)} -> {short_bytes(self.file_bytes_dropped)}",
-            f"peak memory: {short_bytes(self.peak_memory_dense)} -> {short_bytes(self.peak_memory_dropped)}",
-            f"{self.runs} pairs, {self.units} {self.forward.unit}, {self.device}",
-        ]
+        lines += [*size_lines(self), f"{self.runs} pairs, {self.units} {self.forward.unit}, {self.device}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,12 +158,7 @@ def measure_forward(
     sizes = weight_sizes(transformer, lifted=True), weight_sizes(transformer)
     return ForwardReport(
         phases={phase: _speed(pairs[warmup:], counted, unit) for phase, pairs in times.items()},
-        parameters_dense=sizes[0].parameters,
-        parameters_dropped=sizes[1].parameters,
-        file_bytes_dense=sizes[0].bytes,
-        file_bytes_dropped=sizes[1].bytes,
-        peak_memory_dense=sizes[0].bytes + memory[0],
-        peak_memory_dropped=sizes[1].bytes + memory[1],
+        **size_fields(sizes, memory),
         runs=runs,
         batch_size=batch_size,
         units=counted,

@@ -21,7 +21,7 @@ from layershed.performance.intervals import Interval, bootstrap_interval
 from layershed.performance.model_size import WeightSizes, weight_sizes
 from layershed.performance.peak_memory import watching_memory
 from layershed.performance.roofline import Ceilings, measure_ceilings
-from layershed.performance.speed_report import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+from layershed.performance.speed_report import PhaseSpeed, SpeedReport, size_fields, speedup_degradation_ratio
 from layershed.performance.stopwatch import (
     SpeedSettings,
     Stopwatch,
@@ -110,14 +110,9 @@ def measure_speed(
     return SpeedReport(
         prefill=_phase([t.prefill for t in slow], [t.prefill for t in fast], prompt, predicted[0]),
         decode=_phase([t.decode for t in slow], [t.decode for t in fast], decoded, predicted[1]),
-        parameters_dense=sizes[0].parameters,
-        parameters_dropped=sizes[1].parameters,
+        **size_fields(sizes, working),
         kv_bytes_dense=slow[-1].kv_bytes / (prompt + decoded),
         kv_bytes_dropped=fast[-1].kv_bytes / (prompt + decoded),
-        file_bytes_dense=sizes[0].bytes,
-        file_bytes_dropped=sizes[1].bytes,
-        peak_memory_dense=sizes[0].bytes + working[0],
-        peak_memory_dropped=sizes[1].bytes + working[1],
         runs=runs,
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,

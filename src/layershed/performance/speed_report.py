@@ -10,6 +10,7 @@ from layershed.arguments import check_number
 from layershed.errors import MeasurementError
 from layershed.formatting import short_bytes, short_count, short_number
 from layershed.performance.intervals import Interval
+from layershed.performance.model_size import WeightSizes
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,10 @@ class SpeedReport:
 
     def __str__(self) -> str:
         """Format the report in a few lines, the dense model first."""
-        file, memory = (
-            f"{short_bytes(dense)} -> {short_bytes(dropped)}"
-            for dense, dropped in (
-                (self.file_bytes_dense, self.file_bytes_dropped),
-                (self.peak_memory_dense, self.peak_memory_dropped),
-            )
-        )
         lines = (
             f"prefill: {self.prefill}",
             f"decode: {self.decode}",
-            f"parameters: {short_count(self.parameters_dense)} -> {short_count(self.parameters_dropped)}",
-            f"file: {file}",
-            f"peak memory: {memory}",
+            *size_lines(self),
             f"KV cache per token: {self.kv_bytes_dense:,.0f} -> {self.kv_bytes_dropped:,.0f} bytes",
             f"{self.runs} pairs, {self.batch_size} x {self.prompt_tokens} + {self.new_tokens} tokens, {self.device}",
         )
@@ -143,6 +135,34 @@ class SpeedReport:
         for name in ("prefill", "decode"):
             phases[name] = phase_from(content[name])
         return cls(**{**content, **phases})
+
+
+def size_fields(sizes: tuple[WeightSizes, WeightSizes], working: tuple[int, int]) -> dict[str, int]:
+    """The fields of a report about its sizes; each pair holds those of the dense and of the dropped model.
+
+    Args:
+        sizes: What the weights are.
+        working: Bytes of peak memory beside the weights.
+    """
+    sides = zip(("dense", "dropped"), sizes, working, strict=True)
+    return {
+        name: value
+        for side, weights, beside in sides
+        for name, value in (
+            (f"parameters_{side}", weights.parameters),
+            (f"file_bytes_{side}", weights.bytes),
+            (f"peak_memory_{side}", weights.bytes + beside),
+        )
+    }
+
+
+def size_lines(report: Any) -> tuple[str, str, str]:
+    """The lines of a report about the fields of :func:`size_fields`."""
+    return (
+        f"parameters: {short_count(report.parameters_dense)} -> {short_count(report.parameters_dropped)}",
+        f"file: {short_bytes(report.file_bytes_dense)} -> {short_bytes(report.file_bytes_dropped)}",
+        f"peak memory: {short_bytes(report.peak_memory_dense)} -> {short_bytes(report.peak_memory_dropped)}",
+    )
 
 
 def phase_from(fields: dict[str, Any]) -> PhaseSpeed:

@@ -25,6 +25,7 @@ from layershed.files.untrusted import read_mapping
 from layershed.planning.plan import Drop, DropPlan
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
+from layershed.saving.savable import refuse_packed
 from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, remove
 
@@ -142,8 +143,7 @@ def check_own_savable(model: nn.Module, *, name: str | None = None) -> nn.Module
         raise ExportError(
             f"save_weights: FSDP2 shards the weights of {kind}, which is not supported. Gather them first."
         )
-    if packed := [key for key, value in transformer.state_dict().items() if not isinstance(value, Tensor)]:
-        raise ExportError(f"save_weights: {packed[0]} is no tensor, and safetensors cannot hold it.")
+    refuse_packed(transformer, "save_weights")
     return transformer
 
 

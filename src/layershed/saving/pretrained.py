@@ -121,18 +121,18 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = load_config(folder)
     model, problems = _read(folder, config, kwargs)
-    for flipped in _constructor_options(type(model)):
-        if not problems.keys() & {"missing_keys", "unexpected_keys"}:
-            break
-        other, others = _read(folder, config, {**kwargs, **flipped})
-        if not others.keys() & {"missing_keys", "unexpected_keys"}:
-            model, problems = other, others
     if problems and _may_be_dense(config, model, problems):
         raise ExportError(
             f"load_pretrained: the config of {folder} says that sublayers were dropped, but their weights are there "
             "without a mark. To load the dense model, delete dropped_modules from config.json. If another tool saved "
             "the dropped model, delete it, too, load the model, then call layershed.bypass(model, plan)."
         )
+    for flipped in _constructor_options(type(model)):
+        if not problems.keys() & {"missing_keys", "unexpected_keys"}:
+            break
+        other, others = _read(folder, config, {**kwargs, **flipped})
+        if not others.keys() & {"missing_keys", "unexpected_keys"}:
+            model, problems = other, others
     for problem, keys in problems.items():
         raise ExportError(f"load_pretrained: {folder} {_described(problem, keys)}")
     note_dropped(model.config, stand_ins_of(model), model)

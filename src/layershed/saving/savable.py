@@ -28,14 +28,27 @@ def check_savable(model: nn.Module, *, standalone: bool = False, name: str | Non
         )
     refuse_strangers(transformer)
     _refuse_lora(model, transformer, standalone)
+    refuse_packed(transformer, "save_pretrained")
+    _refuse_undescribed(transformer)
+    return transformer
+
+
+def refuse_packed(transformer: nn.Module, what: str) -> None:
+    """Refuse a state dict with entries that are no tensors.
+
+    Args:
+        transformer: The model.
+        what: The function that would save it, for the message.
+
+    Raises:
+        ExportError: If there is one.
+    """
     packed = [name for name, value in transformer.state_dict().items() if not isinstance(value, Tensor)]
     if packed:
         raise ExportError(
-            f"save_pretrained: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot "
-            "hold it. Save the model before it is quantized."
+            f"{what}: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot hold it. "
+            "Save the model before it is quantized."
         )
-    _refuse_undescribed(transformer)
-    return transformer
 
 
 def _refuse_undescribed(transformer: PreTrainedModel) -> None:

@@ -5,25 +5,19 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layershed.surgery import bypassed_sublayers
-from tests.support.lora_runs import dropping, recovery
+from tests.support.finetuned import DROPS, Backbone, Blockwise
 from tests.support.ranks.sharded import share, state_of, trainer_of
-from tests.support.ranks.unfreezing import Backbone, Frozen
+from tests.support.ranks.unfreezing import Frozen
 from tests.support.runs import BATCH, Save, sequences
 
 EPOCH, STEPS = 4, 12
 UNFROZEN_AT = EPOCH
 CUTS = (3, 5, 7)
-DROPS = {
-    "drop before": lambda: [dropping(2)],
-    "drop after": lambda: [dropping(6)],
-    "LoRA before": lambda: [dropping(2), recovery(finish="adapter")],
-    "LoRA after": lambda: [dropping(6), recovery(finish="adapter")],
-}
 
 
 class Sharded(Backbone):
@@ -50,18 +44,6 @@ class ByHook(Sharded):
             held = {id(p) for group in self.trainer.optimizers[0].param_groups for p in group["params"]}
             new = [p for p in self.backbone.parameters() if id(p) not in held]
             self.trainer.optimizers[0].add_param_group({"params": new, "lr": 1e-3})
-
-
-class Blockwise(BaseFinetuning):
-    """Unfreezes two blocks at a time, into a group each."""
-
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch in (1, 2):
-            blocks = pl_module.backbone.model.layers[2 * (epoch - 1) : 2 * epoch]
-            self.unfreeze_and_add_param_group(blocks, optimizer, lr=1e-3)
 
 
 WAYS = {

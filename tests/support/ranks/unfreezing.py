@@ -15,40 +15,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from layershed.recovery.lora import adapted_modules
 from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers
-from tests.support.lora_runs import dropping, recovery
-from tests.support.models import build_model
+from tests.support.finetuned import DROPS, Backbone
 from tests.support.ranks.trainer import trainer_on_ranks
-from tests.support.runs import BATCH, HeadLoss, Save, sequences, state_of, val_loader
+from tests.support.runs import BATCH, Save, sequences, state_of, val_loader
 
 EPOCH, STEPS = 4, 12
 UNFROZEN_AT = EPOCH
-RUNS = {
-    "drop before": lambda: [dropping(2)],
-    "drop after": lambda: [dropping(6)],
-    "LoRA after": lambda: [dropping(6), recovery(finish="adapter")],
-    "LoRA before": lambda: [dropping(2), recovery(finish="adapter")],
-}
 CUTS = (3, 5, 7)
-
-
-class Backbone(HeadLoss, pl.LightningModule):
-    """A frozen transformer, where BackboneFinetuning looks for it, and a head that trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = build_model().train()
-        torch.manual_seed(3)
-        self.head = torch.nn.Linear(97, 97)
-
-    @property
-    def net(self):
-        return self.backbone
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.head.parameters(), lr=1e-2, weight_decay=0.1)
 
 
 class Frozen(pl.Callback):
@@ -75,7 +48,7 @@ def fit(folder, name, cut, unused):
     saving = [] if cut else [Save(folder / f"{name}-{unused}-{step}.ckpt", step) for step in CUTS]
     trainer = trainer_on_ranks(
         folder,
-        [*RUNS[name](), finetuning, frozen, *saving],
+        [*DROPS[name](), finetuning, frozen, *saving],
         strategy=DDPStrategy(
             process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=unused
         ),
@@ -96,7 +69,7 @@ def main(folder):
     torch.set_num_threads(1)
     results = {}
     for unused in (False, True):
-        for name in RUNS:
+        for name in DROPS:
             for cut in (None, *CUTS):
                 try:
                     results[name, unused, cut] = fit(folder, name, cut, unused)

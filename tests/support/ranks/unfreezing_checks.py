@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from tests.support.finetuned import DROPS
 from tests.support.ranks import sharded_unfreezing, unfreezing
 from tests.support.runs import same
 from tests.support.two_ranks import run_two_ranks
@@ -59,7 +60,7 @@ def resumed_is_whole(key, cut, ranks):
 
 def checks_of_replicated():
     """All of those of DDP."""
-    return _checks("DDP", {(name, unused): name for unused in (False, True) for name in unfreezing.RUNS}, unfreezing)
+    return _checks("DDP", {(name, unused): name for unused in (False, True) for name in DROPS}, unfreezing)
 
 
 def checks_of_sharded():
