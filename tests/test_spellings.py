@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from layershed.discovery.find import find_sublayers
-from layershed.errors import UnprovenStructureError
+from layershed.errors import StandInError, UnprovenStructureError
 from layershed.spellings import cache_in, cache_name, layer_overrides
 from layershed.surgery import bypass
 from tests.support.models import SIZES, build_model
@@ -94,7 +94,7 @@ def test_cache_that_is_not_of_transformers_is_refused_when_it_is_used(tokens):
     bypass(model, find_sublayers(model)[:1])
     attention = model.model.layers[0].self_attn
     hidden = torch.zeros(1, 2, SIZES["hidden_size"])
-    with pytest.raises(NotImplementedError, match=r"its slot is unknown\. Use use_cache=False"):
+    with pytest.raises(StandInError, match=r"its slot is unknown\. Use use_cache=False"):
         attention(hidden_states=hidden, past_key_values=((torch.ones(1),),))
     assert not attention(hidden_states=hidden)[0].any()
 

@@ -100,10 +100,13 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
         for path, module in transformer.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
-        try:
-            output = _forward(transformer, use_cache=True)
-        except Exception:  # the model may not support a cache
-            return None
+        output = None
+        for own in (True, None):  # some encoders refuse True from their model, and a decoder's default is its config's
+            with suppress(Exception):  # the model may not support a cache
+                output = _forward(transformer, use_cache=own)
+                break
+    if output is None or (own is None and not watch.seen):
+        return None
     hidden = cache_in(output) is not None or (name is None and generates)
     return None if hidden and not watch.seen else watch.slots
 
