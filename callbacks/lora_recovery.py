@@ -20,7 +20,7 @@ from layershed.integration.preflight import check_optimizers, check_order, check
 from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
-    check_start,
+    check_start_step,
     inject_before_sharding,
     refuse_lasting_masks,
     train_before_sharded_load,
@@ -119,7 +119,7 @@ class LoRARecovery(Callback):
                 f"LoRARecovery(mode={mode!r}, finish={finish!r}): only mode='lora' has adapters to finish. "
                 "Leave finish out, or set mode='lora'."
             )
-        check_start(start)
+        check_start_step(start)
         if not 0 < lr_factor < math.inf or warmup_steps < 0:
             raise RecoveryError(
                 f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above "
