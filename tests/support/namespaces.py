@@ -2,8 +2,8 @@
 
 The variable LAYERSHED_LIGHTNING chooses it, for one process and its children; tests/__init__.py reads it:
 
-- ``second``: layershed has imported ``lightning`` before, so both are loaded. This is what a project has whose files
-  import layershed first, as the alphabet has it.
+- ``second``: both are installed, and layershed's functions come from ``lightning``. This is what a project has whose
+  files import layershed first, as the alphabet has it.
 - ``only second``: ``lightning`` cannot be found, as if it were not installed.
 """
 
@@ -65,12 +65,10 @@ def begin() -> None:
         return
     if asked == ONLY_SECOND:
         hide(FIRST)
-    from layershed.integration.namespaces import NAMESPACES, loaded, own
+    from layershed.integration.namespaces import NAMESPACES, installed
 
     first, second = NAMESPACES
-    assert own() == (first if asked == SECOND else second)
-    importlib.import_module(second.pytorch)
-    assert loaded() == ((first, second) if asked == SECOND else (second,))
+    assert installed() == ((first, second) if asked == SECOND else (second,))
     translate(second)
     kept = {__name__, "tests", "tests.support"}
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS and name not in kept]:
