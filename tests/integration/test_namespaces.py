@@ -184,12 +184,15 @@ CHOSEN = [
     "tests/integration/test_checkpoint_io.py::test_atomic_checkpoint_io_replaces_only_lightnings_own",
     "tests/distributed/test_strategies.py::test_strategy_that_holds_the_weights_is_refused",
     "tests/callbacks/test_sublayer_drop.py::test_losses_around_the_drop_equal_an_evaluation_by_hand",
-    "tests/callbacks/test_order.py::test_all_callbacks_together_resumed_equal_uninterrupted",
+    "tests/callbacks/test_given_plan.py::test_resumed_run_with_a_given_plan_equals_the_uninterrupted_one",
     "tests/callbacks/test_setups.py::test_monitor_that_looks_before_the_drop_is_refused_before_training",
     "tests/callbacks/test_lora_recovery.py::test_lora_recovery_refuses_averaged_weights",
     "tests/callbacks/test_sublayer_drop.py::test_optimizer_forgets_dropped_parameters_and_its_schedule_goes_on",
-    "tests/callbacks/test_exact_resume.py::test_lost_rows_and_rows_of_another_run_are_warned_of",
     "tests/callbacks/test_exact_resume.py::test_run_resumed_in_a_copied_moved_or_linked_directory_keeps_its_rows",
+]
+MORE = [
+    "tests/callbacks/test_order.py::test_all_callbacks_together_resumed_equal_uninterrupted",
+    "tests/callbacks/test_exact_resume.py::test_lost_rows_and_rows_of_another_run_are_warned_of",
 ]
 FEW = ["tests/callbacks/test_sublayer_drop.py::test_sublayer_drop_takes_one_of_two_transformers_by_name", *CHOSEN[1:4]]
 WHOLE = ["tests/callbacks", "tests/distributed", "tests/integration"]
@@ -202,17 +205,19 @@ def passed(text):
     return int(count)
 
 
-def test_suites_chosen_tests_pass_under_the_second_name(tmp_path):
-    """Beside the first name, which layershed has imported; as a fork, which has the libraries already."""
-    output = tmp_path / "output.txt"
+def forked(how, output, *words):
+    """Run tests in a fork, which has the libraries already."""
     # the plugins' modules are there already, and pytest warns that it cannot rewrite them
-    environment = {VARIABLE: SECOND, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    # two of the contract tests read the sources of Lightning, which are the same
-    words = [*OPTIONS, *CHOSEN, "-k", "not private_name"]
-    process = start_module("pytest", words, environment, output)
+    environment = {VARIABLE: how, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    process = start_module("pytest", [*OPTIONS, *words], environment, output, anew=how == ONLY_SECOND)
     process.join(300)
     assert process.exitcode == 0, output.read_text()
-    assert passed(output.read_text()) > 40
+    return passed(output.read_text())
+
+
+def test_suites_chosen_tests_pass_under_the_second_name(tmp_path):
+    # two of the contract tests read the sources of Lightning, which are the same
+    assert forked(SECOND, tmp_path / "output.txt", *CHOSEN, "-k", "not private_name") > 40
 
 
 def under(how, *words):
@@ -223,8 +228,8 @@ def under(how, *words):
     return passed(done.stdout)
 
 
-def test_suites_chosen_tests_pass_where_only_the_second_name_is_installed():
-    assert under(ONLY_SECOND, *FEW) > 10
+def test_suites_chosen_tests_pass_where_only_the_second_name_is_installed(tmp_path):
+    assert forked(ONLY_SECOND, tmp_path / "output.txt", *FEW) > 10
 
 
 @pytest.mark.slow
@@ -235,4 +240,4 @@ def test_suites_folder_passes_under_the_second_name(folder):
 
 @pytest.mark.slow
 def test_suites_chosen_tests_and_two_ranks_pass_where_only_the_second_name_is_installed():
-    assert under(ONLY_SECOND, *CHOSEN, "tests/distributed/test_ranks.py") > 40
+    assert under(ONLY_SECOND, *CHOSEN, *MORE, "tests/distributed/test_ranks.py") > 40
