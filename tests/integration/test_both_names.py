@@ -88,6 +88,7 @@ def test_command_line_takes_our_callbacks_and_our_module(pl, tmp_path, monkeypat
     model = [f"--model.config.{name}={value}" for name, value in TINY.items()]
     for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything sets them
         monkeypatch.setenv(variable, "0")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what it deprecates
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml", *model])
     found = cli.LightningCLI(CausalLM, Rows).trainer
     assert isinstance(found, pl.Trainer)
