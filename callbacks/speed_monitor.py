@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import MeasurementError, UnknownNameError
+from layershed.files.atomic import write_text
 from layershed.integration.metric_names import SDR, quality_name
 from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Drops
-from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show
 from layershed.integration.speed_measuring import AnySpeed, SpeedTrial, figures, phase_in, report_from, speed_trial
 from layershed.integration.strategies import refuse_sharded_speed
 from layershed.integration.watching import Watcher

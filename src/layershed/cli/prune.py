@@ -25,7 +25,7 @@ from layershed.files.atomic import write_text
 from layershed.performance.latency import measure_latency
 from layershed.performance.speed import measure_speed
 from layershed.performance.stopwatch import SpeedSettings
-from layershed.planning.plan import DropPlan, Scope
+from layershed.planning.plan import PLAN_FILE, DropPlan, Scope
 from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
 from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import write_report
@@ -83,7 +83,7 @@ def prune(
     with trainer.precision_plugin.forward_context(), console.status("Measuring speed"):
         report = measure_speed(model, **lengths)
     write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    plan.save(folder / "drop_plan.json")
+    plan.save(folder / PLAN_FILE)
     saved = save_pretrained(model, folder / output, plan=plan, tokenizer=data.tokenizer)
     record = RunRecord(name_of(model), importance=importance_points(scores), plan=plan, quality=quality, speed=report)
     page = write_report(record, folder / "report.html")
