@@ -99,12 +99,14 @@ def validation_quality(
     by_itself = metric is None and _reads_by_itself(trainer, transformer, first)
     # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
     guarded = not by_itself or trainer.world_size == 1
+    quality: Quality | OwnQuality | None = None
     with watcher.leaving_out(_QUALITY) if guarded else nullcontext():
-        if not by_itself:
-            return own_quality(trainer, pl_module, batches, max_batches, metric)
-        with trainer.precision_plugin.forward_context():
-            return evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
-    return None
+        if by_itself:
+            with trainer.precision_plugin.forward_context():
+                quality = evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+        else:
+            quality = own_quality(trainer, pl_module, batches, max_batches, metric)
+    return quality
 
 
 def _reads_by_itself(trainer: Trainer, transformer: nn.Module, first: Any) -> bool:

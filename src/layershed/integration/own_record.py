@@ -59,6 +59,7 @@ class Record:
         self._computed: dict[str, Tensor] = {}
 
     def __call__(self, name: str, value: Any, *positional: Any, **named: Any) -> None:
+        """Note a value; the arguments are those of ``LightningModule.log``."""
         options = {**dict(zip(_ARGUMENTS, positional, strict=False)), **named}
         both = options.get("on_step") and options.get("on_epoch") is not False
         loader = "/dataloader_idx_0" if self.several and options.get("add_dataloader_idx", True) else ""

@@ -17,8 +17,8 @@ from layershed.integration.namespaces import LightningModule
 
 _Restore = Callable[[], None]
 _OF_TORCH = frozenset(vars(nn.Module()))
-_Containers = list | tuple | dict | set | deque
-_Data = int | float | complex | str | bytes | None | Tensor | np.ndarray | _Containers
+_CONTAINERS = (list, tuple, dict, set, deque)
+_DATA = (int, float, complex, str, bytes, type(None), Tensor, np.ndarray, *_CONTAINERS)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def state_kept(pl_module: LightningModule) -> Iterator[None]:
 
 def _attributes(module: nn.Module, seen: set[int]) -> Iterator[_Restore]:
     # buffers and attributes together: a module may note in one what it keeps in the other
-    data = {n: v for n, v in vars(module).items() if n not in _OF_TORCH and isinstance(v, _Data)}
+    data = {n: v for n, v in vars(module).items() if n not in _OF_TORCH and isinstance(v, _DATA)}
     yield lambda: vars(module).update(data)
     yield from _contents([*data.values(), module._buffers], seen)
 
@@ -61,7 +61,7 @@ def _contents(value: Any, seen: set[int]) -> Iterator[_Restore]:
             yield _tensor(value)
     elif isinstance(value, np.ndarray):
         yield _array(value)
-    elif isinstance(value, _Containers):
+    elif isinstance(value, _CONTAINERS):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _contents(each, seen)
         if not isinstance(value, tuple):

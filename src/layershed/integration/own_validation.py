@@ -72,14 +72,12 @@ def _agreed(trainer: Trainer) -> Iterator[None]:
     Raises:
         MeasurementError: If another rank failed.
     """
-    failure: Exception | None = None
+    failure, agreed = None, True
     try:
         yield
     except Exception as error:  # the user's own code may raise anything
         failure = error
-    if trainer.world_size == 1:
-        agreed = True
-    else:  # costs a wait for the device
+    if trainer.world_size > 1:  # it costs a wait for the device
         agreed = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
     if failure is not None:
         raise failure
