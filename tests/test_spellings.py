@@ -107,7 +107,9 @@ def test_fit_with_a_cache_under_an_unknown_name_measures_without_it_and_warns_on
     module, speed = Foreign(), SpeedMonitor(runs=6)
     module.net = Renamed(LlamaConfig(**SIZES))
     drop = SublayerDrop(2, count=2, calibration_batches=1, quality_batches=1)
-    with pytest.warns(UserWarning, match=r"the forward pass instead of decoding.*no KV cache under a known name") as told:
+    with pytest.warns(
+        UserWarning, match=r"the forward pass instead of decoding.*no KV cache under a known name"
+    ) as told:
         fit_foreign(make_trainer(drop, speed, max_steps=4), module)
     assert sum("instead of decoding" in str(warning.message) for warning in told) == 1
     assert isinstance(speed.report, ForwardReport)
