@@ -13,7 +13,8 @@ from layershed.discovery.find import dissect, find_left_alone, find_sublayers
 from layershed.errors import NoSublayersFoundError, UnprovenStructureError
 from layershed.planning.plan import Sublayer
 from layershed.surgery import bypass, remove
-from tests.support.models import MODEL_TYPES, SIZES, build_model
+from tests.support.model_types import MODEL_TYPES
+from tests.support.models import SIZES, build_model
 from tests.support.thinned import some_of
 from tests.support.versions import older
 
