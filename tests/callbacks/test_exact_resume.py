@@ -43,9 +43,10 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.thinned import crossed, one_of
+from tests.support.versions import EXACT_RESUME_REFUSES
 
 pytestmark = [
-    pytest.mark.skipif(not tells_resumed_loops(), reason="ExactResume refuses a Lightning before 2.5.3"),
+    pytest.mark.skipif(not tells_resumed_loops(), reason=EXACT_RESUME_REFUSES),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
     pytest.mark.usefixtures("unpainted"),
 ]

@@ -45,6 +45,7 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.thinned import crossed, one_of
+from tests.support.versions import older
 
 
 def bypassed(_trainer, pl_module):
@@ -423,6 +424,8 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
         trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
         return outcome(trainer, module, drop)
 
+    if 8 in cuts and older("lightning", "2.5.3"):
+        pytest.skip("lightning < 2.5.3: without ExactResume, a run resumed at the end of an epoch is not exact")
     whole = run("whole")
     steps = [6, 10][: arguments.get("rounds", 1)]
     assert [entry.step for entry in whole[1].drops] == sorted(steps * arguments["count"])
