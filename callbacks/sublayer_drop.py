@@ -58,6 +58,7 @@ from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
 from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
@@ -160,7 +161,7 @@ class SublayerDrop(Callback):
         refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
         get_metric(metric)
         self.metric = metric
-        self.protect = tuple(protect)
+        self.protect = as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
         self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
@@ -244,7 +245,7 @@ class SublayerDrop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score this batch if it is within the last steps before a drop."""
-        self.keep_frozen()
+        self.refreeze()
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -260,7 +261,7 @@ class SublayerDrop(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep dropped parameters out of the optimizers, whatever has unfrozen them."""
-        self.keep_frozen()
+        self.refreeze()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -295,7 +296,7 @@ class SublayerDrop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
-        self.keep_frozen()
+        self.refreeze()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": quality_state(self.quality),
@@ -353,9 +354,9 @@ class SublayerDrop(Callback):
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
         reshard(pl_module)
         self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
-        self.keep_frozen()
+        self.refreeze()
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is not None:
             self._frozen.enforce(self._trainer.optimizers)

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from layershed.callbacks import SpeedMonitor, SublayerDrop
 from layershed.discovery.find import find_sublayers
-from layershed.errors import MeasurementError, UnprovenStructureError
+from layershed.errors import MeasurementError, StandInError, UnprovenStructureError
 from layershed.performance.forward import ForwardReport
 from layershed.performance.speed import measure_speed
 from layershed.spellings import cache_in, cache_name, layer_overrides
@@ -127,7 +127,7 @@ def test_cache_that_is_not_of_transformers_is_refused_when_it_is_used(tokens):
     bypass(model, find_sublayers(model)[:1])
     attention = model.model.layers[0].self_attn
     hidden = torch.zeros(1, 2, SIZES["hidden_size"])
-    with pytest.raises(NotImplementedError, match=r"its slot is unknown\. Use use_cache=False"):
+    with pytest.raises(StandInError, match=r"its slot is unknown\. Use use_cache=False"):
         attention(hidden_states=hidden, past_key_values=((torch.ones(1),),))
     assert not attention(hidden_states=hidden)[0].any()
 

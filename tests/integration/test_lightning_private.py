@@ -356,7 +356,7 @@ def test_replaced_loop_method_is_called_by_lightning_and_given_back(make_trainer
     assert trainer.global_step == 1
 
 
-@pytest.mark.skipif(not private.tells_resumed_loops(), reason=EXACT_RESUME_REFUSES)
+@pytest.mark.skipif(not private.supports_exact_resume(), reason=EXACT_RESUME_REFUSES)
 def test_steering_functions_use_only_attributes_of_the_loops(make_trainer):
     """Here every name is looked up; test_exact_resume.py tests the end of a resumed fit as a whole."""
     trainer = make_trainer(max_steps=1)

@@ -100,11 +100,14 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
         for path, module in transformer.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
-        try:
-            output = _forward(transformer, use_cache=True)
-            more = name is None and not generates and _values(output) > _values(_forward(transformer))
-        except Exception:  # the model may not support a cache
-            return {} if name is None and not generates else None
+        output, more = None, False
+        for own in (True, None):  # some encoders refuse True from their model, and a decoder's default is its config's
+            with suppress(Exception):  # the model may not support a cache
+                output = _forward(transformer, use_cache=own)
+                more = name is None and not generates and _values(output) > _values(_forward(transformer))
+                break
+    if output is None or (own is None and not watch.seen):
+        return {} if name is None and not generates else None
     hidden = cache_in(output) is not None or (name is None and (generates or more))
     return None if hidden and not watch.seen else watch.slots
 

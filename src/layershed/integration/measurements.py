@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.tracker import estimate_importance
@@ -39,6 +40,8 @@ def check_calibration(calibrate_on: str, calibration_batches: int, quality_batch
         SelectionError: If a number is too low.
         UnknownNameError: If the source of the batches is unknown.
     """
+    for what, number in (("calibration_batches", calibration_batches), ("quality_batches", quality_batches)):
+        check_number(number, what, SelectionError, whole=True)
     if calibration_batches < 1 or quality_batches < 0:
         raise SelectionError(
             f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "

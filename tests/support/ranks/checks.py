@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import layershed as ls
 from layershed.files.checkpoint_shards import read_notes
-from layershed.integration.lightning_private import tells_resumed_loops
+from layershed.integration.lightning_private import supports_exact_resume
 from layershed.quality import evaluate_quality
 from layershed.recovery.lora import set_enabled
 from tests.support.models import build_model
@@ -112,7 +112,7 @@ def quality_where_one_rank_has_no_token(found):
 
 def resumed_within_an_epoch(own, found):
     """A resumed loader with a state gives every rank the batches of the uninterrupted run."""
-    if not tells_resumed_loops():
+    if not supports_exact_resume():
         pytest.skip(EXACT_RESUME_REFUSES)
     ranks = [rank["within an epoch"][own] for rank in found.ranks]
     for runs in ranks:
