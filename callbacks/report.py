@@ -19,8 +19,8 @@ from layershed.integration.module_hooks import (
 )
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
-from layershed.integration.speed_measuring import AnySpeed, report_from
 from layershed.integration.watching import Watcher
+from layershed.performance.speed_report import MeasuredSpeed, report_from
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
 from layershed.reporting.figures import MOST_COLUMNS, ImportancePoint, LossPoint, RunRecord, drop_steps
@@ -185,7 +185,7 @@ class Report(Callback):
         )
 
 
-def _read_speed(path: Path) -> AnySpeed:
+def _read_speed(path: Path) -> MeasuredSpeed:
     return report_from(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -14,11 +14,12 @@ from layershed.integration.namespaces import Callback, LightningModule, Trainer,
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Drops
 from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
-from layershed.integration.speed_measuring import AnySpeed, SpeedTrial, figures, phase_in, report_from, speed_trial
+from layershed.integration.speed_measuring import SpeedTrial, figures, speed_trial
 from layershed.integration.strategies import refuse_sharded_speed
 from layershed.integration.watching import Watcher
 from layershed.performance.forward import measure_forward
 from layershed.performance.speed import measure_speed
+from layershed.performance.speed_report import MeasuredSpeed, report_from
 from layershed.performance.stopwatch import Phase
 from layershed.planning.plan import Sublayer
 from layershed.surgery import removed_sublayers
@@ -92,7 +93,7 @@ class SpeedMonitor(Callback):
         self.prompt_tokens, self.new_tokens, self.batch_size, self.runs = prompt_tokens, new_tokens, batch_size, runs
         self.transformer, self.phase = transformer, phase
         self.quality, self.quality_mode = quality, _mode_of(quality, quality_mode)
-        self.report: AnySpeed | None = None
+        self.report: MeasuredSpeed | None = None
         self._trial: SpeedTrial | None = None
         self._watcher = Watcher("SpeedMonitor")
         self._measured: tuple[Sublayer, ...] = ()
@@ -241,11 +242,11 @@ class SpeedMonitor(Callback):
             raise MeasurementError(text)
         rank_zero_warn(text)
 
-    def _sdr(self, report: AnySpeed, before: float, after: float, mode: Better | None) -> float:
+    def _sdr(self, report: MeasuredSpeed, before: float, after: float, mode: Better | None) -> float:
         lost = before - after if mode == "max" else after - before
-        return phase_in(report, self.phase).degradation(100 * lost)
+        return report.chosen(self.phase)[1].degradation(100 * lost)
 
-    def _sdr_around_the_drop(self, trainer: Trainer, report: AnySpeed) -> dict[str, float]:
+    def _sdr_around_the_drop(self, trainer: Trainer, report: MeasuredSpeed) -> dict[str, float]:
         """The SDR from SublayerDrop's quality, if that is the chosen one."""
         if self.quality is None:
             return {}

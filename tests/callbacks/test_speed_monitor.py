@@ -22,6 +22,7 @@ PHASES = ("prefill", "decode")
 PHASE_NAMES = ("speedup", "speedup_low", "speedup_high", "tokens_per_s", "tokens_per_s_dense", "ms")
 NAMES = {
     *(f"speed/{name}" for name in ("parameters", "kv_bytes_per_token", "peak_memory", "file_bytes")),
+    *(f"speed/{name}" for name in ("batch_size", "prompt_tokens", "new_tokens")),
     *(f"speed/{phase}_{what}" for phase in PHASES for what in PHASE_NAMES),
 }
 PREDICTED = {f"speed/{phase}_predicted" for phase in PHASES}
@@ -128,11 +129,11 @@ def test_speed_monitor_does_not_change_training(make_trainer):
 def fake(speedup, predicted=None):
     """A measurement with this speedup of decoding; of the prefill the gain is twice as large."""
     phases = {
-        name: PhaseSpeed(100.0, 100.0 * value, Interval(value, value - 0.1, value + 0.1), predicted)
+        name: PhaseSpeed(100.0, Interval(value, value - 0.1, value + 0.1), predicted)
         for name, value in (("prefill", 1 + 2 * (speedup - 1)), ("decode", speedup))
     }
     return SpeedReport(
-        **phases,
+        phases=phases,
         parameters_dense=90,
         parameters_dropped=80,
         kv_bytes_dense=7.0,

@@ -54,8 +54,10 @@ def make_points(dropped=DROPPED, kinds=("attention", "mlp"), scale=1.0):
 @pytest.fixture(scope="module")
 def speed():
     return SpeedReport(
-        prefill=PhaseSpeed(8412.3, 8500.4, Interval(1.0104, 0.98, 1.04)),
-        decode=PhaseSpeed(412.2, 519.4, Interval(1.26, 1.22, 1.30), predicted=1.334),
+        phases={
+            "prefill": PhaseSpeed(8412.3, Interval(1.0104, 0.98, 1.04)),
+            "decode": PhaseSpeed(412.2, Interval(1.26, 1.22, 1.30), predicted=1.334),
+        },
         parameters_dense=134_515_008,
         parameters_dropped=116_300_000,
         kv_bytes_dense=23_040.0,

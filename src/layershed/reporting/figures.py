@@ -19,8 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from layershed.errors import DataError
-from layershed.performance.forward import ForwardReport
-from layershed.performance.speed import SpeedReport
+from layershed.performance.speed_report import MeasuredSpeed
 from layershed.planning.plan import DropPlan
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import shown_steps
@@ -87,7 +86,7 @@ class RunRecord:
     losses: tuple[LossPoint, ...] = ()
     plan: DropPlan | None = None
     quality: Mapping[str, Quality | OwnQuality] = field(default_factory=dict)
-    speed: SpeedReport | ForwardReport | None = None
+    speed: MeasuredSpeed | None = None
     measured: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from layershed.files.atomic import as_export_error, write_text
 from layershed.formatting import counts_of, printable, short_number
-from layershed.performance.forward import ForwardReport
-from layershed.performance.speed import SpeedReport
+from layershed.performance.speed_report import MeasuredSpeed
 from layershed.planning.plan import DropPlan
 from layershed.reporting.figures import PANELS, RunRecord, importance_heatmap, loss_figure
 from layershed.reporting.summary import summary_rows
@@ -110,13 +109,9 @@ def _loss_picture(record: RunRecord) -> _Picture:
     return _Picture(_image(wide), _image(narrow), " ".join([*parts, _lede(record.plan)]))
 
 
-def _speed(speed: SpeedReport | ForwardReport) -> dict[str, object]:
+def _speed(speed: MeasuredSpeed) -> dict[str, object]:
     setting = {"Device": printable(speed.device), "Batch": f"{speed.batch_size:,}"}
-    if isinstance(speed, SpeedReport):
-        setting["Prompt"] = f"{speed.prompt_tokens:,} tokens"
-        setting["New tokens"] = f"{speed.new_tokens:,}"
-    else:
-        setting["Forward pass"] = f"{speed.units:,} {speed.forward.unit}"
+    setting |= {name.replace("_", " ").capitalize(): f"{length:,}" for name, length in speed.lengths.items()}
     setting["Paired runs"] = f"{speed.runs:,}"
     phases = {name.capitalize(): phase for name, phase in speed.phases.items()}
     return {"phases": phases, "setting": setting, "unit": next(iter(phases.values())).unit}

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
-from layershed.performance.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
+from layershed.performance.speed_report import PhaseSpeed, speedup_degradation_ratio
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.figures import RunRecord
 
@@ -43,11 +43,11 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
             ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
             ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
         ]
-        if isinstance(speed, SpeedReport):
-            cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+        if speed.kv_bytes is not None:
+            cache, left = speed.kv_bytes
             rows += [("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}")]
         if "before" in record.quality:
-            what = ("decode", speed.decode) if isinstance(speed, SpeedReport) else ("forward", speed.forward)
+            what = speed.chosen("decode")
             moments = _moments(record, "after", "end")
             texts = [(words, _sdr(record, key, *what)) for key, words in moments]
             rows += [(f"SDR {words}", text) for words, text in texts if text]
