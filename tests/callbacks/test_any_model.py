@@ -249,7 +249,7 @@ def test_causal_model_that_cannot_decode_is_measured_by_its_forward_pass_with_on
     monkeypatch.setattr(stopwatch, "_try_out", refuse)
     speed = SpeedMonitor(runs=1)
     trainer = make_trainer(SublayerDrop(2, count=1), speed, max_steps=3)
-    with pytest.warns(UserWarning, match="SpeedMonitor measures the forward pass instead of decoding") as caught:
+    with pytest.warns(UserWarning, match="SpeedMonitor: It measures the forward pass instead of decoding") as caught:
         fit_foreign(trainer)
     assert len([each for each in caught if "SpeedMonitor" in str(each.message)]) == 1
     assert isinstance(speed.report, ForwardReport)

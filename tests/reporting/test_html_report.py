@@ -26,9 +26,10 @@ from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import Quality
 from layershed.reporting import figures, importance_file, summary
 from layershed.reporting import html_report as report
-from layershed.reporting.figures import ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
+from layershed.reporting.figures import importance_heatmap, loss_figure
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.record import ImportancePoint, LossPoint, RunRecord
 from layershed.reporting.summary import summary_rows, summary_table
 
 STEPS = range(40, 201, 40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from layershed.discovery.find import predicts_next_token
 from layershed.errors import MeasurementError
 from layershed.integration.metric_names import speed_name
+from layershed.performance.forward import counted_in, forward_inputs
 from layershed.performance.speed_report import MeasuredSpeed
 from layershed.performance.stopwatch import SpeedSettings
 
@@ -23,12 +25,12 @@ class SpeedTrial:
     Args:
         settings: Lengths and numbers.
         generates: Whether prefill and decode are measured; else the forward pass.
-        reason: Why a causal language model is measured by its forward pass; empty if it is not.
+        notes: Why a causal language model is measured by its forward pass, and which given lengths have no effect.
     """
 
     settings: SpeedSettings
     generates: bool
-    reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def speed_trial(
@@ -42,14 +44,32 @@ def speed_trial(
     lengths = _lengths(transformer, prompt_tokens, new_tokens)
     settings = SpeedSettings(*lengths, batch_size, runs)
     settings.check_numbers()
-    if not predicts_next_token(transformer):
-        return SpeedTrial(settings, generates=False)
-    settings.check_structure(transformer)
-    try:
-        settings.check(transformer)
-    except MeasurementError as error:
-        return SpeedTrial(settings, generates=False, reason=str(error))
-    return SpeedTrial(settings, generates=True)
+    notes: list[str] = []
+    if predicts_next_token(transformer):
+        settings.check_structure(transformer)
+        try:
+            settings.check(transformer)
+            return SpeedTrial(settings, generates=True)
+        except MeasurementError as error:
+            notes.append(f"It measures the forward pass instead of decoding. {error}")
+    return SpeedTrial(settings, False, (*notes, *_without_effect(transformer, settings, prompt_tokens, new_tokens)))
+
+
+def _without_effect(
+    transformer: nn.Module, settings: SpeedSettings, prompt_tokens: int | None, new_tokens: int | None
+) -> Iterator[str]:
+    """Say which given lengths do not change what the forward pass takes."""
+    unit, counted = counted_in(forward_inputs(transformer, settings.prompt_tokens, settings.batch_size))
+    given = [] if new_tokens is None else [f"new_tokens={new_tokens}"]
+    if prompt_tokens is not None and (unit, counted) != ("tokens", prompt_tokens * settings.batch_size):
+        given.insert(0, f"prompt_tokens={prompt_tokens}")
+    if given:
+        yield (
+            f"{' and '.join(given)} {'have' if len(given) > 1 else 'has'} no effect: a forward pass of "
+            f"{type(transformer).__name__} is measured, over {counted:,} {unit}. Leave out what has no effect. A "
+            "hand-written model is measured on the inputs of its SublayerAdapter; a text model on at most as many "
+            "tokens as its positions allow."
+        )
 
 
 def _lengths(transformer: nn.Module, prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:

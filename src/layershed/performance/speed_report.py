@@ -75,8 +75,10 @@ class PhaseSpeed:
     def from_dict(cls, content: dict[str, Any]) -> PhaseSpeed:
         """Read the result of :meth:`to_dict`; other entries are left out."""
         own = {each.name for each in fields(cls)}
-        values: dict[str, Any] = {key: value for key, value in content.items() if key in own}
-        return cls(**{key: Interval(**value) if isinstance(value, dict) else value for key, value in values.items()})
+        values: dict[str, Any] = {
+            key: Interval(**value) if isinstance(value, dict) else value for key, value in content.items() if key in own
+        }
+        return cls(**values)
 
 
 def shown_speedup(speedup: Interval) -> str:
