@@ -31,6 +31,8 @@ from layershed.integration.measurements import (
     quality_from,
     quality_metrics,
     quality_state,
+    rounds_from,
+    rounds_state,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
@@ -44,16 +46,7 @@ from layershed.integration.preflight import (
     is_trial,
 )
 from layershed.integration.rng import of_every_rank
-from layershed.integration.run import (
-    StepCounter,
-    Sums,
-    current_drop,
-    own_share,
-    publish,
-    rewrap,
-    save_plan,
-    show,
-)
+from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
 from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
@@ -62,7 +55,7 @@ from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
-from layershed.quality import OwnQuality, Quality
+from layershed.quality import AnyQuality, RoundQuality
 from layershed.recovery.frozen import StaysFrozen
 from layershed.recovery.optimizer_groups import dropped_parameters
 from layershed.surgery import bypass
@@ -77,13 +70,14 @@ class SublayerDrop(Callback):
     Hooks: decides in ``on_train_batch_end``, after the configured optimizer step. The optimizer removes the dropped
     parameters in place, so the learning-rate schedule continues. Dropped parameters that others unfreeze are frozen and
     removed again before the next step and before a checkpoint.
-    Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` on validation batches (and ``accuracy`` or
-    ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``.
+    Logs: ``drop/loss_before`` and ``drop/loss_after`` of every round, and ``drop/loss_end``, on validation batches (and
+    ``accuracy`` or ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target,
+    ``drop/speedup``.
     Writes: ``drop_plan.json`` in the run directory.
-    Checkpoint: the plan and the running sums of every rank. The module's own hooks, which this callback extends, save
-    which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with this callback resumes,
-    validates, tests and predicts with the dropped model. Without it, strict loading fails with an error that names
-    ``ls.load_checkpoint``.
+    Checkpoint: the plan, the qualities of every round and the running sums of every rank. The module's own hooks, which
+    this callback extends, save which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with
+    this callback resumes, validates, tests and predicts with the dropped model. Without it, strict loading fails with
+    an error that names ``ls.load_checkpoint``.
 
     Args:
         start: Optimizer steps before the first drop.
@@ -169,7 +163,8 @@ class SublayerDrop(Callback):
         self.plan: DropPlan | None = None
         self._given: DropPlan | None = None  # read from the file of ``plan``
         self.quality_metric = quality
-        self.quality: dict[str, Quality | OwnQuality] = {}
+        self.quality: dict[str, AnyQuality] = {}  # around the last round, and at the end
+        self.rounds: list[RoundQuality] = []
         self._watcher = Watcher("SublayerDrop")
         self.speedup: float | None = None
         self._steps = StepCounter()
@@ -197,7 +192,7 @@ class SublayerDrop(Callback):
             self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
-                self.plan, self.quality, self.speedup = None, {}, None
+                self.plan, self.quality, self.rounds, self.speedup = None, {}, [], None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the strategy's methods, and the hooks of a dense module; a dropped one may still be saved."""
@@ -281,7 +276,7 @@ class SublayerDrop(Callback):
                 "never happened."
             )
         if self.plan is not None:
-            self._measure(trainer, pl_module, "end")
+            self._note(trainer, "end", self._quality_now(trainer, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off the model."""
@@ -300,6 +295,7 @@ class SublayerDrop(Callback):
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": quality_state(self.quality),
+            "rounds": rounds_state(self.rounds),
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -309,12 +305,12 @@ class SublayerDrop(Callback):
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
         self.quality = quality_from(state_dict["quality"])
+        self.rounds = rounds_from(state_dict.get("rounds", []))  # checkpoints of earlier versions have none
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plan is None:
-            self._measure(trainer, pl_module, "before")
+        before = self._quality_now(trainer, pl_module)
         scores = None if self._given is not None else self._scores(trainer, pl_module)
         chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected, self._given)
         round_plan = chosen.at_step(trainer.global_step)
@@ -329,7 +325,9 @@ class SublayerDrop(Callback):
         save_plan(trainer, self.plan)
         publish(trainer, drop_metrics(pl_module, self.speedup))
         if round_plan.drops:  # else an earlier round already reached this round's target
-            self._measure(trainer, pl_module, "after")
+            self._note(trainer, "before", before)
+            after = self._note(trainer, "after", self._quality_now(trainer, pl_module))
+            self.rounds.append(RoundQuality(trainer.global_step, before, after))
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
@@ -342,13 +340,17 @@ class SublayerDrop(Callback):
             trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
         )
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+    def _quality_now(self, trainer: Trainer, pl_module: LightningModule) -> AnyQuality | None:
         wanted = self.quality_batches, self.quality_metric, self.transformer
         quality = validation_quality(trainer, pl_module, *wanted, self._watcher)
         reshard(pl_module)
+        return quality
+
+    def _note(self, trainer: Trainer, when: str, quality: AnyQuality | None) -> AnyQuality | None:
         if quality is not None:
             self.quality[when] = quality
             publish(trainer, quality_metrics({when: quality}))
+        return quality
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -26,7 +26,7 @@ from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.own_validation import own_quality
 from layershed.integration.watching import Watcher
 from layershed.planning.plan import ImportanceScores, count_by_kind
-from layershed.quality import OwnQuality, Quality, evaluate_quality, reads_as_text
+from layershed.quality import OwnQuality, Quality, RoundQuality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
 
 _QUALITY = "the quality around the drop is"
@@ -130,6 +130,19 @@ def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any
 def quality_from(state: Mapping[str, Any]) -> dict[str, Quality | OwnQuality]:
     """The inverse of :func:`quality_state`."""
     return {when: OwnQuality(q) if isinstance(q, dict) else Quality(*q) for when, q in state.items()}
+
+
+def rounds_state(rounds: Iterable[RoundQuality]) -> list[list[Any]]:
+    """The qualities of all rounds as primitives, for a checkpoint: step, and the qualities by moment."""
+    return [
+        [each.step, quality_state({k: q for k in ("before", "after") if (q := getattr(each, k)) is not None})]
+        for each in rounds
+    ]
+
+
+def rounds_from(state: Iterable[Sequence[Any]]) -> list[RoundQuality]:
+    """The inverse of :func:`rounds_state`."""
+    return [RoundQuality(step, **quality_from(qualities)) for step, qualities in state]
 
 
 def quality_metrics(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, float]:
