@@ -14,7 +14,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from layershed.cli.stopped import SIGNALS, Stopped
+from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import run_directory
+
+_ASKS_EVERY = 10  # steps between two questions to the other ranks, as each question waits for the device
 
 
 class StopOnSignal(pl.Callback):
@@ -41,7 +44,7 @@ class StopOnSignal(pl.Callback):
         if not stepped:
             return
         if trainer.world_size > 1:
-            if trainer.global_step % trainer.log_every_n_steps:  # asking the other ranks waits for the device
+            if trainer.global_step % _ASKS_EVERY:
                 return
             told = torch.tensor(self._signum, device=trainer.strategy.root_device)
             self._signum = int(trainer.strategy.reduce(told, reduce_op="max"))
@@ -73,5 +76,6 @@ class StopOnSignal(pl.Callback):
 
 def _folder(trainer: pl.Trainer) -> Path:
     """Where the run's other checkpoints are, so that ``--ckpt_path last`` finds this one."""
-    own = (callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
-    return Path(next(filter(None, own), None) or run_directory(trainer) / "checkpoints")
+    own = (callback.dirpath for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint))
+    folder = next(filter(None, own), None)
+    return run_directory(trainer) / "checkpoints" if folder is None else Path(folder)
