@@ -78,4 +78,4 @@ def _folder(trainer: pl.Trainer) -> Path:
     """Where the run's other checkpoints are, so that ``--ckpt_path last`` finds this one."""
     own = (callback.dirpath for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint))
     folder = next(filter(None, own), None)
-    return run_directory(trainer) / "checkpoints" if folder is None else Path(folder)
+    return run_directory(trainer) / "checkpoints" if folder is None else Path(str(folder))
