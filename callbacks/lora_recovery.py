@@ -16,11 +16,11 @@ from layershed.integration.measurements import regained_loss, trainable_paramete
 from layershed.integration.metric_names import LR_FACTOR
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
-from layershed.integration.preflight import check_optimizers, check_order, check_start, refuse_averaging
+from layershed.integration.preflight import check_optimizers, check_order, check_start, is_trial, refuse_averaging
 from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
-    check_start_step,
+    check_step,
     inject_before_sharding,
     refuse_lasting_masks,
     train_before_sharded_load,
@@ -119,7 +119,7 @@ class LoRARecovery(Callback):
                 f"LoRARecovery(mode={mode!r}, finish={finish!r}): only mode='lora' has adapters to finish. "
                 "Leave finish out, or set mode='lora'."
             )
-        check_start_step(start)
+        check_step(start)
         if not 0 < lr_factor < math.inf or warmup_steps < 0:
             raise RecoveryError(
                 f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above "
@@ -248,7 +248,7 @@ class LoRARecovery(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the share of the loss that was regained."""
-        if self.began is None:
+        if self.began is None and not is_trial(trainer):
             rank_zero_warn("LoRARecovery never began: the run ended before its start step, or before any drop.")
         if regained := regained_loss(trainer):
             publish(trainer, regained)

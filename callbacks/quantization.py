@@ -12,7 +12,14 @@ from layershed.errors import QuantizationError, ScheduleError
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
-from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
+from layershed.integration.preflight import (
+    callbacks_of,
+    check_order,
+    check_start,
+    is_trial,
+    refuse_averaging,
+    waits_for_nothing,
+)
 from layershed.integration.protocols import TrainsLoRA
 from layershed.integration.run import StepCounter, current_drop, publish, rewrap
 from layershed.integration.strategies import fit_strategy, is_sharded
@@ -162,7 +169,7 @@ class Quantization(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if it never quantized."""
-        if self.start != "end" and not self._done:
+        if self.start != "end" and not self._done and not is_trial(trainer):
             rank_zero_warn("Quantization never happened: the run ended before its start step, or before any drop.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

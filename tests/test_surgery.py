@@ -303,6 +303,7 @@ def test_dropped_attention_with_unknown_cache_slot_refuses_the_cache(llama, toke
         llama(input_ids=tokens, use_cache=True)
 
 
+@pytest.mark.filterwarnings("ignore:The `use_cache` argument is deprecated:FutureWarning")  # of transformers 4.57
 def test_dropped_attention_refuses_a_second_stream_that_was_not_proven():
     """XLNet decodes with a query stream beside the content, which a forward pass over plain tokens does not have."""
     model = tiny_model("xlnet")

@@ -59,6 +59,24 @@ class OwnQuality:
     values: dict[str, float]
 
 
+AnyQuality = Quality | OwnQuality
+
+
+@dataclass(frozen=True)
+class RoundQuality:
+    """The quality around one round of drops.
+
+    Args:
+        step: The optimizer step.
+        before: The quality before the round; None if it was not measured.
+        after: The quality right after it.
+    """
+
+    step: int
+    before: AnyQuality | None = None
+    after: AnyQuality | None = None
+
+
 def evaluate_quality(
     model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None, name: str | None = None
 ) -> Quality:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 QuantizationMode = Literal["nf4", "fp4", "int8"]
+BITS: dict[str, int] = {"nf4": 4, "fp4": 4, "int8": 8}
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 

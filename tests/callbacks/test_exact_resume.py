@@ -45,9 +45,10 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.thinned import crossed, one_of
+from tests.support.versions import EXACT_RESUME_REFUSES
 
 pytestmark = [
-    pytest.mark.skipif(not supports_exact_resume(), reason="ExactResume refuses a Lightning before 2.5.3"),
+    pytest.mark.skipif(not supports_exact_resume(), reason=EXACT_RESUME_REFUSES),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
     pytest.mark.usefixtures("unpainted"),
 ]

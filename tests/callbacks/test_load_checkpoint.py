@@ -16,7 +16,7 @@ from layershed.saving.checkpoint import CHECKPOINT_KEY
 from layershed.stand_ins.contexts import withheld
 from layershed.training.causal_lm import CausalLM
 from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, unmarked, val_loader
-from tests.support.thinned import crossed
+from tests.support.thinned import crossed, some_of
 
 WHAT = {
     "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),
@@ -70,7 +70,7 @@ def names(module):
     return ", ".join(sublayer.name for sublayer in ls.bypassed_sublayers(module))
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", some_of(WHAT, 2))
 def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trainer, tmp_path, saved, what):
     wanted = WHAT[what][1].format(names=re.escape(names(saved(what))))
     for file in ("whole.ckpt", "weights.ckpt"):

@@ -1,5 +1,6 @@
 """The command line: help, one-sentence errors, and the files that each command writes."""
 
+import inspect
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Llama
 from transformers.utils import logging as transformers_logging
 
 import layershed as ls
+from layershed.callbacks import SpeedMonitor
 from layershed.cli import benchmark as benchmark_command
 from layershed.cli import commands, lightning_cli, prune, quiet
 from layershed.cli import plan as plan_command
@@ -29,8 +31,10 @@ from layershed.cli.messages import causes
 from layershed.cli.trainer import Trainer
 from layershed.errors import LayershedError
 from layershed.performance import benchmark as benchmarking
+from layershed.performance.intervals import ENOUGH
 from layershed.performance.latency import Latency
 from layershed.performance.roofline import ACCELERATORS
+from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import Drop, DropPlan, Sublayer, count_by_kind
 from layershed.training.text_data import TextData
 from tests.support.command_line import (
@@ -716,6 +720,13 @@ def test_prune_writes_the_results_of_the_functions(saved, capsys):
     assert f"{after[0]:.4f}" in page
 
 
+def test_default_number_of_pairs_is_enough_for_an_interval():
+    measuring = [Trainer.prune, Trainer.benchmark, SpeedMonitor, ls.measure_speed, ls.measure_forward, SpeedSettings]
+    defaults = [inspect.signature(each).parameters["runs"].default for each in measuring]
+    assert min(defaults) >= ENOUGH
+    assert len(set(defaults)) == 1
+
+
 @torch.no_grad()
 def plain_quality(model, batches):
     """Mean loss and accuracy over all next tokens."""
@@ -819,16 +830,17 @@ def check_measurement(told, dense, after, sizes, caches, runs=2, comparable=True
     assert speed["kv_bytes_dense"] == held[0]
     assert held[1] <= speed["kv_bytes_dropped"] < held[1] + 4, "of a dropped one a number is left for all tokens"
     assert (speed["prompt_tokens"], speed["new_tokens"], speed["batch_size"], speed["runs"]) == (4, 2, 1, runs)
-    speedup = speed["decode"]["speedup"]
+    phases = speed["phases"]
+    speedup = phases["decode"]["speedup"]
     gained = 100 * (speedup["median"] - 1)
-    assert speed["decode"]["measurable"] == (runs > 5 and not speedup["low"] <= 1 <= speedup["high"])
-    if comparable and speed["decode"]["measurable"] and gained > 0:
+    assert phases["decode"]["measurable"] == (runs > 5 and not speedup["low"] <= 1 <= speedup["high"])
+    if comparable and phases["decode"]["measurable"] and gained > 0:
         assert told["sdr"] == pytest.approx(100 * (dense[1] - after[1]) / gained, rel=1e-4, abs=1e-9)
     else:
         assert told["sdr"] is None
     for phase, tokens in (("prefill", 4), ("decode", 1)):
-        assert speed[phase]["dense_ms"] == pytest.approx(1000 * tokens / speed[phase]["dense"])
-        assert speed[phase]["predicted"] > 1
+        assert phases[phase]["dense_ms"] == pytest.approx(1000 * tokens / phases[phase]["dense"])
+        assert phases[phase]["predicted"] > 1
 
 
 def cells(told, name):

@@ -20,7 +20,7 @@ from layershed.recovery.lora import inject_lora, lora_settings, modules_to_adapt
 from layershed.recovery.lora_options import lora_arguments
 
 
-def check_start_step(start: int | None) -> None:
+def check_step(start: int | None) -> None:
     """Refuse a start of LoRARecovery that is no step.
 
     Raises:

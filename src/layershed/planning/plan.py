@@ -19,6 +19,7 @@ Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+PLAN_FILE = "drop_plan.json"  # its name in run directories and saved folders
 _FORMAT = "layershed.drop_plan.v1"
 
 

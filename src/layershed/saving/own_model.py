@@ -23,10 +23,10 @@ from layershed.discovery.registry import registered_class
 from layershed.errors import ExportError, PlanError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
-from layershed.planning.plan import Drop, DropPlan
+from layershed.planning.plan import PLAN_FILE, Drop, DropPlan
 from layershed.recovery.lora import adapted_modules
-from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
-from layershed.saving.savable import refuse_packed
+from layershed.saving.lora_folder import load_adapter, save_adapter
+from layershed.saving.savable import holds_shards, refuse_packed, whole
 from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, remove
 
