@@ -13,7 +13,7 @@ from layershed.performance import speedup_target as targeting
 from layershed.performance.intervals import Interval
 from layershed.performance.latency import Latency
 from layershed.performance.speed import SpeedReport
-from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup, phase_of
+from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import ImportanceScores
 from layershed.surgery import bypass, bypassed_sublayers, restore
@@ -82,7 +82,7 @@ def test_search_drops_the_fewest_sublayers_that_reach_the_target(monkeypatch, se
     plan, report = case.drop(target, scope, phase=phase, objective=objective)
     assert list(plan) == least
     assert bypassed_sublayers(case.model) == tuple(sorted(least))
-    assert phase_of(report, phase).speedup.median == pytest.approx(case.speedup(least, phase))
+    assert report.phases[phase].speedup.median == pytest.approx(case.speedup(least, phase))
     assert (plan.scope, plan.metric) == (scope, "angular")
     by = case.scores.blocks if scope == "block" else case.scores
     assert [drop.score for drop in plan.drops] == [by[s.block if scope == "block" else s] for s in least]

@@ -23,6 +23,7 @@ from inspect import getattr_static, isfunction
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from layershed.errors import MissingLightningError
+from layershed.integration.warning_place import naming_the_outside
 
 
 class Namespace(NamedTuple):
@@ -218,6 +219,6 @@ else:
     DummyLogger = function("pytorch.loggers.logger", "DummyLogger")
     is_param_in_hook_signature = function("pytorch.utilities.signature_utils", "is_param_in_hook_signature")
     rank_zero_info = function("pytorch.utilities", "rank_zero_info")
-    rank_zero_warn = function("pytorch.utilities", "rank_zero_warn")
+    rank_zero_warn = naming_the_outside(function("pytorch.utilities", "rank_zero_warn"))
     isolate_rng = function("pytorch.utilities.seed", "isolate_rng")
     OptimizerLRSchedulerConfig = function("pytorch.utilities.types", "OptimizerLRSchedulerConfig")

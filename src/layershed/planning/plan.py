@@ -219,7 +219,7 @@ class DropPlan:
         Raises:
             ExportError: If the disk is full or the path is not writable.
         """
-        write_text(path, self.to_json())
+        write_text(as_path(path, "Drop plan: the file", PlanError), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> DropPlan:

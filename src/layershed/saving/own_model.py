@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import as_path
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.discovery.registry import registered_class
@@ -54,6 +55,7 @@ def save_weights(
         PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = check_own_savable(model, name=name)
+    folder = as_path(folder, "save_weights: folder", ExportError)
     check_own_folder(folder)
     dropped = dropped_sublayers(transformer)
     if plan is not None:
@@ -74,7 +76,7 @@ def save_weights(
             recorded(plan, transformer).save(fresh / PLAN_FILE)
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
-    return Path(folder)
+    return folder
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
@@ -90,7 +92,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = Non
         ExportError: If the folder is not readable, or the model or its weights do not fit.
         PlanError: If the saved plan is for another model.
     """
-    transformer, folder = find_transformer(model, name=name), Path(folder)
+    transformer, folder = find_transformer(model, name=name), as_path(folder, "load_weights: folder", ExportError)
     try:
         noted = read_mapping(folder / OWN_FILE)
         saved, aliases = noted["adapter"], dict(noted["aliases"])
