@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
+from layershed.arguments import as_names
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
 from layershed.integration.module_hooks import carry_structure, leave_structure
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
-from layershed.integration.preflight import callbacks_of, check_order, check_start, refuse_averaging, waits_for_nothing
+from layershed.integration.preflight import (
+    callbacks_of,
+    check_order,
+    check_start,
+    is_trial,
+    refuse_averaging,
+    waits_for_nothing,
+)
 from layershed.integration.protocols import TrainsLoRA
 from layershed.integration.run import StepCounter, current_drop, publish, rewrap
 from layershed.integration.strategies import fit_strategy, is_sharded
@@ -64,13 +73,13 @@ class Quantization(Callback):
         transformer: str | None = None,
     ) -> None:
         check_mode(mode, compute_dtype)
-        if start not in (None, "end") and (not isinstance(start, int) or start < 0):
+        if start not in (None, "end") and (isinstance(start, bool) or not isinstance(start, Integral) or start < 0):
             raise ScheduleError(f"Quantization(start={start!r}): start must be an optimizer step, 'end' or None.")
         self.mode, self.start, self.transformer = mode, start, transformer
         self.options: dict[str, Any] = {
             "double_quant": double_quant,
             "compute_dtype": compute_dtype,
-            "skip_modules": tuple(skip_modules),
+            "skip_modules": as_names(skip_modules, "skip_modules", QuantizationError),
         }
         self._steps = StepCounter()
         self._done = False
@@ -83,7 +92,7 @@ class Quantization(Callback):
     @property
     def first_step(self) -> int | None:
         """The step at which it quantizes; None for the drop or the end."""
-        return self.start if isinstance(self.start, int) else None
+        return int(self.start) if isinstance(self.start, Integral) else None
 
     @property
     def quantizes_before_recovery(self) -> bool:
@@ -160,7 +169,7 @@ class Quantization(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if it never quantized."""
-        if self.start != "end" and not self._done:
+        if self.start != "end" and not self._done and not is_trial(trainer):
             rank_zero_warn("Quantization never happened: the run ended before its start step, or before any drop.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

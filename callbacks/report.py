@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
 from layershed.integration.gathered import changes_of, loss_label, own_metrics, rounds_of, sdr_of
@@ -70,6 +71,7 @@ class Report(Callback):
         val_loss: str = "val_loss",
         title: str | None = None,
     ) -> None:
+        check_number(every_n_steps, "Report: every_n_steps", ScheduleError, whole=True)
         if every_n_steps < 1:
             raise ScheduleError(f"Report(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title

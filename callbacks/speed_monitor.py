@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 from layershed.discovery.find import find_transformer
 from layershed.errors import UnknownNameError
+from layershed.files.atomic import write_text
 from layershed.integration.measurements import logged_quality
 from layershed.integration.metric_names import SDR, SDR_END
 from layershed.integration.module_hooks import leave_structure, watch_for_bypass, watch_for_changes
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
-from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show, write_text
+from layershed.integration.run import SPEED_FILE, current_drop, publish, run_directory, show
 from layershed.integration.speed_measuring import SpeedTrial, figures, speed_trial
 from layershed.integration.speed_quality import check_quality, mode_of, names_of, warn_without_quality
 from layershed.integration.strategies import refuse_sharded_speed

@@ -14,7 +14,13 @@ from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import kept_model_record
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
-from layershed.integration.drop_rule import DropRule, resolve_protected
+from layershed.integration.drop_rule import (
+    DEFAULT_METRIC,
+    DEFAULT_SCOPE,
+    DropRule,
+    refuse_beside_plan,
+    resolve_protected,
+)
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import (
     CalibrateOn,
@@ -31,13 +37,21 @@ from layershed.integration.measurements import (
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
-from layershed.integration.preflight import check_averaging, check_monitors, check_optimizers, check_order
+from layershed.integration.preflight import (
+    check_averaging,
+    check_monitors,
+    check_optimizers,
+    check_order,
+    ends_before,
+    is_trial,
+)
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
 from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
@@ -92,14 +106,14 @@ class SublayerDrop(Callback):
         quality: A metric that the module logs in validation, such as ``val_f1``, to measure beside its loss; None for
             the loss.
         plan: Path of a drop plan, such as the ``drop_plan.json`` of another run. It is dropped at ``start``, and no
-            importance is measured.
+            importance is measured. Options that would choose otherwise are refused.
 
     Raises:
         PlanError: Before training, if the given plan cannot be read, or is for another model.
         CalibrationError: At the drop, if every pass had a NaN or infinite importance. If only some passes had one, they
             are left out with a warning.
-        SelectionError: If not exactly one of count, ratio, target_speedup and plan is given, or it is out of range;
-            before training, if there are too few sublayers.
+        SelectionError: If not exactly one of count, ratio, target_speedup and plan is given, it is out of range, or an
+            option contradicts the plan; before training, if there are too few sublayers.
         SpeedupError: If the target is out of reach: before training, if dropping every candidate does not reach it;
             otherwise at the drop.
         MeasurementError: Before training, if speed is needed and cannot be measured.
@@ -115,12 +129,12 @@ class SublayerDrop(Callback):
     def __init__(
         self,
         start: int,
-        scope: Scope = "joint",
+        scope: Scope = DEFAULT_SCOPE,
         count: int | None = None,
         ratio: float | None = None,
         every_n_steps: int | None = None,
         rounds: int = 1,
-        metric: str = "cosine",
+        metric: str = DEFAULT_METRIC,
         protect: Sequence[int] = (),
         calibrate_on: CalibrateOn = "running",
         calibration_batches: int = 16,
@@ -138,9 +152,10 @@ class SublayerDrop(Callback):
             self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer, plan
         )
         check_calibration(calibrate_on, calibration_batches, quality_batches)
+        refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
         get_metric(metric)
         self.metric = metric
-        self.protect = tuple(protect)
+        self.protect = as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
         self.calibrate_on = calibrate_on
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
@@ -195,7 +210,7 @@ class SublayerDrop(Callback):
         self._protected = resolve_protected(pl_module, self.protect, self.transformer)
         self.rule.check(pl_module, self._protected)
         if self.plan is None:
-            self._given = self.rule.given_plan(pl_module, self._protected)
+            self._given = self.rule.given_plan(pl_module, self._protected, self.metric)
         follow_training(trainer, pl_module)
         self._hold(pl_module)
         if self.calibrate_on == "running" and self.rule.plan is None:
@@ -206,7 +221,8 @@ class SublayerDrop(Callback):
         """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
         limit = trainer.estimated_stepping_batches
-        self.schedule.check_against(int(limit) if limit != float("inf") else -1)
+        tried_out = ends_before(trainer, self, self.schedule.steps[-1])
+        self.schedule.check_against(-1 if tried_out or limit == float("inf") else int(limit))
         check_batches(trainer, pl_module, self.calibrate_on if self._given is None else "running", self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
@@ -214,17 +230,17 @@ class SublayerDrop(Callback):
         if self._sums is not None and self._tracker is not None:
             self._tracker.load_state_dict(own_share(trainer, self._sums))
         self._sums = None
-        if self.plan is None:
+        if self.plan is None and not tried_out:
             check_monitors(trainer, self.first_step)
             self.rule.check_reachable(trainer, pl_module, self._protected)
-        else:
+        if self.plan is not None:
             show(trainer, {**drop_metrics(pl_module, self.speedup), **quality_metrics(self.quality)})
         save_plan(trainer, self.plan)
         self._hold(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score this batch if it is within the last steps before a drop."""
-        self.keep_frozen()
+        self.refreeze()
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -240,7 +256,7 @@ class SublayerDrop(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep dropped parameters out of the optimizers, whatever has unfrozen them."""
-        self.keep_frozen()
+        self.refreeze()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,7 +270,7 @@ class SublayerDrop(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the quality at the end; warn if the run ended before a drop."""
         missed = [step for step in self.schedule.steps if step > trainer.global_step and self.should_drop(step)]
-        if missed:  # stopped early: the schedule was checked before training
+        if missed and not is_trial(trainer):  # stopped early: the schedule was checked before training
             rank_zero_warn(
                 f"SublayerDrop: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} "
                 "never happened."
@@ -275,7 +291,7 @@ class SublayerDrop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
-        self.keep_frozen()
+        self.refreeze()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "quality": quality_state(self.quality),
@@ -340,9 +356,9 @@ class SublayerDrop(Callback):
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
         reshard(pl_module)
         self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
-        self.keep_frozen()
+        self.refreeze()
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is not None:
             self._frozen.enforce(self._trainer.optimizers)

@@ -1,25 +1,26 @@
-"""Fixtures that tests of several rooms use; what they are made of is in tests/support."""
+"""Fixtures that tests of several rooms use; what they are made of is in tests/support.
+
+Nothing heavy is imported here: the process that hands out the tests to the others reads this file as well, and they
+begin only when it has.
+"""
 
 import gc
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import pytest
-import torch
-from lightning.pytorch.loggers import CSVLogger
-from transformers import PreTrainedModel
 
-import layershed.reporting.html_report
-from layershed.training.text_data import TextData
 from tests.support.case_names import case_name
-from tests.support.models import MODEL_TYPES, build_model
-from tests.support.runs import TOKENS
+from tests.support.model_types import MODEL_TYPES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 # One thread each, here and in the processes that tests start: tensors this small gain nothing from a second one, and
 # lose seconds to its waiting where the machine is shared.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
@@ -40,28 +41,34 @@ def model_type(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
+def make_model() -> Callable[..., "PreTrainedModel"]:
+    from tests.support.models import build_model
+
     return build_model
 
 
 @pytest.fixture
-def model(model_type: str) -> PreTrainedModel:
-    return build_model(model_type)
+def model(model_type: str, make_model: Callable[..., "PreTrainedModel"]) -> "PreTrainedModel":
+    return make_model(model_type)
 
 
 @pytest.fixture
-def llama() -> PreTrainedModel:
-    return build_model("llama")
+def llama(make_model: Callable[..., "PreTrainedModel"]) -> "PreTrainedModel":
+    return make_model("llama")
 
 
 @pytest.fixture
-def tokens() -> torch.Tensor:
+def tokens() -> "torch.Tensor":
+    import torch
+
     return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Models this small only wait for each other's threads, the more so on a machine that others use."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,9 +78,9 @@ def one_thread():
 @pytest.fixture
 def unpainted(monkeypatch):
     """Reports without their pictures, which take most of the time; the alternative texts say what would be painted."""
-    monkeypatch.setattr(
-        layershed.reporting.html_report, "_image", lambda _figure: layershed.reporting.html_report._Image("", 1, 1)
-    )
+    from layershed.reporting import html_report
+
+    monkeypatch.setattr(html_report, "_image", lambda _figure: html_report._Image("", 1, 1))
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +94,9 @@ def text_file(tmp_path_factory):
 @pytest.fixture
 def text_data(text_file):
     """Makes the same data module anew: 8 batches an epoch."""
+    from layershed.training.text_data import TextData
+    from tests.support.runs import TOKENS
+
     return lambda **kwargs: TextData(
         **{"source": str(text_file), "block_size": TOKENS, "batch_size": 4, "max_tokens": 512, **kwargs}
     )
@@ -95,6 +105,8 @@ def text_data(text_file):
 @pytest.fixture
 def make_trainer(tmp_path):
     """A quiet trainer on the CPU; ``name`` is its directory, ``csv`` asks for a CSVLogger there."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger
 
     def make(*callbacks, name="run", csv=False, **kwargs):
         folder = tmp_path / name

@@ -125,7 +125,7 @@ def test_sdr_of_any_model_is_hundredths_of_loss_per_percent_of_forward_speed(mak
     """With seven runs on a made-up clock, which gains a quarter."""
     module, data = images()
     seconds = iter(range(10**6))
-    monkeypatch.setattr("layershed.performance.forward.clock_of", lambda _device: Uneven(seconds))
+    monkeypatch.setattr("layershed.performance.forward.clock_for", lambda _device: Uneven(seconds))
     trainer = make_trainer(SublayerDrop(3, count=2), SpeedMonitor(runs=7), max_steps=4)
     trainer.fit(module, data, data)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -167,7 +167,7 @@ def test_sdr_of_a_metric_that_sublayer_drop_measures_comes_with_the_measurement(
     module, data = images()
     module.__class__ = Graded
     seconds = iter(range(10**6))
-    monkeypatch.setattr("layershed.performance.forward.clock_of", lambda _device: Uneven(seconds))
+    monkeypatch.setattr("layershed.performance.forward.clock_for", lambda _device: Uneven(seconds))
     speed = SpeedMonitor(runs=7, quality="val_score", quality_mode="max")
     trainer = make_trainer(SublayerDrop(3, count=2, quality="val_score"), speed, max_steps=4)
     trainer.fit(module, data, data)

@@ -25,7 +25,7 @@ import layershed as ls
 from layershed.callbacks import ExactResume, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.files.atomic import write_text
 from layershed.integration.checkpoint_io import AtomicCheckpointIO
-from layershed.integration.lightning_private import tells_resumed_loops
+from layershed.integration.lightning_private import supports_exact_resume
 from layershed.integration.metrics_csv import _keep, keep_rows
 from layershed.integration.rng import of_every_rank, own_generators, random_states, set_random_states
 from tests.support.killed import EPOCH, Hooks, Kill, Killed, plain, rows_of, stateful
@@ -43,9 +43,10 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.thinned import crossed, one_of
+from tests.support.versions import EXACT_RESUME_REFUSES
 
 pytestmark = [
-    pytest.mark.skipif(not tells_resumed_loops(), reason="ExactResume refuses a Lightning before 2.5.3"),
+    pytest.mark.skipif(not supports_exact_resume(), reason=EXACT_RESUME_REFUSES),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
     pytest.mark.usefixtures("unpainted"),
 ]

@@ -1,5 +1,7 @@
 """SublayerDrop with a given plan: dropped at its step, checked before training, the same in a resumed run."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import layershed as ls
 from layershed.callbacks import ExactResume, SublayerDrop
 from layershed.errors import LayershedError, PlanError, SelectionError
 from layershed.importance.tracker import ImportanceTracker
+from layershed.performance.stopwatch import SpeedSettings
 from tests.support.models import build_model
 from tests.support.runs import (
     Foreign,
@@ -143,3 +146,31 @@ def test_plan_beside_another_amount_is_refused(given, other):
 def test_plan_in_several_rounds_is_refused(given):
     with pytest.raises(SelectionError, match=r"a plan is dropped at once\. Leave rounds out"):
         SublayerDrop(2, plan=given, every_n_steps=2, rounds=2)
+
+
+UNUSED = {
+    "objective": "speed",
+    "phase": "prefill",
+    "speed": SpeedSettings(runs=11),
+    "calibrate_on": "val",
+    "calibration_batches": 3,
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_option_that_has_no_effect_beside_a_plan_is_refused_unless_it_is_the_default(given, name):
+    with pytest.raises(SelectionError, match=rf"{name}=.*, plan=.*Leave {name} out"):
+        SublayerDrop(2, plan=given, **{name: UNUSED[name]})
+    default = inspect.signature(SublayerDrop).parameters[name].default
+    SublayerDrop(2, plan=given, **{name: default})
+
+
+def test_scope_and_metric_beside_a_plan_are_refused_where_they_contradict_it(make_trainer, tmp_path, given):
+    refused(make_trainer, "scope 'joint' and drops attention, mlp. Leave scope out", plan=given, scope="mlp")
+    refused(make_trainer, "was made with metric 'cosine'.*Leave metric out", plan=given, metric="angular")
+    mlp = tmp_path / "mlp.json"
+    plan_of(build_model(), (2, "mlp"), (1, "mlp")).save(mlp)
+    refused(make_trainer, "drops mlp. Leave scope out", plan=mlp, scope="block")
+    drop = SublayerDrop(2, plan=mlp, scope="mlp", metric="cosine")
+    fit_foreign(make_trainer(drop, max_steps=4))
+    assert len(drop.plan) == 2

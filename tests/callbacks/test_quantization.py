@@ -38,7 +38,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed, one_of
+from tests.support.thinned import crossed, one_of, some_of
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))
@@ -78,7 +78,7 @@ def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, m
     assert quantization_of(module).mode == mode
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_quantization_at_the_end_rounds_the_merged_weights(make_trainer, mode):
     found = fit_foreign(
         make_trainer(dropping(), adapters(finish="merge"), Quantization(mode, start="end"), max_steps=8)
@@ -202,7 +202,7 @@ class Around(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_validation_after_quantization_does_not_change_training(make_trainer, mode):
     """Sides that are multiples of 64: those bitsandbytes would repack in eval mode."""
     around = Around()

@@ -44,7 +44,8 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed
+from tests.support.thinned import crossed, one_of
+from tests.support.versions import older
 
 
 def bypassed(_trainer, pl_module):
@@ -428,6 +429,8 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
         trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
         return outcome(trainer, module, drop)
 
+    if 8 in cuts and older("lightning", "2.5.3"):
+        pytest.skip("lightning < 2.5.3: without ExactResume, a run resumed at the end of an epoch is not exact")
     whole = run("whole")
     steps = [6, 10][: arguments.get("rounds", 1)]
     assert [entry.step for entry in whole[1].drops] == sorted(steps * arguments["count"])
@@ -450,7 +453,7 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize(("start", "cuts"), [(15, (1, 2)), (12, (2,)), (8, (2,))])
+@pytest.mark.parametrize(("start", "cuts"), one_of([(12, (1, 2)), (15, (2,)), (8, (2,))]))
 def test_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):
     """Epochs of six steps; before the window of calibration, in it, at the drop, after it."""
 

@@ -32,6 +32,15 @@ def test_ddp_own_quality_is_the_mean_over_the_rows_of_both_ranks(ddp_folder, fou
     assert found[0]["quality"]["end"]["val_acc"] == pytest.approx(accuracy.item(), abs=1e-6)
 
 
+def test_ddp_sum_minimum_and_maximum_are_those_of_the_batches_of_both_ranks(found):
+    items = sequences(VALIDATION, 100)
+    shares = [[0, 2, 4], [1, 3, 0]]  # in batches of two rows
+    batches = [[items[row]["input_ids"] for row in part] for rows in shares for part in (rows[:2], rows[2:])]
+    means = [torch.stack(batch).float().mean().item() for batch in batches]
+    expected = {"sum": sum(means), "min": min(means), "max": max(means)}
+    assert found[0]["reduced"] == found[1]["reduced"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_ddp_validation_that_fails_on_one_rank_ends_no_run_and_gives_no_quality(found):
     assert found[0]["failing"] == found[1]["failing"] == (4, {}, 2)
 

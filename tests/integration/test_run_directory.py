@@ -5,6 +5,7 @@ import logging
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
 
 from layershed.callbacks import RedundancyMonitor, SublayerDrop
 from layershed.integration.run import run_directory
@@ -53,3 +54,41 @@ def test_run_with_a_logger_writes_into_its_directory(monkeypatch, tmp_path):
     trainer = trainer_in(monkeypatch, tmp_path, SublayerDrop(2, count=1), logger=logger)
     fit_foreign(trainer)
     assert (tmp_path / "drop_plan.json").is_file()
+
+
+class Named(Logger):
+    """As WandbLogger: it keeps its files in the current directory, and knows its version only once it is used."""
+
+    save_dir = "."
+    name = "project"
+
+    def __init__(self, version):
+        super().__init__()
+        self._known = version
+
+    @property
+    def version(self):
+        return self._known
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(("version", "folder"), [("a1b2", "a1b2"), (3, "version_3"), (None, None)])
+def test_logger_in_the_current_directory_gets_a_folder_for_each_run(monkeypatch, tmp_path, caplog, version, folder):
+    logger = Named(version)
+    trainer = trainer_in(monkeypatch, tmp_path, RedundancyMonitor(1), SublayerDrop(2, count=1), logger=logger)
+    with caplog.at_level(logging.INFO):
+        fit_foreign(trainer)
+    place = run_directory(trainer)
+    assert {path.name for path in place.iterdir()} == {"importance.csv", "drop_plan.json"}
+    assert place == (tmp_path / "project" / folder if folder else place)
+    assert [path.name for path in tmp_path.iterdir()] == (["project"] if folder else [])
+    said = [record.message for record in caplog.records if "logger's directory is the current one" in record.message]
+    assert len(said) == 1
+    assert str(place) in said[0]
+    logger._known = "later"
+    assert run_directory(trainer) == place

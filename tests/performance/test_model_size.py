@@ -9,7 +9,8 @@ from layershed.quantization import quantize
 from layershed.recovery.lora import inject_lora
 from layershed.saving.pretrained import save_pretrained
 from layershed.surgery import bypass, remove
-from tests.support.models import MODEL_TYPES, build_model
+from tests.support.model_types import MODEL_TYPES
+from tests.support.models import build_model
 from tests.support.thinned import one_of
 
 

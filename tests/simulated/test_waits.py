@@ -6,9 +6,11 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
+from torchmetrics import MeanMetric
 
 import layershed as ls
 from layershed.callbacks import ExactResume, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
+from layershed.integration.own_validation import own_quality
 from tests.support.models import build_model, some
 from tests.support.runs import Foreign, loader
 from tests.support.simulated.lightning import make_trainer
@@ -88,6 +90,53 @@ def test_numbers_out_of_range_are_refused_and_never_reach_the_device(name):
     for read in readers:
         with pytest.raises(ls.errors.BatchError, match=message):
             read(model, [*batches(1), batch, *batches(1)])
+
+
+class Graded(Foreign):
+    """Logs numbers of every kind in validation, and keeps state."""
+
+    def __init__(self):
+        super().__init__(num_hidden_layers=2)
+        self.val_mean, self.history = MeanMetric(nan_strategy="disable"), {"losses": []}
+        self.register_buffer("seen", torch.zeros(()))
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.val_mean.update(loss)
+        self.seen += 1
+        self.history["losses"].append(loss)
+        self.log_dict({"val_loss": loss, "val_mean": self.val_mean, "val_number": 1.0})  # the host knows that number
+        self.log("val_max", loss, reduce_fx="max")
+        return loss
+
+    def on_validation_epoch_end(self):
+        self.log("val_shown", self.trainer.callback_metrics["val_loss"])
+
+
+class Pass(pl.Callback):
+    """Notes the waits of passes of the module's own validation, and of its forward passes alone."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        given = [{"input_ids": IDS.roll(i, 1).to(SIM)} for i in range(3)]
+        pl_module.eval()
+        with torch.no_grad(), waits() as self.steps:
+            for each in given:
+                pl_module.loss(each)
+        pl_module.train()
+        own_quality(trainer, pl_module, given, 3, "val_mean")
+        with waits() as self.noted:
+            self.quality = own_quality(trainer, pl_module, given, 3, "val_mean")
+
+
+def test_pass_of_the_own_validation_waits_once(tmp_path):
+    """However much it logs, and whatever state must be kept."""
+    found = Pass()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(tmp_path, found, max_steps=1, limit_val_batches=1, val_check_interval=1)
+        trainer.fit(Graded(), loader(2), loader(2))
+    assert found.quality.values["val_mean"] == pytest.approx(found.quality.values["loss"], rel=1e-5)
+    assert found.noted - found.steps == {"read": 1}, PLACES
 
 
 class Steps(pl.Callback):

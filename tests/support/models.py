@@ -26,8 +26,6 @@ SIZES = {
     "eos_token_id": 2,
 }
 
-MODEL_TYPES = ("llama", "mistral", "qwen3", "gpt2")
-
 
 def build_model(model_type: str = "llama", **overrides: object) -> PreTrainedModel:
     """A random model whose branches are large enough to matter, in eval mode; torch's seed is 0 afterwards."""

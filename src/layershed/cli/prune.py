@@ -27,7 +27,7 @@ from layershed.performance.degradation import degradation
 from layershed.performance.latency import measure_latency
 from layershed.performance.speed import measure_speed
 from layershed.performance.stopwatch import SpeedSettings
-from layershed.planning.plan import DropPlan, Scope
+from layershed.planning.plan import PLAN_FILE, DropPlan, Scope
 from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
 from layershed.reporting.html_report import write_report
 from layershed.reporting.record import RunRecord
@@ -85,7 +85,7 @@ def prune(
     with trainer.precision_plugin.forward_context(), console.status("Measuring speed"):
         report = measure_speed(model, **lengths)
     write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    plan.save(folder / "drop_plan.json")
+    plan.save(folder / PLAN_FILE)
     saved = save_pretrained(model, folder / output, plan=plan, tokenizer=data.tokenizer)
     sdr = degradation(quality["before"].values, quality["after"].values, report)
     record = RunRecord(

@@ -12,12 +12,36 @@ from layershed.discovery.uneven import explaining_empty_scope, warn_left_alone
 from layershed.errors import PlanError, SelectionError
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.performance.latency import measure_latency
-from layershed.performance.speedup_target import check_choice, check_reachable, drop_to_speedup
+from layershed.performance.speedup_target import DEFAULT_SETTINGS, check_choice, check_reachable, drop_to_speedup
 from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective, equal_scores, protected_sublayers, rank_sublayers, select_sublayers
 from layershed.surgery import bypassed_sublayers
+
+DEFAULT_SCOPE: Scope = "joint"
+DEFAULT_METRIC = "cosine"
+_UNUSED_BESIDE_A_PLAN = {
+    "objective": "importance",
+    "phase": "decode",
+    "speed": DEFAULT_SETTINGS,
+    "calibrate_on": "running",
+    "calibration_batches": 16,
+}
+
+
+def refuse_beside_plan(plan: str | Path | None, **options: object) -> None:
+    """Refuse options of SublayerDrop that have no effect beside a given plan, unless they are at their defaults.
+
+    Raises:
+        SelectionError: If there is one.
+    """
+    given = [f"{name}={value!r}" for name, value in options.items() if value != _UNUSED_BESIDE_A_PLAN[name]]
+    if plan is not None and given:
+        raise SelectionError(
+            f"{', '.join(given)}, plan={str(plan)!r}: a given plan is dropped as it is, and nothing is measured to "
+            f"choose. Leave {given[0].partition('=')[0]} out, or leave plan out."
+        )
 
 
 @dataclass(frozen=True)
@@ -68,22 +92,38 @@ class DropRule:
             raise SelectionError(
                 f"plan={str(self.plan)!r}, rounds={self.schedule.rounds}: a plan is dropped at once. Leave rounds out."
             )
+        refuse_beside_plan(self.plan, objective=self.objective, phase=self.phase, speed=self.speed)
+
+    def _check_origin(self, what: str, plan: DropPlan, metric: str) -> None:
+        within = plan.scope == self.scope or {sublayer.kind for sublayer in plan} == {self.scope}
+        if self.scope != DEFAULT_SCOPE and not within:
+            kinds = ", ".join(sorted({sublayer.kind for sublayer in plan}))
+            raise SelectionError(
+                f"{what}, scope={self.scope!r}: the plan was made with scope {plan.scope!r} and drops {kinds}. Leave "
+                "scope out, or give another plan."
+            )
+        if metric not in (DEFAULT_METRIC, plan.metric):
+            raise SelectionError(
+                f"{what}, metric={metric!r}: the plan was made with metric {plan.metric!r}, and no importance is "
+                "measured beside a plan. Leave metric out."
+            )
 
     @property
     def measures_speed(self) -> bool:
         """Whether the rule depends on measured time."""
         return self.plan is None and (self.target_speedup is not None or self.objective == "speed")
 
-    def given_plan(self, pl_module: LightningModule, protect: Collection[Sublayer]) -> DropPlan | None:
+    def given_plan(self, pl_module: LightningModule, protect: Collection[Sublayer], metric: str) -> DropPlan | None:
         """Read the given plan and refuse one that does not fit the model; None without a given plan.
 
         Raises:
             PlanError: If the file holds no plan, or one for another model, or nothing of it is left to drop.
-            SelectionError: If it drops a protected sublayer.
+            SelectionError: If it drops a protected sublayer, or was made by another scope or metric than are set.
         """
         if self.plan is None:
             return None
         plan, what = DropPlan.load(self.plan), f"SublayerDrop(plan={str(self.plan)!r})"
+        self._check_origin(what, plan, metric)
         transformer = find_transformer(pl_module, name=self.transformer)
         present = set(find_sublayers(transformer))
         check_plan(what, plan, transformer, model_record(transformer))

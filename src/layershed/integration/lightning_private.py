@@ -22,6 +22,7 @@ from layershed.integration.namespaces import (
     kind,
 )
 
+_extract_batch_size = function("pytorch.utilities.data", "_extract_batch_size")
 _set_sampler_epoch = function("fabric.utilities.data", "_set_sampler_epoch")
 _Stateful = function("fabric.utilities.types", "_Stateful")  # a protocol, by attributes alone
 _FitLoop = function("pytorch.loops.fit_loop", "_FitLoop")
@@ -120,6 +121,14 @@ def on_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def rows_of(batch: Any) -> int:
+    """The batch size by which Lightning weighs what a step logs: the first that it finds in a batch, or 1.
+
+    Its public function warns where tensors differ, and raises where there is none.
+    """
+    return next((int(rows) for rows in _extract_batch_size(batch) if rows is not None), 1)
+
+
 def train_loaders(trainer: Trainer) -> list[Any]:
     """The train loaders as one flat list; empty before they are set up."""
     loader = trainer.fit_loop._combined_loader
@@ -208,7 +217,15 @@ def _epochs(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_progress.current
 
 
-# ---- what is logged at a step ----
+# ---- what is logged ----
+
+
+def shown_metrics(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``callback_metrics`` and ``logged_metrics``: that their dicts are live is undocumented."""
+    callback, logged = trainer.callback_metrics, trainer.logged_metrics
+    assert isinstance(callback, dict)
+    assert isinstance(logged, dict)
+    return callback, logged
 
 
 def logged_step(trainer: Trainer) -> int:
@@ -282,7 +299,7 @@ def _end_iteration(loop: Any) -> None:
         loop._restarting = False
 
 
-def tells_resumed_loops(trainer: Trainer | None = None) -> bool:
+def supports_exact_resume(trainer: Trainer | None = None) -> bool:
     """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
     loop = _FitLoop if trainer is None else type(trainer.fit_loop)  # the two namespaces may be of two versions
     return hasattr(loop, "restarted_mid_epoch") and hasattr(loop, "is_resuming")

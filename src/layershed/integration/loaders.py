@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,6 +20,8 @@ from layershed.integration.rng import own_generators
 def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
     """Batches of the train or val split, from its start, in order; each rank gets its own share.
 
+    No more than ``limit_train_batches`` or ``limit_val_batches`` lets the run see in an epoch.
+
     Raises:
         CalibrationError: If the loader is missing, or the train loader's data cannot be read a second time.
     """
@@ -28,17 +31,27 @@ def calibration_batches(trainer: Trainer, split: str) -> Iterator[Any]:
             raise CalibrationError("calibrate_on='val': the run has no validation data. Use 'running' or 'train'.")
         return batches
     set_up_train_loader(trainer)
-    return _read_again(trainer, trainer.train_dataloader)
+    return _limited(_read_again(trainer, trainer.train_dataloader), trainer.num_training_batches)
 
 
 def validation_batches(trainer: Trainer) -> Iterator[Any] | None:
-    """Batches of the first validation loader, from its start, or None if the run has none."""
+    """Batches of the first validation loader, from its start, or None if the run has none.
+
+    No more than ``limit_val_batches`` lets the run see.
+    """
     if not trainer.enable_validation:
         return None
     set_up_val_loaders(trainer)
     # one loader, or a list or a dict of them
     loaders = CombinedLoader(trainer.val_dataloaders).flattened
-    return _isolated(loaders[0]) if loaders and sized_len(loaders[0]) != 0 else None
+    if not loaders or sized_len(loaders[0]) == 0:
+        return None
+    limits = trainer.num_val_batches
+    return _limited(_isolated(loaders[0]), limits[0] if isinstance(limits, list) else limits)
+
+
+def _limited(batches: Iterator[Any], limit: float) -> Iterator[Any]:
+    return batches if limit == float("inf") else islice(batches, int(limit))
 
 
 def check_text(batches: Iterator[Any] | None, instead: str, main: str = "input_ids") -> None:

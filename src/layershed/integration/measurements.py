@@ -7,8 +7,11 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import Any, Literal, get_args
 
+from torch import nn
+
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer, predicts_next_token
-from layershed.errors import MeasurementError, SelectionError, UnknownNameError
+from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.tracker import estimate_importance
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
 from layershed.integration.metric_names import (
@@ -26,6 +29,7 @@ from layershed.planning.plan import ImportanceScores, count_by_kind
 from layershed.quality import OwnQuality, Quality, RoundQuality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
 
+_QUALITY = "the quality around the drop is"
 CalibrateOn = Literal["running", "train", "val"]
 
 
@@ -36,6 +40,8 @@ def check_calibration(calibrate_on: str, calibration_batches: int, quality_batch
         SelectionError: If a number is too low.
         UnknownNameError: If the source of the batches is unknown.
     """
+    for what, number in (("calibration_batches", calibration_batches), ("quality_batches", quality_batches)):
+        check_number(number, what, SelectionError, whole=True)
     if calibration_batches < 1 or quality_batches < 0:
         raise SelectionError(
             f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "
@@ -73,11 +79,10 @@ def validation_quality(
     name: str | None,
     watcher: Watcher,
 ) -> Quality | OwnQuality | None:
-    """The quality on the first validation batches, in the run's precision; None if it cannot be measured.
+    """The quality on the first validation batches, in the run's precision; None, after one warning, if it has none.
 
-    A causal language model that reads the batches by itself has its next-token loss and accuracy measured, or nothing
-    without batches. Any other model, and any named metric, is measured by the module's own validation. An error becomes
-    one warning.
+    A causal language model that reads the batches by itself has its next-token loss and accuracy measured. Any other
+    model, and any named metric, is measured by the module's own validation. An error becomes one warning.
 
     Raises:
         LayershedError: In a run of several processes, if a causal language model cannot be measured on one of them.
@@ -85,28 +90,33 @@ def validation_quality(
     if not max_batches:
         return None
     transformer, batches = find_transformer(pl_module, name=name), validation_batches(trainer)
-    causal = metric is None and predicts_next_token(transformer)
-    if batches is None and causal:
+    if batches is None:
+        watcher.warn_once(
+            _QUALITY,
+            f": {_QUALITY} left out. The run has no validation to measure it. Add validation_step and validation data, "
+            "or set quality_batches=0. Training goes on.",
+        )
         return None
-    first = None if batches is None else next(batches, None)
-    if causal:  # all ranks must measure the same way
-        causal = trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
+    first = next(batches, None)
+    batches = chain([] if first is None else [first], batches)
+    by_itself = metric is None and _reads_by_itself(trainer, transformer, first)
     # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
-    guarded = not causal or trainer.world_size == 1
+    guarded = not by_itself or trainer.world_size == 1
     quality: Quality | OwnQuality | None = None
-    with watcher.leaving_out("the quality around the drop is") if guarded else nullcontext():
-        if batches is None:
-            raise MeasurementError(
-                "The run has no validation to measure it. Add validation_step and validation data, or set "
-                "quality_batches=0"
-            )
-        batches = chain([] if first is None else [first], batches)
-        if not causal:
-            quality = own_quality(trainer, pl_module, batches, max_batches, metric)
-        else:
+    with watcher.leaving_out(_QUALITY) if guarded else nullcontext():
+        if by_itself:
             with trainer.precision_plugin.forward_context():
                 quality = evaluate_quality(pl_module, batches, max_batches=max_batches, name=name)
+        else:
+            quality = own_quality(trainer, pl_module, batches, max_batches, metric)
     return quality
+
+
+def _reads_by_itself(trainer: Trainer, transformer: nn.Module, first: Any) -> bool:
+    """Whether the transformer is a causal language model that reads the batches, on every rank."""
+    if not predicts_next_token(transformer):
+        return False
+    return trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
 
 
 def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from layershed.integration.namespaces import (
     StochasticWeightAveraging,
     Trainer,
     WeightAveraging,
+    rank_zero_warn,
 )
 from layershed.integration.protocols import ActsAtStep, Drops, Placed
 from layershed.surgery import dropped_sublayers
@@ -64,15 +65,32 @@ def check_order(trainer: Trainer) -> None:
             )
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether the run only tries the code out, with ``fast_dev_run``."""
+    return bool(vars(trainer).get("fast_dev_run"))
+
+
+def ends_before(trainer: Trainer, callback: Callback, step: int) -> bool:
+    """Whether ``fast_dev_run`` ends the run before a callback's step; it then does nothing, after one warning."""
+    limit = trainer.estimated_stepping_batches  # sets the train loader up
+    if not is_trial(trainer) or step < limit:
+        return False
+    rank_zero_warn(
+        f"{_name(callback)}: fast_dev_run ends after {int(limit)} steps, before step {step}, so the callback does "
+        "nothing in this run."
+    )
+    return True
+
+
 def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None:
     """Refuse a start step that this run does not reach, or that a resumed run has passed.
 
     Raises:
         ScheduleError: If the callback would never start.
     """
-    if start is None:
+    if start is None or ends_before(trainer, callback, start):
         return
-    limit = trainer.estimated_stepping_batches  # sets the train loader up
+    limit = trainer.estimated_stepping_batches
     if limit != float("inf") and start >= limit:
         raise ScheduleError(
             f"{_name(callback)}(start={start}): the run ends after {int(limit)} steps, so it would never start. "

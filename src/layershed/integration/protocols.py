@@ -102,8 +102,8 @@ class WritesHistory(Protocol):
 
 
 @runtime_checkable
-class KeepsFrozen(Protocol):
+class Refreezes(Protocol):
     """A callback that keeps parameters frozen."""
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""

@@ -12,16 +12,15 @@ import torch
 from torch import nn
 
 from layershed.discovery.model_record import kept_model_record
-from layershed.files.atomic import write_text as write_text
+from layershed.files.atomic import write_text
 from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer, rank_zero_info
-from layershed.planning.plan import Drop, DropPlan, Sublayer
-from layershed.saving.lora_folder import PLAN_FILE
+from layershed.planning.plan import PLAN_FILE, Drop, DropPlan, Sublayer
 from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 
 Sums = dict[str, list[float]]
 _AVERAGED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-_TEMPORARY: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+_ELSEWHERE: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 IMPORTANCE_FILE = "importance.csv"
 SPEED_FILE = "speed.json"
@@ -31,25 +30,35 @@ REPORT_FILE = "report.html"
 def run_directory(trainer: Trainer) -> Path:
     """The run directory, the same on every rank: the first logger's, or ``default_root_dir``.
 
-    Lightning's own default of ``default_root_dir`` is the current directory. Nothing is written there: without a logger
-    the files go into a temporary directory, which is said once.
+    Nothing is written into the current directory unless a logger has its own files of each run there. It is Lightning's
+    default of ``default_root_dir``, and WandbLogger's of ``save_dir``. Then the files go into ``name/version`` of the
+    logger, where Lightning puts checkpoints, or into a temporary directory; that is said once.
     """
-    directory = trainer.log_dir  # a collective
-    if directory is None or not trainer.loggers:
-        folder = Path(directory or trainer.default_root_dir)
-        return _temporary(trainer) if folder.resolve() == Path.cwd().resolve() else _made(trainer, folder)
-    return _made(trainer, Path(directory))
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
+    own = trainer.loggers and getattr(trainer.loggers[0], "log_dir", None) is not None
+    if not own and folder.resolve() == Path.cwd().resolve():
+        folder = _elsewhere(trainer)
+    return _made(trainer, folder)
 
 
-def _temporary(trainer: Trainer) -> Path:
-    if trainer not in _TEMPORARY:
-        made = tempfile.mkdtemp(prefix="layershed-") if trainer.is_global_zero else ""
-        _TEMPORARY[trainer] = Path(trainer.strategy.broadcast(made))
+def _elsewhere(trainer: Trainer) -> Path:
+    """A directory of this run's own instead of the current one; chosen once, as a version may be known only later."""
+    if trainer not in _ELSEWHERE:
+        chosen, why = "", ""
+        if trainer.is_global_zero:
+            logger = next(iter(trainer.loggers), None)
+            name, version = (None, None) if logger is None else (logger.name, logger.version)
+            if name and version is not None:
+                chosen = str(Path(name) / (version if isinstance(version, str) else f"version_{version}"))
+            else:
+                chosen = tempfile.mkdtemp(prefix="layershed-")
+            why = "there is no logger" if logger is None else "the logger's directory is the current one"
+        _ELSEWHERE[trainer] = Path(trainer.strategy.broadcast(chosen)).resolve()
         rank_zero_info(
-            f"layershed: there is no logger, so files of this run are in {_TEMPORARY[trainer]}. To keep them "
-            "elsewhere, set the Trainer's default_root_dir, or add a logger."
+            f"layershed: {why}, so files of this run are in {_ELSEWHERE[trainer]}. To keep them elsewhere, set the "
+            "Trainer's default_root_dir, or the save_dir of a logger."
         )
-    return _TEMPORARY[trainer]
+    return _ELSEWHERE[trainer]
 
 
 def _made(trainer: Trainer, folder: Path) -> Path:

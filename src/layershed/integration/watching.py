@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from layershed.errors import LayershedError, RevivedSublayerError
 from layershed.integration.namespaces import rank_zero_warn
+from layershed.integration.warning_place import levels_outside
 
 
 class Watcher:
@@ -48,7 +49,8 @@ class Watcher:
                 self._said.add(what)
                 kind = "" if isinstance(error, LayershedError) else f"{type(error).__name__}: "
                 text = f"{kind}{error}".strip().rstrip(".")
-                warnings.warn(f"{self._name}: {what} left out. {text}. Training goes on.", stacklevel=3)
+                said = f"{self._name}: {what} left out. {text}. Training goes on."
+                warnings.warn(said, stacklevel=levels_outside())
 
     def warn_once(self, what: str, text: str) -> None:
         """Warn on the first rank, once for each ``what``."""

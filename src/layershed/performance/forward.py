@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.batches import device_of
-from layershed.devices import WallClock, clock_of
+from layershed.devices import WallClock, clock_for
 from layershed.discovery.find import find_transformer
 from layershed.discovery.probe import eager, example_inputs
 from layershed.errors import MeasurementError
@@ -75,7 +75,7 @@ def measure_forward(
     given = forward_inputs(transformer, tokens, batch_size) if inputs is None else dict(inputs)
     given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
     unit, counted = counted_in(given)
-    watch = clock_of(device) if clock is None else WallClock(device, clock)
+    watch = clock_for(device) if clock is None else WallClock(device, clock)
     passes = _passes(transformer, given)
 
     def seconds(work: Callable[[], Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Integral
 from typing import Literal, get_args
 
 from layershed.errors import SelectionError
@@ -203,9 +204,9 @@ def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublaye
         if isinstance(item, Sublayer):
             kept.add(item)
             continue
-        if not isinstance(item, int):
+        if isinstance(item, bool) or not isinstance(item, Integral):
             raise SelectionError(f"protect: {item!r} is neither a block's index nor a Sublayer.")
-        block = item if item >= 0 else last + 1 + item
+        block = int(item) if item >= 0 else last + 1 + item
         if not 0 <= block <= last:
             raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
         kept.update(sublayer for sublayer in present if sublayer.block == block)

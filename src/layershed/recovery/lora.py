@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from layershed.arguments import check_number
 from layershed.discovery.find import check_module, find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError
-from layershed.recovery.lora_options import check_lora, lora_arguments, settings_of
+from layershed.recovery.fused_layers import allow_fusing, keep_from_fusing
+from layershed.recovery.lora_options import as_targets, check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, refuse_computed, targets_of
 from layershed.stand_ins.install import take_over_hooks
 from layershed.stand_ins.record import exchange, overridden
@@ -70,6 +71,7 @@ def inject_lora(
             with other settings.
     """
     check_number(seed, "LoRA: seed", RecoveryError, whole=True)
+    target_modules = as_targets(target_modules)
     check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
     transformer = find_transformer(model, name=name)
     targets = targets_of(transformer, target_modules, placement)
@@ -77,7 +79,7 @@ def inject_lora(
     if not targets - present.keys() and not present:
         raise RecoveryError(no_target(transformer, target_modules, placement))
     settings = lora_arguments(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora)
-    return inject_at(transformer, targets | present.keys(), settings, seed=seed)
+    return inject_at(transformer, targets | present.keys(), settings, seed=int(seed))
 
 
 def check_targets(
@@ -139,6 +141,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         wrapper = transformer.get_submodule(path)
         wrapper.train(wrapper.base_layer.training)
         take_over_hooks(wrapper.base_layer, wrapper)
+    keep_from_fusing(transformer, {transformer.get_submodule(path) for path in wanted})
     for module, override in overridden(transformer):
         # peft has made all adapters trainable; a sublayer restored later is frozen but for its adapters
         dropped = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -249,6 +252,7 @@ def _switch(layers: Iterable[Any], enabled: bool) -> None:
 
 def _unwrap(transformer: nn.Module, layers: dict[str, Any]) -> None:
     for path, layer in layers.items():
+        allow_fusing(layer)
         exchange(transformer, path, layer.base_layer)
     del transformer.peft_config
     trainable = transformer.__dict__.pop(_TRAINABLE, set())

@@ -3,17 +3,31 @@
 import os
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 import layershed as ls
 from layershed.callbacks import SublayerDrop
+from layershed.integration.own_validation import own_quality
 from layershed.integration.run import run_directory
 from tests.support.ranks.trainer import trainer_on_ranks
 from tests.support.runs import BATCH, Foreign, sequences
 
 VALIDATION = 5  # rows; each rank gets three, the first one twice
+
+REDUCTIONS = ("sum", "min", "max")
+
+
+class AskEach(pl.Callback):
+    """Asks for each of the metrics that are not means."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.found = {}
+        for how in REDUCTIONS:
+            quality = own_quality(trainer, pl_module, iter(trainer.val_dataloaders), 9, f"val_{how}")
+            self.found[how] = quality.values[f"val_{how}"]
 
 
 class Graded(Foreign):
@@ -29,6 +43,8 @@ class Graded(Foreign):
         logits = self.net(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
         self.val_acc.update(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
         self.log("val_acc", self.val_acc)
+        for how in REDUCTIONS:
+            self.log(f"val_{how}", batch["input_ids"].float().mean(), reduce_fx=how)
         self.log("val_alone", 1.0, rank_zero_only=True) if self.trainer.is_global_zero else None
         return self.loss(batch)
 
@@ -56,6 +72,9 @@ def run(folder):
     drop = SublayerDrop(2, count=2, quality="val_acc")
     trainer = fit(folder / "failing", drop, Graded(fails=1))
     found["failing"] = trainer.global_step, drop.quality, len(drop.plan)
+    ask = AskEach()
+    fit(folder / "reduced", ask, Graded(), max_steps=1, num_sanity_val_steps=1)
+    found["reduced"] = ask.found
     drop = SublayerDrop(2, plan=folder / "own" / "drop_plan.json", quality_batches=0)
     module = Graded()
     fit(folder / "given", drop, module)
