@@ -216,7 +216,7 @@ def test_report_names_a_gguf_model_after_its_file(make_trainer, unpainted, tmp_p
 
 
 class Graded(Foreign):
-    """Logs a score in validation, which falls by a hundredth a step, beside the loss and a metric of training."""
+    """Logs two scores in validation, which fall by a hundredth a step, beside the loss and a metric of training."""
 
     def training_step(self, batch, batch_idx):
         self.log("train_score", 1.0)
@@ -224,7 +224,8 @@ class Graded(Foreign):
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
-        self.log("val_score", 1 - 0.01 * self.global_step, batch_size=len(batch["input_ids"]))
+        for name, top in (("val_score", 1), ("val_other", 2)):
+            self.log(name, top - 0.01 * self.global_step, batch_size=len(batch["input_ids"]))
 
 
 @pytest.mark.parametrize("order", one_of([1, -1]))
@@ -248,8 +249,8 @@ def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_tra
         assert shown == str(sdr)
     assert "val_score before the drop" not in table
     assert table["val_score before the first round"] == "0.9700"
-    assert table["val_score in validation"] == "0.9800 before the drop, 0.9200 at the end"
-    assert not any("train_score" in label for label in table)
+    assert table["val_other in validation"] == "1.9800 before the drop, 1.9200 at the end"
+    assert not any("train_score" in label or "val_score in" in label for label in table)
     if order == 1:  # else the callbacks end in the other order
         end = trainer.callback_metrics["speed/sdr_end"].item()
         assert speed.degradations["end"].ratio == pytest.approx(end, nan_ok=True)

@@ -30,7 +30,10 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         [('Sublayers dropped', 'nothing was dropped')]
     """
     rows = list(_quality_around(record))
-    rows += [(f"{printable(name)} in validation", _validated(*values)) for name, values in record.metrics.items()]
+    around = {name for quality in record.quality.values() for name in quality.values}
+    around |= {"val_loss", "val/loss"} if "loss" in around else set()
+    metrics = {name: values for name, values in record.metrics.items() if name not in around}
+    rows += [(f"{printable(name)} in validation", _validated(*values)) for name, values in metrics.items()]
     if record.plan:
         rows.append(("Sublayers dropped", counts_of(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
