@@ -98,7 +98,7 @@ def check_schedule(trainer: Trainer, callback: Callback, schedule: DropSchedule)
 
 
 def warn_of_missed(trainer: Trainer, callback: Callback, steps: Iterable[int]) -> None:
-    """Warn of a drop that a run never reached because it was stopped early; its schedule was checked before training."""
+    """Warn of a drop that a run, stopped early, never reached; its schedule was checked before training."""
     missed = [step for step in steps if step > trainer.global_step]
     if missed and not is_trial(trainer):
         rank_zero_warn(
