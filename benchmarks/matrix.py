@@ -114,8 +114,9 @@ Tests skip what an old version cannot do. These limits are known:
 - transformers 4.57: a model without weights (meta device) whose masks read numbers (GPT-2, OPT, BERT) cannot be proven.
 - transformers 4.57: a static cache stores no values of another size than the keys (multi-head latent attention).
 - transformers 4.57: `load_pretrained` allocates each dropped weight for a moment, without filling it.
-- pytorch_lightning: `lightning` is required and brings it. The callbacks work under both names:
-  tests/integration/test_namespaces.py. In the corner pytorch_lightning, `lightning` cannot be imported at all.
+- pytorch_lightning: `lightning` is required and brings it. The callbacks work under both names, in any order of imports
+  (tests/integration/test_both_names.py): they import both, which takes 0.15 s. In the corner pytorch_lightning,
+  `lightning` cannot be imported at all.
 
 """
 
@@ -233,8 +234,27 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(one[name] for name in names) + " |" for one in rows)]) + "\n"
 
 
+def keep(part: str, name: str, found: dict[str, str]) -> None:
+    """Add a row to the results, in which a stopped or a second run keeps its own, and write the page.
+
+    Args:
+        part: ``corners`` or ``beside``.
+        name: The corner, or the package.
+        found: The row.
+    """
+    kept = PLACE / "results.json"
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"corners": {}, "beside": {}}
+    results[part][name] = found
+    kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    corners = [results["corners"][name] for name in CORNERS if name in results["corners"]]
+    failures = [f"- {one['corner']}: {test}" for one in corners for test in one.pop("failed").split("; ") if test]
+    sections = [HEADER.rstrip(), table(corners).rstrip(), "\n".join(failures), "## Beside other packages"]
+    sections.append(table([results["beside"][name] for name in NEIGHBOURS if name in results["beside"]]).rstrip())
+    PAGE.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+
+
 def main() -> int:
-    """Run the corners, resolve the neighbours, and write the page."""
+    """Run the corners and resolve the neighbours; each of them is written to the page at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corner", choices=CORNERS, action="append")
     parser.add_argument("--neighbours", action="store_true", help="only resolve beside other packages")
@@ -243,26 +263,17 @@ def main() -> int:
     PLACE.mkdir(parents=True, exist_ok=True)
     if given.quick:
         return quick()
-    corners: dict[str, dict[str, str]] = {}
-    beside: dict[str, dict[str, str]] = {}
+    failed = False
     for name in [] if given.neighbours else given.corner or CORNERS:
-        corners[name] = row(name, make(name))
-        print(name, corners[name]["tests"], flush=True)
+        found = row(name, make(name))
+        keep("corners", name, found)
+        failed |= bool(found["failed"])
+        print(name, found["tests"], flush=True)
     for package in NEIGHBOURS if given.neighbours or not given.corner else ():
-        beside[package] = neighbour(package)
-        print(*beside[package].values(), sep=" | ", flush=True)
-    kept = PLACE / "results.json"  # read late: other corners may have run beside this one
-    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"corners": {}, "beside": {}}
-    corners = results["corners"] = {**results["corners"], **corners}
-    beside = results["beside"] = {**results["beside"], **beside}
-    kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    rows = [{**one, "failed": one["failed"] or "none"} for one in corners.values()]
-    failures = [
-        f"- {one['corner']}: {name}" for one in rows for name in one.pop("failed").split("; ") if name != "none"
-    ]
-    page = HEADER + table(rows) + "\n" + "\n".join(failures) + "\n\n## Beside other packages\n\n"
-    PAGE.write_text(page + table(list(beside.values())), encoding="utf-8")
-    return 1 if failures else 0
+        beside = neighbour(package)
+        keep("beside", package, beside)
+        print(*beside.values(), sep=" | ", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Literal
 
-from layershed.arguments import as_names
+from layershed.arguments import as_names, plain_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
@@ -73,7 +72,8 @@ class Quantization(Callback):
         transformer: str | None = None,
     ) -> None:
         check_mode(mode, compute_dtype)
-        if start not in (None, "end") and (isinstance(start, bool) or not isinstance(start, Integral) or start < 0):
+        start = plain_number(start)
+        if start not in (None, "end") and (isinstance(start, bool) or not isinstance(start, int) or start < 0):
             raise ScheduleError(f"Quantization(start={start!r}): start must be an optimizer step, 'end' or None.")
         self.mode, self.start, self.transformer = mode, start, transformer
         self.options: dict[str, Any] = {
@@ -92,7 +92,7 @@ class Quantization(Callback):
     @property
     def first_step(self) -> int | None:
         """The step at which it quantizes; None for the drop or the end."""
-        return int(self.start) if isinstance(self.start, Integral) else None
+        return self.start if isinstance(self.start, int) else None
 
     @property
     def quantizes_before_recovery(self) -> bool:

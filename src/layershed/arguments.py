@@ -35,7 +35,7 @@ def check_number(value: Any, what: str, error: type[LayershedError], *, whole: b
 
 def check_most(value: Any, what: str, error: type[LayershedError]) -> None:
     """Refuse a maximum number of batches that is neither None nor at least 1; arguments as of :func:`as_path`."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):  # type: ignore[operator]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise error(f"{what}={value!r}: it must be at least 1, or None for all batches.")
 
 

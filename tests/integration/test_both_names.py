@@ -38,7 +38,7 @@ trainer:
     - class_path: layershed.callbacks.RedundancyMonitor
       init_args: {every_n_steps: 2}
     - class_path: layershed.callbacks.SublayerDrop
-      init_args: {start: 3, scope: attention, count: 1}
+      init_args: {start: 3, scope: attention, count: 1, quality_batches: 0}
     - class_path: layershed.callbacks.ExactResume
 """
 QUIET = {
@@ -106,7 +106,7 @@ def test_trainers_of_both_namespaces_by_turns_change_no_class_and_each_module_fo
         trainers = []
         for name, module in zip(NAMES, modules, strict=True):
             pl = importlib.import_module(name)
-            drop = SublayerDrop(1, scope="attention", count=1) if steps == 2 else ExactResume()
+            drop = SublayerDrop(1, scope="attention", count=1, quality_batches=0) if steps == 2 else ExactResume()
             trainers.append(pl.Trainer(callbacks=drop, max_steps=steps, **QUIET))
             trainers[-1].fit(module, datamodule=Rows())
             assert trainers[-1].global_step == steps

@@ -52,8 +52,9 @@ class TrainsWatch:
 class TrainedParameters:
     """Follows one fit. It replaces methods of the strategy; :meth:`release` restores them.
 
-    DistributedDataParallel averages the gradients of what was trainable when it was built. It is built anew when more
-    becomes trainable, or the ranks would part in silence.
+    DistributedDataParallel waits for the gradients of what was trainable when it was built, and averages them. It is
+    built anew when something else is trainable: with more, the ranks would part in silence, and with less, it would
+    wait forever or raise an error.
 
     FSDP2 leaves gathered weights in the places of frozen parameters. They are taken out before a hook could unfreeze
     them, or add them to an optimizer, instead of the parameters. ShardedCheckpoints restores what was unfrozen.
@@ -100,7 +101,7 @@ class TrainedParameters:
                 callback.refreeze()
         if isinstance(self.trainer.strategy, DDPStrategy) and not self._watch.unchanged(self.trainer):
             known = averaged(self.trainer)  # a drop may have built it anew since the last step
-            if trainable_ids(self.pl_module) - (self._averaged if known is None else known):
+            if trainable_ids(self.pl_module) != (self._averaged if known is None else known):
                 rewrap(self.trainer, self.pl_module)
             self._watch.note(self.trainer, self.pl_module)
         return self._own[_STEP](*args, **kwargs)

@@ -53,7 +53,8 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
 
 def _sources() -> str:
     """The text of the three files, and of the error that they raise, as one that imports nothing of layershed."""
-    first, *others = map(inspect.getsource, (spellings, LayershedError, StandInError, stand_in, watching))
+    sources: tuple[Any, ...] = (spellings, LayershedError, StandInError, stand_in, watching)
+    first, *others = (inspect.getsource(source) for source in sources)
     lines = [line for text in others for line in f"\n\n{text}".splitlines(keepends=True)]
     return first + "".join(line for line in lines if not line.startswith(("from __future__", "from layershed")))
 
