@@ -65,6 +65,16 @@ def check_order(trainer: Trainer) -> None:
             )
 
 
+def warn_of_missed_drop(trainer: Trainer, steps: list[int]) -> None:
+    """Warn if the run ended before a drop, as it was stopped early: the schedule was checked before training."""
+    missed = [step for step in steps if step > trainer.global_step]
+    if missed and not is_trial(trainer):
+        rank_zero_warn(
+            f"SublayerDrop: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} "
+            "never happened."
+        )
+
+
 def is_trial(trainer: Trainer) -> bool:
     """Whether the run only tries the code out, with ``fast_dev_run``."""
     return bool(vars(trainer).get("fast_dev_run"))
