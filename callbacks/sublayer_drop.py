@@ -22,15 +22,14 @@ from layershed.integration.measurements import (
     check_calibration,
     drop_metrics,
     importance_in_a_pass,
-    quality_from,
+    qualities_from,
+    qualities_state,
     quality_metrics,
-    quality_state,
-    rounds_from,
-    rounds_state,
+    running_importance,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
-from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.preflight import (
     check_averaging,
     check_monitors,
@@ -147,12 +146,10 @@ class SublayerDrop(Callback):
         )
         check_calibration(calibrate_on, calibration_batches, quality_batches, plan)
         get_metric(metric)
-        self.metric = metric
-        self.protect = as_protected(protect)
+        self.metric, self.protect = metric, as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
-        self.calibrate_on = calibrate_on
+        self.calibrate_on, self.transformer = calibrate_on, transformer
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
-        self.transformer = transformer
         self.plan: DropPlan | None = None
         self._given: DropPlan | None = None  # read from the file of ``plan``
         self.quality_metric = quality
@@ -280,8 +277,7 @@ class SublayerDrop(Callback):
         self.refreeze()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "quality": quality_state(self.quality),
-            "rounds": rounds_state(self.rounds),
+            **qualities_state(self.quality, self.rounds),
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -290,8 +286,7 @@ class SublayerDrop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
-        self.quality = quality_from(state_dict["quality"])
-        self.rounds = rounds_from(state_dict.get("rounds", []))  # checkpoints of earlier versions have none
+        self.quality, self.rounds = qualities_from(state_dict)
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
@@ -317,11 +312,7 @@ class SublayerDrop(Callback):
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
-            scores = self._tracker.compute()
-            for left_out in filter(None, (self._tracker.skipped, self._tracker.left_out)):
-                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
-            self._tracker.reset()
-            return scores
+            return running_importance(trainer, self._tracker)
         return importance_in_a_pass(
             trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
         )
