@@ -14,13 +14,7 @@ from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import kept_model_record
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
-from layershed.integration.drop_rule import (
-    DEFAULT_METRIC,
-    DEFAULT_SCOPE,
-    DropRule,
-    refuse_beside_plan,
-    resolve_protected,
-)
+from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import (
     CalibrateOn,
@@ -28,22 +22,21 @@ from layershed.integration.measurements import (
     check_calibration,
     drop_metrics,
     importance_in_a_pass,
-    quality_from,
+    qualities_from,
+    qualities_state,
     quality_metrics,
-    quality_state,
-    rounds_from,
-    rounds_state,
+    running_importance,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
-from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.preflight import (
     check_averaging,
     check_monitors,
     check_optimizers,
     check_order,
-    ends_before,
-    is_trial,
+    check_schedule,
+    warn_of_missed,
 )
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
@@ -129,12 +122,12 @@ class SublayerDrop(Callback):
     def __init__(
         self,
         start: int,
-        scope: Scope = DEFAULT_SCOPE,
+        scope: Scope = "joint",
         count: int | None = None,
         ratio: float | None = None,
         every_n_steps: int | None = None,
         rounds: int = 1,
-        metric: str = DEFAULT_METRIC,
+        metric: str = "cosine",
         protect: Sequence[int] = (),
         calibrate_on: CalibrateOn = "running",
         calibration_batches: int = 16,
@@ -151,15 +144,12 @@ class SublayerDrop(Callback):
         self.rule = DropRule(
             self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer, plan
         )
-        check_calibration(calibrate_on, calibration_batches, quality_batches)
-        refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
+        check_calibration(calibrate_on, calibration_batches, quality_batches, plan)
         get_metric(metric)
-        self.metric = metric
-        self.protect = as_protected(protect)
+        self.metric, self.protect = metric, as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
-        self.calibrate_on = calibrate_on
+        self.calibrate_on, self.transformer = calibrate_on, transformer
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
-        self.transformer = transformer
         self.plan: DropPlan | None = None
         self._given: DropPlan | None = None  # read from the file of ``plan``
         self.quality_metric = quality
@@ -220,9 +210,7 @@ class SublayerDrop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
-        limit = trainer.estimated_stepping_batches
-        tried_out = ends_before(trainer, self, self.schedule.steps[-1])
-        self.schedule.check_against(-1 if tried_out or limit == float("inf") else int(limit))
+        tried_out = check_schedule(trainer, self, self.schedule)
         check_batches(trainer, pl_module, self.calibrate_on if self._given is None else "running", self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
@@ -269,12 +257,7 @@ class SublayerDrop(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the quality at the end; warn if the run ended before a drop."""
-        missed = [step for step in self.schedule.steps if step > trainer.global_step and self.should_drop(step)]
-        if missed and not is_trial(trainer):  # stopped early: the schedule was checked before training
-            rank_zero_warn(
-                f"SublayerDrop: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} "
-                "never happened."
-            )
+        warn_of_missed(trainer, self, filter(self.should_drop, self.schedule.steps))
         if self.plan is not None:
             self._note(trainer, "end", self._quality_now(trainer, pl_module))
 
@@ -294,8 +277,7 @@ class SublayerDrop(Callback):
         self.refreeze()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "quality": quality_state(self.quality),
-            "rounds": rounds_state(self.rounds),
+            **qualities_state(self.quality, self.rounds),
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -304,8 +286,7 @@ class SublayerDrop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
-        self.quality = quality_from(state_dict["quality"])
-        self.rounds = rounds_from(state_dict.get("rounds", []))  # checkpoints of earlier versions have none
+        self.quality, self.rounds = qualities_from(state_dict)
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
@@ -331,11 +312,7 @@ class SublayerDrop(Callback):
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
-            scores = self._tracker.compute()
-            for left_out in filter(None, (self._tracker.skipped, self._tracker.left_out)):
-                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
-            self._tracker.reset()
-            return scores
+            return running_importance(trainer, self._tracker)
         return importance_in_a_pass(
             trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
         )

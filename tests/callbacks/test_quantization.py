@@ -19,6 +19,8 @@ from layershed.errors import (
     ScheduleError,
     UnknownNameError,
 )
+from layershed.formatting import short_bytes
+from layershed.integration.gathered import changes_of
 from layershed.quantization import quantization_of
 from layershed.surgery import dropped_sublayers
 from tests.support.lora import maps
@@ -135,7 +137,7 @@ def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, m
     saved = [Save(tmp_path / f"{step}.ckpt", step) for step in (3, 4)]
     own = [dropping(), Quantization(mode), *saved]
     trainer = make_trainer(*own, adapters(start=5), max_steps=6, csv=True)
-    fit_foreign(trainer)
+    module = fit_foreign(trainer)
     sizes = [
         sum(
             value.numel() * value.element_size()
@@ -150,6 +152,11 @@ def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, m
     assert [(int(row["step"]), float(row["quantization/bytes"])) for row in rows] == [(4, sizes[1])]
     assert float(rows[0]["quantization/bytes_before"]) == sizes[0]
     assert trainer.callback_metrics["quantization/bytes"].item() == sizes[1]
+    before, after = map(short_bytes, sizes)
+    assert changes_of(trainer, module, tmp_path) == (
+        ("Quantized weights", f"{mode}, {8 if mode == 'int8' else 4} bits, {before} -> {after}"),
+        ("LoRA", "rank 4, alpha 16, from step 5, left in the model"),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")

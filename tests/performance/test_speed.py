@@ -370,7 +370,7 @@ def test_printed_report_marks_unmeasurable_speedups():
     bench = Bench(bench_model, {"dense": [2.0], "dropped": [1.0]}, {"dense": [1.0, 2.0], "dropped": [2.0, 1.0]})
     lines = str(measured(bench_model, runs=8, clock=bench.clock, new_tokens=1, prompt_tokens=8)).splitlines()
     assert lines[0].startswith("prefill: 4 -> 8 tokens/s, x2.00 [2.00, 2.00], x")
-    assert lines[1].startswith("decode: 0.667 -> 0.667 tokens/s, no measurable speedup, x1.25 [0.50, 2.00], x")
+    assert lines[1].startswith("decode: 0.667 -> 0.833 tokens/s, no measurable speedup, x1.25 [0.50, 2.00], x")
     assert lines[-1].startswith("8 pairs, 1 x 8 + 1 tokens, cpu")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import LayershedError
 from layershed.formatting import short_bytes
-from layershed.integration.metric_names import BYTES_BEFORE, DROP, SPEED
+from layershed.integration.metric_names import BYTES, BYTES_BEFORE, DROP, SPEED
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Exports, MeasuresDegradation, MeasuresRounds, TrainsLoRA
@@ -80,8 +80,9 @@ def changes_of(trainer: Trainer, pl_module: LightningModule, directory: Path) ->
     except LayershedError:
         how = transformer = None
     if how is not None and transformer is not None:
-        now, before = short_bytes(stored_bytes(transformer)), trainer.callback_metrics.get(BYTES_BEFORE)
-        size = now if before is None else f"{short_bytes(before.item())} -> {now}"
+        known = [trainer.callback_metrics.get(name) for name in (BYTES_BEFORE, BYTES)]
+        sizes = [size.item() for size in known if size is not None] or [stored_bytes(transformer)]
+        size = " -> ".join(short_bytes(each) for each in sizes)
         rows.append(("Quantized weights", f"{how.mode}, {BITS[how.mode]} bits, {size}"))
     for other in callbacks_of(trainer):
         if isinstance(other, TrainsLoRA) and other.trains_lora and other.began is not None:

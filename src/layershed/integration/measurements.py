@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import SelectionError, UnknownNameError
-from layershed.importance.tracker import estimate_importance
+from layershed.importance.tracker import ImportanceTracker, estimate_importance
+from layershed.integration.drop_rule import refuse_beside_plan
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
 from layershed.integration.metric_names import (
     DROP,
@@ -22,22 +24,24 @@ from layershed.integration.metric_names import (
     dropped_name,
     quality_name,
 )
-from layershed.integration.namespaces import LightningModule, Trainer
+from layershed.integration.namespaces import LightningModule, Trainer, rank_zero_warn
 from layershed.integration.own_validation import own_quality
 from layershed.integration.watching import Watcher
 from layershed.planning.plan import ImportanceScores, count_by_kind
-from layershed.quality import OwnQuality, Quality, RoundQuality, evaluate_quality, reads_as_text
+from layershed.quality import AnyQuality, OwnQuality, Quality, RoundQuality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
 
 _QUALITY = "the quality around the drop is"
 CalibrateOn = Literal["running", "train", "val"]
 
 
-def check_calibration(calibrate_on: str, calibration_batches: int, quality_batches: int) -> None:
+def check_calibration(
+    calibrate_on: str, calibration_batches: int, quality_batches: int, plan: str | Path | None
+) -> None:
     """Check arguments of SublayerDrop.
 
     Raises:
-        SelectionError: If a number is too low.
+        SelectionError: If a number is too low, or would have no effect beside a given plan.
         UnknownNameError: If the source of the batches is unknown.
     """
     for what, number in (("calibration_batches", calibration_batches), ("quality_batches", quality_batches)):
@@ -49,6 +53,7 @@ def check_calibration(calibrate_on: str, calibration_batches: int, quality_batch
         )
     if calibrate_on not in get_args(CalibrateOn):
         raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
+    refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
 
 
 def check_batches(trainer: Trainer, pl_module: LightningModule, calibrate_on: str, transformer: str | None) -> None:
@@ -60,6 +65,15 @@ def check_batches(trainer: Trainer, pl_module: LightningModule, calibrate_on: st
     if calibrate_on != "running":
         main = getattr(find_transformer(pl_module, name=transformer), "main_input_name", "input_ids")
         check_text(calibration_batches(trainer, calibrate_on), "calibrate_on='running'", main)
+
+
+def running_importance(trainer: Trainer, tracker: ImportanceTracker) -> ImportanceScores:
+    """Importances over the training batches since the tracker was last read, which is reset; a gap gives a warning."""
+    scores = tracker.compute()
+    for left_out in filter(None, (tracker.skipped, tracker.left_out)):
+        rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
+    tracker.reset()
+    return scores
 
 
 def importance_in_a_pass(
@@ -78,7 +92,7 @@ def validation_quality(
     metric: str | None,
     name: str | None,
     watcher: Watcher,
-) -> Quality | OwnQuality | None:
+) -> AnyQuality | None:
     """The quality on the first validation batches, in the run's precision; None, after one warning, if it has none.
 
     A causal language model that reads the batches by itself has its next-token loss and accuracy measured. Any other
@@ -102,7 +116,7 @@ def validation_quality(
     by_itself = metric is None and _reads_by_itself(trainer, transformer, first)
     # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
     guarded = not by_itself or trainer.world_size == 1
-    quality: Quality | OwnQuality | None = None
+    quality: AnyQuality | None = None
     with watcher.leaving_out(_QUALITY) if guarded else nullcontext():
         if by_itself:
             with trainer.precision_plugin.forward_context():
@@ -119,7 +133,7 @@ def _reads_by_itself(trainer: Trainer, transformer: nn.Module, first: Any) -> bo
     return trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
 
 
-def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:
+def quality_state(measured: Mapping[str, AnyQuality]) -> dict[str, Any]:
     """The qualities as primitives, for a checkpoint."""
     return {
         when: [q.loss, q.accuracy, q.tokens] if isinstance(q, Quality) else dict(q.values)
@@ -127,32 +141,36 @@ def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any
     }
 
 
-def quality_from(state: Mapping[str, Any]) -> dict[str, Quality | OwnQuality]:
+def quality_from(state: Mapping[str, Any]) -> dict[str, AnyQuality]:
     """The inverse of :func:`quality_state`."""
     return {when: OwnQuality(q) if isinstance(q, dict) else Quality(*q) for when, q in state.items()}
 
 
-def rounds_state(rounds: Iterable[RoundQuality]) -> list[list[Any]]:
-    """The qualities of all rounds as primitives, for a checkpoint: step, and the qualities by moment."""
-    return [
-        [each.step, quality_state({k: q for k in ("before", "after") if (q := getattr(each, k)) is not None})]
-        for each in rounds
-    ]
+def qualities_state(quality: Mapping[str, AnyQuality], rounds: Iterable[RoundQuality]) -> dict[str, Any]:
+    """What SublayerDrop measured, as primitives: the last qualities, and step and qualities of every round."""
+    return {
+        "quality": quality_state(quality),
+        "rounds": [
+            [each.step, quality_state({k: q for k in ("before", "after") if (q := getattr(each, k)) is not None})]
+            for each in rounds
+        ],
+    }
 
 
-def rounds_from(state: Iterable[Sequence[Any]]) -> list[RoundQuality]:
-    """The inverse of :func:`rounds_state`."""
-    return [RoundQuality(step, **quality_from(qualities)) for step, qualities in state]
+def qualities_from(state: Mapping[str, Any]) -> tuple[dict[str, AnyQuality], list[RoundQuality]]:
+    """The inverse of :func:`qualities_state`; checkpoints of earlier versions have no rounds."""
+    rounds = [RoundQuality(step, **quality_from(qualities)) for step, qualities in state.get("rounds", [])]
+    return quality_from(state["quality"]), rounds
 
 
-def quality_metrics(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, float]:
+def quality_metrics(measured: Mapping[str, AnyQuality]) -> dict[str, float]:
     """The qualities before, after and at the end, by their names."""
     return {
         quality_name(what, when): value for when, quality in measured.items() for what, value in quality.values.items()
     }
 
 
-def logged_quality(trainer: Trainer, when: str) -> Quality | OwnQuality | None:
+def logged_quality(trainer: Trainer, when: str) -> AnyQuality | None:
     """The quality that SublayerDrop logged at a moment, or None."""
     begin, end = DROP, quality_name("", when).removeprefix(DROP)
     values = {
