@@ -247,8 +247,9 @@ def keep(part: str, name: str, found: dict[str, str]) -> None:
     results[part][name] = found
     kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
     corners = [results["corners"][name] for name in CORNERS if name in results["corners"]]
-    failures = [f"- {one['corner']}: {test}" for one in corners for test in one.pop("failed").split("; ") if test]
-    sections = [HEADER.rstrip(), table(corners).rstrip(), "\n".join(failures), "## Beside other packages"]
+    failures = [f"- {one['corner']}: {test}" for one in corners for test in one["failed"].split("; ") if test]
+    shown = [{title: value for title, value in one.items() if title != "failed"} for one in corners]
+    sections = [HEADER.rstrip(), table(shown).rstrip(), "\n".join(failures), "## Beside other packages"]
     sections.append(table([results["beside"][name] for name in NEIGHBOURS if name in results["beside"]]).rstrip())
     PAGE.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 
