@@ -14,13 +14,7 @@ from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import kept_model_record
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
-from layershed.integration.drop_rule import (
-    DEFAULT_METRIC,
-    DEFAULT_SCOPE,
-    DropRule,
-    refuse_beside_plan,
-    resolve_protected,
-)
+from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import (
     CalibrateOn,
@@ -41,8 +35,8 @@ from layershed.integration.preflight import (
     check_monitors,
     check_optimizers,
     check_order,
-    ends_before,
-    warn_of_missed_drop,
+    check_schedule,
+    warn_of_missed,
 )
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
@@ -128,12 +122,12 @@ class SublayerDrop(Callback):
     def __init__(
         self,
         start: int,
-        scope: Scope = DEFAULT_SCOPE,
+        scope: Scope = "joint",
         count: int | None = None,
         ratio: float | None = None,
         every_n_steps: int | None = None,
         rounds: int = 1,
-        metric: str = DEFAULT_METRIC,
+        metric: str = "cosine",
         protect: Sequence[int] = (),
         calibrate_on: CalibrateOn = "running",
         calibration_batches: int = 16,
@@ -150,8 +144,7 @@ class SublayerDrop(Callback):
         self.rule = DropRule(
             self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer, plan
         )
-        check_calibration(calibrate_on, calibration_batches, quality_batches)
-        refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
+        check_calibration(calibrate_on, calibration_batches, quality_batches, plan)
         get_metric(metric)
         self.metric, self.protect = metric, as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
@@ -215,9 +208,7 @@ class SublayerDrop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
-        limit = trainer.estimated_stepping_batches
-        tried_out = ends_before(trainer, self, self.schedule.steps[-1])
-        self.schedule.check_against(-1 if tried_out or limit == float("inf") else int(limit))
+        tried_out = check_schedule(trainer, self, self.schedule)
         check_batches(trainer, pl_module, self.calibrate_on if self._given is None else "running", self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
@@ -264,7 +255,7 @@ class SublayerDrop(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the quality at the end; warn if the run ended before a drop."""
-        warn_of_missed_drop(trainer, [step for step in self.schedule.steps if self.should_drop(step)])
+        warn_of_missed(trainer, self, filter(self.should_drop, self.schedule.steps))
         if self.plan is not None:
             self._note(trainer, "end", self._quality_now(trainer, pl_module))
 

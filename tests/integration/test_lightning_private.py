@@ -23,6 +23,7 @@ from transformers import BatchEncoding
 import layershed.callbacks
 from layershed.integration import lightning_private as private
 from layershed.integration.namespaces import own
+from layershed.integration.own_record import shown_metrics
 from tests.support.killed import EPOCH, plain, stateful
 from tests.support.runs import Foreign, Save, fit_foreign, val_loader
 from tests.support.versions import EXACT_RESUME_REFUSES
@@ -169,7 +170,7 @@ def test_rows_of_equals_the_batch_size_of_lightnings_public_function():
 
 def test_shown_metrics_are_live(make_trainer):
     def ask(trainer):
-        shown = private.shown_metrics(trainer)
+        shown = shown_metrics(trainer)
         for name, metrics in zip(("callback_metrics", "logged_metrics"), shown, strict=True):
             metrics["mark"] = torch.tensor(1.0)
             assert getattr(trainer, name)["mark"] == 1

@@ -122,10 +122,7 @@ def on_device(trainer: Trainer, batch: Any) -> Any:
 
 
 def rows_of(batch: Any) -> int:
-    """The batch size by which Lightning weighs what a step logs: the first that it finds in a batch, or 1.
-
-    Its public function warns where tensors differ, and raises where there is none.
-    """
+    """The batch size by which Lightning weighs what a step logs, or 1; its public function warns or raises, too."""
     return next((int(rows) for rows in _extract_batch_size(batch) if rows is not None), 1)
 
 
@@ -218,14 +215,6 @@ def _epochs(trainer: Trainer) -> Any:
 
 
 # ---- what is logged ----
-
-
-def shown_metrics(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``callback_metrics`` and ``logged_metrics``: that their dicts are live is undocumented."""
-    callback, logged = trainer.callback_metrics, trainer.logged_metrics
-    assert isinstance(callback, dict)
-    assert isinstance(logged, dict)
-    return callback, logged
 
 
 def logged_step(trainer: Trainer) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,6 +14,7 @@ from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.tracker import ImportanceTracker, estimate_importance
+from layershed.integration.drop_rule import refuse_beside_plan
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
 from layershed.integration.metric_names import (
     DROP,
@@ -33,11 +35,13 @@ _QUALITY = "the quality around the drop is"
 CalibrateOn = Literal["running", "train", "val"]
 
 
-def check_calibration(calibrate_on: str, calibration_batches: int, quality_batches: int) -> None:
+def check_calibration(
+    calibrate_on: str, calibration_batches: int, quality_batches: int, plan: str | Path | None
+) -> None:
     """Check arguments of SublayerDrop.
 
     Raises:
-        SelectionError: If a number is too low.
+        SelectionError: If a number is too low, or would have no effect beside a given plan.
         UnknownNameError: If the source of the batches is unknown.
     """
     for what, number in (("calibration_batches", calibration_batches), ("quality_batches", quality_batches)):
@@ -49,6 +53,7 @@ def check_calibration(calibrate_on: str, calibration_batches: int, quality_batch
         )
     if calibrate_on not in get_args(CalibrateOn):
         raise UnknownNameError("source of calibration batches", calibrate_on, get_args(CalibrateOn))
+    refuse_beside_plan(plan, calibrate_on=calibrate_on, calibration_batches=calibration_batches)
 
 
 def check_batches(trainer: Trainer, pl_module: LightningModule, calibrate_on: str, transformer: str | None) -> None:

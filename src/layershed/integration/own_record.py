@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from layershed.integration.lightning_private import rows_of, shown_metrics
+from layershed.integration.lightning_private import rows_of
 from layershed.integration.namespaces import Trainer
 
 RETURNED = "returned by validation_step"
@@ -138,3 +138,11 @@ class Record:
         named = {**found, **{alias: found[name] for alias, name in self.aliases.items() if name in found}}
         for metrics in shown_metrics(self._trainer):
             metrics.update(named)
+
+
+def shown_metrics(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the Trainer shows; a change of these dicts changes it, as ``test_shown_metrics_are_live`` checks."""
+    callback, logged = trainer.callback_metrics, trainer.logged_metrics
+    assert isinstance(callback, dict)
+    assert isinstance(logged, dict)
+    return callback, logged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from layershed.integration.namespaces import (
     rank_zero_warn,
 )
 from layershed.integration.protocols import ActsAtStep, Drops, Placed
+from layershed.planning.schedule import DropSchedule
 from layershed.surgery import dropped_sublayers
 
 ORDER = "drop, quantize, LoRA, export"
@@ -65,16 +67,6 @@ def check_order(trainer: Trainer) -> None:
             )
 
 
-def warn_of_missed_drop(trainer: Trainer, steps: list[int]) -> None:
-    """Warn if the run ended before a drop, as it was stopped early: the schedule was checked before training."""
-    missed = [step for step in steps if step > trainer.global_step]
-    if missed and not is_trial(trainer):
-        rank_zero_warn(
-            f"SublayerDrop: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} "
-            "never happened."
-        )
-
-
 def is_trial(trainer: Trainer) -> bool:
     """Whether the run only tries the code out, with ``fast_dev_run``."""
     return bool(vars(trainer).get("fast_dev_run"))
@@ -90,6 +82,29 @@ def ends_before(trainer: Trainer, callback: Callback, step: int) -> bool:
         "nothing in this run."
     )
     return True
+
+
+def check_schedule(trainer: Trainer, callback: Callback, schedule: DropSchedule) -> bool:
+    """Refuse a schedule that leaves no training after its last drop; True if ``fast_dev_run`` ends before that drop.
+
+    Raises:
+        ScheduleError: If a drop comes too late.
+    """
+    limit = trainer.estimated_stepping_batches
+    if ends_before(trainer, callback, schedule.steps[-1]):
+        return True
+    schedule.check_against(int(limit) if limit != float("inf") else -1)
+    return False
+
+
+def warn_of_missed(trainer: Trainer, callback: Callback, steps: Iterable[int]) -> None:
+    """Warn of a drop that a run, stopped early, never reached; its schedule was checked before training."""
+    missed = [step for step in steps if step > trainer.global_step]
+    if missed and not is_trial(trainer):
+        rank_zero_warn(
+            f"{_name(callback)}: the run ended at step {trainer.global_step}, so the drop at step {missed[0]} never "
+            "happened."
+        )
 
 
 def check_start(trainer: Trainer, callback: Callback, start: int | None) -> None:

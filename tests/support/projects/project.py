@@ -30,6 +30,7 @@ from layershed.callbacks import (
     SublayerDrop,
 )
 from layershed.discovery.find import dissect, find_transformer
+from layershed.integration.namespaces import Callback
 from tests.support.conformance import reference
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -133,7 +134,7 @@ def try_everything(project: Project, pl: Any, folder: Path) -> None:
     quantizable = project.adapter is None and find_spec("bitsandbytes") is not None
     lora = [Quantization(), LoRARecovery(rank=2, finish="dequantize")] if quantizable else [LoRARecovery(rank=2)]
     ours = [RedundancyMonitor(2), drop, *lora, speed, Export(), Report(every_n_steps=1), ExactResume()]
-    adapted = _adapted_outputs(project, pl, folder / "step.ckpt")
+    adapted = AdaptedOutputs(project, folder / "step.ckpt")
     # the loggers of a namespace are those that its Trainer knows
     logger = importlib.import_module(f"{pl.__name__}.loggers").CSVLogger(folder, name="", version="")
     with _our_warnings() as said, contextlib.redirect_stdout(None):
@@ -159,23 +160,23 @@ def try_everything(project: Project, pl: Any, folder: Path) -> None:
         raise TrialError("the exported model computes something else")
 
 
-def _adapted_outputs(project: Project, pl: Any, path: Path) -> Any:
-    """A callback that saves a checkpoint during recovery, and keeps the outputs with adapters and without them."""
+class AdaptedOutputs(Callback):
+    """Saves a checkpoint during recovery, and keeps the outputs with adapters and without them."""
 
-    class AdaptedOutputs(pl.Callback):
-        outputs: Tensor
-        without: Tensor
+    outputs: Tensor
+    without: Tensor
 
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == STEPS - 4:
-                trainer.save_checkpoint(path)
+    def __init__(self, project: Project, path: Path) -> None:
+        self.project, self.path = project, path
 
-        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            self.outputs = project.outputs(pl_module)
-            with ls.adapters_off(pl_module):
-                self.without = project.outputs(pl_module)
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == STEPS - 4:
+            trainer.save_checkpoint(self.path)
 
-    return AdaptedOutputs()
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.outputs = self.project.outputs(pl_module)
+        with ls.adapters_off(pl_module):
+            self.without = self.project.outputs(pl_module)
 
 
 def _check_merge(adapted: Tensor, without: Tensor, merged: Tensor) -> None:
