@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: fit test test-all check matrix clean
+.PHONY: fit test test-all check matrix corners clean
 
 fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
@@ -26,9 +26,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 # environments of old and new versions in build/matrix (some minutes each); writes docs/compatibility.md
-matrix: $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet uv
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.matrix $(if $(TORCH),--torch "$(TORCH)") $(MATRIX)
+matrix: $(VENV)/bin/uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.matrix $(MATRIX)
+
+# a few dozen of these tests, with the oldest versions and with pytorch_lightning alone
+corners: $(VENV)/bin/uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.matrix --quick
 
 clean:
 	rm -rf $(VENV)
@@ -36,6 +39,9 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/bin/uv: $(VENV)/installed-test
+	$(BIN)/python -m pip install uv
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install $(if $(TORCH),"$(TORCH)") -e ".[all]"

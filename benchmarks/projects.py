@@ -2,8 +2,9 @@
 
     python benchmarks/projects.py [name ...]
 
-Each project runs with the README's two lines alone, then with every callback. It counts if both runs work, the drop
-happened, and the outputs equal those with zeroed branches.
+Each project runs with the README's two lines alone, then with every callback; Quantization takes Hugging Face models
+alone. It counts if both runs work, the drop happened, the outputs equal those with zeroed branches, and merged adapters
+compute what the adapters did.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
-from layershed.errors import RecoveryError, ScheduleError, UnknownNameError
+from layershed.errors import RecoveryError, UnknownNameError
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import regained_loss, trainable_parameters
 from layershed.integration.metric_names import LR_FACTOR
@@ -20,6 +20,7 @@ from layershed.integration.preflight import check_optimizers, check_order, check
 from layershed.integration.recovery_checks import (
     check_recovery,
     check_resumed_lora,
+    check_step,
     inject_before_sharding,
     refuse_lasting_masks,
     train_before_sharded_load,
@@ -30,7 +31,7 @@ from layershed.planning.plan import Sublayer
 from layershed.quantization import dequantize, quantization_of
 from layershed.recovery.frozen import StaysFrozen
 from layershed.recovery.lora import adapted_modules, check_targets, inject_lora, merge_lora
-from layershed.recovery.lora_options import check_lora
+from layershed.recovery.lora_options import as_targets, check_lora
 from layershed.recovery.lora_targets import Placement
 from layershed.recovery.optimizer_groups import (
     Layout,
@@ -111,14 +112,14 @@ class LoRARecovery(Callback):
         for what, value, known in (("mode", mode, get_args(RecoveryMode)), ("finish", finish, get_args(Finish))):
             if value not in known:
                 raise UnknownNameError(f"{what} of recovery", value, known)
+        target_modules = as_targets(target_modules)
         check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
         if mode != "lora" and finish != "merge":
             raise RecoveryError(
                 f"LoRARecovery(mode={mode!r}, finish={finish!r}): only mode='lora' has adapters to finish. "
                 "Leave finish out, or set mode='lora'."
             )
-        if start is not None and start < 0:
-            raise ScheduleError(f"LoRARecovery(start={start}): start must be 0 or above.")
+        check_step(start)
         if not 0 < lr_factor < math.inf or warmup_steps < 0:
             raise RecoveryError(
                 f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above "
@@ -222,13 +223,13 @@ class LoRARecovery(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the factor on the learning rate, which LearningRateMonitor does not see."""
-        self.keep_frozen()
+        self.refreeze()
         if self.began is not None and (self.lr_factor != 1 or self.warmup_steps):
             pl_module.log(LR_FACTOR, self._factor())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep the base frozen, whatever has unfrozen it."""
-        self.keep_frozen()
+        self.refreeze()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -274,7 +275,7 @@ class LoRARecovery(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step at which it began and the optimizer's parameters, as primitives."""
-        self.keep_frozen()
+        self.refreeze()
         return {"began": self.began, "layout": self._layout, "origin": self._origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -321,9 +322,9 @@ class LoRARecovery(Callback):
             return base if self.mode == "lora" and adapted_modules(transformer) else dropped_parameters(transformer)
 
         self._frozen.hold(transformer, frozen)
-        self.keep_frozen()
+        self.refreeze()
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is None or self.began is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from layershed.arguments import as_names, plain_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import QuantizationError, ScheduleError
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE
@@ -71,13 +72,14 @@ class Quantization(Callback):
         transformer: str | None = None,
     ) -> None:
         check_mode(mode, compute_dtype)
-        if start not in (None, "end") and (not isinstance(start, int) or start < 0):
+        start = plain_number(start)
+        if start not in (None, "end") and (isinstance(start, bool) or not isinstance(start, int) or start < 0):
             raise ScheduleError(f"Quantization(start={start!r}): start must be an optimizer step, 'end' or None.")
         self.mode, self.start, self.transformer = mode, start, transformer
         self.options: dict[str, Any] = {
             "double_quant": double_quant,
             "compute_dtype": compute_dtype,
-            "skip_modules": tuple(skip_modules),
+            "skip_modules": as_names(skip_modules, "skip_modules", QuantizationError),
         }
         self._steps = StepCounter()
         self._done = False

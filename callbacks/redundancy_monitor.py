@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from layershed.arguments import check_number
 from layershed.errors import CalibrationError, NotFiniteError, ScheduleError
 from layershed.importance.metrics import get_metric
 from layershed.importance.tracker import ImportanceTracker
@@ -59,6 +60,7 @@ class RedundancyMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, metric: str = "cosine", transformer: str | None = None) -> None:
+        check_number(every_n_steps, "RedundancyMonitor: every_n_steps", ScheduleError, whole=True)
         if every_n_steps < 1:
             raise ScheduleError(f"RedundancyMonitor(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         get_metric(metric)

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
+from layershed.integration.gathered import changes_of, loss_label, own_metrics, rounds_of, sdr_of
 from layershed.integration.measurements import logged_quality, quality_from, quality_state
 from layershed.integration.module_hooks import (
     leave_structure,
@@ -18,14 +20,22 @@ from layershed.integration.module_hooks import (
     watch_for_changes,
 )
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
-from layershed.integration.run import IMPORTANCE_FILE, REPORT_FILE, SPEED_FILE, plan_of, run_directory
-from layershed.integration.speed_measuring import AnySpeed, report_from
+from layershed.integration.run import (
+    IMPORTANCE_FILE,
+    REPORT_FILE,
+    SPEED_FILE,
+    current_drop,
+    plan_of,
+    run_directory,
+)
 from layershed.integration.watching import Watcher
+from layershed.performance.speed_report import MeasuredSpeed, report_from
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
-from layershed.reporting.figures import MOST_COLUMNS, ImportancePoint, LossPoint, RunRecord, drop_steps
+from layershed.reporting.figures import MOST_COLUMNS
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.record import ImportancePoint, LossPoint, RunRecord, drop_steps
 from layershed.reporting.summary import summary_table
 
 
@@ -38,9 +48,10 @@ class Report(Callback):
     Writes: ``report.html`` in the run directory, and the summary table to the terminal.
     Checkpoint: the losses so far. A long run keeps every second, fourth, ... loss, but all losses next to a drop.
 
-    Each part comes from the logged metrics or the file of another callback. A part is left out if its callback is
-    absent, and with a warning if its file cannot be read: importances from RedundancyMonitor, the drop and its quality
-    from SublayerDrop, speed from SpeedMonitor.
+    Each part comes from the logged metrics, the file or the state of another callback. A part is left out if its
+    callback is absent, and with a warning if its file cannot be read: importances from RedundancyMonitor, the drop and
+    its quality, also by round, from SublayerDrop, speed and SDR from SpeedMonitor, and what Quantization, LoRARecovery
+    and Export did if they are listed before. It also shows what the module logs in validation.
 
     Args:
         every_n_steps: Optimizer steps between two recorded training losses.
@@ -60,12 +71,15 @@ class Report(Callback):
         val_loss: str = "val_loss",
         title: str | None = None,
     ) -> None:
+        check_number(every_n_steps, "Report: every_n_steps", ScheduleError, whole=True)
         if every_n_steps < 1:
             raise ScheduleError(f"Report(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
         self._watcher = Watcher("Report")
         self._curves = {split: ThinnedCurve() for split in ("train", "val")}
         self._quality: dict[str, Quality | OwnQuality] = {}
+        self._metrics: dict[str, tuple[float | None, float]] = {}
+        self._earlier: dict[str, Any] = {}  # the metrics when a validation began
         self._finished: tuple[RunRecord, Path] | None = None
         self._stale: set[tuple[str, int]] = set()
 
@@ -76,6 +90,7 @@ class Report(Callback):
             self._watcher.forget()
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads the checkpoint's state later
             self._curves, self._quality = {split: ThinnedCurve() for split in self._curves}, {}
+            self._metrics = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the files of an earlier run in the directory: this run's report leaves them out."""
@@ -99,12 +114,23 @@ class Report(Callback):
                 self._curves["train"].add(step, loss.item())
         self._note_quality(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which metrics there are before the validation."""
+        self._earlier = dict(trainer.callback_metrics)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the validation loss."""
+        """Note the validation loss, and what else the module logs in validation."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
         loss = trainer.callback_metrics.get(self.val_loss)
-        if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
+        if loss is not None:
             with self._watcher.leaving_out("a validation loss"):
                 self._curves["val"].add(trainer.global_step, loss.item())
+        with self._watcher.leaving_out("a metric of the validation"):
+            dropped = bool(current_drop(pl_module))
+            for name, value in own_metrics(self._earlier, trainer, self.val_loss).items():
+                before, _ = self._metrics.get(name, (None, value))
+                self._metrics[name] = (before if dropped else value), value
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page; :meth:`teardown` prints the table."""
@@ -112,7 +138,7 @@ class Report(Callback):
         with self._watcher.leaving_out(f"the table and {REPORT_FILE}"):
             directory = run_directory(trainer)
             if trainer.is_global_zero:
-                record = self._record(directory, pl_module)
+                record = self._record(trainer, directory, pl_module)
                 self._finished = record, write_report(record, directory / REPORT_FILE)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,6 +160,7 @@ class Report(Callback):
         return {
             "losses": {split: curve.state_dict() for split, curve in self._curves.items()},
             "quality": quality_state(self._quality),
+            "metrics": {name: list(values) for name, values in self._metrics.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -141,6 +168,8 @@ class Report(Callback):
         for split, curve in self._curves.items():
             curve.load_state_dict(state_dict["losses"][split])
         self._quality = quality_from(state_dict["quality"])
+        kept = state_dict.get("metrics", {})  # checkpoints of earlier versions have none
+        self._metrics = {name: (before, last) for name, (before, last) in kept.items()}
 
     def _note_quality(self, trainer: Trainer) -> None:
         """Note the quality that SublayerDrop logged, and add its loss to the curve."""
@@ -158,7 +187,7 @@ class Report(Callback):
         points = [LossPoint(step, split, loss) for split, curve in self._curves.items() for step, loss in curve]
         return tuple(sorted(points, key=lambda point: point.step))
 
-    def _record(self, directory: Path, pl_module: LightningModule) -> RunRecord:
+    def _record(self, trainer: Trainer, directory: Path, pl_module: LightningModule) -> RunRecord:
         written = {name for name, _ in set(_files(directory).items()) - self._stale}
         plan, history, speed = None, directory / IMPORTANCE_FILE, None
         measured: dict[str, list[int]] = {}
@@ -174,18 +203,30 @@ class Report(Callback):
         if SPEED_FILE in written:
             with self._watcher.leaving_out("the speed"):
                 speed = _read_speed(directory / SPEED_FILE)
+        rounds, quality = rounds_of(trainer, plan), dict(self._quality)
+        if rounds and (first := rounds[0].quality.before) is not None:
+            quality["before"] = first
+        changes: tuple[tuple[str, str], ...] = ()
+        with self._watcher.leaving_out("quantization, LoRA and the exported folder"):
+            changes = changes_of(trainer, pl_module, directory)
+        dropped = bool(plan)
         return RunRecord(
             model=self.title or _model_name(pl_module),
             importance=importance,
             losses=self._losses(),
             plan=plan,
-            quality=self._quality,
+            quality=quality,
             speed=speed,
             measured={metric: len(steps) for metric, steps in measured.items()},
+            sdr=sdr_of(trainer, rounds),
+            rounds=rounds if len(rounds) > 1 else (),
+            metrics={name: (before if dropped else None, last) for name, (before, last) in self._metrics.items()},
+            changes=changes,
+            loss_label=loss_label(pl_module),
         )
 
 
-def _read_speed(path: Path) -> AnySpeed:
+def _read_speed(path: Path) -> MeasuredSpeed:
     return report_from(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -201,4 +242,4 @@ def _model_name(pl_module: LightningModule) -> str:
     except ValueError:
         return type(pl_module).__name__
     source: str = getattr(getattr(transformer, "config", None), "name_or_path", "")
-    return source or type(transformer).__name__
+    return (Path(source).stem if source.endswith(".gguf") else source) or type(transformer).__name__

@@ -22,13 +22,14 @@ from layershed.integration.measurements import (
     check_calibration,
     drop_metrics,
     importance_in_a_pass,
-    quality_from,
+    qualities_from,
+    qualities_state,
     quality_metrics,
-    quality_state,
+    running_importance,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
-from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
+from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.preflight import (
     check_averaging,
     check_monitors,
@@ -38,24 +39,16 @@ from layershed.integration.preflight import (
     warn_of_missed,
 )
 from layershed.integration.rng import of_every_rank
-from layershed.integration.run import (
-    StepCounter,
-    Sums,
-    current_drop,
-    own_share,
-    publish,
-    rewrap,
-    save_plan,
-    show,
-)
+from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
 from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.planning.arguments import as_protected
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
-from layershed.quality import OwnQuality, Quality
+from layershed.quality import AnyQuality, RoundQuality
 from layershed.recovery.frozen import StaysFrozen
 from layershed.recovery.optimizer_groups import dropped_parameters
 from layershed.surgery import bypass
@@ -70,13 +63,14 @@ class SublayerDrop(Callback):
     Hooks: decides in ``on_train_batch_end``, after the configured optimizer step. The optimizer removes the dropped
     parameters in place, so the learning-rate schedule continues. Dropped parameters that others unfreeze are frozen and
     removed again before the next step and before a checkpoint.
-    Logs: ``drop/loss_before``, ``drop/loss_after`` and ``drop/loss_end`` on validation batches (and ``accuracy`` or
-    ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target, ``drop/speedup``.
+    Logs: ``drop/loss_before`` and ``drop/loss_after`` of every round, and ``drop/loss_end``, on validation batches (and
+    ``accuracy`` or ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target,
+    ``drop/speedup``.
     Writes: ``drop_plan.json`` in the run directory.
-    Checkpoint: the plan and the running sums of every rank. The module's own hooks, which this callback extends, save
-    which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with this callback resumes,
-    validates, tests and predicts with the dropped model. Without it, strict loading fails with an error that names
-    ``ls.load_checkpoint``.
+    Checkpoint: the plan, the qualities of every round and the running sums of every rank. The module's own hooks, which
+    this callback extends, save which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with
+    this callback resumes, validates, tests and predicts with the dropped model. Without it, strict loading fails with
+    an error that names ``ls.load_checkpoint``.
 
     Args:
         start: Optimizer steps before the first drop.
@@ -152,20 +146,17 @@ class SublayerDrop(Callback):
         )
         check_calibration(calibrate_on, calibration_batches, quality_batches, plan)
         get_metric(metric)
-        self.metric = metric
-        self.protect = tuple(protect)
+        self.metric, self.protect = metric, as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
-        self.calibrate_on = calibrate_on
+        self.calibrate_on, self.transformer = calibrate_on, transformer
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
-        self.transformer = transformer
         self.plan: DropPlan | None = None
         self._given: DropPlan | None = None  # read from the file of ``plan``
         self.quality_metric = quality
-        self.quality: dict[str, Quality | OwnQuality] = {}
-        self._watcher = Watcher("SublayerDrop")
+        self.quality: dict[str, AnyQuality] = {}  # around the last round, and at the end
+        self.rounds: list[RoundQuality] = []
         self.speedup: float | None = None
-        self._steps = StepCounter()
-        self._frozen = StaysFrozen()
+        self._watcher, self._steps, self._frozen = Watcher("SublayerDrop"), StepCounter(), StaysFrozen()
         self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None
@@ -189,7 +180,7 @@ class SublayerDrop(Callback):
             self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
-                self.plan, self.quality, self.speedup = None, {}, None
+                self.plan, self.quality, self.rounds, self.speedup = None, {}, [], None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the strategy's methods, and the hooks of a dense module; a dropped one may still be saved."""
@@ -235,7 +226,7 @@ class SublayerDrop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score this batch if it is within the last steps before a drop."""
-        self.keep_frozen()
+        self.refreeze()
         if self._tracker is not None:
             coming = self._steps.coming(trainer)
             ahead = range(coming.start, coming.stop - 1 + self.calibration_batches)
@@ -251,7 +242,7 @@ class SublayerDrop(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep dropped parameters out of the optimizers, whatever has unfrozen them."""
-        self.keep_frozen()
+        self.refreeze()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -266,7 +257,7 @@ class SublayerDrop(Callback):
         """Measure the quality at the end; warn if the run ended before a drop."""
         warn_of_missed(trainer, self, filter(self.should_drop, self.schedule.steps))
         if self.plan is not None:
-            self._measure(trainer, pl_module, "end")
+            self._note(trainer, "end", self._quality_now(trainer, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off the model."""
@@ -281,10 +272,10 @@ class SublayerDrop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan, the qualities and the running sums, as primitives."""
         tracker, trainer = self._tracker, self._trainer
-        self.keep_frozen()
+        self.refreeze()
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "quality": quality_state(self.quality),
+            **qualities_state(self.quality, self.rounds),
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -293,13 +284,12 @@ class SublayerDrop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
-        self.quality = quality_from(state_dict["quality"])
+        self.quality, self.rounds = qualities_from(state_dict)
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plan is None:
-            self._measure(trainer, pl_module, "before")
+        before = self._quality_now(trainer, pl_module)
         scores = None if self._given is not None else self._scores(trainer, pl_module)
         chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected, self._given)
         round_plan = chosen.at_step(trainer.global_step)
@@ -314,34 +304,36 @@ class SublayerDrop(Callback):
         save_plan(trainer, self.plan)
         publish(trainer, drop_metrics(pl_module, self.speedup))
         if round_plan.drops:  # else an earlier round already reached this round's target
-            self._measure(trainer, pl_module, "after")
+            self._note(trainer, "before", before)
+            after = self._note(trainer, "after", self._quality_now(trainer, pl_module))
+            self.rounds.append(RoundQuality(trainer.global_step, before, after))
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:
-            scores = self._tracker.compute()
-            for left_out in filter(None, (self._tracker.skipped, self._tracker.left_out)):
-                rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
-            self._tracker.reset()
-            return scores
+            return running_importance(trainer, self._tracker)
         return importance_in_a_pass(
             trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
         )
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+    def _quality_now(self, trainer: Trainer, pl_module: LightningModule) -> AnyQuality | None:
         wanted = self.quality_batches, self.quality_metric, self.transformer
         quality = validation_quality(trainer, pl_module, *wanted, self._watcher)
         reshard(pl_module)
+        return quality
+
+    def _note(self, trainer: Trainer, when: str, quality: AnyQuality | None) -> AnyQuality | None:
         if quality is not None:
             self.quality[when] = quality
             publish(trainer, quality_metrics({when: quality}))
+        return quality
 
     def _hold(self, pl_module: LightningModule) -> None:
         """Keep the parameters that are dropped now frozen and out of the optimizers."""
         reshard(pl_module)
         self._frozen.hold(find_transformer(pl_module, name=self.transformer), dropped_parameters)
-        self.keep_frozen()
+        self.refreeze()
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""
         if self._trainer is not None:
             self._frozen.enforce(self._trainer.optimizers)

@@ -3,10 +3,12 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import layershed as ls
+from layershed.callbacks import LoRARecovery
 from tests.support.models import build_model, some
 
 TOKENS = {"input_ids": torch.arange(1, 9)[None]}
@@ -153,3 +155,52 @@ def test_whole_numbers_of_numpy_are_numbers():
 def test_alpha_that_is_not_finite_is_refused(value):
     with pytest.raises(ls.LayershedError, match=rf"alpha={value}: both must be at least 1, and finite"):
         ls.inject_lora(build_model("llama"), alpha=value)
+
+
+def test_numbers_of_numpy_count_as_those_of_python():
+    model = build_model("llama")
+    one = np.int64(1)
+    scores = ls.estimate_importance(model, [TOKENS, TOKENS], max_batches=one)
+    assert ls.evaluate_quality(model, [TOKENS, TOKENS], max_batches=one).tokens == 7
+    plan = ls.select_sublayers(scores, count=one, protect=[np.int64(0), np.int64(-1)])
+    assert {sublayer.block for sublayer in plan} <= {1, 2}
+    config = ls.inject_lora(model, rank=np.int64(2), alpha=np.int64(4), seed=one)
+    assert (type(config.r), type(config.lora_alpha)) == (int, int)
+
+
+@pytest.mark.parametrize(
+    "options", [{"count": True}, {"ratio": True}, {"count": 1, "protect": [True]}, {"count": 1, "max_batches": True}]
+)
+def test_true_is_no_number(options):
+    with pytest.raises(ls.LayershedError, match="True"):
+        ls.drop_sublayers(build_model("llama"), [TOKENS], **options)
+
+
+def test_names_may_come_from_an_iterator():
+    model = build_model("llama")
+    adapted = ls.inject_lora(model, target_modules=(name for name in ["q_proj", "v_proj"])).target_modules
+    assert {path.rpartition(".")[2] for path in adapted} == {"q_proj", "v_proj"}
+    assert LoRARecovery(target_modules=iter(["q_proj"])).options["target_modules"] == ("q_proj",)
+    quantized = build_model("llama")
+    ls.quantize(quantized, skip_modules=(name for name in ["down_proj"]))
+    assert type(quantized.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    "name", ["load_adapter", "load_plan", "load_pretrained", "load_weights", "save_pretrained", "load_checkpoint"]
+)
+def test_empty_path_is_refused(name, dropped):
+    first = () if name in ("load_plan", "load_pretrained") else (dropped,)
+    with pytest.raises(ls.LayershedError, match="must be a path, got an empty one"):
+        call(name, *first, "")
+
+
+def test_home_folder_is_meant_by_a_tilde(dropped, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    plan = ls.DropPlan(tuple(map(ls.Drop, ls.dropped_sublayers(dropped))))
+    ls.save_pretrained(dropped, "~/saved", plan=plan)
+    assert ls.dropped_sublayers(ls.load_pretrained("~/saved")) == ls.dropped_sublayers(dropped)
+    ls.load_plan("~/saved").save("~/plan.json")
+    assert ls.DropPlan.load("~/plan.json") == ls.load_plan(tmp_path / "saved")
+    assert not (tmp_path / "~").exists()

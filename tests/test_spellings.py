@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from layershed.callbacks import SpeedMonitor, SublayerDrop
 from layershed.discovery.find import find_sublayers
-from layershed.errors import UnprovenStructureError
+from layershed.errors import MeasurementError, StandInError, UnprovenStructureError
+from layershed.performance.forward import ForwardReport
+from layershed.performance.speed import measure_speed
 from layershed.spellings import cache_in, cache_name, layer_overrides
 from layershed.surgery import bypass
 from tests.support.models import SIZES, build_model
+from tests.support.runs import Foreign, fit_foreign
 
 
 def takes_cache(input_ids, cache=None, use_cache=None): ...
@@ -54,8 +58,8 @@ def test_cache_of_a_real_output_is_found_without_a_warning(llama, tokens):
 class Renamed(LlamaForCausalLM):
     """As of a later transformers, or of a model of one's own, that calls the cache something else."""
 
-    def forward(self, input_ids, kv_store=None, use_cache=None):
-        given = {cache_name(super().forward): kv_store}
+    def forward(self, input_ids, attention_mask=None, kv_store=None, use_cache=None):
+        given = {cache_name(super().forward): kv_store, "attention_mask": attention_mask}
         return super().forward(input_ids=input_ids, use_cache=use_cache, **given)
 
 
@@ -77,9 +81,38 @@ def test_cache_under_an_unknown_name_is_decoded_exactly_if_it_is_one_of_transfor
         torch.testing.assert_close(cached, model(tokens, use_cache=False).logits[:, 6:])
 
 
-def test_hidden_cache_under_an_unknown_name_is_a_typed_error():
+class HiddenBackbone(LlamaModel):
+    """The same in a model that does not generate; only one value more shows its cache."""
+
+    def forward(self, input_ids, kv_store=None, use_cache=None):
+        states = super().forward(input_ids=input_ids, use_cache=False).last_hidden_state
+        return (states, (torch.ones(1),)) if use_cache else (states,)
+
+
+@pytest.mark.parametrize("kind", [Hidden, HiddenBackbone])
+def test_hidden_cache_under_an_unknown_name_is_a_typed_error(kind):
     with pytest.raises(UnprovenStructureError, match=r"takes use_cache, but no KV cache under a known name \(cache, "):
-        find_sublayers(Hidden(LlamaConfig(**SIZES)).eval())
+        find_sublayers(kind(LlamaConfig(**SIZES)).eval())
+
+
+def test_decoding_from_a_cache_under_an_unknown_name_is_a_typed_error():
+    model = Renamed(LlamaConfig(**SIZES)).eval()
+    bypass(model, find_sublayers(model)[:1])
+    with pytest.raises(MeasurementError, match=r"takes no KV cache under a known name \(cache, past_key_values, "):
+        measure_speed(model, prompt_tokens=4, new_tokens=2, runs=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*eval mode at the start of training")
+def test_fit_with_a_cache_under_an_unknown_name_measures_without_it_and_warns_once(make_trainer):
+    module, speed = Foreign(), SpeedMonitor(runs=6)
+    module.net = Renamed(LlamaConfig(**SIZES))
+    drop = SublayerDrop(2, count=2, calibration_batches=1, quality_batches=1)
+    with pytest.warns(
+        UserWarning, match=r"the forward pass instead of decoding.*no KV cache under a known name"
+    ) as told:
+        fit_foreign(make_trainer(drop, speed, max_steps=4), module)
+    assert sum("instead of decoding" in str(warning.message) for warning in told) == 1
+    assert isinstance(speed.report, ForwardReport)
 
 
 def test_cache_that_is_not_of_transformers_is_refused_when_it_is_used(tokens):
@@ -94,7 +127,7 @@ def test_cache_that_is_not_of_transformers_is_refused_when_it_is_used(tokens):
     bypass(model, find_sublayers(model)[:1])
     attention = model.model.layers[0].self_attn
     hidden = torch.zeros(1, 2, SIZES["hidden_size"])
-    with pytest.raises(NotImplementedError, match=r"its slot is unknown\. Use use_cache=False"):
+    with pytest.raises(StandInError, match=r"its slot is unknown\. Use use_cache=False"):
         attention(hidden_states=hidden, past_key_values=((torch.ones(1),),))
     assert not attention(hidden_states=hidden)[0].any()
 

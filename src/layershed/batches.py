@@ -113,7 +113,7 @@ def refuse_skeleton(transformer: nn.Module) -> None:
         )
 
 
-class IdRange:
+class TokenIdRange:
     """The lowest and the highest token id of all batches that were read, kept on their device.
 
     Reading them makes the host wait for the device, so it is done once, after all batches.
@@ -180,7 +180,7 @@ def _embeddings(transformer: nn.Module) -> int | None:
 
 
 def text_inputs(
-    batch: Any, transformer: nn.Module, main: str = "input_ids", ids: IdRange | None = None
+    batch: Any, transformer: nn.Module, main: str = "input_ids", ids: TokenIdRange | None = None
 ) -> dict[str, Any]:
     """As :func:`as_inputs`, checked against what a transformer can read.
 
@@ -206,7 +206,7 @@ def text_inputs(
         )
     if main == "input_ids":
         _check_ids(inputs)
-        later = ids or IdRange(transformer)
+        later = ids or TokenIdRange(transformer)
         inputs[main] = later.take(inputs[main])
         if ids is None:
             later.read()
@@ -243,7 +243,7 @@ def same_shape(inputs: Mapping[str, Any], name: str) -> None:
         )
 
 
-def model_inputs(batch: Any, transformer: nn.Module, ids: IdRange | None = None) -> dict[str, Any]:
+def model_inputs(batch: Any, transformer: nn.Module, ids: TokenIdRange | None = None) -> dict[str, Any]:
     """The inputs that a transformer takes from a batch, on its device, with its cache switched off.
 
     Args:

@@ -93,7 +93,7 @@ def has_events(device: torch.device) -> bool:
     return module_of(device, "Event", "current_stream") is not None
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> Clock:
     """Return an :class:`EventClock` for a device with events, such as CUDA, else a :class:`WallClock`."""
     return EventClock(device) if has_events(device) else WallClock(device)
 

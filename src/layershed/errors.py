@@ -88,6 +88,10 @@ class RevivedSublayerError(LayershedError, RuntimeError):
     """A sublayer that is recorded as dropped would run again, and its stand-in cannot be put back safely."""
 
 
+class StandInError(LayershedError, NotImplementedError):
+    """A dropped sublayer is called in a way in which nothing can run in its place."""
+
+
 class CalibrationError(LayershedError, ValueError):
     """Importance could not be measured on the given batches."""
 

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from layershed.batches import IdRange, as_inputs, device_of, iterate, refuse_skeleton, same_shape, select, text_inputs
+from layershed.arguments import check_most
+from layershed.batches import (
+    TokenIdRange,
+    as_inputs,
+    device_of,
+    iterate,
+    refuse_skeleton,
+    same_shape,
+    select,
+    text_inputs,
+)
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import BatchError, MeasurementError
@@ -49,6 +59,24 @@ class OwnQuality:
     values: dict[str, float]
 
 
+AnyQuality = Quality | OwnQuality
+
+
+@dataclass(frozen=True)
+class RoundQuality:
+    """The quality around one round of drops.
+
+    Args:
+        step: The optimizer step.
+        before: The quality before the round; None if it was not measured.
+        after: The quality right after it.
+    """
+
+    step: int
+    before: AnyQuality | None = None
+    after: AnyQuality | None = None
+
+
 def evaluate_quality(
     model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None, name: str | None = None
 ) -> Quality:
@@ -71,12 +99,11 @@ def evaluate_quality(
         MeasurementError: If ``max_batches`` is below 1, the model does not predict the next token, or the batches hold
             no token to predict.
     """
-    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
-        raise MeasurementError(f"max_batches={max_batches!r}: it must be at least 1, or None for all batches.")
+    check_most(max_batches, "max_batches", MeasurementError)
     transformer = find_transformer(model, name=name)
     check_head(transformer)
     refuse_skeleton(transformer)
-    ids, sums = IdRange(transformer), _Sums(device_of(transformer))
+    ids, sums = TokenIdRange(transformer), _Sums(device_of(transformer))
     with evaluating(transformer), torch.no_grad():
         for batch in iterate(batches, max_batches):
             sums.update(*_predictions(transformer, batch, ids))
@@ -113,7 +140,7 @@ def reads_as_text(batch: Any, transformer: nn.Module) -> bool:
     return shapes <= {inputs["input_ids"].shape}
 
 
-def _predictions(transformer: nn.Module, batch: Any, ids: IdRange) -> tuple[Tensor, Tensor, Tensor]:
+def _predictions(transformer: nn.Module, batch: Any, ids: TokenIdRange) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, targets and which of them count, all of shape (batch, tokens - 1, ...)."""
     inputs = text_inputs(batch, transformer, ids=ids)
     for name in ("labels", "attention_mask"):
@@ -174,7 +201,7 @@ class _Sums(Metric):
         own = self.ends[place : place + 2]
         torch.maximum(own, ends.to(own), out=own)
 
-    def read(self, ids: IdRange) -> tuple[float, float, int]:
+    def read(self, ids: TokenIdRange) -> tuple[float, float, int]:
         """Wait for the device, and return loss, hits and number of tokens, summed over all ranks.
 
         Args:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 QuantizationMode = Literal["nf4", "fp4", "int8"]
+BITS: dict[str, int] = {"nf4": 4, "fp4": 4, "int8": 8}
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -100,6 +101,7 @@ def quantize(
     """
     transformer = find_transformer(model, name=name)
     check_mode(mode, compute_dtype)
+    skip_modules = as_names(skip_modules, "skip_modules", QuantizationError)
     check_quantizable(transformer, skip_modules)
     if getattr(transformer, "is_quantized", False):
         raise QuantizationError("quantize: the model is quantized already; call layershed.dequantize(model) first.")
@@ -109,7 +111,7 @@ def quantize(
             "(layershed.merge_lora), or quantize before LoRA, which then recovers this loss too."
         )
     own: Any = str(transformer.dtype).removeprefix("torch.")
-    quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, tuple(skip_modules)))
+    quantize_as(transformer, Quantized(mode, double_quant, compute_dtype or own, skip_modules))
     done = quantization_of(transformer)
     assert done is not None
     return done

@@ -15,6 +15,7 @@ import layershed.discovery.registry as registry
 import layershed.performance.stopwatch as stopwatch
 from layershed.callbacks import ExactResume, Export, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import MeasurementError, SelectionError
+from layershed.formatting import short_bytes
 from layershed.performance.forward import ForwardReport
 from layershed.performance.speed import SpeedReport
 from tests.support.hand_written import GPT
@@ -111,7 +112,10 @@ def test_defaults_measure_quality_speed_and_sdr_of_any_model(make_trainer, tmp_p
     assert f"speed/forward_{unit}_per_s" in metrics
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"Median {unit} per second" in page
-    assert "hundredths of the loss per" in page or "no speed gained" in page
+    assert "undefined (1 pair; an interval needs 6)" in page
+    assert "rank 8, alpha 16, from step 3, merged at the end" in page
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "pruned").glob("*.safetensors"))
+    assert f"pruned, {short_bytes(size)} of weights" in page
     other = SpeedMonitor()
     other.load_state_dict(speed.state_dict())
     assert other.report == speed.report
@@ -121,7 +125,7 @@ def test_sdr_of_any_model_is_hundredths_of_loss_per_percent_of_forward_speed(mak
     """With seven runs on a made-up clock, which gains a quarter."""
     module, data = images()
     seconds = iter(range(10**6))
-    monkeypatch.setattr("layershed.performance.forward.clock_of", lambda _device: Uneven(seconds))
+    monkeypatch.setattr("layershed.performance.forward.clock_for", lambda _device: Uneven(seconds))
     trainer = make_trainer(SublayerDrop(3, count=2), SpeedMonitor(runs=7), max_steps=4)
     trainer.fit(module, data, data)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -163,7 +167,7 @@ def test_sdr_of_a_metric_that_sublayer_drop_measures_comes_with_the_measurement(
     module, data = images()
     module.__class__ = Graded
     seconds = iter(range(10**6))
-    monkeypatch.setattr("layershed.performance.forward.clock_of", lambda _device: Uneven(seconds))
+    monkeypatch.setattr("layershed.performance.forward.clock_for", lambda _device: Uneven(seconds))
     speed = SpeedMonitor(runs=7, quality="val_score", quality_mode="max")
     trainer = make_trainer(SublayerDrop(3, count=2, quality="val_score"), speed, max_steps=4)
     trainer.fit(module, data, data)
@@ -232,6 +236,32 @@ def test_body_and_head_called_by_hand_are_watched_and_dropped_as_the_whole_model
     assert plans["by_hand"] == plans["whole"]
 
 
+@pytest.mark.parametrize(
+    ("name", "lengths", "words"),
+    [
+        ("hand-written", {"prompt_tokens": 64}, "prompt_tokens=64 has no effect: .* over 12 tokens"),
+        (
+            "vit",
+            {"prompt_tokens": 16, "new_tokens": 7},
+            "prompt_tokens=16 and new_tokens=7 have no effect: .* 3 images",
+        ),
+        ("bart", {"prompt_tokens": 9}, None),
+    ],
+)
+def test_length_without_effect_gives_one_warning(make_trainer, adapter, name, lengths, words):
+    module, data = MODELS[name][0]()
+    speed = SpeedMonitor(**lengths, batch_size=3, runs=1)
+    if words is None:
+        make_trainer(SublayerDrop(2, count=1), speed, max_steps=3).fit(module, data, data)
+        assert speed.report.units == 27
+        return
+    trainer = make_trainer(SublayerDrop(2, count=1), speed, max_steps=3)
+    with pytest.warns(UserWarning, match=words) as caught:
+        trainer.fit(module, data, data)
+    assert len([each for each in caught if "SpeedMonitor" in str(each.message)]) == 1
+    assert trainer.callback_metrics[f"speed/forward_{speed.report.forward.unit}"] == speed.report.units
+
+
 def test_default_lengths_fit_into_a_short_causal_model(make_trainer):
     speed = SpeedMonitor(runs=1)
     fit_foreign(make_trainer(SublayerDrop(2, count=1), speed, max_steps=3), max_position_embeddings=40)
@@ -249,7 +279,7 @@ def test_causal_model_that_cannot_decode_is_measured_by_its_forward_pass_with_on
     monkeypatch.setattr(stopwatch, "_try_out", refuse)
     speed = SpeedMonitor(runs=1)
     trainer = make_trainer(SublayerDrop(2, count=1), speed, max_steps=3)
-    with pytest.warns(UserWarning, match="SpeedMonitor measures the forward pass instead of decoding") as caught:
+    with pytest.warns(UserWarning, match="SpeedMonitor: It measures the forward pass instead of decoding") as caught:
         fit_foreign(trainer)
     assert len([each for each in caught if "SpeedMonitor" in str(each.message)]) == 1
     assert isinstance(speed.report, ForwardReport)

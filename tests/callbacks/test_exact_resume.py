@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -25,9 +25,11 @@ import layershed as ls
 from layershed.callbacks import ExactResume, LoRARecovery, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.files.atomic import write_text
 from layershed.integration.checkpoint_io import AtomicCheckpointIO
-from layershed.integration.lightning_private import tells_resumed_loops
+from layershed.integration.lightning_private import supports_exact_resume
 from layershed.integration.metrics_csv import _keep, keep_rows
 from layershed.integration.rng import of_every_rank, own_generators, random_states, set_random_states
+from layershed.stand_ins.record import overridden
+from tests.support.finetuned import Backbone
 from tests.support.killed import EPOCH, Hooks, Kill, Killed, plain, rows_of, stateful
 from tests.support.runs import (
     BATCH,
@@ -43,9 +45,10 @@ from tests.support.runs import (
     val_loader,
 )
 from tests.support.thinned import crossed, one_of
+from tests.support.versions import EXACT_RESUME_REFUSES
 
 pytestmark = [
-    pytest.mark.skipif(not tells_resumed_loops(), reason="ExactResume refuses a Lightning before 2.5.3"),
+    pytest.mark.skipif(not supports_exact_resume(), reason=EXACT_RESUME_REFUSES),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
     pytest.mark.usefixtures("unpainted"),
 ]
@@ -805,6 +808,25 @@ def test_model_changed_by_hand_before_the_fit_resumes_exactly(twice_run, changed
     whole, cut = twice_run(own, make, 4, make)
     for part in ("weights", "optimizer", "step", "dropped"):
         assert same(cut[part], whole[part]), part
+
+
+@pytest.mark.filterwarnings("ignore:.*already exist within another group:UserWarning")
+def test_bypass_by_hand_stays_frozen_when_a_callback_unfreezes_and_after_a_resume(make_trainer, tmp_path):
+    def fit(module, name, *more, ckpt_path=None):
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+        trainer = make_trainer(ExactResume(), finetuning, *more, name=name, max_steps=3 * EPOCH)
+        trainer.fit(module, stateful(), ckpt_path=ckpt_path)
+        return state_of(trainer, module), {name for name, p in module.named_parameters() if p.requires_grad}
+
+    path, bypassed = tmp_path / "cut.ckpt", Backbone()
+    ls.bypass(bypassed, ls.find_sublayers(bypassed)[:2])
+    whole, trainable = fit(bypassed, "whole", Save(path, EPOCH + 1))
+    dropped = [p for module, _ in overridden(bypassed) for p in module.parameters()]
+    assert not any(p.requires_grad for p in dropped)
+    assert len(trainable) > 2
+    resumed, again = fit(Backbone(), "resumed", ckpt_path=path)
+    assert again == trainable
+    assert same(resumed, whole)
 
 
 @pytest.mark.parametrize("own", [WATCHERS["RedundancyMonitor"], two_step_drop], ids=["monitor", "drop"])

@@ -154,6 +154,6 @@ def test_load_checkpoint_into_a_module_without_a_transformer_is_still_refused(ma
 
 
 def test_exact_resume_is_refused_before_training_by_a_lightning_that_hides_where_it_resumes(make_trainer, monkeypatch):
-    monkeypatch.setattr("layershed.callbacks.exact_resume.tells_resumed_loops", lambda _: False)
+    monkeypatch.setattr("layershed.callbacks.exact_resume.supports_exact_resume", lambda _: False)
     with pytest.raises(CheckpointError, match=r"needs Lightning 2\.5\.3 or newer.*leave ExactResume out"):
         fit_foreign(make_trainer(ExactResume()))

@@ -16,7 +16,7 @@ from layershed.saving.checkpoint import CHECKPOINT_KEY
 from layershed.stand_ins.contexts import withheld
 from layershed.training.causal_lm import CausalLM
 from tests.support.runs import Foreign, HandRun, causal_lm, fit_foreign, same, unmarked, val_loader
-from tests.support.thinned import crossed
+from tests.support.thinned import crossed, some_of
 
 WHAT = {
     "drop": (lambda: [SublayerDrop(3, count=3)], r"{names} are dropped; load with .* or put SublayerDrop among"),
@@ -70,7 +70,7 @@ def names(module):
     return ", ".join(sublayer.name for sublayer in ls.bypassed_sublayers(module))
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", some_of(WHAT, 2))
 def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trainer, tmp_path, saved, what):
     wanted = WHAT[what][1].format(names=re.escape(names(saved(what))))
     for file in ("whole.ckpt", "weights.ckpt"):
@@ -201,9 +201,9 @@ def test_load_checkpoint_refuses_another_models_checkpoint_in_one_sentence(tmp_p
     torch.save(Foreign().state_dict(), tmp_path / "bare.ckpt")
     for name, module, match in (
         ("none.ckpt", Foreign(), "there is no such file"),
-        ("torn.ckpt", Foreign(), "is damaged"),
-        ("text.ckpt", Foreign(), "is damaged"),
-        ("empty.ckpt", Foreign(), "is damaged"),
+        ("torn.ckpt", Foreign(), "is corrupt"),
+        ("text.ckpt", Foreign(), "is corrupt"),
+        ("empty.ckpt", Foreign(), "is corrupt"),
         ("evil.ckpt", Foreign(), "holds more than tensors"),
         ("list.ckpt", Foreign(), "not a checkpoint that Lightning wrote"),
         ("bare.ckpt", Foreign(), "not a checkpoint that Lightning wrote"),
@@ -297,3 +297,24 @@ def test_load_checkpoint_finds_shards_whose_replacement_was_cut_off(tmp_path, sa
     found = Foreign()
     ls.load_checkpoint(found, tmp_path / "last.ckpt")
     assert same(dict(found.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("file", ["whole.ckpt", "weights.ckpt"])
+def test_transformer_alone_takes_its_part_of_a_checkpoint(saved, tmp_path, file):
+    module, alone = saved("drop"), Foreign().net
+    ls.load_checkpoint(alone, tmp_path / file)
+    assert ls.bypassed_sublayers(alone) == ls.bypassed_sublayers(module.net)
+    assert same(dict(alone.state_dict()), dict(module.net.state_dict()))
+
+
+def test_transformer_that_fits_two_parts_of_a_checkpoint_or_none_is_refused_with_the_prefix(tmp_path):
+    net = Foreign().net
+    for name, parts in (("two", ("net.", "teacher.")), ("other", ("net.",))):
+        weights = {f"{part}{key}": value for part in parts for key, value in net.state_dict().items()}
+        if name == "other":
+            weights.popitem()
+        torch.save({"state_dict": weights}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"under 'net\.' and 'teacher\.'\. Pass the LightningModule"):
+        ls.load_checkpoint(net, tmp_path / "two")
+    with pytest.raises(CheckpointError, match=r"its weights begin with 'net\.'.* Pass the LightningModule"):
+        ls.load_checkpoint(net, tmp_path / "other")

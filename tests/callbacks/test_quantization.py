@@ -19,6 +19,8 @@ from layershed.errors import (
     ScheduleError,
     UnknownNameError,
 )
+from layershed.formatting import short_bytes
+from layershed.integration.gathered import changes_of
 from layershed.quantization import quantization_of
 from layershed.surgery import dropped_sublayers
 from tests.support.lora import maps
@@ -38,7 +40,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed, one_of
+from tests.support.thinned import crossed, one_of, some_of
 
 MODES = ["nf4", "fp4", "int8"]
 LINEAR = maps("llama", range(4), range(4))
@@ -78,7 +80,7 @@ def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, m
     assert quantization_of(module).mode == mode
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_quantization_at_the_end_rounds_the_merged_weights(make_trainer, mode):
     found = fit_foreign(
         make_trainer(dropping(), adapters(finish="merge"), Quantization(mode, start="end"), max_steps=8)
@@ -135,7 +137,7 @@ def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, m
     saved = [Save(tmp_path / f"{step}.ckpt", step) for step in (3, 4)]
     own = [dropping(), Quantization(mode), *saved]
     trainer = make_trainer(*own, adapters(start=5), max_steps=6, csv=True)
-    fit_foreign(trainer)
+    module = fit_foreign(trainer)
     sizes = [
         sum(
             value.numel() * value.element_size()
@@ -150,6 +152,11 @@ def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, m
     assert [(int(row["step"]), float(row["quantization/bytes"])) for row in rows] == [(4, sizes[1])]
     assert float(rows[0]["quantization/bytes_before"]) == sizes[0]
     assert trainer.callback_metrics["quantization/bytes"].item() == sizes[1]
+    before, after = map(short_bytes, sizes)
+    assert changes_of(trainer, module, tmp_path) == (
+        ("Quantized weights", f"{mode}, {8 if mode == 'int8' else 4} bits, {before} -> {after}"),
+        ("LoRA", "rank 4, alpha 16, from step 5, left in the model"),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
@@ -202,7 +209,7 @@ class Around(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_validation_after_quantization_does_not_change_training(make_trainer, mode):
     """Sides that are multiples of 64: those bitsandbytes would repack in eval mode."""
     around = Around()

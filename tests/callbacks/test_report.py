@@ -208,6 +208,84 @@ def test_report_names_the_model_after_its_source(make_trainer, unpainted, tmp_pa
     assert "somebody/llama" in Page(tmp_path / "run").text
 
 
+def test_report_names_a_gguf_model_after_its_file(make_trainer, unpainted, tmp_path):
+    module = Foreign()
+    module.net.config.name_or_path = "/models/small.Q4_1.gguf"
+    fit_foreign(make_trainer(Report(), max_steps=1), module)
+    assert "<h1>small.Q4_1</h1>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+class Graded(Foreign):
+    """Logs two scores in validation, which fall by a hundredth a step, beside the loss and a metric of training."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_score", 1.0)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        for name, top in (("val_score", 1), ("val_other", 2)):
+            self.log(name, top - 0.01 * self.global_step, batch_size=len(batch["input_ids"]))
+
+
+@pytest.mark.parametrize("order", one_of([1, -1]))
+def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_trainer, unpainted, tmp_path, order):
+    """Six pairs: some speedup is measurable or not, and the page says the same as the log."""
+    drop = SublayerDrop(3, count=1, every_n_steps=3, rounds=2, quality="val_score", quality_batches=2)
+    speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=6, quality="val_score", quality_mode="max")
+    settings = {"max_steps": 8, "val_check_interval": 2, "csv": True}
+    trainer = make_trainer(*[drop, speed, Report()][::order], **settings)
+    fit_foreign(trainer, Graded())
+    table = Page(tmp_path / "run").table
+    sdrs = [sdr for moment, sdr in speed.degradations.items() if moment != "end"]
+    assert [sdr.quality for sdr in sdrs] == ["val_score"] * 2
+    assert column(tmp_path / "run", "speed/sdr") == pytest.approx([sdr.ratio for sdr in sdrs], nan_ok=True)
+    losses = {when: column(tmp_path / "run", f"drop/loss_{when}") for when in ("before", "after")}
+    for number, (sdr, before, after) in enumerate(zip(sdrs, losses["before"], losses["after"], strict=True), start=1):
+        step, dropped, loss, score, shown = table[f"Round {number}"]
+        assert (step, dropped) == (str(3 * number), f"1 {list(drop.plan)[number - 1].kind}")
+        assert loss == f"{before:.4f} → {after:.4f}"
+        assert score == f"{1 - 0.03 * number:.4f} → {1 - 0.03 * number:.4f}"
+        assert shown == str(sdr)
+    assert "val_score before the drop" not in table
+    assert table["val_score before the first round"] == "0.9700"
+    assert table["val_other in validation"] == "1.9800 before the drop, 1.9200 at the end"
+    assert not any("train_score" in label or "val_score in" in label for label in table)
+    if order == 1:  # else the callbacks end in the other order
+        end = trainer.callback_metrics["speed/sdr_end"].item()
+        assert speed.degradations["end"].ratio == pytest.approx(end, nan_ok=True)
+        assert table["SDR at the end"] == str(speed.degradations["end"]).replace("(-", "(\N{MINUS SIGN}")
+
+
+def test_report_and_rounds_of_an_earlier_versions_checkpoint(make_trainer, tmp_path, text_data, unpainted):
+    """Without the fields that this version added: the run goes on, with fewer rows."""
+
+    def run(name, *more, ckpt_path=None):
+        drop = SublayerDrop(3, count=1, every_n_steps=3, rounds=2, quality_batches=2)
+        speed = SpeedMonitor(prompt_tokens=6, new_tokens=2, runs=1)
+        trainer = make_trainer(ExactResume(), drop, speed, Report(), *more, name=name, max_steps=8)
+        trainer.fit(causal_lm(), datamodule=text_data(), ckpt_path=ckpt_path)
+        return drop, speed
+
+    whole, _ = run("whole", Save(tmp_path / "cut.ckpt", 4))
+    resumed, _ = run("resumed", ckpt_path=tmp_path / "cut.ckpt")
+    assert resumed.rounds == whole.rounds
+    assert len(whole.rounds) == 2
+    content = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    for callback, fields in {
+        "SublayerDrop": ["rounds"],
+        "SpeedMonitor": ["before", "degradations"],
+        "Report": ["metrics"],
+    }.items():
+        for field in fields:
+            del content["callbacks"][callback][field]
+    torch.save(content, tmp_path / "old.ckpt")
+    old, speed = run("old", ckpt_path=tmp_path / "old.ckpt")
+    assert old.rounds == whole.rounds[1:]
+    assert list(speed.degradations) == ["6", "end"]
+    assert Page(tmp_path / "old").table["Round 1"][:3] == ["3", f"1 {next(iter(old.plan)).kind}", "-"]
+
+
 def test_report_refuses_every_n_steps_below_one():
     with pytest.raises(ScheduleError, match="every_n_steps=0"):
         Report(every_n_steps=0)

@@ -576,7 +576,7 @@ def test_compiled_model_is_measured_and_dropped_as_uncompiled(make_trainer, tmp_
     assert keys(compiled[0]) == keys(plain[0])
     assert compiled[1] == pytest.approx(plain[1], rel=1e-5)
     assert {step for step, _ in (key.split(",")[:2] for key in compiled[1])} == {"3"}
-    torch.testing.assert_close(compiled[2], plain[2])
+    torch.testing.assert_close(compiled[2], plain[2], rtol=1e-5, atol=3e-5)  # AdamW enlarges rounding
     for when, quality in plain[3].items():
         assert compiled[3][when].loss == pytest.approx(quality.loss, rel=1e-5)
     graphs = dict(compiled[4])

@@ -22,6 +22,7 @@ PHASES = ("prefill", "decode")
 PHASE_NAMES = ("speedup", "speedup_low", "speedup_high", "tokens_per_s", "tokens_per_s_dense", "ms")
 NAMES = {
     *(f"speed/{name}" for name in ("parameters", "kv_bytes_per_token", "peak_memory", "file_bytes")),
+    *(f"speed/{name}" for name in ("batch_size", "prompt_tokens", "new_tokens")),
     *(f"speed/{phase}_{what}" for phase in PHASES for what in PHASE_NAMES),
 }
 PREDICTED = {f"speed/{phase}_predicted" for phase in PHASES}
@@ -128,11 +129,11 @@ def test_speed_monitor_does_not_change_training(make_trainer):
 def fake(speedup, predicted=None):
     """A measurement with this speedup of decoding; of the prefill the gain is twice as large."""
     phases = {
-        name: PhaseSpeed(100.0, 100.0 * value, Interval(value, value - 0.1, value + 0.1), predicted)
+        name: PhaseSpeed(100.0, Interval(value, value - 0.01, value + 0.01), predicted)
         for name, value in (("prefill", 1 + 2 * (speedup - 1)), ("decode", speedup))
     }
     return SpeedReport(
-        **phases,
+        phases=phases,
         parameters_dense=90,
         parameters_dropped=80,
         kv_bytes_dense=7.0,
@@ -198,17 +199,23 @@ def test_speed_monitor_logs_all_figures_but_a_missing_prediction(make_trainer, m
         assert not predicted or {metrics[name] for name in PREDICTED} == {1.5}
 
 
-def test_sdr_of_every_round_compares_with_the_dense_model(make_trainer, tmp_path, faked):
+@pytest.mark.parametrize("order", one_of([1, -1]))
+def test_sdr_of_every_round_counts_its_own_loss_and_gain(make_trainer, tmp_path, faked, order):
     drop = SublayerDrop(2, count=2, every_n_steps=2, rounds=3, quality_batches=2)
-    trainer = make_trainer(drop, SpeedMonitor(**SMALL, quality="loss"), max_steps=8, csv=True)
+    monitor = SpeedMonitor(**SMALL, quality="loss")
+    trainer = make_trainer(*[drop, monitor][::order], max_steps=8, csv=True)
     fit_foreign(trainer)
-    ((_, before),) = logged(tmp_path / "run", "drop/loss_before")
-    after = logged(tmp_path / "run", "drop/loss_after")
-    assert [step for step, _ in after] == [2, 4, 6]
-    assert logged(tmp_path / "run", "speed/sdr") == [
-        (step, pytest.approx(100 * (loss - before) / percent, rel=1e-4))
-        for (step, loss), percent in zip(after, (30, 40, 50), strict=True)
+    before, after = (logged(tmp_path / "run", f"drop/loss_{when}") for when in ("before", "after"))
+    assert [step for step, _ in after] == [step for step, _ in before] == [2, 4, 6]
+    gains = (0.3, 1.4 / 1.3 - 1, 1.5 / 1.4 - 1)
+    wanted = [
+        (step + (order < 0), pytest.approx((end - begin) / gain, rel=1e-4))
+        for (step, end), (_, begin), gain in zip(after, before, gains, strict=True)
     ]
+    assert logged(tmp_path / "run", "speed/sdr") == wanted
+    assert [(int(step), sdr.ratio) for step, sdr in monitor.degradations.items() if step != "end"] == wanted
+    ((_, end),) = logged(tmp_path / "run", "drop/loss_end")
+    assert logged(tmp_path / "run", "speed/sdr_end") == [(8, pytest.approx((end - before[0][1]) / 0.5, rel=1e-4))]
 
 
 class Graded(Foreign):
@@ -392,7 +399,7 @@ def test_speed_monitor_does_not_measure_again_in_a_resumed_run(make_trainer, tmp
         return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("speed/")}
 
     whole = run("whole")
-    assert set(whole) == {*NAMES, "speed/sdr"}
+    assert set(whole) == {*NAMES, "speed/sdr", "speed/sdr_end"}
     assert len(faked) == 2
     del faked[sum(at >= step for step in (3, 7)) :]
     assert run("resumed", ckpt_path=tmp_path / "cut.ckpt") == whole

@@ -44,7 +44,8 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed
+from tests.support.thinned import crossed, one_of
+from tests.support.versions import older
 
 
 def bypassed(_trainer, pl_module):
@@ -132,12 +133,13 @@ def test_iterative_rounds_measure_the_dropped_model_anew(make_trainer, tmp_path,
         3, scope, count, every_n_steps=3, rounds=3, calibrate_on=calibrate_on, calibration_batches=2, quality_batches=2
     )
     module = fit_foreign(make_trainer(drop, max_steps=11))
-    hand = HandRun()
+    hand, losses = HandRun(), []
     for step in hand.train(itertools.islice(endless(loader()), 11)):
         if step in (1, 4, 7):
             hand.seen()
         if step in (3, 6, 9):
             scores = hand.seen() if calibrate_on == "running" else hand.importances(itertools.islice(val_loader(), 2))
+            losses.append(hand.quality(itertools.islice(val_loader(), 2))[0])
             chosen = ranked(scores, scope, count)
             own = [entry for entry in drop.plan.drops if entry.step == step]
             assert keys(entry.sublayer for entry in own) == chosen
@@ -145,7 +147,11 @@ def test_iterative_rounds_measure_the_dropped_model_anew(make_trainer, tmp_path,
             wanted = [scores[block, kind] for (block, _), kind in zip(chosen, kinds, strict=True)]
             assert [entry.score for entry in own] == pytest.approx(wanted, rel=2e-5)
             hand.drop(chosen)
+            losses.append(hand.quality(itertools.islice(val_loader(), 2))[0])
     assert keys(drop.plan) == hand.dropped
+    assert [each.step for each in drop.rounds] == [3, 6, 9]
+    measured = [quality.loss for each in drop.rounds for quality in (each.before, each.after)]
+    assert measured == pytest.approx(losses, rel=1e-5)
     assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
     written = json.loads((tmp_path / "run" / "drop_plan.json").read_text())
     assert [(entry["block"], entry["kind"]) for entry in written["drops"]] == hand.dropped
@@ -178,7 +184,7 @@ def test_losses_around_the_drop_equal_an_evaluation_by_hand(make_trainer, tmp_pa
     assert {kind: trainer.callback_metrics[f"drop/{kind}"].item() for kind in counts} == counts
 
 
-def test_loss_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path):
+def test_losses_around_a_drop_are_measured_at_every_round_and_at_the_end_once(make_trainer, tmp_path):
     drop = SublayerDrop(2, count=1, every_n_steps=2, rounds=2, quality_batches=1)
     fit_foreign(make_trainer(drop, max_steps=6, csv=True))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -186,7 +192,7 @@ def test_loss_before_is_measured_once_and_after_at_every_round(make_trainer, tmp
     steps = {
         when: [int(row["step"]) for row in logged if row[f"drop/loss_{when}"]] for when in ("before", "after", "end")
     }
-    assert steps == {"before": [2], "after": [2, 4], "end": [6]}
+    assert steps == {"before": [2, 4], "after": [2, 4], "end": [6]}
 
 
 def test_optimizer_forgets_dropped_parameters_and_its_schedule_goes_on(make_trainer):
@@ -423,6 +429,8 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
         trainer.fit(module, datamodule=text_data(), ckpt_path=ckpt_path)
         return outcome(trainer, module, drop)
 
+    if 8 in cuts and older("lightning", "2.5.3"):
+        pytest.skip("lightning < 2.5.3: without ExactResume, a run resumed at the end of an epoch is not exact")
     whole = run("whole")
     steps = [6, 10][: arguments.get("rounds", 1)]
     assert [entry.step for entry in whole[1].drops] == sorted(steps * arguments["count"])
@@ -445,7 +453,7 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize(("start", "cuts"), [(15, (1, 2)), (12, (2,)), (8, (2,))])
+@pytest.mark.parametrize(("start", "cuts"), one_of([(12, (1, 2)), (15, (2,)), (8, (2,))]))
 def test_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):
     """Epochs of six steps; before the window of calibration, in it, at the drop, after it."""
 

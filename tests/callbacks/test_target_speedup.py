@@ -86,8 +86,8 @@ def test_target_speedup_drops_the_fewest_and_trains_on_as_by_hand(make_trainer, 
     ("phase", "amount", "number"),
     [
         ("decode", {"count": 4}, 4),
-        ("decode", {"ratio": 0.5}, 4),
-        ("prefill", {"count": 3}, 3),
+        pytest.param("decode", {"ratio": 0.5}, 4, marks=pytest.mark.slow),
+        pytest.param("prefill", {"count": 3}, 3, marks=pytest.mark.slow),
         ("prefill", {"ratio": 0.4}, 3),
     ],
 )

@@ -1,5 +1,6 @@
 """The command line: help, one-sentence errors, and the files that each command writes."""
 
+import inspect
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Llama
 from transformers.utils import logging as transformers_logging
 
 import layershed as ls
+from layershed.callbacks import SpeedMonitor
 from layershed.cli import benchmark as benchmark_command
 from layershed.cli import commands, lightning_cli, prune, quiet
 from layershed.cli import plan as plan_command
@@ -29,8 +31,10 @@ from layershed.cli.messages import causes
 from layershed.cli.trainer import Trainer
 from layershed.errors import LayershedError
 from layershed.performance import benchmark as benchmarking
+from layershed.performance.intervals import ENOUGH
 from layershed.performance.latency import Latency
 from layershed.performance.roofline import ACCELERATORS
+from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import Drop, DropPlan, Sublayer, count_by_kind
 from layershed.training.text_data import TextData
 from tests.support.command_line import (
@@ -183,7 +187,7 @@ ERRORS = {
     "missing tokenizer": ([*FIT, "--data.tokenizer=./nope"], 1, ["./nope", "tokenizer"]),
     "missing checkpoint": ([*FIT, "--ckpt_path=nope.ckpt"], 1, ["'nope.ckpt'", "no such file"]),
     "checkpoint called last.ckpt": ([*FIT, "--ckpt_path=last.ckpt"], 1, ["'last.ckpt'", "no such file"]),
-    "damaged checkpoint": ([*FIT, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "damaged"]),
+    "damaged checkpoint": ([*FIT, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "is corrupt"]),
     "checkpoint that is a folder": ([*FIT, "--ckpt_path=afolder"], 1, ["'afolder'", "it is a folder"]),
     "output that is a file": ([*FIT, "--trainer.default_root_dir=afile"], 1, ["default_root_dir='afile'", "is a file"]),
     "output in a file": ([*FIT, "--trainer.default_root_dir=afile/runs"], 1, ["'afile/runs'", "is a file"]),
@@ -260,7 +264,7 @@ ERRORS = {
     "benchmark: no runs": ([*BENCHMARK, "--counts=[1]", "--runs=0"], 1, ["runs=0", "at least 1"]),
     "benchmark: too many tokens": ([*BENCHMARK, "--counts=[1]", "--prompt_tokens=80"], 1, ["80", "64 positions"]),
     "benchmark: missing checkpoint": ([*BENCHMARK, "--ckpt_path=nope.ckpt"], 1, ["'nope.ckpt'", "no such file"]),
-    "benchmark: damaged checkpoint": ([*BENCHMARK, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "damaged"]),
+    "benchmark: damaged checkpoint": ([*BENCHMARK, "--ckpt_path=damaged.ckpt"], 1, ["damaged.ckpt", "is corrupt"]),
     "benchmark: no attention": (["benchmark", model_of(**MAMBA), *DATA, *SPEED, "--counts=[1]"], 1, ["Mamba"]),
     "plan: unknown device": ([*PLAN, "--device=a1000"], 1, ["'a1000'", "Did you mean 'a100'?", "this"]),
     "plan: joint": ([*PLAN, "--scope=joint", "--count=1"], 1, ["decided by importances", "drop_plan.json", "--plan"]),
@@ -716,6 +720,13 @@ def test_prune_writes_the_results_of_the_functions(saved, capsys):
     assert f"{after[0]:.4f}" in page
 
 
+def test_default_number_of_pairs_is_enough_for_an_interval():
+    measuring = [Trainer.prune, Trainer.benchmark, SpeedMonitor, ls.measure_speed, ls.measure_forward, SpeedSettings]
+    defaults = [inspect.signature(each).parameters["runs"].default for each in measuring]
+    assert min(defaults) >= ENOUGH
+    assert len(set(defaults)) == 1
+
+
 @torch.no_grad()
 def plain_quality(model, batches):
     """Mean loss and accuracy over all next tokens."""
@@ -819,16 +830,17 @@ def check_measurement(told, dense, after, sizes, caches, runs=2, comparable=True
     assert speed["kv_bytes_dense"] == held[0]
     assert held[1] <= speed["kv_bytes_dropped"] < held[1] + 4, "of a dropped one a number is left for all tokens"
     assert (speed["prompt_tokens"], speed["new_tokens"], speed["batch_size"], speed["runs"]) == (4, 2, 1, runs)
-    speedup = speed["decode"]["speedup"]
+    phases = speed["phases"]
+    speedup = phases["decode"]["speedup"]
     gained = 100 * (speedup["median"] - 1)
-    assert speed["decode"]["measurable"] == (runs > 5 and not speedup["low"] <= 1 <= speedup["high"])
-    if comparable and speed["decode"]["measurable"] and gained > 0:
+    assert phases["decode"]["measurable"] == (runs > 5 and not speedup["low"] <= 1 <= speedup["high"])
+    if comparable and phases["decode"]["measurable"] and gained > 0:
         assert told["sdr"] == pytest.approx(100 * (dense[1] - after[1]) / gained, rel=1e-4, abs=1e-9)
     else:
         assert told["sdr"] is None
     for phase, tokens in (("prefill", 4), ("decode", 1)):
-        assert speed[phase]["dense_ms"] == pytest.approx(1000 * tokens / speed[phase]["dense"])
-        assert speed[phase]["predicted"] > 1
+        assert phases[phase]["dense_ms"] == pytest.approx(1000 * tokens / phases[phase]["dense"])
+        assert phases[phase]["predicted"] > 1
 
 
 def cells(told, name):

@@ -14,8 +14,8 @@ from layershed.errors import ExportError
 from layershed.files import atomic as folders
 from layershed.integration.importance_csv import append
 from layershed.planning.plan import Drop, DropPlan
-from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import write_report
+from layershed.reporting.record import RunRecord
 from tests.support.bad_input.damage import ON, SPEED
 from tests.support.bad_input.trial import _run
 from tests.support.models import build_model

@@ -10,7 +10,7 @@ from rich.console import Console
 from layershed.cli import console
 from layershed.cli.main import main
 from layershed.planning.plan import ImportanceScores, Sublayer
-from layershed.reporting.figures import RunRecord
+from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import summary_table
 from tests.support.bad_input.damage import ON, SPEED
 from tests.support.thinned import one_of

@@ -79,13 +79,13 @@ def test_damaged_checkpoint_is_named_and_an_older_one_taken(capsys):
     wanted = checkpoint("runs/version_1/checkpoints/epoch=2.ckpt", age=2)
     assert resolve_last("test", {}) == wanted
     assert capsys.readouterr().out == (
-        "note: the checkpoint 'runs/version_1/checkpoints/last.ckpt' is damaged: it breaks off in the middle; "
+        "note: the checkpoint 'runs/version_1/checkpoints/last.ckpt' is corrupt: it ends in the middle; "
         "looking for the one before it\n"
     )
     wanted.write_bytes(b"")
     assert resolve_last("fit", {}) == before
     before.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(3 of 3\)"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is corrupt \(3 of 3\)"):
         resolve_last("fit", {})
 
 
@@ -96,11 +96,10 @@ def test_broken_checkpoint_link_is_named_and_an_older_checkpoint_taken(capsys):
     last.symlink_to("epoch=3.ckpt")
     assert resolve_last("fit", {}) == wanted
     assert capsys.readouterr().out == (
-        f"note: the checkpoint {str(last)!r} is damaged: it leads to a file that is gone; looking for the one before "
-        "it\n"
+        f"note: the checkpoint {str(last)!r} is corrupt: its target no longer exists; looking for the one before it\n"
     )
     wanted.unlink()
-    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is damaged \(1 of 1\)"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint under 'runs' is corrupt \(1 of 1\)"):
         resolve_last("fit", {})
     checkpoint(last.with_name("epoch=3.ckpt"), age=1)
     assert resolve_last("fit", {}) == last
@@ -180,7 +179,7 @@ def test_unreadable_checkpoint_is_not_reported_as_damaged(capsys, forbidden):
         f"note: the checkpoint {str(path)!r} cannot be read (Permission denied); looking for the one before it\n"
     )
     checkpoint("runs/version_0/checkpoints/other.ckpt", age=10, whole=False)
-    with pytest.raises(CheckpointError, match=r"under 'runs' is damaged or cannot be read \(2 of 2\); let this user"):
+    with pytest.raises(CheckpointError, match=r"under 'runs' is corrupt or cannot be read \(2 of 2\); let this user"):
         resolve_last("fit", {})
 
 
@@ -270,5 +269,5 @@ def test_damaged_checkpoint_error_names_the_intact_checkpoint(capsys):
     checkpoint("kept/step=2.ckpt", age=2)
     assert run([*FIT, f"--ckpt_path={torn}"]) == 1
     told = capsys.readouterr().err.strip()
-    assert "'kept/last.ckpt' is damaged: it breaks off in the middle" in told
+    assert "'kept/last.ckpt' is corrupt: it ends in the middle" in told
     assert told.endswith("resume with --ckpt_path kept/step=2.ckpt.")

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import layershed as ls
 from layershed.discovery import registry as adapter
 from layershed.discovery.find import dissect
 from layershed.errors import CalibrationError, ExportError, MeasurementError
+from layershed.spellings import cache_in, cache_name
 from tests.support.architectures import tiny_model
 from tests.support.conformance import CHECKS, Case
 
@@ -267,3 +269,18 @@ def test_estimating_importance_runs_the_head_model_if_the_body_takes_other_input
 def test_sublayers_found_do_not_depend_on_the_precision(model_type):
     model = tiny_model(model_type)
     assert ls.find_sublayers(model.to(torch.bfloat16)) == ls.find_sublayers(tiny_model(model_type))
+
+
+def test_cached_decoding_of_switch_transformers_without_attention_is_exact():
+    """Its encoder refuses use_cache=True, which a decoder's own config sets."""
+    sizes = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = SwitchTransformersConfig(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=4, **sizes)
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    ls.bypass(model, [sublayer for sublayer in ls.find_sublayers(model) if sublayer.kind == "attention"])
+    tokens = torch.arange(1, 9)[None]
+    given = {"encoder_outputs": model.get_encoder()(tokens)}
+    expected = model(decoder_input_ids=tokens, use_cache=False, **given).logits
+    first = model(decoder_input_ids=tokens[:, :5], **given)
+    cached = {cache_name(model.forward): cache_in(first)}
+    rest = model(decoder_input_ids=tokens[:, 5:], **cached, **given)
+    assert torch.allclose(torch.cat([first.logits, rest.logits], 1), expected, atol=1e-5)

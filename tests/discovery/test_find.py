@@ -16,6 +16,7 @@ from layershed.surgery import bypass, remove
 from tests.support.model_types import MODEL_TYPES
 from tests.support.models import SIZES, build_model
 from tests.support.thinned import some_of
+from tests.support.versions import older
 
 # list of blocks, then per branch: its module, where X and its output can be read, and what goes along with it
 LLAMA_LIKE = (
@@ -156,6 +157,8 @@ def test_sublayers_found_equal_those_of_known_models(family):
 
 @pytest.mark.parametrize("family", some_of(KNOWN, 2))
 def test_model_without_weights_has_the_same_branches(family):
+    if family in ("gpt2", "opt", "bert") and older("transformers", "5.0"):
+        pytest.skip("transformers < 5.0: their masks read numbers, which a model without weights lacks")
     skeleton = on_meta(family)
     assert found_branches(skeleton) == expected_branches(family)
     assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
@@ -184,7 +187,12 @@ def test_sequential_gpt_neox_has_sequential_branches():
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_mixture_of_experts_is_found_as_one_mlp(family):
     sizes = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-    assert found_branches(build_model(family, **sizes)) == expected_branches("llama")
+    model = build_model(family, **sizes)
+    name = next(name for name, _ in model.model.layers[0].named_children() if name in ("mlp", "block_sparse_moe"))
+    assert found_branches(model) == [
+        (replace(s, path=s.path.replace("mlp", name)), norm, core.replace("mlp", name), *more)
+        for s, norm, core, *more in expected_branches("llama")
+    ]
 
 
 def test_anatomy_says_where_every_block_takes_x():

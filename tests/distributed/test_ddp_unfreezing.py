@@ -31,3 +31,13 @@ def test_ddp_ranks_stay_equal_when_a_callback_unfreezes_and_a_resumed_run_equals
     for cut in CUTS:
         for rank in ranks:
             assert same(rank[name, unused, cut], rank[name, unused, None]), cut
+
+
+def test_twenty_alternations_of_what_trains_leave_one_wrapper_and_equal_ranks(tmp_path):
+    run_two_ranks("tests.support.ranks.alternating", tmp_path, timeout=300)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(first["state"], second["state"])
+    for rank in (first, second):
+        assert len(rank["alive"]) == 2
+        assert set(rank["alive"]) == {1}
+        assert len(set(rank["hooks"])) == 1

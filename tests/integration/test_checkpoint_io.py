@@ -105,12 +105,12 @@ def test_next_write_replaces_the_partial_file_of_a_killed_one(tmp_path):
 
 TORN = {
     "empty": (lambda data: b"", "it is empty"),
-    "one byte": (lambda data: data[:1], "no file that torch wrote"),
-    "cut in the middle": (lambda data: data[: len(data) // 2], "breaks off in the middle"),
-    "cut before its last byte": (lambda data: data[:-1], "breaks off in the middle"),
-    "zeros after": (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), "breaks off"),
+    "one byte": (lambda data: data[:1], "torch did not write it"),
+    "cut in the middle": (lambda data: data[: len(data) // 2], "ends in the middle"),
+    "cut before its last byte": (lambda data: data[:-1], "ends in the middle"),
+    "zeros after": (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), "ends in"),
     "a hole in a tensor": (lambda data: data[:5000] + bytes(512) + data[5512:], "data/0' is not what was written"),
-    "another text": (lambda data: b"not a checkpoint", "no file that torch wrote"),
+    "another text": (lambda data: b"not a checkpoint", "torch did not write it"),
 }
 
 
@@ -208,7 +208,7 @@ def test_checksums_are_checked_by_the_file_not_by_the_readers_setting(tmp_path, 
     data = path.read_bytes()
     for damaged in (data[:-1], data[: len(data) // 2], bytes(4) + data[4:]):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="is damaged"):
+        with pytest.raises(CheckpointError, match="is corrupt"):
             check_checkpoint(path)
 
 

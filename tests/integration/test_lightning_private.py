@@ -26,6 +26,7 @@ from layershed.integration.namespaces import own
 from layershed.integration.own_record import shown_metrics
 from tests.support.killed import EPOCH, plain, stateful
 from tests.support.runs import Foreign, Save, fit_foreign, val_loader
+from tests.support.versions import EXACT_RESUME_REFUSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 ROOT = Path(__file__).parents[2]
@@ -356,7 +357,7 @@ def test_replaced_loop_method_is_called_by_lightning_and_given_back(make_trainer
     assert trainer.global_step == 1
 
 
-@pytest.mark.skipif(not private.tells_resumed_loops(), reason="ExactResume refuses a Lightning before 2.5.3")
+@pytest.mark.skipif(not private.supports_exact_resume(), reason=EXACT_RESUME_REFUSES)
 def test_steering_functions_use_only_attributes_of_the_loops(make_trainer):
     """Here every name is looked up; test_exact_resume.py tests the end of a resumed fit as a whole."""
     trainer = make_trainer(max_steps=1)

@@ -34,7 +34,7 @@ def test_interval_is_the_wider_of_bootstrap_and_order_statistics(n):
         assert (found.low, found.high) == (1 + (k - 1) / 100, 1 + (n - k) / 100)
     assert found.median == statistics.median(values)
     assert found.low <= 1 + (order - 1) / 100
-    assert found.trustworthy == (holds(1, n) >= 0.95)
+    assert (not found.doubt) == (holds(1, n) >= 0.95)
 
 
 @pytest.mark.parametrize("n", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 10))])

@@ -20,7 +20,7 @@ from tests.support.models import build_model
 from tests.support.ticking import MADE_UP
 
 LONG = {"prompt_tokens": 100, "new_tokens": 29}
-LETHAL = ("stopwatch.clock_of", "speed.measure_ceilings", "benchmark.measure_ceilings", "prediction.measure_ceilings")
+LETHAL = ("stopwatch.clock_for", "speed.measure_ceilings", "benchmark.measure_ceilings", "prediction.measure_ceilings")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, DynamicCache, EncoderDecoderCache
 
-from layershed.devices import EventClock, WallClock, clock_of
+from layershed.devices import EventClock, WallClock, clock_for
 from layershed.errors import MeasurementError
 from layershed.performance.stopwatch import SpeedSettings, Stopwatch, cache_bytes, describe_device
 from layershed.spellings import cache_in, cache_name
@@ -68,8 +68,8 @@ def test_event_clock_waits_only_when_seconds_are_read(log):
 @pytest.mark.parametrize(
     ("device", "kind"), [("cpu", WallClock), ("mps", WallClock), ("xpu", EventClock), ("cuda", EventClock)]
 )
-def test_clock_of_returns_the_clock_of_each_device(device, kind):
-    clock = clock_of(torch.device(device))
+def test_clock_for_returns_the_clock_of_each_device(device, kind):
+    clock = clock_for(torch.device(device))
     assert type(clock) is kind
     assert clock.device == torch.device(device)
 

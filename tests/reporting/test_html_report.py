@@ -21,14 +21,16 @@ from PIL import Image
 from rich.console import Console
 
 from layershed.errors import DataError, ExportError
+from layershed.performance.degradation import Degradation, degradation
 from layershed.performance.speed import Interval, PhaseSpeed, SpeedReport
 from layershed.planning.plan import Drop, DropPlan, Sublayer
-from layershed.quality import Quality
+from layershed.quality import Quality, RoundQuality
 from layershed.reporting import figures, importance_file, summary
 from layershed.reporting import html_report as report
-from layershed.reporting.figures import ImportancePoint, LossPoint, RunRecord, importance_heatmap, loss_figure
+from layershed.reporting.figures import importance_heatmap, loss_figure
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.record import DropRound, ImportancePoint, LossPoint, RunRecord
 from layershed.reporting.summary import summary_rows, summary_table
 
 STEPS = range(40, 201, 40)
@@ -54,8 +56,10 @@ def make_points(dropped=DROPPED, kinds=("attention", "mlp"), scale=1.0):
 @pytest.fixture(scope="module")
 def speed():
     return SpeedReport(
-        prefill=PhaseSpeed(8412.3, 8500.4, Interval(1.0104, 0.98, 1.04)),
-        decode=PhaseSpeed(412.2, 519.4, Interval(1.26, 1.22, 1.30), predicted=1.334),
+        phases={
+            "prefill": PhaseSpeed(8412.3, Interval(1.0104, 0.98, 1.04)),
+            "decode": PhaseSpeed(412.2, Interval(1.26, 1.22, 1.30), predicted=1.334),
+        },
         parameters_dense=134_515_008,
         parameters_dropped=116_300_000,
         kv_bytes_dense=23_040.0,
@@ -81,7 +85,8 @@ def record(speed):
         "after": Quality(3.4, 0.3714, 99),
         "end": Quality(2.91, 0.44, 99),
     }
-    return RunRecord("gpt2", make_points(), tuple(losses), make_plan(), quality, speed)
+    sdr = {moment: degradation(quality["before"].values, quality[moment].values, speed) for moment in ("after", "end")}
+    return RunRecord("gpt2", make_points(), tuple(losses), make_plan(), quality, speed, sdr=sdr)
 
 
 @pytest.fixture(scope="module")
@@ -129,26 +134,73 @@ def test_summary_rows_are_ascii_for_any_terminal(record):
     assert all(text.isascii() for row in summary_rows(record) for text in row)
 
 
-@pytest.mark.parametrize(
-    ("speedup", "expected"),
-    [
-        (Interval(0.99, 0.97, 1.01), "undefined (no speed gained)"),
-        (Interval(1.0, 1.0, 1.0), "undefined (no speed gained)"),
-        (
-            Interval(1.01, 0.99, 1.03),
-            "5.98 points of next-token accuracy per % of decode speed (speedup not measurable)",
+def in_rounds(record):
+    """The same run in two rounds, of which the second was not measurable."""
+    first, second = record.quality["before"], Quality(2.95, 0.42, 99)
+    attention, mlp = (Sublayer(1, kind, f"h.1.{kind}") for kind in ("attention", "mlp"))
+    rounds = (
+        DropRound((attention,), RoundQuality(120, first, Quality(3.0, 0.4, 99)), Degradation(0.5, "loss", "decode")),
+        DropRound(
+            (attention, mlp),
+            RoundQuality(160, second, record.quality["after"]),
+            Degradation(math.nan, "loss", "decode", "no measurable speedup"),
         ),
-    ],
-)
-def test_sdr_says_if_no_speed_was_gained(record, speed, speedup, expected):
-    slow = replace(speed, decode=PhaseSpeed(400.0, 400.0, speedup))
-    assert dict(summary_rows(replace(record, speed=slow)))["SDR right after the drop"] == expected
+    )
+    return replace(record, rounds=rounds, sdr={"end": record.sdr["end"]})
 
 
-def test_sdr_of_no_change_has_no_minus_sign(record):
-    before = record.quality["before"]
-    same = replace(record, quality={"before": before, "after": replace(before, accuracy=before.accuracy + 1e-7)})
-    assert dict(summary_rows(same))["SDR right after the drop"].startswith("0.00 points")
+def test_summary_has_a_row_for_each_round(record):
+    rows = summary_rows(in_rounds(record))
+    assert rows[:5] == [
+        ("Validation loss before the first round", "2.8734 (next-token accuracy 43.1 %)"),
+        (
+            "Round 1, step 120",
+            "1 attention; loss 2.8734 -> 3.0000; accuracy 0.4312 -> 0.4000; SDR 0.50 hundredths of the loss per % of "
+            "decode speed",
+        ),
+        (
+            "Round 2, step 160",
+            "1 attention, 1 mlp; loss 2.9500 -> 3.4000; accuracy 0.4200 -> 0.3714; SDR undefined (no measurable "
+            "speedup)",
+        ),
+        ("Validation loss at the end", "2.9100 (next-token accuracy 44.0 %)"),
+        ("Sublayers dropped", "2 attention, 1 mlp"),
+    ]
+    assert [label for label, _ in rows if label.startswith("SDR")] == ["SDR at the end"]
+
+
+def test_page_has_a_table_of_rounds(record, tmp_path):
+    text = write_report(in_rounds(record), tmp_path / "r.html").read_text(encoding="utf-8")
+    table = text[text.index('id="rounds"') : text.index('id="importance-1"')]
+    cells = [re.sub("<[^>]*>", "", row).split("\n") for row in re.findall("<t[hd][^>]*>.*?</t[hd]>", table)]
+    assert [cell for (cell,) in cells] == [
+        *("Round", "Step", "Dropped", "Loss", "Accuracy", "SDR"),
+        *("Round 1", "120", "1 attention", "2.8734 → 3.0000", "0.4312 → 0.4000"),
+        "0.50 hundredths of the loss per % of decode speed",
+        *("Round 2", "160", "1 attention, 1 mlp", "2.9500 → 3.4000", "0.4200 → 0.3714"),
+        "undefined (no measurable speedup)",
+    ]
+
+
+def test_summary_tells_own_metrics_and_other_changes(record):
+    more = replace(
+        record,
+        metrics={"val_f1": (0.8, 0.75), "val_\x07auc": (None, 0.9)},
+        changes=(("Quantized weights", "nf4, 4 bits, 9.6 MB -> 3.1 MB"),),
+    )
+    rows = dict(summary_rows(more))
+    assert rows["val_f1 in validation"] == "0.8000 before the drop, 0.7500 at the end"
+    assert rows["val_?auc in validation"] == "0.9000 at the end"
+    assert rows["Quantized weights"] == "nf4, 4 bits, 9.6 MB -> 3.1 MB"
+
+
+def test_too_few_pairs_are_said(record, speed):
+    few = replace(speed, phases={"decode": PhaseSpeed(100.0, Interval(1.11, 1.10, 1.11, 5))}, runs=5)
+    assert dict(summary_rows(replace(record, speed=few)))["Decode speed"] == (
+        "100 -> 111 tokens/s, x1.11 (5 pairs; an interval needs 6)"
+    )
+    once = PhaseSpeed(100.0, Interval(1.11, 1.10, 1.11, 1))
+    assert str(once).endswith("x1.11 (1 pair; an interval needs 6)")
 
 
 def test_summary_has_rows_only_for_known_values(record, speed):
@@ -157,8 +209,8 @@ def test_summary_has_rows_only_for_known_values(record, speed):
 
     assert summary_rows(RunRecord("gpt2")) == [("Sublayers dropped", "nothing was dropped")]
     assert summary_rows(RunRecord("gpt2", plan=DropPlan())) == [("Sublayers dropped", "nothing was dropped")]
-    assert not [label for label in labels(replace(record, speed=None)) if "SDR" in label or "speed" in label]
-    assert not [label for label in labels(replace(record, quality={"end": Quality(1, 0.5, 9)})) if "SDR" in label]
+    assert not [label for label in labels(replace(record, speed=None)) if "speed" in label]
+    assert not [label for label in labels(replace(record, sdr={})) if "SDR" in label]
     # Fewer parameters without a plan: something was dropped, and what is not known.
     assert "Sublayers dropped" not in labels(RunRecord("gpt2", speed=speed))
     same = replace(speed, parameters_dropped=speed.parameters_dense)
@@ -168,11 +220,13 @@ def test_summary_has_rows_only_for_known_values(record, speed):
 def test_summary_shortens_numbers_of_small_and_large_models(speed):
     small = replace(speed, parameters_dense=12_345, parameters_dropped=10_000, kv_bytes_dense=0, kv_bytes_dropped=0)
     rows = dict(
-        summary_rows(RunRecord("m", speed=replace(small, decode=PhaseSpeed(4.125, 5.5, Interval(1.3, 1.2, 1.4)))))
+        summary_rows(
+            RunRecord("m", speed=replace(small, phases={"decode": PhaseSpeed(4.125, Interval(1.3, 1.2, 1.4))}))
+        )
     )
     assert rows["Parameters"] == "12,345 -> 10,000 (-19.0 %)"
     assert rows["KV cache per token"] == "0 -> 0 bytes"
-    assert rows["Decode speed"] == "4.12 -> 5.5 tokens/s, x1.30 [1.20, 1.40]"
+    assert rows["Decode speed"] == "4.12 -> 5.36 tokens/s, x1.30 [1.20, 1.40]"
     large = replace(speed, parameters_dense=7_241_732_096, parameters_dropped=6_500_000_000)
     assert dict(summary_rows(RunRecord("m", speed=large)))["Parameters"] == "7.242 B -> 6.5 B (-10.2 %)"
 
@@ -416,9 +470,17 @@ def test_heatmap_of_a_single_measurement_has_no_axis_of_steps():
     figure = importance_heatmap(points, plan)
     panels = figure.axes[:2]
     assert all(axes.get_xlabel() == "" and not axes.get_xticks().size for axes in panels)
-    assert not figure.legends
+    # what was dropped afterwards keeps its colour under the hatch
+    assert [[(patch.get_y(), patch.get_hatch()) for patch in axes.patches] for axes in panels] == [[], [(0.5, "////")]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dropped"]
+    assert not importance_heatmap(points).legends
     later = importance_heatmap([*points, *(replace(p, step=5) for p in points)], plan)
     assert all(axes.get_xlabel() == "optimizer step" and axes.get_xticks().size for axes in later.axes[:2])
+
+
+def test_loss_axis_is_named_by_the_record(record):
+    for label in ("loss (nats per token)", "loss"):
+        assert loss_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
 
 
 def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):

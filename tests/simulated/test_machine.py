@@ -3,7 +3,7 @@
 import torch
 
 import layershed as ls
-from layershed.devices import EventClock, WallClock, clock_of
+from layershed.devices import EventClock, WallClock, clock_for
 from layershed.integration.rng import random_states, set_random_states
 from layershed.performance.peak_memory import watching_memory
 from layershed.performance.prediction import ceilings_of
@@ -21,7 +21,7 @@ SETTINGS = {"prompt_tokens": 8, "new_tokens": 2, "runs": 2, "warmup": 1}
 
 
 def test_clock_of_the_device_records_events_and_waits_only_when_read():
-    clock = clock_of(device())
+    clock = clock_for(device())
     assert isinstance(clock, EventClock)
     with waits() as marking:
         marks = [clock.mark() for _ in range(3)]

@@ -1,6 +1,9 @@
 """A dropped model to its callers and to hooks of others: extra outputs in place, outputs that may be written to."""
 
 import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -202,6 +205,39 @@ def test_failed_forward_pass_leaves_no_trace_in_the_outputs_of_the_next():
         model(TOKENS, output_router_logits=True, labels=TOKENS[:, :3].repeat(2, 1))
     assert gaps(model(TOKENS, output_router_logits=True).router_logits) == [0]
     assert gaps(model.model(TOKENS, output_router_logits=True).router_logits) == [0]
+
+
+def test_entries_stay_in_place_in_passes_of_several_threads_at_once():
+    model = eager("mixtral", num_local_experts=4)
+    bypass(model, [of_kind(model, "attention")[2], of_kind(model, "mlp")[1]])
+    model = pickle.loads(pickle.dumps(model))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            asked = {"output_attentions": True, "output_router_logits": True}
+            found = list(threads.map(lambda _: model(TOKENS, **asked), range(24)))
+    finally:
+        sys.setswitchinterval(interval)
+    alone = model(TOKENS, **asked)
+    for output in found:
+        assert_equal_but_for(output.attentions, alone.attentions, [2])
+        assert_equal_but_for(output.router_logits, alone.router_logits, [1])
+        assert torch.equal(output.aux_loss, alone.aux_loss)
+
+
+def test_interrupted_forward_pass_leaves_no_trace_in_the_outputs_of_the_next(monkeypatch):
+    model = eager("mixtral", num_local_experts=4)
+    bypass(model, of_kind(model, "mlp")[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr(model.lm_head, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(TOKENS, output_router_logits=True)
+    assert gaps(model(TOKENS, output_router_logits=True).router_logits) == [0]
+
+
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
 
 
 def in_place(_module, _args, output):

@@ -118,7 +118,8 @@ FIXES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": lambda blocks: [[["global"], 1], [["local"], blocks - 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "inkling_text": _DENSE_SPARSE,
-    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
+    | {"use_mamba_kernels": False},  # transformers 4.57 takes no other path on a CPU
     "laguna": _FULL_SLIDING,
     "lfm2": _CONV_FULL,
     "lfm2_moe": _CONV_FULL,

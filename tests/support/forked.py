@@ -25,18 +25,30 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def start_module(module: str, words: list[str], environment: dict[str, str], output: Path) -> BaseProcess:
-    """Start ``python -m module words`` as a fork; what it prints goes to a file."""
-    process = fork_server().Process(target=_run, args=(module, words, environment, output))
+def start_module(
+    module: str, words: list[str], environment: dict[str, str], output: Path, *, anew: bool = False
+) -> BaseProcess:
+    """Start ``python -m module words`` as a fork; what it prints goes to a file.
+
+    Args:
+        module: The module.
+        words: Its arguments.
+        environment: What to change in the environment.
+        output: The file.
+        anew: Begin as if neither Lightning nor layershed were imported.
+    """
+    process = fork_server().Process(target=_run, args=(module, words, environment, output, anew))
     process.start()
     return process
 
 
-def _run(module: str, words: list[str], environment: dict[str, str], output: Path) -> None:
+def _run(module: str, words: list[str], environment: dict[str, str], output: Path, anew: bool) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    if anew:
+        namespaces.forget()
     namespaces.begin()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")

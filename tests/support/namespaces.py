@@ -2,8 +2,8 @@
 
 The variable LAYERSHED_LIGHTNING chooses it, for one process and its children; tests/__init__.py reads it:
 
-- ``second``: layershed has imported ``lightning`` before, so both are loaded. This is what a project has whose files
-  import layershed first, as the alphabet has it.
+- ``second``: both are installed, and layershed's functions come from ``lightning``. This is what a project has whose
+  files import layershed first, as the alphabet has it.
 - ``only second``: ``lightning`` cannot be found, as if it were not installed.
 """
 
@@ -18,6 +18,7 @@ VARIABLE = "LAYERSHED_LIGHTNING"
 SECOND, ONLY_SECOND = "second", "only second"
 FIRST = "lightning"
 OURS = ("tests", "benchmarks")
+PARENTS = ("tests", "tests.support")
 
 
 class Lightning:
@@ -50,11 +51,20 @@ def translate(namespace: Any) -> None:
     builtins.__import__ = translated
 
 
+def forget() -> None:
+    """Make a fork of a process with both Lightnings and layershed one that has imported none of them."""
+    roots = ("layershed", "lightning", "lightning_fabric", "pytorch_lightning", *OURS)
+    kept = {__name__, *PARENTS}
+    for name in [name for name in sys.modules if name.partition(".")[0] in roots and name not in kept]:
+        del sys.modules[name]
+
+
 def hide(package: str) -> None:
     """Make a package one that is not installed."""
     assert package not in sys.modules
     found = PathFinder.find_spec
-    hiding: Any = staticmethod(lambda name, *more: None if name.partition(".")[0] == package else found(name, *more))
+    # bound, as pytest expects it
+    hiding: Any = classmethod(lambda _, name, *more: None if name.partition(".")[0] == package else found(name, *more))
     PathFinder.find_spec = hiding  # type: ignore[method-assign]
 
 
@@ -65,13 +75,11 @@ def begin() -> None:
         return
     if asked == ONLY_SECOND:
         hide(FIRST)
-    from layershed.integration.namespaces import NAMESPACES, loaded, own
+    from layershed.integration.namespaces import NAMESPACES, installed
 
     first, second = NAMESPACES
-    assert own() == (first if asked == SECOND else second)
-    importlib.import_module(second.pytorch)
-    assert loaded() == ((first, second) if asked == SECOND else (second,))
+    assert installed() == ((first, second) if asked == SECOND else (second,))
     translate(second)
-    kept = {__name__, "tests", "tests.support"}
+    kept = {__name__, *PARENTS}
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS and name not in kept]:
         del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Cross products of parameters, of which the default run takes a row and a column."""
+"""Cross products of parameters, of which the default run takes a diagonal."""
 
 import itertools
 
@@ -6,15 +6,20 @@ import pytest
 
 
 def crossed(*axes):
-    """All combinations for ``pytest.mark.parametrize``; those that leave the first value of two axes or more are slow.
+    """All combinations for ``pytest.mark.parametrize``, as many of them not slow as the longest axis has values.
 
-    So the default run has every value of every axis, beside the first values of the others.
+    Of every axis, each value is in one that is not slow: the i-th takes the i-th value of the longest axis, and of a
+    shorter one goes on from its beginning.
     """
-    found, axes = [], [list(axis) for axis in axes]
-    for values in itertools.product(*axes):
-        others = sum(value != axis[0] for value, axis in zip(values, axes, strict=True))
-        found.append(pytest.param(*values, marks=pytest.mark.slow if others > 1 else ()))
-    return found
+    axes = [list(axis) for axis in axes]
+    chosen = {tuple(i % len(axis) for axis in axes) for i in range(max(map(len, axes)))}
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, places, strict=True)),
+            marks=() if places in chosen else pytest.mark.slow,
+        )
+        for places in itertools.product(*(range(len(axis)) for axis in axes))
+    ]
 
 
 def some_of(values, every):

@@ -69,7 +69,7 @@ class Ticking:
 
 def install(monkeypatch, clock):
     """Every measurement goes by this clock, and none asks the machine for its ceilings."""
-    monkeypatch.setattr("layershed.performance.stopwatch.clock_of", lambda _device: clock)
+    monkeypatch.setattr("layershed.performance.stopwatch.clock_for", lambda _device: clock)
     for module in ("speed", "speedup_target"):
         monkeypatch.setattr(f"layershed.performance.{module}.measure_ceilings", lambda *_: MADE_UP)
     return clock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from layershed.formatting import change_of, counts_of, printable, short_bytes, s
 from layershed.performance.benchmark import LIFTED, Benchmark, Measurement, shown_quality
 from layershed.performance.prediction import PredictedPhase, Prediction
 from layershed.performance.roofline import ACCELERATORS
-from layershed.performance.speed import PhaseSpeed
+from layershed.performance.speed_report import PhaseSpeed, shown_speedup
 from layershed.planning.plan import ImportanceScores, count_by_kind
 from layershed.quality import Quality
 
@@ -145,12 +146,13 @@ def benchmark_tables(result: Benchmark) -> Iterator[Table]:
     # one table per phase: side by side, the intervals would be wrapped
     for phase, unit in (("prefill", "ms"), ("decode", "ms/token")):
         table = _table_of(phase, "", "tokens/s", unit, "speedup [95 %]", "theory")
-        milliseconds = [getattr(speed, f"{phase}_ms") for speed in speeds]
-        dense = [statistics.median(getattr(speed, phase).dense for speed in speeds)]
-        dense.append(statistics.median(ms for ms, _ in milliseconds))
-        table.add_row("dense", *map(short_number, dense), "", "")
-        for one, speed, (_, ms) in zip(result.measurements, speeds, milliseconds, strict=True):
-            table.add_row(_label(one), *_speed_cells(getattr(speed, phase), ms))
+        # one denominator for all rows: the speedups hold of each measurement, and the table of their dense median
+        dense = statistics.median(speed.phases[phase].dense for speed in speeds)
+        timed = 1000 * first.timed[phase]
+        table.add_row("dense", short_number(dense), short_number(timed / dense), "", "")
+        for one, speed in zip(result.measurements, speeds, strict=True):
+            shown = replace(speed.phases[phase], dense=dense)
+            table.add_row(_label(one), *_speed_cells(shown, timed / shown.dropped))
         yield table
 
 
@@ -166,6 +168,7 @@ def benchmark_notes(result: Benchmark) -> Iterator[str]:
         )
     else:
         yield (f"SDR: {unit} lost per % of decode speed gained; - if no speedup is measurable (it takes six runs).")
+    yield "Speed: dense is the median over all runs, dropped is dense times the speedup within the pairs of runs."
     yield "Theory: the speedup that this machine's ceilings predict; in brackets, measured over predicted."
     yield (
         f"Median of {settings['runs']} pairs, {settings['batch_size']} x {settings['prompt_tokens']} tokens prefill "
@@ -200,8 +203,8 @@ def _qualities(quality: Quality) -> list[str]:
 
 
 def _speed_cells(phase: PhaseSpeed, milliseconds: float) -> list[str]:
-    interval = f"x{phase.speedup.median:.2f} [{phase.speedup.low:.2f}, {phase.speedup.high:.2f}]"
-    doubt = "" if phase.measurable else "\nno measurable speedup"
+    interval = shown_speedup(phase.speedup)
+    doubt = f"\n{phase.doubt}" if phase.doubt else ""
     theory = "-"
     if phase.predicted is not None:
         theory = f"x{phase.predicted:.2f} ({phase.speedup.median / phase.predicted:.2f})"

@@ -26,7 +26,7 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
         Path of the checkpoint. None for ``fit`` if there is no checkpoint yet; a printed line says so.
 
     Raises:
-        CheckpointError: If every checkpoint is damaged or unreadable. For commands other than ``fit``, also if there is
+        CheckpointError: If every checkpoint is corrupt or unreadable. For commands other than ``fit``, also if there is
             no checkpoint.
     """
     root = Path(trainer.get("default_root_dir") or "runs")
@@ -37,8 +37,8 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
             return path
         if path not in verdicts:
             unread = damage.startswith(UNREADABLE)
-            verdicts[path] = "cannot be read" if unread else "is damaged"
-            verdict = damage.removeprefix("it ") if unread else f"is damaged: {damage}"
+            verdicts[path] = "cannot be read" if unread else "is corrupt"
+            verdict = damage.removeprefix("it ") if unread else f"is corrupt: {damage}"
             what = "folder" if barred else "checkpoint"
             _say(f"note: the {what} {str(path)!r} {verdict}; looking for the one before it")
     if verdicts:
@@ -105,7 +105,7 @@ def _why_skipped(path: Path) -> str | None:
     try:
         os.stat(path)
     except FileNotFoundError:
-        return "it leads to a file that is gone"
+        return "its target no longer exists"
     except OSError:  # damage_of reports it
         pass
     return damage_of(path)

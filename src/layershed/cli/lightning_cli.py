@@ -27,6 +27,7 @@ from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
+from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
@@ -180,11 +181,12 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add :class:`ExactResume` to every ``fit``, so that it resumes exactly even if the config does not list it."""
-        given = self.config_init[self.subcommand].trainer.get("callbacks") if self.subcommand == "fit" else None
-        listed = given if isinstance(given, list) else [] if given is None else [given]
-        if self.subcommand == "fit" and not any(isinstance(callback, ExactResume) for callback in listed):
-            kwargs["callbacks"] = [*listed, ExactResume()]
+        """Add what every ``fit`` has: a signal stops it with a checkpoint, and it resumes exactly."""
+        if self.subcommand == "fit":
+            given = self.config_init[self.subcommand].trainer.get("callbacks")
+            listed = given if isinstance(given, list) else [] if given is None else [given]
+            exact = [] if any(isinstance(callback, ExactResume) for callback in listed) else [ExactResume()]
+            kwargs["callbacks"] = [*listed, *exact, StopOnSignal()]
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from layershed.cli.commands import answer_overview
 from layershed.cli.messages import causes, one_line
+from layershed.cli.stopped import Stopped
 from layershed.errors import LayershedError
 from layershed.extras import needs
 
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         quickstart: Config that ``fit`` uses if none is given.
 
     Returns:
-        Exit code: 0; 1 after an error, printed as one sentence; 130 after an interrupt.
+        Exit code: 0; 1 after an error, printed as one sentence; 130 after Ctrl-C; 143 after SIGTERM, if ``fit`` could
+        save a checkpoint.
 
     Raises:
         SystemExit: With 0 after a help text, with 2 after wrong usage.
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(stopped.told(words), file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         sentence = _sentence_of(error)
         if sentence is None:

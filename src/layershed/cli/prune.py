@@ -22,13 +22,15 @@ from layershed.cli.score import importance_points
 from layershed.discovery.find import find_sublayers
 from layershed.errors import SelectionError
 from layershed.files.atomic import write_text
+from layershed.integration.gathered import exported
+from layershed.performance.degradation import degradation
 from layershed.performance.latency import measure_latency
 from layershed.performance.speed import measure_speed
 from layershed.performance.stopwatch import SpeedSettings
-from layershed.planning.plan import DropPlan, Scope
+from layershed.planning.plan import PLAN_FILE, DropPlan, Scope
 from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
-from layershed.reporting.figures import RunRecord
 from layershed.reporting.html_report import write_report
+from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import summary_table
 from layershed.saving.pretrained import save_pretrained
 from layershed.surgery import bypass, dropped_sublayers
@@ -83,9 +85,18 @@ def prune(
     with trainer.precision_plugin.forward_context(), console.status("Measuring speed"):
         report = measure_speed(model, **lengths)
     write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    plan.save(folder / "drop_plan.json")
+    plan.save(folder / PLAN_FILE)
     saved = save_pretrained(model, folder / output, plan=plan, tokenizer=data.tokenizer)
-    record = RunRecord(name_of(model), importance=importance_points(scores), plan=plan, quality=quality, speed=report)
+    sdr = degradation(quality["before"].values, quality["after"].values, report)
+    record = RunRecord(
+        name_of(model),
+        importance=importance_points(scores),
+        plan=plan,
+        quality=quality,
+        speed=report,
+        sdr={} if sdr is None else {"after": sdr},
+        changes=(("Exported", exported(saved)),),
+    )
     page = write_report(record, folder / "report.html")
     console.print(summary_table(record))
     tell_files(console, Model=saved, Report=page)

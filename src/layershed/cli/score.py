@@ -9,7 +9,8 @@ from layershed.cli.console import importance_table, tell_files
 from layershed.cli.run_folder import check_scoring, name_of, prepare, score_sublayers
 from layershed.discovery.find import find_sublayers
 from layershed.planning.plan import ImportanceScores
-from layershed.reporting.figures import ImportancePoint, importance_heatmap
+from layershed.reporting.figures import importance_heatmap
+from layershed.reporting.record import ImportancePoint
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 

@@ -95,7 +95,7 @@ class Trainer(pl.Trainer):
         quality_batches: int = 16,
         prompt_tokens: int = 128,
         new_tokens: int = 32,
-        runs: int = 5,
+        runs: int = 9,
         output: str = "pruned",
     ) -> DropPlan:
         """Drop sublayers of a pretrained model without training: score, drop, measure, save.
@@ -157,7 +157,7 @@ class Trainer(pl.Trainer):
         prompt_tokens: int = 128,
         new_tokens: int = 32,
         batch_size: int = 1,
-        runs: int = 10,
+        runs: int = 9,
     ) -> Benchmark:
         """Measure quality and speed of a dropped model against its dense base, or sweep over drops of a dense model.
 

@@ -100,24 +100,33 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
         for path, module in transformer.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
-        try:
-            output = _forward(transformer, use_cache=True)
-        except Exception:  # the model may not support a cache
-            return None
-    hidden = cache_in(output) is not None or (name is None and generates)
+        output, more = None, False
+        for own in (True, None):  # some encoders refuse True from their model, and a decoder's default is its config's
+            with suppress(Exception):  # the model may not support a cache
+                output = _forward(transformer, use_cache=own)
+                more = name is None and not generates and _values(output) > _values(_forward(transformer))
+                break
+    if output is None or (own is None and not watch.seen):
+        return {} if name is None and not generates else None
+    hidden = cache_in(output) is not None or (name is None and (generates or more))
     return None if hidden and not watch.seen else watch.slots
 
 
+def _values(output: Any) -> int:
+    """How many values a model returned; one that returns a cache returns more than without it."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return sum(value is not None for value in values)
+
+
 def refuse_hidden_cache(transformer: nn.Module) -> None:
-    """Refuse a model that generates and takes ``use_cache``, but takes its KV cache under no known name.
+    """Refuse a model that takes ``use_cache``, but takes its KV cache under no known name.
 
     Call it if :func:`watch_cache` found no cache of transformers either: a stand-in cannot see that a cache is used.
 
     Raises:
         UnprovenStructureError: If it is such a model.
     """
-    generates = isinstance(transformer, PreTrainedModel) and bool(transformer.can_generate())
-    if generates and "use_cache" in signature(transformer.forward).parameters and not cache_name(transformer.forward):
+    if "use_cache" in signature(transformer.forward).parameters and cache_name(transformer.forward) is None:
         raise UnprovenStructureError(
             f"{type(transformer).__name__} takes use_cache, but no KV cache under a known name "
             f"({', '.join(CACHE_NAMES[:3])}), and passes no Cache of transformers to its parts. Dropping an attention "

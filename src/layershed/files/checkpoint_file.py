@@ -73,14 +73,14 @@ def read_checkpoint(path: Path, **options: Any) -> Any:
                     f"The checkpoint {str(path)!r} holds more than tensors and plain values. Nothing of it was run. "
                     "Load it with weights_only=False only if you trust its writer."
                 ) from error
-            damage = "it is no file that torch wrote, or only the rest of one"
+            damage = "torch did not write it, or a part of it is missing"
     other = next(intact_beside(path), None)
     hint = (
         "and there is no intact one beside it; give another --ckpt_path, or train anew"
         if other is None
         else f"the newest intact one beside it is {str(other)!r}; resume with --ckpt_path {other}"
     )
-    verdict = damage.removeprefix("it ") if damage.startswith(UNREADABLE) else f"is damaged: {damage}"
+    verdict = damage.removeprefix("it ") if damage.startswith(UNREADABLE) else f"is corrupt: {damage}"
     raise CheckpointError(f"The checkpoint {str(path)!r} {verdict}, {hint}.")
 
 
@@ -203,7 +203,7 @@ def _torn_bytes(path: Path, size: int, _mtime_ns: int, _inode: int) -> str | Non
         if not zipfile.is_zipfile(file):
             file.seek(0)
             # the index of a zip file is at its end
-            return "it breaks off in the middle" if file.read(4) == b"PK\x03\x04" else None
+            return "it ends in the middle" if file.read(4) == b"PK\x03\x04" else None
         try:
             with zipfile.ZipFile(file) as archive:
                 torn = _torn_part(archive)

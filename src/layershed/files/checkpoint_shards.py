@@ -104,7 +104,7 @@ def read_notes(path: Path, *, weights_only: bool | None = None) -> Mapping[str, 
         hint = (
             f"the newest intact one beside it is {str(others[-1])!r}" if others else "there is no intact one beside it"
         )
-        raise CheckpointError(f"The folder of shards {str(path)!r} is damaged: {damage}; {hint}.")
+        raise CheckpointError(f"The folder of shards {str(path)!r} is corrupt: {damage}; {hint}.")
     notes = read_checkpoint(path / NOTES_FILE, weights_only=weights_only is not False)
     if not isinstance(notes, Mapping):
         raise CheckpointError(f"The folder of shards {str(path)!r} has a {NOTES_FILE} that Lightning did not write.")

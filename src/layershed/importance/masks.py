@@ -18,17 +18,17 @@ from layershed.errors import CalibrationError
 _BLOCKED = -9e3
 
 
-class Doubts:
+class UnreadableMasks:
     """What makes masks on an accelerator unreadable, read once: the host would wait for the device at every mask."""
 
     def __init__(self) -> None:
         self._found: dict[str, Tensor] = {}
 
-    def raise_or_note(self, doubtful: Tensor, reason: str) -> Tensor | None:
+    def raise_or_note(self, unclear: Tensor, reason: str) -> Tensor | None:
         """Raise at once for a mask of the CPU, else note it.
 
         Args:
-            doubtful: Whether the mask cannot be read, a scalar.
+            unclear: Whether the mask cannot be read, a scalar.
             reason: Why not.
 
         Returns:
@@ -37,16 +37,16 @@ class Doubts:
         Raises:
             CalibrationError: If it is true and on the CPU.
         """
-        if doubtful.device.type == "cpu":
-            if bool(doubtful):
+        if unclear.device.type == "cpu":
+            if bool(unclear):
                 raise CalibrationError(reason)
             return None
         known = self._found.get(reason)
-        self._found[reason] = doubtful if known is None else known.to(doubtful.device) | doubtful
-        return doubtful
+        self._found[reason] = unclear if known is None else known.to(unclear.device) | unclear
+        return unclear
 
     def read(self) -> CalibrationError | None:
-        """Wait for the device, forget the doubts, and return the first one that came true."""
+        """Wait for the device, forget the reasons, and return the first one that came true."""
         found, self._found = self._found, {}
         if not found:
             return None
@@ -55,7 +55,7 @@ class Doubts:
         return next((CalibrationError(reason) for reason, flag in zip(found, true, strict=True) if flag), None)
 
 
-def tokens_that_count(mask: Any, doubts: Doubts | None = None) -> Tensor | None:
+def tokens_that_count(mask: Any, unreadable: UnreadableMasks | None = None) -> Tensor | None:
     """The tokens that are not padding.
 
     - Two dimensions: true, or above 0, where a token counts; or, with negative values, additive.
@@ -69,7 +69,7 @@ def tokens_that_count(mask: Any, doubts: Doubts | None = None) -> Tensor | None:
     Args:
         mask: Shape (batch, keys), (batch, queries, keys) or (batch, heads, queries, keys); or such masks by the type of
             the layers.
-        doubts: Where to note what makes a mask on an accelerator unreadable; None raises at once.
+        unreadable: Where to note what makes a mask on an accelerator unreadable; None raises at once.
 
     Returns:
         Shape (batch, keys), true where a token counts; None if there is no mask. No token of an unreadable mask counts.
@@ -86,10 +86,10 @@ def tokens_that_count(mask: Any, doubts: Doubts | None = None) -> Tensor | None:
         raise CalibrationError(f"Cannot read padding from the attention mask: it is {what}. {_ADVICE}")
     if mask.ndim == 2:
         return _of_tokens(mask)
-    later = Doubts() if doubts is None else doubts
+    later = UnreadableMasks() if unreadable is None else unreadable
     attends = _of_pairs(mask, later)
     counts = _attended(attends.any(1) if attends.ndim == 4 else attends, later)
-    if doubts is None and (error := later.read()) is not None:
+    if unreadable is None and (error := later.read()) is not None:
         raise error
     return counts
 
@@ -105,26 +105,26 @@ def _of_tokens(mask: Tensor) -> Tensor:
     return torch.where(additive, mask > _BLOCKED, mask != 0)
 
 
-def _of_pairs(mask: Tensor, doubts: Doubts) -> Tensor:
+def _of_pairs(mask: Tensor, unreadable: UnreadableMasks) -> Tensor:
     """Which query attends to which key, by a mask of at least three dimensions."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
         return torch.where(mask.min() < 0, mask > _BLOCKED, mask != 0)
-    doubtful = doubts.raise_or_note(
+    unclear = unreadable.raise_or_note(
         (mask.min() == 0) & (mask.max() == 1),
         "Cannot read padding from the attention mask: it holds floats of 0 and 1, which may be added to the "
         f"attention's logits or not. Pass it as booleans. {_ADVICE}",
     )
-    return mask > _BLOCKED if doubtful is None else (mask > _BLOCKED) & ~doubtful
+    return mask > _BLOCKED if unclear is None else (mask > _BLOCKED) & ~unclear
 
 
-def _attended(attends: Tensor, doubts: Doubts) -> Tensor:
+def _attended(attends: Tensor, unreadable: UnreadableMasks) -> Tensor:
     """The keys that count.
 
     Args:
         attends: Shape (batch, queries, keys), true where a query attends to a key.
-        doubts: As in :func:`tokens_that_count`.
+        unreadable: As in :func:`tokens_that_count`.
 
     Returns:
         Shape (batch, keys).
@@ -136,10 +136,10 @@ def _attended(attends: Tensor, doubts: Doubts) -> Tensor:
         void[:, -1] &= void[:, -2] | ~attends[:, -2, :-1].all(-1)
     attends = attends & ~void.unsqueeze(-1)
     attended = attends.any(1)
-    return attended if queries != keys else attended & ~_alone(attends, attended, doubts)
+    return attended if queries != keys else attended & ~_alone(attends, attended, unreadable)
 
 
-def _alone(attends: Tensor, attended: Tensor, doubts: Doubts) -> Tensor:
+def _alone(attends: Tensor, attended: Tensor, unreadable: UnreadableMasks) -> Tensor:
     """The tokens, shape (batch, keys), that attend to themselves only so that their softmax is finite.
 
     Raises:
@@ -150,7 +150,7 @@ def _alone(attends: Tensor, attended: Tensor, doubts: Doubts) -> Tensor:
     attending = others.any(2)
     unseen = attended & ~others.any(1)
     same = (others[:, 1:] == others[:, :-1]).all(-1)  # (batch, keys - 1): a token and the one before it
-    doubtful = doubts.raise_or_note(
+    unclear = unreadable.raise_or_note(
         (same & attending[:, 1:] & unseen[:, 1:] & unseen[:, :-1]).any(),
         "Cannot read padding from the attention mask: several tokens in a row attend to the same tokens, and only to "
         f"themselves beside these. They may be padding or sequences that share a beginning. {_ADVICE}",
@@ -162,7 +162,7 @@ def _alone(attends: Tensor, attended: Tensor, doubts: Doubts) -> Tensor:
     near = torch.diagonal(others, 1, 1, 2) | torch.diagonal(others, -1, 1, 2)  # (batch, keys - 1)
     packed = (~near & attended[:, 1:] & attended[:, :-1] & ~alone[:, 1:] & ~alone[:, :-1]).any(-1, keepdim=True)
     ends = _at_an_end(alone, packed) | _at_an_end(alone.flip(-1), packed).flip(-1)
-    return ends if doubtful is None else ends | doubtful
+    return ends if unclear is None else ends | unclear
 
 
 def _at_an_end(alone: Tensor, packed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.errors import CalibrationError
-from layershed.importance.masks import Doubts, tokens_that_count
+from layershed.importance.masks import UnreadableMasks, tokens_that_count
 from layershed.importance.passes import holds
 from layershed.spellings import cache_in
 
@@ -45,7 +45,7 @@ class Padding:
         tokens_first: Whether its hidden states have the shape (tokens, batch, hidden).
 
     Attributes:
-        doubts: Masks on an accelerator that may be unreadable; to be read after the passes.
+        unreadable: Masks on an accelerator that may be unreadable; to be read after the passes.
     """
 
     def __init__(self, transformer: nn.Module, tokens_first: bool) -> None:
@@ -53,7 +53,7 @@ class Padding:
         self._decoder = _decoder_paths(transformer)
         self._given: dict[tuple[str, bool], _Given] = {}  # by path, and whether it is that of the decoder's tokens
         self._outermost = ""
-        self.doubts = Doubts()
+        self.unreadable = UnreadableMasks()
         self._cached = False
 
     def forget(self) -> None:
@@ -93,7 +93,7 @@ class Padding:
         if path != self._outermost and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return  # the model made it
         try:
-            self._given[path, decoder] = _Given(tokens_that_count(mask, self.doubts))
+            self._given[path, decoder] = _Given(tokens_that_count(mask, self.unreadable))
         except CalibrationError as error:
             self._given[path, decoder] = _Given(error=error)
 

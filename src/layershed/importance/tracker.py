@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershed.batches import IdRange, device_of, iterate, model_inputs
+from layershed.arguments import check_most
+from layershed.batches import TokenIdRange, device_of, iterate, model_inputs
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
-from layershed.importance.masks import Doubts
+from layershed.importance.masks import UnreadableMasks
 from layershed.importance.metrics import get_metric
 from layershed.importance.padding import Padding
 from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
@@ -62,7 +63,7 @@ def estimate_importance(
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
     body = body_of(transformer)
-    ids = IdRange(transformer)
+    ids = TokenIdRange(transformer)
     with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
         for batch in iterate(batches, max_batches):
             body(**model_inputs(batch, transformer, ids))
@@ -82,8 +83,7 @@ def check_scoring(metric: str, max_batches: int | None) -> None:
         CalibrationError: If ``max_batches`` is below 1.
     """
     get_metric(metric)
-    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
-        raise CalibrationError(f"max_batches={max_batches!r}: it must be at least 1, or None for all batches.")
+    check_most(max_batches, "max_batches", CalibrationError)
 
 
 class ImportanceTracker:
@@ -188,7 +188,7 @@ class ImportanceTracker:
 
     def reset(self) -> None:
         """Forget the sums."""
-        self._padding.doubts = Doubts()
+        self._padding.unreadable = UnreadableMasks()
         self._sums.reset()
         self._failure = self.skipped = self.left_out = None
 
@@ -199,7 +199,7 @@ class ImportanceTracker:
             CalibrationError: If no token was seen.
             NotFiniteError: If an importance was NaN or infinite in every pass.
         """
-        error = self._padding.doubts.read()
+        error = self._padding.unreadable.read()
         if error is not None:
             self._fail(error)
         bypassed = set(bypassed_sublayers(self._transformer))

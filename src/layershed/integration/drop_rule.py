@@ -12,13 +12,7 @@ from layershed.discovery.uneven import explaining_empty_scope, warn_left_alone
 from layershed.errors import PlanError, SelectionError
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.performance.latency import measure_latency
-from layershed.performance.speedup_target import (
-    DEFAULT_SETTINGS,
-    check_choice,
-    check_reachable,
-    drop_to_speedup,
-    phase_of,
-)
+from layershed.performance.speedup_target import DEFAULT_SETTINGS, check_choice, check_reachable, drop_to_speedup
 from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
@@ -238,7 +232,7 @@ class DropRule:
                 name=self.transformer,
                 agree=trainer.strategy.broadcast,
             )
-        return plan, phase_of(report, self.phase).speedup.median
+        return plan, report.phases[self.phase].speedup.median
 
     def _latency(self, trainer: Trainer, pl_module: LightningModule) -> dict[Sublayer, float]:
         with trainer.precision_plugin.forward_context():

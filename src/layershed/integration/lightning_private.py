@@ -288,7 +288,7 @@ def _end_iteration(loop: Any) -> None:
         loop._restarting = False
 
 
-def tells_resumed_loops(trainer: Trainer | None = None) -> bool:
+def supports_exact_resume(trainer: Trainer | None = None) -> bool:
     """Whether Lightning's loops know that they resume, and where: from 2.5.3 on. Else no resume can be exact."""
     loop = _FitLoop if trainer is None else type(trainer.fit_loop)  # the two namespaces may be of two versions
     return hasattr(loop, "restarted_mid_epoch") and hasattr(loop, "is_resuming")

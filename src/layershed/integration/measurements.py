@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import SelectionError, UnknownNameError
-from layershed.importance.tracker import estimate_importance
+from layershed.importance.tracker import ImportanceTracker, estimate_importance
 from layershed.integration.drop_rule import refuse_beside_plan
 from layershed.integration.loaders import calibration_batches, check_text, validation_batches
 from layershed.integration.metric_names import (
@@ -23,11 +24,11 @@ from layershed.integration.metric_names import (
     dropped_name,
     quality_name,
 )
-from layershed.integration.namespaces import LightningModule, Trainer
+from layershed.integration.namespaces import LightningModule, Trainer, rank_zero_warn
 from layershed.integration.own_validation import own_quality
 from layershed.integration.watching import Watcher
 from layershed.planning.plan import ImportanceScores, count_by_kind
-from layershed.quality import OwnQuality, Quality, evaluate_quality, reads_as_text
+from layershed.quality import AnyQuality, OwnQuality, Quality, RoundQuality, evaluate_quality, reads_as_text
 from layershed.surgery import bypassed_sublayers
 
 _QUALITY = "the quality around the drop is"
@@ -43,6 +44,8 @@ def check_calibration(
         SelectionError: If a number is too low, or would have no effect beside a given plan.
         UnknownNameError: If the source of the batches is unknown.
     """
+    for what, number in (("calibration_batches", calibration_batches), ("quality_batches", quality_batches)):
+        check_number(number, what, SelectionError, whole=True)
     if calibration_batches < 1 or quality_batches < 0:
         raise SelectionError(
             f"calibration_batches={calibration_batches}, quality_batches={quality_batches}: "
@@ -64,6 +67,15 @@ def check_batches(trainer: Trainer, pl_module: LightningModule, calibrate_on: st
         check_text(calibration_batches(trainer, calibrate_on), "calibrate_on='running'", main)
 
 
+def running_importance(trainer: Trainer, tracker: ImportanceTracker) -> ImportanceScores:
+    """Importances over the training batches since the tracker was last read, which is reset; a gap gives a warning."""
+    scores = tracker.compute()
+    for left_out in filter(None, (tracker.skipped, tracker.left_out)):
+        rank_zero_warn(f"SublayerDrop, step {trainer.global_step}: {left_out}.")
+    tracker.reset()
+    return scores
+
+
 def importance_in_a_pass(
     trainer: Trainer, pl_module: LightningModule, calibrate_on: str, metric: str, max_batches: int, name: str | None
 ) -> ImportanceScores:
@@ -80,7 +92,7 @@ def validation_quality(
     metric: str | None,
     name: str | None,
     watcher: Watcher,
-) -> Quality | OwnQuality | None:
+) -> AnyQuality | None:
     """The quality on the first validation batches, in the run's precision; None, after one warning, if it has none.
 
     A causal language model that reads the batches by itself has its next-token loss and accuracy measured. Any other
@@ -104,7 +116,7 @@ def validation_quality(
     by_itself = metric is None and _reads_by_itself(trainer, transformer, first)
     # a rank that leaves a collective out would hang the others; the module's own validation agrees on failures
     guarded = not by_itself or trainer.world_size == 1
-    quality: Quality | OwnQuality | None = None
+    quality: AnyQuality | None = None
     with watcher.leaving_out(_QUALITY) if guarded else nullcontext():
         if by_itself:
             with trainer.precision_plugin.forward_context():
@@ -121,7 +133,7 @@ def _reads_by_itself(trainer: Trainer, transformer: nn.Module, first: Any) -> bo
     return trainer.strategy.reduce_boolean_decision(first is None or reads_as_text(first, transformer), all=True)
 
 
-def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any]:
+def quality_state(measured: Mapping[str, AnyQuality]) -> dict[str, Any]:
     """The qualities as primitives, for a checkpoint."""
     return {
         when: [q.loss, q.accuracy, q.tokens] if isinstance(q, Quality) else dict(q.values)
@@ -129,19 +141,36 @@ def quality_state(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, Any
     }
 
 
-def quality_from(state: Mapping[str, Any]) -> dict[str, Quality | OwnQuality]:
+def quality_from(state: Mapping[str, Any]) -> dict[str, AnyQuality]:
     """The inverse of :func:`quality_state`."""
     return {when: OwnQuality(q) if isinstance(q, dict) else Quality(*q) for when, q in state.items()}
 
 
-def quality_metrics(measured: Mapping[str, Quality | OwnQuality]) -> dict[str, float]:
+def qualities_state(quality: Mapping[str, AnyQuality], rounds: Iterable[RoundQuality]) -> dict[str, Any]:
+    """What SublayerDrop measured, as primitives: the last qualities, and step and qualities of every round."""
+    return {
+        "quality": quality_state(quality),
+        "rounds": [
+            [each.step, quality_state({k: q for k in ("before", "after") if (q := getattr(each, k)) is not None})]
+            for each in rounds
+        ],
+    }
+
+
+def qualities_from(state: Mapping[str, Any]) -> tuple[dict[str, AnyQuality], list[RoundQuality]]:
+    """The inverse of :func:`qualities_state`; checkpoints of earlier versions have no rounds."""
+    rounds = [RoundQuality(step, **quality_from(qualities)) for step, qualities in state.get("rounds", [])]
+    return quality_from(state["quality"]), rounds
+
+
+def quality_metrics(measured: Mapping[str, AnyQuality]) -> dict[str, float]:
     """The qualities before, after and at the end, by their names."""
     return {
         quality_name(what, when): value for when, quality in measured.items() for what, value in quality.values.items()
     }
 
 
-def logged_quality(trainer: Trainer, when: str) -> Quality | OwnQuality | None:
+def logged_quality(trainer: Trainer, when: str) -> AnyQuality | None:
     """The quality that SublayerDrop logged at a moment, or None."""
     begin, end = DROP, quality_name("", when).removeprefix(DROP)
     values = {

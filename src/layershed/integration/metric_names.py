@@ -6,6 +6,7 @@ DROP, SPEED = "drop/", "speed/"
 
 REACHED_SPEEDUP = f"{DROP}speedup"
 SDR = f"{SPEED}sdr"
+SDR_END = f"{SPEED}sdr_end"
 REGAINED = "recovery/regained"
 TRAINABLE_PARAMETERS = "recovery/trainable_parameters"
 LR_FACTOR = "recovery/lr_factor"

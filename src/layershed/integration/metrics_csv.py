@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from layershed.files.atomic import write_text
 from layershed.files.checkpoint_file import local_path
 from layershed.integration.lightning_private import replace_header_rewrite
 from layershed.integration.namespaces import CSVLogger, ExperimentWriter, Logger, Trainer, TrainerFn, rank_zero_warn
-from layershed.integration.run import write_text
 
 ROWS_KEY = "layershed_rows"
 

@@ -171,11 +171,7 @@ def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, 
     Raises:
         StrategyError: If loading the shards would evaluate the dense model in silence.
     """
-    hooks = _hooks_of(pl_module)
-    if hooks is None or hooks.changes or not is_sharded(trainer):
-        return
-    transformer = hooks.watched()
-    if transformer is not None and has_structure(transformer):
+    if is_sharded(trainer) and changed_by_hand(pl_module) is not None:
         raise StrategyError(
             f"{type(callback).__name__}: the model was bypassed, quantized or adapted by hand. Under "
             "ModelParallelStrategy, a Trainer would load its checkpoints as those of the dense model. Instead of "
@@ -183,12 +179,19 @@ def refuse_shards_changed_by_hand(trainer: Trainer, pl_module: LightningModule, 
         )
 
 
+def changed_by_hand(pl_module: LightningModule) -> nn.Module | None:
+    """The transformer, if it was bypassed, quantized or adapted, and no callback changes it."""
+    hooks = _hooks_of(pl_module)
+    transformer = None if hooks is None or hooks.changes else hooks.watched()
+    return transformer if transformer is not None and has_structure(transformer) else None
+
+
 def follow_training(trainer: Trainer, pl_module: LightningModule) -> None:
     """Save and restore what others unfreeze during this fit; call it in on_fit_start, after :func:`carry_structure`."""
     hooks = _hooks_of(pl_module)
     if hooks is None or (hooks.training is not None and hooks.training.follows(trainer)):
         return
-    hooks.training = TrainedParameters(trainer, pl_module)
+    hooks.training = TrainedParameters(trainer, pl_module, forgets=hooks.changes)
 
 
 def leave_structure(pl_module: LightningModule) -> None:

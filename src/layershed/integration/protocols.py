@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from layershed.integration.namespaces import LightningModule, Trainer
+from layershed.performance.degradation import Degradation
 from layershed.planning.schedule import DropSchedule
+from layershed.quality import RoundQuality
 
 
 @runtime_checkable
@@ -35,6 +37,20 @@ class Drops(Protocol):
 
 
 @runtime_checkable
+class MeasuresRounds(Protocol):
+    """Measures the quality around every round of drops, as SublayerDrop does."""
+
+    rounds: list[RoundQuality]
+
+
+@runtime_checkable
+class MeasuresDegradation(Protocol):
+    """Computes the SDR, as SpeedMonitor does."""
+
+    degradations: dict[str, Degradation]
+
+
+@runtime_checkable
 class Quantizes(Protocol):
     """Quantizes the model, as Quantization does."""
 
@@ -47,6 +63,9 @@ class Quantizes(Protocol):
 class TrainsLoRA(Protocol):
     """May train LoRA, as LoRARecovery does."""
 
+    began: int | None
+    options: dict[str, Any]
+
     @property
     def trains_lora(self) -> bool:
         """Whether it does."""
@@ -54,6 +73,17 @@ class TrainsLoRA(Protocol):
     @property
     def keeps_lora(self) -> bool:
         """Whether it leaves LoRA in the model at the end."""
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Writes the dropped model into a folder, as Export does."""
+
+    folder: str
+
+    @property
+    def layershed_place(self) -> Literal[5]:
+        """Its place in the order: the last."""
 
 
 @runtime_checkable
@@ -72,8 +102,8 @@ class WritesHistory(Protocol):
 
 
 @runtime_checkable
-class KeepsFrozen(Protocol):
+class Refreezes(Protocol):
     """A callback that keeps parameters frozen."""
 
-    def keep_frozen(self) -> None:
+    def refreeze(self) -> None:
         """Freeze again what others unfroze, and keep it out of the optimizers."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
 from layershed.integration.lightning_private import lasting_masks
@@ -17,6 +18,18 @@ from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
 from layershed.recovery.lora import inject_lora, lora_settings, modules_to_adapt, set_enabled
 from layershed.recovery.lora_options import lora_arguments
+
+
+def check_step(start: int | None) -> None:
+    """Refuse a start of LoRARecovery that is no step.
+
+    Raises:
+        ScheduleError: If it is not.
+    """
+    if start is not None:
+        check_number(start, "LoRARecovery: start", ScheduleError, whole=True)
+        if start < 0:
+            raise ScheduleError(f"LoRARecovery(start={start}): start must be 0 or above.")
 
 
 def check_recovery(

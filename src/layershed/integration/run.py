@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from layershed.discovery.model_record import kept_model_record
-from layershed.files.atomic import write_text as write_text
+from layershed.files.atomic import write_text
 from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer, rank_zero_info
-from layershed.planning.plan import Drop, DropPlan, Sublayer
-from layershed.saving.lora_folder import PLAN_FILE
+from layershed.planning.plan import PLAN_FILE, Drop, DropPlan, Sublayer
 from layershed.stand_ins.record import overridden
 from layershed.surgery import bypassed_sublayers, dropped_sublayers, removed_sublayers
 

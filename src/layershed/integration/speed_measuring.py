@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,10 @@ from torch import nn
 from layershed.discovery.find import predicts_next_token
 from layershed.errors import MeasurementError
 from layershed.integration.metric_names import speed_name
-from layershed.performance.forward import ForwardReport
-from layershed.performance.speed import SpeedReport
-from layershed.performance.speed_report import PhaseSpeed
-from layershed.performance.stopwatch import Phase, SpeedSettings
+from layershed.performance.forward import counted_in, forward_inputs
+from layershed.performance.speed_report import MeasuredSpeed
+from layershed.performance.stopwatch import SpeedSettings
 
-AnySpeed = SpeedReport | ForwardReport
 _DEFAULT = SpeedSettings()
 
 
@@ -26,12 +25,12 @@ class SpeedTrial:
     Args:
         settings: Lengths and numbers.
         generates: Whether prefill and decode are measured; else the forward pass.
-        reason: Why a causal language model is measured by its forward pass; empty if it is not.
+        notes: Why a causal language model is measured by its forward pass, and which given lengths have no effect.
     """
 
     settings: SpeedSettings
     generates: bool
-    reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def speed_trial(
@@ -45,14 +44,32 @@ def speed_trial(
     lengths = _lengths(transformer, prompt_tokens, new_tokens)
     settings = SpeedSettings(*lengths, batch_size, runs)
     settings.check_numbers()
-    if not predicts_next_token(transformer):
-        return SpeedTrial(settings, generates=False)
-    settings.check_structure(transformer)
-    try:
-        settings.check(transformer)
-    except MeasurementError as error:
-        return SpeedTrial(settings, generates=False, reason=str(error))
-    return SpeedTrial(settings, generates=True)
+    notes: list[str] = []
+    if predicts_next_token(transformer):
+        settings.check_structure(transformer)
+        try:
+            settings.check(transformer)
+            return SpeedTrial(settings, generates=True)
+        except MeasurementError as error:
+            notes.append(f"It measures the forward pass instead of decoding. {error}")
+    return SpeedTrial(settings, False, (*notes, *_without_effect(transformer, settings, prompt_tokens, new_tokens)))
+
+
+def _without_effect(
+    transformer: nn.Module, settings: SpeedSettings, prompt_tokens: int | None, new_tokens: int | None
+) -> Iterator[str]:
+    """Say which given lengths do not change what the forward pass takes."""
+    unit, counted = counted_in(forward_inputs(transformer, settings.prompt_tokens, settings.batch_size))
+    given = [] if new_tokens is None else [f"new_tokens={new_tokens}"]
+    if prompt_tokens is not None and (unit, counted) != ("tokens", prompt_tokens * settings.batch_size):
+        given.insert(0, f"prompt_tokens={prompt_tokens}")
+    if given:
+        yield (
+            f"{' and '.join(given)} {'have' if len(given) > 1 else 'has'} no effect: a forward pass of "
+            f"{type(transformer).__name__} is measured, over {counted:,} {unit}. Leave out what has no effect. A "
+            "hand-written model is measured on the inputs of its SublayerAdapter; a text model on at most as many "
+            "tokens as its positions allow."
+        )
 
 
 def _lengths(transformer: nn.Module, prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
@@ -61,37 +78,29 @@ def _lengths(transformer: nn.Module, prompt_tokens: int | None, new_tokens: int 
     new = _DEFAULT.new_tokens if new_tokens is None else new_tokens
     config: Any = getattr(transformer, "config", None)
     places = getattr(config.get_text_config(), "max_position_embeddings", 0) if predicts_next_token(transformer) else 0
-    if places and places > 1:
-        if new_tokens is None:
-            new = max(1, min(new, (places - (prompt_tokens or 0)) // (2 if prompt_tokens is None else 1)))
-        if prompt_tokens is None:
-            prompt = max(1, min(prompt, places - new))
+    if not places or places < 2:
+        return prompt, new
+    if new_tokens is None:  # what a given prompt leaves, or half
+        room = places // 2 if prompt_tokens is None else places - prompt_tokens
+        new = max(1, min(new, room))
+    if prompt_tokens is None:
+        prompt = max(1, min(prompt, places - new))
     return prompt, new
 
 
-def report_from(content: dict[str, Any]) -> AnySpeed:
-    """Read a report of either kind from its primitives."""
-    return ForwardReport.from_dict(content) if "phases" in content else SpeedReport.from_dict(content)
-
-
-def phase_in(report: AnySpeed, phase: Phase) -> PhaseSpeed:
-    """The phase whose speedup counts; the forward pass of a model that does not decode."""
-    return report.forward if isinstance(report, ForwardReport) else report.phases[phase]
-
-
-def figures(report: AnySpeed) -> dict[str, float]:
+def figures(report: MeasuredSpeed) -> dict[str, float]:
     """The logged figures of a measurement, by their names."""
     found: dict[str, float] = {
         "parameters": float(report.parameters_dropped),
         "peak_memory": float(report.peak_memory_dropped),
         "file_bytes": float(report.file_bytes_dropped),
+        "batch_size": float(report.batch_size),
     }
-    if isinstance(report, ForwardReport):
-        found["forward_ms"] = report.forward_ms[1]
-    else:
-        found["kv_bytes_per_token"] = report.kv_bytes_dropped
-        found["prefill_ms"], found["decode_ms"] = report.prefill_ms[1], report.decode_ms[1]
+    found.update({name: float(length) for name, length in report.lengths.items()})
+    if report.kv_bytes is not None:
+        found["kv_bytes_per_token"] = report.kv_bytes[1]
     for name, phase in report.phases.items():
+        found[f"{name}_ms"] = report.milliseconds[name][1]
         found[f"{name}_{phase.unit}_per_s_dense"] = phase.dense
         found[f"{name}_{phase.unit}_per_s"] = phase.dropped
         found[f"{name}_speedup"] = phase.speedup.median

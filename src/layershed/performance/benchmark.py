@@ -246,11 +246,9 @@ def _quality_fields(quality: Quality) -> dict[str, float]:
 def _speed_fields(speed: SpeedReport) -> dict[str, Any]:
     """Convert a report to primitives, computed properties included."""
     fields = speed.to_dict()
-    for name in ("prefill", "decode"):
-        phase = getattr(speed, name)
-        milliseconds = dict(zip(("dense_ms", "dropped_ms"), getattr(speed, f"{name}_ms"), strict=True))
-        fields[name] |= {
-            **milliseconds,
+    for name, phase in speed.phases.items():
+        fields["phases"][name] |= {
+            **dict(zip(("dense_ms", "dropped_ms"), speed.milliseconds[name], strict=True)),
             "measurable": phase.measurable,
             "measured_over_predicted": phase.measured_over_predicted,
         }

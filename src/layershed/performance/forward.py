@@ -6,10 +6,8 @@ These are encoders, vision and audio models, encoder-decoders, and models of tor
 from __future__ import annotations
 
 import inspect
-import statistics
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,76 +15,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.batches import device_of
-from layershed.devices import WallClock, clock_of
+from layershed.devices import WallClock, clock_for
 from layershed.discovery.find import find_transformer
-from layershed.discovery.probe import eager, evaluating, example_inputs
+from layershed.discovery.probe import eager, example_inputs
 from layershed.errors import MeasurementError
-from layershed.performance.intervals import bootstrap_interval
 from layershed.performance.model_size import weight_sizes
+from layershed.performance.pairs import as_measured, in_turns, phase_speed
 from layershed.performance.peak_memory import watching_memory
-from layershed.performance.speed_report import PhaseSpeed, phase_from, size_fields, size_lines
-from layershed.performance.stopwatch import SpeedSettings, casting_alike, check_compiled, describe_device
-from layershed.recovery.lora import adapters_off
+from layershed.performance.speed_report import ForwardReport, size_fields
+from layershed.performance.stopwatch import SpeedSettings, check_compiled, describe_device
 from layershed.surgery import bypassed_sublayers, dense
+
+# The report is defined in speed_report and exported here, beside the function that returns it.
+__all__ = ["ForwardReport", "counted_in", "forward_inputs", "measure_forward"]
 
 FORWARD, ENCODER = "forward", "encoder"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
-
-
-@dataclass(frozen=True)
-class ForwardReport:
-    """Result of :func:`measure_forward`.
-
-    Args:
-        phases: Speeds by name: ``forward``, and for an encoder-decoder also its ``encoder`` alone.
-        parameters_dense: Number of parameters of the dense model.
-        parameters_dropped: Number of parameters that the dropped model computes with.
-        file_bytes_dense: Bytes of the dense model's saved weights, without the header of the file.
-        file_bytes_dropped: The same of the dropped model.
-        peak_memory_dense: Bytes of the dense model's weights, plus the peak that a forward pass allocates.
-        peak_memory_dropped: The same of the dropped model, without its dropped weights.
-        runs: Number of paired runs.
-        batch_size: Sequences or images per run.
-        units: What a run counts, such as tokens.
-        device: The device, such as ``"cpu (2 threads)"``.
-    """
-
-    phases: dict[str, PhaseSpeed]
-    parameters_dense: int
-    parameters_dropped: int
-    file_bytes_dense: int
-    file_bytes_dropped: int
-    peak_memory_dense: int
-    peak_memory_dropped: int
-    runs: int
-    batch_size: int
-    units: int
-    device: str
-
-    @property
-    def forward(self) -> PhaseSpeed:
-        """Speed of the whole forward pass."""
-        return self.phases[FORWARD]
-
-    @property
-    def forward_ms(self) -> tuple[float, float]:
-        """Milliseconds of a forward pass, dense and dropped."""
-        return 1000 * self.units / self.forward.dense, 1000 * self.units / self.forward.dropped
-
-    def __str__(self) -> str:
-        """Format the report in a few lines, the dense model first."""
-        lines = [f"{name}: {phase}" for name, phase in self.phases.items()]
-        lines += [*size_lines(self), f"{self.runs} pairs, {self.units} {self.forward.unit}, {self.device}"]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert the report to plain primitives, for JSON and for checkpoints."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ForwardReport:
-        """Read the result of :meth:`to_dict`."""
-        return cls(**{**content, "phases": {name: phase_from(fields) for name, fields in content["phases"].items()}})
 
 
 def measure_forward(
@@ -103,7 +47,7 @@ def measure_forward(
     """Measure the speed of a forward pass of the dropped model against the dense one, its own weights without bypass.
 
     Dense and dropped alternate in one process, in eval mode without gradients. The speedup is the median over the
-    pairs, with a 95 % bootstrap interval.
+    pairs, with a 95 % bootstrap interval; the dropped speed is the dense speed, a median over runs, times the speedup.
 
     Args:
         model: A transformer with bypassed sublayers, or a module that holds one.
@@ -131,7 +75,7 @@ def measure_forward(
     given = forward_inputs(transformer, tokens, batch_size) if inputs is None else dict(inputs)
     given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
     unit, counted = counted_in(given)
-    watch = clock_of(device) if clock is None else WallClock(device, clock)
+    watch = clock_for(device) if clock is None else WallClock(device, clock)
     passes = _passes(transformer, given)
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -144,20 +88,19 @@ def measure_forward(
             passes[FORWARD]()
             return reached()
 
-    times: dict[str, list[tuple[float, float]]] = {phase: [] for phase in passes}
-    with ExitStack() as contexts:
-        contexts.enter_context(torch.no_grad())
-        for context in (evaluating, adapters_off, casting_alike):
-            contexts.enter_context(context(transformer))
-        for _ in range(warmup + runs):
-            for phase, work in passes.items():
-                with dense(transformer):
-                    slow = seconds(work)
-                times[phase].append((slow, seconds(work)))
+    def run() -> dict[str, float]:
+        return {phase: seconds(work) for phase, work in passes.items()}
+
+    def run_dense() -> dict[str, float]:
+        with dense(transformer):
+            return run()
+
+    with as_measured(transformer):
+        pairs = in_turns(run_dense, run, runs, warmup)
         memory = peak(True), peak(False)
     sizes = weight_sizes(transformer, lifted=True), weight_sizes(transformer)
     return ForwardReport(
-        phases={phase: _speed(pairs[warmup:], counted, unit) for phase, pairs in times.items()},
+        phases={phase: phase_speed([(a[phase], b[phase]) for a, b in pairs], counted, unit) for phase in passes},
         **size_fields(sizes, memory),
         runs=runs,
         batch_size=batch_size,
@@ -205,15 +148,3 @@ def _passes(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, Callabl
         own = {name: value for name, value in inputs.items() if name in known and name != "use_cache"}
         passes[ENCODER] = lambda: encoder(**own)
     return passes
-
-
-def _speed(pairs: list[tuple[float, float]], counted: int, unit: str) -> PhaseSpeed:
-    slow, fast = zip(*pairs, strict=True)
-    return PhaseSpeed(
-        dense=counted / statistics.median(slow),
-        dropped=counted / statistics.median(fast),
-        speedup=bootstrap_interval([a / b for a, b in pairs]),
-        dense_spread=bootstrap_interval([counted / each for each in slow]),
-        dropped_spread=bootstrap_interval([counted / each for each in fast]),
-        unit=unit,
-    )

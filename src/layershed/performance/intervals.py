@@ -31,9 +31,15 @@ class Interval:
     values: int | None = field(default=None, compare=False)
 
     @property
-    def trustworthy(self) -> bool:
-        """True if there were enough values for 95 %."""
-        return self.values is None or self.values >= ENOUGH
+    def doubt(self) -> str:
+        """Why this is no 95 % interval; empty if it is one."""
+        if self.values is None or self.values >= ENOUGH:
+            return ""
+        return f"{self.values} pair{'s' if self.values > 1 else ''}; an interval needs {ENOUGH}"
+
+    def excludes(self, value: float) -> bool:
+        """Whether the value lies outside."""
+        return not self.low <= value <= self.high
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.arguments import check_kind
 from layershed.devices import WallClock
 from layershed.discovery.find import find_transformer
-from layershed.discovery.probe import eager, evaluating
+from layershed.discovery.probe import eager
 from layershed.errors import LayershedError, MeasurementError
 from layershed.performance.costs import CostModel
-from layershed.performance.intervals import Interval, bootstrap_interval
+from layershed.performance.intervals import Interval
 from layershed.performance.model_size import WeightSizes, weight_sizes
+from layershed.performance.pairs import as_measured, in_turns, phase_speed
 from layershed.performance.peak_memory import watching_memory
 from layershed.performance.roofline import Ceilings, measure_ceilings
 from layershed.performance.speed_report import PhaseSpeed, SpeedReport, size_fields, speedup_degradation_ratio
@@ -26,11 +25,9 @@ from layershed.performance.stopwatch import (
     SpeedSettings,
     Stopwatch,
     Timing,
-    casting_alike,
     check_compiled,
     describe_device,
 )
-from layershed.recovery.lora import adapters_off
 from layershed.surgery import bypassed_sublayers, dense
 
 # The results are defined in speed_report and exported here, beside the function that returns them.
@@ -55,6 +52,7 @@ def measure_speed(
     - Dense and dropped alternate in one process (A B A B ...), in eval mode without gradients. Other load on the
       machine therefore affects both.
     - The speedup is the median over the pairs, with a 95 % bootstrap interval. The interval needs at least six runs.
+    - The dense speed is the median over its runs, and the dropped speed is the dense speed times the speedup.
     - On CUDA the marks are events.
     - Recovery adapters are off on both sides, as merged adapters cost nothing. Both sides of a quantized model are
       quantized.
@@ -95,24 +93,21 @@ def measure_speed(
     watch = None if clock is None else WallClock(transformer.device, clock)
     before = _Side(Stopwatch(other, settings, watch), lifted=base is None)
     after = _Side(Stopwatch(transformer, settings, watch), lifted=False)
-    with ExitStack() as contexts:
-        contexts.enter_context(torch.no_grad())
-        for side in {id(side.transformer): side for side in (before, after)}.values():
-            contexts.enter_context(evaluating(side.transformer))
-            contexts.enter_context(adapters_off(side.transformer))  # merged, they cost nothing
-            contexts.enter_context(casting_alike(side.transformer))
-        pairs = [(before.run(), after.run()) for _ in range(warmup + runs)][warmup:]
+    with as_measured(other, transformer):
+        pairs = in_turns(before.run, after.run, runs, warmup)
         working = before.working_memory(), after.working_memory()
-    slow, fast = zip(*pairs, strict=True)
+    slow, fast = pairs[-1]
     predicted = _predicted_speedups(before, after, settings, ceilings)
     prompt, decoded = batch_size * prompt_tokens, batch_size * new_tokens
     sizes = before.sizes(), after.sizes()
     return SpeedReport(
-        prefill=_phase([t.prefill for t in slow], [t.prefill for t in fast], prompt, predicted[0]),
-        decode=_phase([t.decode for t in slow], [t.decode for t in fast], decoded, predicted[1]),
+        phases={
+            "prefill": phase_speed([(a.prefill, b.prefill) for a, b in pairs], prompt, predicted=predicted[0]),
+            "decode": phase_speed([(a.decode, b.decode) for a, b in pairs], decoded, predicted=predicted[1]),
+        },
         **size_fields(sizes, working),
-        kv_bytes_dense=slow[-1].kv_bytes / (prompt + decoded),
-        kv_bytes_dropped=fast[-1].kv_bytes / (prompt + decoded),
+        kv_bytes_dense=slow.kv_bytes / (prompt + decoded),
+        kv_bytes_dropped=fast.kv_bytes / (prompt + decoded),
         runs=runs,
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
@@ -165,14 +160,3 @@ def _predicted_speedups(
         ceilings = measure_ceilings(after.transformer.device, after.transformer.dtype)
     slow, fast = before.seconds(other, ceilings, settings), after.seconds(costs, ceilings, settings)
     return slow[0] / fast[0], slow[1] / fast[1]
-
-
-def _phase(slow: list[float], fast: list[float], tokens: int, predicted: float | None) -> PhaseSpeed:
-    return PhaseSpeed(
-        dense=tokens / statistics.median(slow),
-        dropped=tokens / statistics.median(fast),
-        speedup=bootstrap_interval([a / b for a, b in zip(slow, fast, strict=True)]),
-        predicted=predicted,
-        dense_spread=bootstrap_interval([tokens / seconds for seconds in slow]),
-        dropped_spread=bootstrap_interval([tokens / seconds for seconds in fast]),
-    )

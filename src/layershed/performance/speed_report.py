@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 from layershed.arguments import check_number
 from layershed.errors import MeasurementError
@@ -17,28 +18,37 @@ from layershed.performance.model_size import WeightSizes
 class PhaseSpeed:
     """Speed of one phase: prefill or decode, or the forward pass of a model that does not decode.
 
+    Both speeds have one denominator: ``dropped`` is ``dense`` times the paired speedup, not a median of its own, so
+    that the two give the speedup.
+
     Args:
         dense: Tokens (or what ``unit`` says) per second of the dense model, median over runs.
-        dropped: The same of the dropped model.
-        speedup: Speed, dropped over dense, from the paired runs.
+        speedup: Speed, dropped over dense: the median over the pairs of runs.
         predicted: Speedup that the roofline model predicts from the ceilings; None if the model's costs are unknown.
         dense_spread: ``dense`` with its interval.
-        dropped_spread: ``dropped`` with its interval.
         unit: What is counted: ``tokens``, ``images`` or ``sequences``.
     """
 
     dense: float
-    dropped: float
     speedup: Interval
     predicted: float | None = None
     dense_spread: Interval | None = field(default=None, compare=False)
-    dropped_spread: Interval | None = field(default=None, compare=False)
     unit: str = "tokens"
+
+    @property
+    def dropped(self) -> float:
+        """Tokens (or what ``unit`` says) per second of the dropped model: ``dense`` times the median speedup."""
+        return self.dense * self.speedup.median
 
     @property
     def measurable(self) -> bool:
         """True if the runs are enough for a 95 % interval of the speedup and the interval excludes 1."""
-        return self.speedup.trustworthy and not self.speedup.low <= 1 <= self.speedup.high
+        return not self.doubt
+
+    @property
+    def doubt(self) -> str:
+        """Why no speedup is measurable; empty if one is."""
+        return self.speedup.doubt or ("" if self.speedup.excludes(1) else "no measurable speedup")
 
     @property
     def measured_over_predicted(self) -> float | None:
@@ -51,90 +61,213 @@ class PhaseSpeed:
 
     def __str__(self) -> str:
         """Format the speed in one line."""
-        speedup = f"x{self.speedup.median:.2f} [{self.speedup.low:.2f}, {self.speedup.high:.2f}]"
+        doubt = "" if self.speedup.excludes(1) or self.speedup.doubt else f"{self.doubt}, "
+        speedup = shown_speedup(self.speedup) + (f" ({self.speedup.doubt})" if self.speedup.doubt else "")
         if self.predicted is not None:
             speedup += f", x{self.predicted:.2f} in theory"
-        doubt = "" if self.measurable else "no measurable speedup, "
         return f"{short_number(self.dense)} -> {short_number(self.dropped)} {self.unit}/s, {doubt}{speedup}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Convert the speed to plain primitives."""
+        return {**asdict(self), "dropped": self.dropped}
 
-@dataclass(frozen=True)
-class SpeedReport:
-    """Result of :func:`~layershed.performance.speed.measure_speed`.
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> PhaseSpeed:
+        """Read the result of :meth:`to_dict`; other entries are left out."""
+        own = {each.name for each in fields(cls)}
+        values: dict[str, Any] = {
+            key: Interval(**value) if isinstance(value, dict) else value for key, value in content.items() if key in own
+        }
+        return cls(**values)
+
+
+def shown_speedup(speedup: Interval) -> str:
+    """A speedup with its interval, such as ``x1.30 [1.21, 1.37]``; without one if there are too few runs for it."""
+    interval = "" if speedup.doubt else f" [{speedup.low:.2f}, {speedup.high:.2f}]"
+    return f"x{speedup.median:.2f}{interval}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSpeed(ABC):
+    """What the reports of ``measure_speed`` and ``measure_forward`` share.
 
     Args:
-        prefill: Speed over the prompt.
-        decode: Speed of cached one-token steps.
+        phases: Speeds by name.
         parameters_dense: Number of parameters of the dense model.
         parameters_dropped: Number of parameters that the dropped model computes with.
-        kv_bytes_dense: Bytes of the dense model's KV cache per token and sequence, read from the real cache.
-        kv_bytes_dropped: The same of the dropped model.
         file_bytes_dense: Bytes of the dense model's saved weights, without the header of the file.
         file_bytes_dropped: The same of the dropped model.
-        peak_memory_dense: Bytes of the dense model's weights, plus the peak that a prefill and the decoding after it
-            allocate.
+        peak_memory_dense: Bytes of the dense model's weights, plus the peak that a run allocates.
         peak_memory_dropped: The same of the dropped model, without its dropped weights.
         runs: Number of paired runs.
-        batch_size: Sequences per run.
-        prompt_tokens: Tokens per prompt.
-        new_tokens: Decoded tokens per sequence.
+        batch_size: Sequences or images per run.
         device: The device, such as ``"cpu (2 threads)"`` or ``"NVIDIA H100"``.
     """
 
-    prefill: PhaseSpeed
-    decode: PhaseSpeed
+    phases: dict[str, PhaseSpeed]
     parameters_dense: int
     parameters_dropped: int
-    kv_bytes_dense: float
-    kv_bytes_dropped: float
     file_bytes_dense: int
     file_bytes_dropped: int
     peak_memory_dense: int
     peak_memory_dropped: int
     runs: int
     batch_size: int
-    prompt_tokens: int
-    new_tokens: int
     device: str
 
     @property
-    def phases(self) -> dict[str, PhaseSpeed]:
-        """Both phases by name."""
-        return {"prefill": self.prefill, "decode": self.decode}
+    @abstractmethod
+    def timed(self) -> dict[str, int]:
+        """How many tokens, images or sequences the milliseconds of each phase are for."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> dict[str, int]:
+        """What a run took, by name, such as ``prompt_tokens``."""
+
+    @property
+    def kv_bytes(self) -> tuple[float, float] | None:
+        """Bytes of the KV cache per token and sequence, dense and dropped; None without a cache."""
+        return None
+
+    @property
+    def milliseconds(self) -> dict[str, tuple[float, float]]:
+        """Milliseconds by phase, dense and dropped: of a prefill, a decoded token, or a forward pass."""
+        return {
+            name: (1000 * units / self.phases[name].dense, 1000 * units / self.phases[name].dropped)
+            for name, units in self.timed.items()
+        }
+
+    def chosen(self, phase: str) -> tuple[str, PhaseSpeed]:
+        """The phase of that name, or the forward pass of a model that does not decode."""
+        name = phase if phase in self.phases else next(iter(self.phases))
+        return name, self.phases[name]
+
+    def __str__(self) -> str:
+        """Format the report in a few lines, the dense model first."""
+        sides = (
+            ("parameters", short_count(self.parameters_dense), short_count(self.parameters_dropped)),
+            ("file", short_bytes(self.file_bytes_dense), short_bytes(self.file_bytes_dropped)),
+            ("peak memory", short_bytes(self.peak_memory_dense), short_bytes(self.peak_memory_dropped)),
+        )
+        lines = [f"{name}: {phase}" for name, phase in self.phases.items()]
+        lines += [f"{name}: {before} -> {after}" for name, before, after in sides]
+        if self.kv_bytes is not None:
+            lines.append("KV cache per token: {:,.0f} -> {:,.0f} bytes".format(*self.kv_bytes))
+        return "\n".join([*lines, f"{self.runs} pairs, {self._run()}, {self.device}"])
+
+    @abstractmethod
+    def _run(self) -> str:
+        """A run in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert the report to plain primitives, for JSON and for checkpoints."""
+        return {**asdict(self), "phases": {name: phase.to_dict() for name, phase in self.phases.items()}}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """Read the result of :meth:`to_dict`, also that of earlier versions."""
+        content = dict(content)
+        phases = content.pop("phases", None) or {name: content.pop(name) for name in ("prefill", "decode")}
+        return cls(phases={name: PhaseSpeed.from_dict(fields) for name, fields in phases.items()}, **content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedReport(MeasuredSpeed):
+    """Result of :func:`~layershed.performance.speed.measure_speed`.
+
+    Its phases are ``prefill``, over the prompt, and ``decode``, cached one-token steps.
+
+    Args:
+        kv_bytes_dense: Bytes of the dense model's KV cache per token and sequence, read from the real cache.
+        kv_bytes_dropped: The same of the dropped model.
+        prompt_tokens: Tokens per prompt.
+        new_tokens: Decoded tokens per sequence.
+    """
+
+    kv_bytes_dense: float
+    kv_bytes_dropped: float
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def prefill(self) -> PhaseSpeed:
+        """Speed over the prompt."""
+        return self.phases["prefill"]
+
+    @property
+    def decode(self) -> PhaseSpeed:
+        """Speed of cached one-token steps."""
+        return self.phases["decode"]
+
+    @property
+    def timed(self) -> dict[str, int]:
+        """The tokens of all prompts, and one token of each sequence."""
+        return {"prefill": self.batch_size * self.prompt_tokens, "decode": self.batch_size}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens per prompt, and decoded ones."""
+        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
+
+    @property
+    def kv_bytes(self) -> tuple[float, float]:
+        """Bytes of the KV cache per token and sequence, dense and dropped."""
+        return self.kv_bytes_dense, self.kv_bytes_dropped
 
     @property
     def prefill_ms(self) -> tuple[float, float]:
         """Milliseconds of the prefill, dense and dropped."""
-        tokens = 1000 * self.batch_size * self.prompt_tokens
-        return tokens / self.prefill.dense, tokens / self.prefill.dropped
+        return self.milliseconds["prefill"]
 
     @property
     def decode_ms(self) -> tuple[float, float]:
         """Milliseconds per decoded token of a sequence, dense and dropped."""
-        return 1000 * self.batch_size / self.decode.dense, 1000 * self.batch_size / self.decode.dropped
+        return self.milliseconds["decode"]
 
-    def __str__(self) -> str:
-        """Format the report in a few lines, the dense model first."""
-        lines = (
-            f"prefill: {self.prefill}",
-            f"decode: {self.decode}",
-            *size_lines(self),
-            f"KV cache per token: {self.kv_bytes_dense:,.0f} -> {self.kv_bytes_dropped:,.0f} bytes",
-            f"{self.runs} pairs, {self.batch_size} x {self.prompt_tokens} + {self.new_tokens} tokens, {self.device}",
-        )
-        return "\n".join(lines)
+    def _run(self) -> str:
+        return f"{self.batch_size} x {self.prompt_tokens} + {self.new_tokens} tokens"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert the report to plain primitives, for JSON and for checkpoints."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SpeedReport:
-        """Read the result of :meth:`to_dict`."""
-        phases = {}
-        for name in ("prefill", "decode"):
-            phases[name] = phase_from(content[name])
-        return cls(**{**content, **phases})
+@dataclass(frozen=True, kw_only=True)
+class ForwardReport(MeasuredSpeed):
+    """Result of :func:`~layershed.performance.forward.measure_forward`.
+
+    Its phases are ``forward``, and for an encoder-decoder also its ``encoder`` alone.
+
+    Args:
+        units: What a run counts, such as tokens.
+    """
+
+    units: int
+
+    @property
+    def forward(self) -> PhaseSpeed:
+        """Speed of the whole forward pass."""
+        return self.phases["forward"]
+
+    @property
+    def timed(self) -> dict[str, int]:
+        """A whole run in each phase."""
+        return dict.fromkeys(self.phases, self.units)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens, images or sequences of a forward pass."""
+        return {f"forward_{self.forward.unit}": self.units}
+
+    @property
+    def forward_ms(self) -> tuple[float, float]:
+        """Milliseconds of a forward pass, dense and dropped."""
+        return self.milliseconds["forward"]
+
+    def _run(self) -> str:
+        return f"{self.units} {self.forward.unit}"
+
+
+def report_from(content: dict[str, Any]) -> SpeedReport | ForwardReport:
+    """Read a report of either kind from its primitives."""
+    return ForwardReport.from_dict(content) if "units" in content else SpeedReport.from_dict(content)
 
 
 def size_fields(sizes: tuple[WeightSizes, WeightSizes], working: tuple[int, int]) -> dict[str, int]:
@@ -154,21 +287,6 @@ def size_fields(sizes: tuple[WeightSizes, WeightSizes], working: tuple[int, int]
             (f"peak_memory_{side}", weights.bytes + beside),
         )
     }
-
-
-def size_lines(report: Any) -> tuple[str, str, str]:
-    """The lines of a report about the fields of :func:`size_fields`."""
-    return (
-        f"parameters: {short_count(report.parameters_dense)} -> {short_count(report.parameters_dropped)}",
-        f"file: {short_bytes(report.file_bytes_dense)} -> {short_bytes(report.file_bytes_dropped)}",
-        f"peak memory: {short_bytes(report.peak_memory_dense)} -> {short_bytes(report.peak_memory_dropped)}",
-    )
-
-
-def phase_from(fields: dict[str, Any]) -> PhaseSpeed:
-    """The speed of a phase from its fields as primitives."""
-    intervals = {key: Interval(**value) for key, value in fields.items() if isinstance(value, dict)}
-    return PhaseSpeed(**{**fields, **intervals})
 
 
 def speedup_degradation_ratio(points_lost: float, speedup: float) -> float:

@@ -16,6 +16,7 @@ from layershed.errors import MeasurementError, SelectionError, SpeedupError, Unk
 from layershed.performance.latency import Latency, measure_latency
 from layershed.performance.roofline import measure_ceilings
 from layershed.performance.speed import PhaseSpeed, SpeedReport, measure_speed
+from layershed.performance.speed_report import shown_speedup
 from layershed.performance.stopwatch import Phase, SpeedSettings, check_phase
 from layershed.planning.arguments import as_protected
 from layershed.planning.plan import Drop, DropPlan, Scope, Sublayer
@@ -90,12 +91,12 @@ def drop_to_speedup(
         while (number := search.next_number()) is not None:
             _bypass_first(transformer, ranked, number)
             reports[number] = agree(measure_speed(transformer, ceilings=ceilings, **asdict(settings)))
-            search.learn(number, phase_of(reports[number], phase).speedup.median)
+            search.learn(number, reports[number].phases[phase].speedup.median)
     except BaseException:
         _bypass_first(transformer, ranked, 0)
         raise
     number = min(search.enough, len(ranked))
-    reached = phase_of(reports[number], phase)
+    reached = reports[number].phases[phase]
     if reached.speedup.high < target_speedup:
         _bypass_first(transformer, ranked, 0)
         raise _out_of_reach(target_speedup, phase, number, reached)
@@ -139,7 +140,7 @@ def check_reachable(
     ranked = _without([(Drop(sublayer),) for sublayer in sublayers], bypassed_sublayers(transformer))
     try:
         _bypass_first(transformer, ranked, len(ranked))
-        reached = phase_of(agree(measure_speed(transformer, **asdict(settings))), phase)
+        reached = agree(measure_speed(transformer, **asdict(settings))).phases[phase]
     finally:
         _bypass_first(transformer, ranked, 0)
     if reached.speedup.high < target_speedup:
@@ -187,11 +188,6 @@ def check_target(target_speedup: float) -> None:
     """
     if not 1 < target_speedup < math.inf:
         raise SpeedupError(f"target_speedup={target_speedup}: it must be above 1, such as 1.3 for 30 % faster.")
-
-
-def phase_of(report: SpeedReport, phase: Phase) -> PhaseSpeed:
-    """Return the prefill or the decode part of a report."""
-    return report.prefill if phase == "prefill" else report.decode
 
 
 class _Search:
@@ -252,8 +248,7 @@ def _bypass_first(transformer: nn.Module, ranked: Sequence[tuple[Drop, ...]], nu
 
 
 def _out_of_reach(target: float, phase: Phase, count: int, reached: PhaseSpeed) -> SpeedupError:
-    speedup = reached.speedup
     return SpeedupError(
         f"target_speedup={target} of {phase} is out of reach: all {count} candidates dropped give "
-        f"x{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]. Lower it, protect less, or widen the scope."
+        f"{shown_speedup(reached.speedup)}. Lower it, protect less, or widen the scope."
     )

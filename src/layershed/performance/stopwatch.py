@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.arguments import check_number
-from layershed.devices import Clock, clock_of, module_of
+from layershed.devices import Clock, clock_for, module_of
 from layershed.discovery.find import predicts_next_token
 from layershed.discovery.probe import quietly
 from layershed.errors import MeasurementError, UnknownNameError
@@ -117,7 +117,7 @@ class Stopwatch:
 
     def __init__(self, transformer: PreTrainedModel, settings: SpeedSettings, clock: Clock | None = None) -> None:
         self.transformer, self.new_tokens = transformer, settings.new_tokens
-        self.clock = clock_of(transformer.device) if clock is None else clock
+        self.clock = clock_for(transformer.device) if clock is None else clock
         vocabulary = transformer.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens), generator=generator)

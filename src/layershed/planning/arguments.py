@@ -39,7 +39,7 @@ def as_protected(protect: Any) -> tuple[Any, ...]:
     Raises:
         SelectionError: If it is one, or no iterable.
     """
-    if isinstance(protect, int | str | Sublayer):
+    if isinstance(protect, Integral | str | Sublayer):
         raise SelectionError(f"protect={protect!r}: protect takes several blocks or sublayers. Give [{protect!r}].")
     if not isinstance(protect, Iterable):
         raise SelectionError(f"protect must be a list of blocks or sublayers, got {shown(protect)}.")
@@ -52,9 +52,9 @@ def check_amounts(count: Any, ratio: Any) -> None:
     Raises:
         SelectionError: If one is.
     """
-    if count is not None and not isinstance(count, Integral):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
         raise SelectionError(f"count={count!r}: count must be an int, not a {type(count).__name__}.")
-    if ratio is not None and not isinstance(ratio, Real):
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, Real)):
         raise SelectionError(f"ratio={ratio!r}: ratio must be a number, not a {type(ratio).__name__}.")
 
 

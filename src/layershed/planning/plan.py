@@ -19,6 +19,7 @@ Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+PLAN_FILE = "drop_plan.json"  # its name in run directories and saved folders
 _FORMAT = "layershed.drop_plan.v1"
 
 
@@ -218,7 +219,7 @@ class DropPlan:
         Raises:
             ExportError: If the disk is full or the path is not writable.
         """
-        write_text(path, self.to_json())
+        write_text(as_path(path, "Drop plan: the file", PlanError), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> DropPlan:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, get_args
 
+from layershed.arguments import plain_number
 from layershed.errors import SelectionError
 from layershed.planning.arguments import as_protected, check_amounts, check_scores
 from layershed.planning.plan import KINDS, SCOPES, Drop, DropPlan, ImportanceScores, Kind, Scope, Sublayer
@@ -203,9 +204,10 @@ def protected_sublayers(sublayers: Iterable[Sublayer], protect: Iterable[Sublaye
         if isinstance(item, Sublayer):
             kept.add(item)
             continue
-        if not isinstance(item, int):
+        index = plain_number(item)
+        if isinstance(index, bool) or not isinstance(index, int):
             raise SelectionError(f"protect: {item!r} is neither a block's index nor a Sublayer.")
-        block = item if item >= 0 else last + 1 + item
+        block = index if index >= 0 else last + 1 + index
         if not 0 <= block <= last:
             raise SelectionError(f"protect: there is no block {item}; blocks go from 0 to {last}.")
         kept.update(sublayer for sublayer in present if sublayer.block == block)

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from layershed.arguments import check_number
 from layershed.batches import as_inputs, describe, device_of, select
-from layershed.devices import WallClock, clock_of, has_events
+from layershed.devices import WallClock, clock_for, has_events
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import RecoveryError, UnknownNameError
@@ -122,7 +122,7 @@ def self_distillation(
     wants_hidden = settings.kind != "kl"
     same = not dropped_sublayers(transformer) and not adapted_modules(transformer)
     # without events, waiting for the device would slow training down
-    clock = clock_of(labels.device) if has_events(labels.device) else WallClock(torch.device("cpu"))
+    clock = clock_for(labels.device) if has_events(labels.device) else WallClock(torch.device("cpu"))
     start = clock.mark()
     teacher = None if same else _teacher(transformer, inputs, wants_hidden)
     end = clock.mark()

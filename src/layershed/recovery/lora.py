@@ -19,7 +19,7 @@ from layershed.arguments import check_number
 from layershed.discovery.find import check_module, find_transformer, secure_quantized
 from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.fused_layers import allow_fusing, keep_from_fusing
-from layershed.recovery.lora_options import check_lora, lora_arguments, settings_of
+from layershed.recovery.lora_options import as_targets, check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, refuse_computed, targets_of
 from layershed.stand_ins.install import take_over_hooks
 from layershed.stand_ins.record import exchange, overridden
@@ -71,6 +71,7 @@ def inject_lora(
             with other settings.
     """
     check_number(seed, "LoRA: seed", RecoveryError, whole=True)
+    target_modules = as_targets(target_modules)
     check_lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, placement=placement)
     transformer = find_transformer(model, name=name)
     targets = targets_of(transformer, target_modules, placement)
@@ -78,7 +79,7 @@ def inject_lora(
     if not targets - present.keys() and not present:
         raise RecoveryError(no_target(transformer, target_modules, placement))
     settings = lora_arguments(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora)
-    return inject_at(transformer, targets | present.keys(), settings, seed=seed)
+    return inject_at(transformer, targets | present.keys(), settings, seed=int(seed))
 
 
 def check_targets(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from layershed.arguments import as_names, check_number
+from layershed.arguments import as_names, check_number, plain_number
 from layershed.errors import RecoveryError, UnknownNameError
 from layershed.recovery.lora_targets import Placement
 
@@ -19,7 +19,18 @@ SETTINGS = {"r": int, "lora_alpha": int, "lora_dropout": float, "use_rslora": bo
 
 def lora_arguments(*, rank: int, alpha: int, dropout: float, rslora: bool, dora: bool, **_: Any) -> dict[str, Any]:
     """Options of :func:`~layershed.inject_lora` under peft's names, without those that only choose the modules."""
-    return dict(zip(SETTINGS, (rank, alpha, float(dropout), rslora, dora), strict=True))
+    return dict(zip(SETTINGS, (int(rank), plain_number(alpha), float(dropout), rslora, dora), strict=True))
+
+
+def as_targets(target_modules: str | Iterable[str]) -> str | tuple[str, ...]:
+    """Targets that can be read more than once.
+
+    Raises:
+        RecoveryError: If they are no names.
+    """
+    return (
+        target_modules if isinstance(target_modules, str) else as_names(target_modules, "target_modules", RecoveryError)
+    )
 
 
 def check_lora(*, rank: int, alpha: int, dropout: float, target_modules: str | Sequence[str], placement: str) -> None:

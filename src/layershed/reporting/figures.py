@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,76 +18,18 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from layershed.errors import DataError
-from layershed.performance.forward import ForwardReport
-from layershed.performance.speed import SpeedReport
 from layershed.planning.plan import DropPlan
-from layershed.quality import OwnQuality, Quality
 from layershed.reporting.downsampling import shown_steps
 from layershed.reporting.plot_style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
+from layershed.reporting.record import PANELS, ImportancePoint, RunRecord, drop_steps
 
-PANELS = {"attention": "Attention", "cross_attention": "Cross-attention", "mlp": "MLP", "block": "Whole block"}
 _DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
+# Over a cell that keeps its colour: its importance was measured before the drop.
+_CROSSED: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "////", "linewidth": 0.0}
 # More columns than this are no wider than a dot of the picture.
 MOST_COLUMNS = 400
 # More labels than this do not fit beside one another, even when they are turned on end.
 _MOST_LABELS = 16
-
-
-@dataclass(frozen=True)
-class ImportancePoint:
-    """One measured importance.
-
-    Args:
-        step: The optimizer step at which it was measured.
-        block: Index of the block, from 0.
-        kind: A key of ``PANELS``: a kind of sublayer, or ``"block"``.
-        metric: Name of the importance metric.
-        value: The importance; low means redundant.
-    """
-
-    step: int
-    block: int
-    kind: str
-    metric: str
-    value: float
-
-
-@dataclass(frozen=True)
-class LossPoint:
-    """One logged loss.
-
-    Args:
-        step: The optimizer step at which it was logged.
-        split: ``"train"`` or ``"val"``.
-        loss: Mean cross-entropy per predicted token, in nats.
-    """
-
-    step: int
-    split: str
-    loss: float
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """Everything that a report shows of a run; each part may be missing.
-
-    Args:
-        model: Name or path of the model. Never trusted: it is escaped wherever it is shown.
-        importance: The importances measured over training.
-        losses: The losses logged over training.
-        plan: What was dropped, with the steps at which it happened.
-        quality: Validation quality by moment: ``"before"`` and ``"after"`` the drop, and at the ``"end"`` of the run.
-        speed: Measured speed, dense against dropped.
-        measured: How often importance was measured, by metric, where ``importance`` does not hold all of it.
-    """
-
-    model: str
-    importance: tuple[ImportancePoint, ...] = ()
-    losses: tuple[LossPoint, ...] = ()
-    plan: DropPlan | None = None
-    quality: Mapping[str, Quality | OwnQuality] = field(default_factory=dict)
-    speed: SpeedReport | ForwardReport | None = None
-    measured: Mapping[str, int] = field(default_factory=dict)
 
 
 def importance_heatmap(
@@ -97,6 +38,7 @@ def importance_heatmap(
     """Draw importance over training: blocks by steps, one panel per kind, on one colour scale.
 
     - A dropped sublayer has no importance; its cells are hatched. Cells without a value for other reasons stay white.
+    - Of a single measurement before a drop outside training, the cells of what was then dropped are hatched in colour.
     - The colour scale is logarithmic if the values span more than two decades.
     - A single measurement has no axis of steps.
     - Of more than ``MOST_COLUMNS`` measurements some are left out at equal distances, but none next to a drop.
@@ -133,11 +75,7 @@ def importance_heatmap(
         grid = np.array([[cells.get((kind, block, step), math.nan) for step in steps] for block in blocks])
         mesh = axes.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, grid, norm=norm, cmap="viridis")
         for row, block in enumerate(blocks):
-            since = dropped.get((kind, block), math.inf)
-            for start, stop in _runs(
-                math.isnan(value) and step >= since for step, value in zip(steps, grid[row], strict=True)
-            ):
-                axes.add_patch(Rectangle((edges[start], row - 0.5), edges[stop] - edges[start], 1, **_DROPPED))
+            _hatch(axes, row, edges, steps, grid[row], dropped.get((kind, block), math.inf))
         _style_panel(axes, PANELS[kind], blocks, steps)
         lines = _mark_drops(axes, {step: f"drop at {step}" for step in drop_steps(plan)}, underlay="white")
     for axes in panels if stacked else panels[:1]:
@@ -147,8 +85,12 @@ def importance_heatmap(
     for axes in panels[-1:] if stacked else panels:
         axes.set_xlabel("" if len(steps) == 1 else "optimizer step", **TEXT)
     _add_scale(figure, mesh, list(panels), stacked)
-    if any(axes.patches for axes in panels):
+    hatched = [patch for axes in panels for patch in axes.patches]
+    if hatched:
+        crossed = hatched[0].get_facecolor()[3] == 0
         patch = Patch(**_DROPPED, label="dropped: no importance left to measure")
+        if crossed:
+            patch = Patch(**{**_CROSSED, "facecolor": "#414487"}, label="dropped")
         figure.legend(handles=[patch, *lines], loc="outside lower center", ncols=1 + (not stacked), **LEGEND)
     return figure
 
@@ -177,7 +119,7 @@ def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
             points.sort(key=lambda point: point.step)  # stable: two at the step of a drop stay before and after it
             curves += axes.plot([point.step for point in points], [point.loss for point in points], **style)
     axes.set_xlabel("optimizer step", **TEXT)
-    axes.set_ylabel("loss (nats per token)", **TEXT)
+    axes.set_ylabel(record.loss_label, **TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 9, integer=True))
     counts = Counter(drop.step for drop in record.plan.drops) if record.plan else Counter()
     lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in drop_steps(record.plan)})
@@ -187,9 +129,13 @@ def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
     return figure
 
 
-def drop_steps(plan: DropPlan | None) -> list[int]:
-    """The steps at which something was dropped."""
-    return sorted({drop.step for drop in plan.drops if drop.step is not None}) if plan else []
+def _hatch(axes: Axes, row: int, edges: list[float], steps: list[int], values: Iterable[float], since: float) -> None:
+    """Hatch the cells of a row from the step of its drop on."""
+    missing = [math.isnan(value) for value in values]
+    for start, stop in _runs(gone and step >= since for step, gone in zip(steps, missing, strict=True)):
+        axes.add_patch(Rectangle((edges[start], row - 0.5), edges[stop] - edges[start], 1, **_DROPPED))
+    if since == -math.inf and missing == [False]:
+        axes.add_patch(Rectangle((edges[0], row - 0.5), edges[1] - edges[0], 1, **_CROSSED))
 
 
 def _dropped_at(plan: DropPlan | None) -> dict[tuple[str, int], float]:

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from layershed.files.atomic import as_export_error, write_text
 from layershed.formatting import counts_of, printable, short_number
-from layershed.performance.forward import ForwardReport
-from layershed.performance.speed import SpeedReport
+from layershed.performance.speed_report import MeasuredSpeed
 from layershed.planning.plan import DropPlan
-from layershed.reporting.figures import PANELS, RunRecord, importance_heatmap, loss_figure
-from layershed.reporting.summary import summary_rows
+from layershed.reporting.figures import importance_heatmap, loss_figure
+from layershed.reporting.record import PANELS, RunRecord
+from layershed.reporting.summary import round_values, summary_rows
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
@@ -43,9 +43,11 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         model=printable(record.model),
         lede=_lede(record.plan),
         rows=summary_rows(record),
+        sdr=bool(record.sdr),
         heatmaps=list(_heatmaps(record)),
         loss=_loss_picture(record) if record.losses else None,
         speed=_speed(record.speed) if record.speed else None,
+        rounds=_rounds(record) if len(record.rounds) > 1 else None,
         plan=record.plan,
         plan_metric=printable(record.plan.metric or "") if record.plan else "",
         panels=PANELS,
@@ -110,16 +112,24 @@ def _loss_picture(record: RunRecord) -> _Picture:
     return _Picture(_image(wide), _image(narrow), " ".join([*parts, _lede(record.plan)]))
 
 
-def _speed(speed: SpeedReport | ForwardReport) -> dict[str, object]:
+def _speed(speed: MeasuredSpeed) -> dict[str, object]:
     setting = {"Device": printable(speed.device), "Batch": f"{speed.batch_size:,}"}
-    if isinstance(speed, SpeedReport):
-        setting["Prompt"] = f"{speed.prompt_tokens:,} tokens"
-        setting["New tokens"] = f"{speed.new_tokens:,}"
-    else:
-        setting["Forward pass"] = f"{speed.units:,} {speed.forward.unit}"
+    setting |= {name.replace("_", " ").capitalize(): f"{length:,}" for name, length in speed.lengths.items()}
     setting["Paired runs"] = f"{speed.runs:,}"
     phases = {name.capitalize(): phase for name, phase in speed.phases.items()}
     return {"phases": phases, "setting": setting, "unit": next(iter(phases.values())).unit}
+
+
+def _rounds(record: RunRecord) -> dict[str, list[str] | list[list[str]]]:
+    """The columns and rows of the table of rounds."""
+    values = [round_values(each) for each in record.rounds]
+    names = list(dict.fromkeys(name for each in values for name in each))
+    shown = any(each.sdr is not None for each in record.rounds)
+    rows = []
+    for each, own in zip(record.rounds, values, strict=True):
+        row = [f"{each.quality.step:,}", counts_of(each.dropped), *(own.get(name, "-") for name in names)]
+        rows.append([*row, *([str(each.sdr or "-")] if shown else [])])
+    return {"columns": ["Step", "Dropped", *(name.capitalize() for name in names), *(["SDR"] * shown)], "rows": rows}
 
 
 def _lede(plan: DropPlan | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 from layershed.errors import DataError
-from layershed.reporting.figures import PANELS, ImportancePoint
+from layershed.reporting.record import PANELS, ImportancePoint
 
 _COLUMNS = ["step", "block", "kind", "metric", "value"]
 

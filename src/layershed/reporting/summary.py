@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from rich import box
@@ -10,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
-from layershed.performance.speed import PhaseSpeed, SpeedReport, speedup_degradation_ratio
 from layershed.quality import OwnQuality, Quality
-from layershed.reporting.figures import RunRecord
+from layershed.reporting.record import DropRound, RunRecord
 
 _MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
+_SDR = {"after": "right after the drop", "validation": "at the last validation", "end": "at the end"}
 
 
 def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -30,11 +29,16 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         >>> summary_rows(RunRecord("gpt2"))
         [('Sublayers dropped', 'nothing was dropped')]
     """
-    rows = [row for key, words in _moments(record, *_MOMENTS) for row in _quality_rows(record.quality[key], words)]
+    rows = list(_quality_around(record))
+    around = {name for quality in record.quality.values() for name in quality.values}
+    around |= {"val_loss", "val/loss"} if "loss" in around else set()
+    metrics = {name: values for name, values in record.metrics.items() if name not in around}
+    rows += [(f"{printable(name)} in validation", _validated(*values)) for name, values in metrics.items()]
     if record.plan:
         rows.append(("Sublayers dropped", counts_of(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
         rows.append(("Sublayers dropped", "nothing was dropped"))
+    rows += [(label, printable(value)) for label, value in record.changes]
     if speed := record.speed:
         before, after = speed.parameters_dense, speed.parameters_dropped
         rows += [("Parameters", f"{short_count(before)} -> {short_count(after)}{_in_brackets(before, after)}")]
@@ -43,15 +47,10 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
             ("File size", _sizes(speed.file_bytes_dense, speed.file_bytes_dropped)),
             ("Peak memory", _sizes(speed.peak_memory_dense, speed.peak_memory_dropped)),
         ]
-        if isinstance(speed, SpeedReport):
-            cache, left = speed.kv_bytes_dense, speed.kv_bytes_dropped
+        if speed.kv_bytes is not None:
+            cache, left = speed.kv_bytes
             rows += [("KV cache per token", f"{cache:,.0f} -> {left:,.0f} bytes{_in_brackets(cache, left)}")]
-        if "before" in record.quality:
-            what = ("decode", speed.decode) if isinstance(speed, SpeedReport) else ("forward", speed.forward)
-            moments = _moments(record, "after", "end")
-            texts = [(words, _sdr(record, key, *what)) for key, words in moments]
-            rows += [(f"SDR {words}", text) for words, text in texts if text]
-    return rows
+    return rows + [(f"SDR {words}", str(record.sdr[moment])) for moment, words in _SDR.items() if moment in record.sdr]
 
 
 def summary_table(record: RunRecord) -> Table:
@@ -71,8 +70,33 @@ def summary_table(record: RunRecord) -> Table:
     return table
 
 
-def _moments(record: RunRecord, *keys: str) -> Iterator[tuple[str, str]]:
-    return ((key, _MOMENTS[key]) for key in keys if key in record.quality)
+def _quality_around(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """The quality around the drop, or around each round of drops, and at the end."""
+    moments = _MOMENTS
+    if len(record.rounds) > 1:
+        moments = {"before": "before the first round", "end": "at the end"}
+    for moment, words in moments.items():
+        if moment == "end":
+            yield from _round_rows(record)
+        if moment in record.quality:
+            yield from _quality_rows(record.quality[moment], words)
+
+
+def _round_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
+    for number, each in enumerate(record.rounds if len(record.rounds) > 1 else (), start=1):
+        parts = [counts_of(each.dropped), *(f"{name} {values}" for name, values in round_values(each).items())]
+        parts += [] if each.sdr is None else [f"SDR {each.sdr}"]
+        yield f"Round {number}, step {each.quality.step:,}", "; ".join(parts)
+
+
+def round_values(each: DropRound) -> dict[str, str]:
+    """Each quality before and after a round, such as ``2.8735 -> 2.8772``, by its name."""
+    before, after = ({} if q is None else q.values for q in (each.quality.before, each.quality.after))
+    return {printable(name): f"{before[name]:.4f} -> {after[name]:.4f}" for name in before if name in after}
+
+
+def _validated(before: float | None, last: float) -> str:
+    return f"{last:.4f} at the end" if before is None else f"{before:.4f} before the drop, {last:.4f} at the end"
 
 
 def _quality_rows(quality: Quality | OwnQuality, moment: str) -> list[tuple[str, str]]:
@@ -89,19 +113,3 @@ def _sizes(before: float, after: float) -> str:
 
 def _in_brackets(before: float, after: float) -> str:
     return f" ({change_of(before, after)})" if before else ""
-
-
-def _sdr(record: RunRecord, moment: str, name: str, phase: PhaseSpeed) -> str:
-    """SDR by next-token accuracy, else by the loss; empty if neither is known."""
-    before, after = (record.quality[key].values for key in ("before", moment))
-    if "accuracy" in before and "accuracy" in after:
-        points_lost, what = 100 * (before["accuracy"] - after["accuracy"]), "points of next-token accuracy"
-    elif "loss" in before and "loss" in after:
-        points_lost, what = 100 * (after["loss"] - before["loss"]), "hundredths of the loss"
-    else:
-        return ""
-    ratio = speedup_degradation_ratio(points_lost, phase.speedup.median)
-    if math.isnan(ratio):
-        return "undefined (no speed gained)"
-    doubt = "" if phase.measurable else " (speedup not measurable)"
-    return f"{round(ratio, 2) + 0.0:.2f} {what} per % of {name} speed{doubt}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery.lora import inject_at, lora_settings, remove_lora
 from layershed.recovery.lora_options import checked_settings
+from layershed.saving.prefix import misfit, prefix_of
 from layershed.stand_ins.contexts import withheld
 from layershed.stand_ins.install import MARK, WITHHELD
 from layershed.surgery import bypass, bypassed_sublayers, restore
@@ -31,7 +32,8 @@ _MARK = "layershed: "
 def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = None) -> None:
     """Bring a module to the state of a Lightning checkpoint: drops, quantization, LoRA and all weights.
 
-    For a LightningModule that knows nothing of layershed, or any other module with the same names inside. Its
+    For a LightningModule that knows nothing of layershed, or any other module with the same names inside, or for its
+    transformer alone, if the checkpoint holds one module whose names fit after a prefix, such as ``net.``. Its
     ``configure_model`` hook is called first, as Lightning's ``load_from_checkpoint`` does it. Not needed
     with CausalLM, or with a Trainer that has SublayerDrop among its callbacks: they do it by themselves.
 
@@ -60,17 +62,31 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, name: str | None = N
     getattr(module, "on_load_checkpoint", _nothing)(checkpoint)
     if path.is_dir():
         with withheld(module):
-            weights = module.state_dict()
-            read_sharded_weights(path, weights, alone=True)
-            module.load_state_dict(weights)
+            _load_shards(module, path)
         return
+    weights, what = checkpoint["state_dict"], type(module).__name__
+    own = [key for key in module.state_dict() if not key.endswith(f".{MARK}")]
+    prefix = _prefix(path, weights.keys(), own, what)
+    named = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     try:
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(named if prefix else weights)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{str(path)!r}: its weights do not fit this {type(module).__name__}. Build it from the config that "
-            "it was trained with."
-        ) from error
+        raise CheckpointError(f"{str(path)!r}: {misfit(weights.keys(), own, what)}") from error
+
+
+def _load_shards(module: nn.Module, path: Path) -> None:
+    own = {key: value for key, value in module.state_dict().items() if not key.endswith(f".{MARK}")}
+    prefix = _prefix(path, keys_of(path, "state_dict"), own.keys(), type(module).__name__)
+    weights = {prefix + key: value for key, value in own.items()}
+    read_sharded_weights(path, weights, strict=not prefix, alone=True)
+    module.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items()})
+
+
+def _prefix(path: Path, keys: Collection[str], own: Collection[str], what: str) -> str:
+    try:
+        return prefix_of({key for key in keys if not key.startswith(_MARK)}, own, what)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from None
 
 
 def read_sharded_weights(path: Path, weights: dict[str, Any], *, strict: bool = True, alone: bool = False) -> None:

@@ -107,6 +107,7 @@ def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTra
             model = _loaded(path.parent, str(path), {**fields, "gguf_file": path.name, "dtype": dtype})
         except ImportError:
             raise ModelError("Reading GGUF needs one more package: pip install 'layershed[gguf]'.") from None
+    model.config.name_or_path = str(path)  # transformers names the folder
     # the weights are dequantized; transformers would still refuse to save them as quantized ones
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):

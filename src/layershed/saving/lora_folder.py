@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from layershed.arguments import as_path, check_kind
 from layershed.discovery.find import find_transformer, predicts_next_token
@@ -18,13 +17,13 @@ from layershed.discovery.model_record import check_plan, recorded
 from layershed.errors import ExportError, PlanError, RecoveryError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
-from layershed.planning.plan import Drop, DropPlan
+from layershed.planning.plan import PLAN_FILE, Drop, DropPlan
 from layershed.recovery.lora import ADAPTER, adapted_modules, exactly, inject_at, peft_config_of
 from layershed.recovery.lora_options import SETTINGS, checked_settings, settings_of
+from layershed.saving.savable import holds_shards, whole
 from layershed.stand_ins.record import overridden
 from layershed.surgery import dropped_sublayers
 
-PLAN_FILE = "drop_plan.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NOT_KNOWN = (
@@ -177,17 +176,6 @@ def _running(transformer: nn.Module) -> list[str]:
     """Paths of the adapted modules outside dropped sublayers, which are not in the saved base."""
     dropped = {id(inner) for module, _ in overridden(transformer) for inner in module.modules()}
     return [path for path, layer in adapted_modules(transformer).items() if id(layer) not in dropped]
-
-
-def holds_shards(transformer: nn.Module) -> bool:
-    """Whether this rank holds only shards of the weights."""
-    return any(isinstance(parameter, DTensor) for parameter in transformer.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, if this rank holds only a shard; call it on every rank."""
-    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found.detach()
 
 
 def _load_weights(transformer: nn.Module, weights: dict[str, Tensor]) -> None:

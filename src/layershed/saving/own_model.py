@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layershed.arguments import as_path
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.discovery.registry import registered_class
 from layershed.errors import ExportError, PlanError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
-from layershed.planning.plan import Drop, DropPlan
+from layershed.planning.plan import PLAN_FILE, Drop, DropPlan
 from layershed.recovery.lora import adapted_modules
-from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
-from layershed.saving.savable import refuse_packed
+from layershed.saving.lora_folder import load_adapter, save_adapter
+from layershed.saving.savable import holds_shards, refuse_packed, whole
 from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, remove
 
@@ -54,6 +55,7 @@ def save_weights(
         PlanError: If the plan differs from what is dropped from the model.
     """
     transformer = check_own_savable(model, name=name)
+    folder = as_path(folder, "save_weights: folder", ExportError)
     check_own_folder(folder)
     dropped = dropped_sublayers(transformer)
     if plan is not None:
@@ -74,7 +76,7 @@ def save_weights(
             recorded(plan, transformer).save(fresh / PLAN_FILE)
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
-    return Path(folder)
+    return folder
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
@@ -90,7 +92,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = Non
         ExportError: If the folder is not readable, or the model or its weights do not fit.
         PlanError: If the saved plan is for another model.
     """
-    transformer, folder = find_transformer(model, name=name), Path(folder)
+    transformer, folder = find_transformer(model, name=name), as_path(folder, "load_weights: folder", ExportError)
     try:
         noted = read_mapping(folder / OWN_FILE)
         saved, aliases = noted["adapter"], dict(noted["aliases"])

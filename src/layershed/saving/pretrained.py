@@ -26,11 +26,11 @@ from layershed.discovery.model_record import check_plan, recorded
 from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
-from layershed.planning.plan import DropPlan
+from layershed.planning.plan import PLAN_FILE, DropPlan
 from layershed.recovery.lora import adapted_modules
-from layershed.saving.lora_folder import PLAN_FILE, holds_shards, load_adapter, save_adapter, whole
-from layershed.saving.savable import check_savable
-from layershed.saving.skeleton import first_line, load_config, model_class_of, skipping, skips_sublayers
+from layershed.saving.lora_folder import load_adapter, save_adapter
+from layershed.saving.savable import check_savable, holds_shards, whole
+from layershed.saving.skeleton import as_source, first_line, load_config, model_class_of, skipping, skips_sublayers
 from layershed.saving.standalone import add_modelling_file
 from layershed.stand_ins.install import MARK
 from layershed.surgery import dropped_parameter_names, dropped_sublayers, removed_sublayers, stand_ins_of
@@ -119,6 +119,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ExportError: If the folder or a skipped sublayer does not exist, or a weight is missing or left over.
     """
+    folder = as_source(folder)
     config = load_config(folder)
     model, problems = _read(folder, config, kwargs)
     if problems and _may_be_dense(config, model, problems):

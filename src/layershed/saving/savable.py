@@ -1,8 +1,9 @@
-"""Which models can be saved as a Hugging Face folder."""
+"""Which models can be saved, and their whole weights where FSDP2 shards them."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_transformer, refuse_strangers
@@ -49,6 +50,17 @@ def refuse_packed(transformer: nn.Module, what: str) -> None:
             f"{what}: {packed[0]} is no tensor, as after torch's dynamic quantization, and safetensors cannot hold it. "
             "Save the model before it is quantized."
         )
+
+
+def holds_shards(transformer: nn.Module) -> bool:
+    """Whether this rank holds only shards of the weights."""
+    return any(isinstance(parameter, DTensor) for parameter in transformer.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, if this rank holds only a shard; call it on every rank."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach()
 
 
 def _refuse_undescribed(transformer: PreTrainedModel) -> None:

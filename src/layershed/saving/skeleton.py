@@ -48,13 +48,23 @@ def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def as_source(source: str | Path) -> str | Path:
+    """The folder of a model, with the home folder for a ``~``; or a hub id as it is.
+
+    Raises:
+        ExportError: If it is neither.
+    """
+    path = as_path(source, "The folder of a model", ExportError)
+    return path if path != Path(source) else source
+
+
 def load_config(source: str | Path) -> PreTrainedConfig:
     """Read the config of a folder or a hub id.
 
     Raises:
         ExportError: If it is missing or not valid.
     """
-    as_path(source, "The folder of a model", ExportError)
+    source = as_source(source)
     vet_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)

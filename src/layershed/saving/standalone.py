@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from layershed import spellings
-from layershed.errors import ExportError
+from layershed.errors import ExportError, LayershedError, StandInError
 from layershed.stand_ins import stand_in, watching
 
 MODULE = "modeling_dropped"
@@ -52,9 +52,10 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
 
 
 def _sources() -> str:
-    """The text of the three files as one that imports nothing of layershed."""
-    first, *others = (inspect.getsource(module) for module in (spellings, stand_in, watching))
-    lines = [line for text in others for line in text.splitlines(keepends=True)]
+    """The text of the three files, and of the error that they raise, as one that imports nothing of layershed."""
+    sources: tuple[Any, ...] = (spellings, LayershedError, StandInError, stand_in, watching)
+    first, *others = (inspect.getsource(source) for source in sources)
+    lines = [line for text in others for line in f"\n\n{text}".splitlines(keepends=True)]
     return first + "".join(line for line in lines if not line.startswith(("from __future__", "from layershed")))
 
 

@@ -1,4 +1,4 @@
-"""The stand-in that runs instead of a dropped module. Imports only torch, transformers and our spellings of its names.
+"""The stand-in that runs instead of a dropped module. It imports torch, transformers, our spellings and one error.
 
 The text of this file is copied into folders that load without layershed.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
+from layershed.errors import StandInError
 from layershed.spellings import DummyLayer, cache_in, collected_outputs, place_in
 
 UNKNOWN_SLOT = -1
@@ -88,7 +89,7 @@ class StandIn:
         if self.layer_idx is not None:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             if self.layer_idx == UNKNOWN_SLOT and (cache is not None or cache_in(kwargs) is not None):
-                raise NotImplementedError(
+                raise StandInError(
                     f"Cannot advance the KV cache past dropped {self.label}: its slot is unknown. Use use_cache=False."
                 )
             if cache is not None:
@@ -127,7 +128,7 @@ class StandIn:
             if not isinstance(value, Tensor) or key in self.given:
                 continue
             if value.shape == hidden.shape and value.is_floating_point():
-                raise NotImplementedError(
+                raise StandInError(
                     f"{self.label} is dropped, but its module gets a second stream of hidden states ({key!r}), which "
                     f"was absent when the model's structure was proven. Restore {self.label} to use this stream."
                 )

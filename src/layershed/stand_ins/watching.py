@@ -6,6 +6,7 @@ The text of this file is copied, after that of stand_in.py, into folders that lo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import local
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,6 +95,24 @@ def _own_memory(value: Any, inputs: list[Tensor]) -> Any:
     return value
 
 
+class RunningPass(local):
+    """What the hooks of :class:`Outputs` note during a forward pass; each thread has its own.
+
+    A copy begins empty. It is no ContextVar, because torch.compile does not trace one.
+
+    Attributes:
+        outermost: The id of the model that was called, within which others run; None between two passes.
+        full: Entries without gaps that the inner models gave, each with those that the outermost one gives.
+    """
+
+    def __init__(self) -> None:
+        self.outermost: int | None = None
+        self.full: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+
+    def __reduce__(self) -> tuple[type[RunningPass], tuple[()]]:
+        return RunningPass, ()
+
+
 class Outputs:
     """Hooks of the models within a transformer. Their caller finds None in an extra output where nothing ran.
 
@@ -107,50 +126,55 @@ class Outputs:
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         self._shapes = shapes
-        self._depth = 0
-        self._full: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+        self._pass = RunningPass()
 
-    def begin(self, _model: nn.Module, _args: object) -> None:
-        """Before a model."""
-        self._depth += 1
+    def begin(self, model: nn.Module, _args: object) -> None:
+        """Before a model. One that was interrupted, so that no hook ran after it, begins anew."""
+        if self._pass.outermost is None or self._pass.outermost == id(model):
+            self._pass.outermost, self._pass.full = id(model), []
 
     def end(self, model: PreTrainedModel, _args: object, output: Any) -> Any:
         """After a model, also if it failed."""
-        self._depth -= 1
+        inner = self._pass.outermost != id(model)
         if isinstance(output, dict):
             for key in [key for key in self._shapes if key in output]:
-                output[key] = self._entries(model, key, output)
-        if self._depth > 0:
+                output[key] = self._entries(model, key, output, inner)
+        if inner:
             return None
-        full, self._full = self._full, []
+        full, self._pass.full, self._pass.outermost = self._pass.full, [], None
         if isinstance(output, dict):
             for key, value in list(output.items()):
                 if type(value) is tuple:
                     output[key] = _in_place(value, full)
         return tuple(_in_place(value, full) for value in output) if type(output) is tuple else None
 
-    def _entries(self, model: PreTrainedModel, key: str, output: Mapping[str, Any]) -> Any:
+    def _entries(self, model: PreTrainedModel, key: str, output: Mapping[str, Any], inner: bool) -> Any:
         entries = output[key]
         if not isinstance(entries, tuple) or all(entry is not None for entry in entries):
             return entries
         kept = tuple(entry for entry in entries if entry is not None)
         if not kept and key.endswith("attentions") and model.config._attn_implementation != "eager":
             return ()  # no other kind of attention returns weights
-        if self._depth == 0:
+        if not inner:
             return entries
         ndim, size = self._shapes[key]
         if not kept and size:
             hidden = next(value for value in output.values() if isinstance(value, Tensor))
             kept = (hidden.new_zeros((*hidden.shape[:-1], size)),)
             kept = (kept[0].flatten(0, 1),) if ndim == 2 else kept
-        self._full.append((kept, entries))
+        self._pass.full.append((kept, entries))
         return kept
 
 
 def _in_place(value: Any, full: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> Any:
     if type(value) is not tuple:
         return value
-    entries = next((entries for kept, entries in full if kept is value and entries), value)
+    entries = next((entries for kept, entries in full if entries and _same(kept, value)), value)
     # empty tensors of modules that were asked
     gaps = [isinstance(entry, Tensor) and entry.ndim > 0 and not any(entry.shape) for entry in entries]
     return tuple(None if gap else entry for gap, entry in zip(gaps, entries, strict=True)) if any(gaps) else entries
+
+
+def _same(kept: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
+    """Whether both hold the same tensors. torch.compile may rebuild a tuple, so the tuples themselves may differ."""
+    return len(kept) == len(value) and all(one is other for one, other in zip(kept, value, strict=True))

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,17 @@ from torch.utils.data import DataLoader
 
 import layershed as ls
 from layershed.callbacks import (
+    ExactResume,
     Export,
     LoRARecovery,
+    Quantization,
     RedundancyMonitor,
     Report,
     SpeedMonitor,
     SublayerDrop,
 )
 from layershed.discovery.find import dissect, find_transformer
+from layershed.integration.namespaces import Callback
 from tests.support.conformance import reference
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -90,7 +94,7 @@ def louder(model: nn.Module) -> nn.Module:
 
 
 def try_two_lines(project: Project, pl: Any, folder: Path) -> None:
-    """The README's two lines in a project without a logger; nothing else is known to layershed.
+    """The README's two lines in a project without a logger, and the adapter of a hand-written model.
 
     Raises:
         TrialError: If nothing was dropped, the outputs differ from those with zeroed branches, or files are left in the
@@ -117,21 +121,24 @@ def try_two_lines(project: Project, pl: Any, folder: Path) -> None:
 
 
 def try_everything(project: Project, pl: Any, folder: Path) -> None:
-    """Every callback but Quantization and ExactResume.
+    """Every callback; Quantization of Hugging Face models alone, the only ones that it takes.
 
     Raises:
-        TrialError: If one of them did not do its part.
+        TrialError: If one of them did not do its part, or merged adapters compute something else than adapters.
     """
     _register(project)
     torch.manual_seed(0)
     module = project.module()
     drop = SublayerDrop(start=6, count=2, quality=project.quality)
     speed = SpeedMonitor(runs=1, quality=project.quality, quality_mode="max")
-    ours = [RedundancyMonitor(2), drop, LoRARecovery(rank=2), speed, Export(), Report(every_n_steps=1)]
+    quantizable = project.adapter is None and find_spec("bitsandbytes") is not None
+    lora = [Quantization(), LoRARecovery(rank=2, finish="dequantize")] if quantizable else [LoRARecovery(rank=2)]
+    ours = [RedundancyMonitor(2), drop, *lora, speed, Export(), Report(every_n_steps=1), ExactResume()]
+    adapted = AdaptedOutputs(project, folder / "step.ckpt")
     # the loggers of a namespace are those that its Trainer knows
     logger = importlib.import_module(f"{pl.__name__}.loggers").CSVLogger(folder, name="", version="")
     with _our_warnings() as said, contextlib.redirect_stdout(None):
-        trainer = _trainer(pl, ours, logger=logger, log_every_n_steps=1)
+        trainer = _trainer(pl, [adapted, *ours], logger=logger, log_every_n_steps=1)
         trainer.fit(module, project.train(), project.val())
     if said:
         raise TrialError(f"warned: {said[0]}")
@@ -141,13 +148,51 @@ def try_everything(project: Project, pl: Any, folder: Path) -> None:
     if missing := sorted(expected - written):
         raise TrialError(f"not written: {', '.join(missing)}")
     metrics = trainer.callback_metrics
-    for name in (f"drop/{project.quality}_before", f"drop/{project.quality}_end", "drop/loss_end", "speed/sdr"):
+    measured = [f"drop/{project.quality}_before", f"drop/{project.quality}_end", "drop/loss_end", "speed/sdr"]
+    for name in [*measured, *(["quantization/bytes"] if quantizable else [])]:
         if name not in metrics:
             raise TrialError(f"{name} was not measured")
     expected_outputs = project.outputs(module)
+    _check_merge(adapted.outputs, adapted.without, expected_outputs)
+    _check_checkpoint(project, folder / "step.ckpt", drop)
     _load(project, module, folder / "pruned")
     if not torch.equal(project.outputs(module), expected_outputs):
         raise TrialError("the exported model computes something else")
+
+
+class AdaptedOutputs(Callback):
+    """Saves a checkpoint during recovery, and keeps the outputs with adapters and without them."""
+
+    outputs: Tensor
+    without: Tensor
+
+    def __init__(self, project: Project, path: Path) -> None:
+        self.project, self.path = project, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == STEPS - 4:
+            trainer.save_checkpoint(self.path)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.outputs = self.project.outputs(pl_module)
+        with ls.adapters_off(pl_module):
+            self.without = self.project.outputs(pl_module)
+
+
+def _check_merge(adapted: Tensor, without: Tensor, merged: Tensor) -> None:
+    if torch.allclose(adapted, without, atol=1e-4):
+        raise TrialError("the adapters change nothing, so the trial shows nothing")
+    if not torch.allclose(adapted, merged, atol=1e-4, rtol=1e-4):
+        raise TrialError(f"outputs of merged adapters differ by {(adapted - merged).abs().max():.1e}")
+
+
+def _check_checkpoint(project: Project, path: Path, drop: SublayerDrop) -> None:
+    fresh = project.module()
+    ls.load_checkpoint(fresh, path)
+    if drop.plan is None or set(drop.plan) != set(ls.dropped_sublayers(fresh)):
+        raise TrialError("the checkpoint of the run has another drop")
+    if not any(".lora_A." in name for name, _ in fresh.named_parameters()):
+        raise TrialError("the checkpoint of the run has no adapters")
 
 
 def _check_drop(project: Project, module: Any, drop: SublayerDrop) -> None:
@@ -226,5 +271,6 @@ def _our_warnings() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield said
-    ours = ("RedundancyMonitor", "SublayerDrop", "SpeedMonitor", "LoRARecovery", "Export", "Report", "layershed")
+    callbacks = ("RedundancyMonitor", "SublayerDrop", "Quantization", "SpeedMonitor", "LoRARecovery", "Export")
+    ours = (*callbacks, "Report", "ExactResume", "layershed")
     said += [str(warning.message) for warning in caught if str(warning.message).startswith(ours)]

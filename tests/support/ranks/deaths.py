@@ -81,7 +81,7 @@ def run(folder, place, dies):
     """Fit, with a speedup to reach, and die on the way."""
     torch.set_num_threads(1)
     clock, callbacks = Ticking(), [RedundancyMonitor(2)]
-    layershed.performance.stopwatch.clock_of = lambda _device: clock
+    layershed.performance.stopwatch.clock_for = lambda _device: clock
     layershed.performance.speed.measure_ceilings = lambda *_: MADE_UP
     amount = {"target_speedup": 1.2} if place == "speed measurement" else {"count": 2}
     drop = SublayerDrop(
