@@ -155,10 +155,8 @@ class SublayerDrop(Callback):
         self.quality_metric = quality
         self.quality: dict[str, AnyQuality] = {}  # around the last round, and at the end
         self.rounds: list[RoundQuality] = []
-        self._watcher = Watcher("SublayerDrop")
         self.speedup: float | None = None
-        self._steps = StepCounter()
-        self._frozen = StaysFrozen()
+        self._watcher, self._steps, self._frozen = Watcher("SublayerDrop"), StepCounter(), StaysFrozen()
         self._trainer: Trainer | None = None
         self._tracker: ImportanceTracker | None = None
         self._sums: list[Sums] | None = None

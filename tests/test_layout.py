@@ -101,7 +101,7 @@ def room(name):
 
 def test_import_reader_sees_every_form_of_import():
     assert {"errors", "planning.plan", "importance.tracker", "callbacks.sublayer_drop"} <= set(MODULES)
-    assert own_imports(parse("planning.selection")) == {"errors", "planning.arguments", "planning.plan"}
+    assert own_imports(parse("planning.selection")) == {"arguments", "errors", "planning.arguments", "planning.plan"}
     assert own_imports(ast.parse("import layershed as ls")) == {""}
     assert own_imports(ast.parse("from layershed import surgery")) == {"surgery"}
     assert own_imports(ast.parse("from layershed.planning import plan")) == {"planning", "planning.plan"}

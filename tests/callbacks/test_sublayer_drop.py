@@ -184,7 +184,7 @@ def test_losses_around_the_drop_equal_an_evaluation_by_hand(make_trainer, tmp_pa
     assert {kind: trainer.callback_metrics[f"drop/{kind}"].item() for kind in counts} == counts
 
 
-def test_loss_before_is_measured_once_and_after_at_every_round(make_trainer, tmp_path):
+def test_losses_around_a_drop_are_measured_at_every_round_and_at_the_end_once(make_trainer, tmp_path):
     drop = SublayerDrop(2, count=1, every_n_steps=2, rounds=2, quality_batches=1)
     fit_foreign(make_trainer(drop, max_steps=6, csv=True))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -192,7 +192,7 @@ def test_loss_before_is_measured_once_and_after_at_every_round(make_trainer, tmp
     steps = {
         when: [int(row["step"]) for row in logged if row[f"drop/loss_{when}"]] for when in ("before", "after", "end")
     }
-    assert steps == {"before": [2], "after": [2, 4], "end": [6]}
+    assert steps == {"before": [2, 4], "after": [2, 4], "end": [6]}
 
 
 def test_optimizer_forgets_dropped_parameters_and_its_schedule_goes_on(make_trainer):
