@@ -876,9 +876,9 @@ def test_benchmark_measures_a_dropped_folder_against_its_base(saved, without_two
     first, prefill, decode = cells(told, "1 attention, 1 mlp")
     assert first[4:6] == [f"{after[0]:.4f}", f"{100 * after[1]:.1f} %"]
     for row, phase in ((prefill, "prefill"), (decode, "decode")):
-        speedup = measured["speed"][phase]["speedup"]
+        speedup = measured["speed"]["phases"][phase]["speedup"]
         assert row[2] == "x{median:.2f} [{low:.2f}, {high:.2f}]".format(**speedup)
-        assert row[3].startswith(f"x{measured['speed'][phase]['predicted']:.2f} (")
+        assert row[3].startswith(f"x{measured['speed']['phases'][phase]['predicted']:.2f} (")
     assert f"Dense: {saved}." in told
     assert "Measurements: runs/version_0/benchmark.json" in told
 
@@ -1028,7 +1028,7 @@ def test_benchmark_sweep_measures_and_draws_the_frontier(saved, capsys, monkeypa
         assert point.quality == 100 * one["quality"]["accuracy"]
         for phase in ("prefill", "decode"):
             speedup = getattr(point, phase)
-            told_of_it = one["speed"][phase]["speedup"]
+            told_of_it = one["speed"]["phases"][phase]["speedup"]
             assert [speedup.median, speedup.low, speedup.high] == [told_of_it[key] for key in ("median", "low", "high")]
     assert Path("runs/version_0/frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (

@@ -19,7 +19,7 @@ from layershed.discovery.registry import SublayerAdapter, register_adapter, regi
 from layershed.errors import AdapterError, NoSublayersFoundError
 from layershed.planning.plan import Sublayer
 from layershed.spellings import cache_name
-from layershed.surgery import bypass, bypassed_sublayers, restore
+from layershed.surgery import bypass, bypassed_sublayers, removed_sublayers, restore
 from tests.support.hand_written import GPT, Block
 from tests.support.models import build_model
 
@@ -139,11 +139,11 @@ def test_unregistered_class_is_refused():
         find_sublayers(build())
 
 
-def test_own_models_documentation_runs_as_written(monkeypatch):
+def test_own_models_documentation_runs_as_written(monkeypatch, tmp_path):
     """docs/own_models.md, with the GPT above for the reader's own."""
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     text = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    first, second, third = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     gpt = GPT().eval()
     batches = [{"idx": torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(i))} for i in range(3)]
     exec(first.replace("count=4", "count=2"), {"GPT": GPT, "gpt": gpt, "batches": batches})
@@ -151,6 +151,11 @@ def test_own_models_documentation_runs_as_written(monkeypatch):
     names = {"torch": torch, "ls": layershed}
     exec(second, names)
     assert len(find_sublayers(names["encoder"])) == 12
+    layershed.save_weights(gpt, tmp_path / "gpt")
+    names = {"GPT": GPT, "ls": layershed, "folder": tmp_path / "gpt"}
+    exec(third, names)
+    assert bypassed_sublayers(gpt) == removed_sublayers(names["fresh"])
+    assert torch.equal(names["fresh"].eval()(**batches[0])[0], gpt(**batches[0])[0])
 
 
 def test_callbacks_take_a_registered_model(monkeypatch, tmp_path):

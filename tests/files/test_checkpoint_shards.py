@@ -206,7 +206,7 @@ def test_torn_shard_folder_is_refused_naming_the_newest_intact_one(path, said):
         write(path.with_name(f"{step}.ckpt"), step)
         os.utime(path.with_name(f"{step}.ckpt"), (step, step))
     TEARS[said](path)
-    with pytest.raises(CheckpointError, match=rf"damaged: .*{said}.*newest intact one beside it is '.*/2\.ckpt'"):
+    with pytest.raises(CheckpointError, match=rf"corrupt: .*{said}.*newest intact one beside it is '.*/2\.ckpt'"):
         read_notes(path)
     shutil.rmtree(path.with_name("1.ckpt"))
     TEARS[said](path.with_name("2.ckpt"))
@@ -311,7 +311,7 @@ def test_shard_index_with_a_name_of_no_file_is_refused(path, name):
     index = pickle.loads((path / ".metadata").read_bytes())
     next(iter(index.storage_data.values())).relative_path = name
     (path / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="corrupt"):
         read_notes(path)
 
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershed.discovery.configured import configs_of, configured
 from layershed.discovery.recording import Call, Tape
-from layershed.spellings import OutputRecorder, PreTrainedConfig, recordable_outputs
+from layershed.spellings import OutputRecorder, recordable_outputs
 from layershed.stand_ins.stand_in import Capture
 
 
@@ -24,32 +25,12 @@ def without_requests(transformer: nn.Module) -> Iterator[None]:
     default. But what computes with extra outputs (a load-balancing loss) would look like a reader of a branch.
     """
     names = {"output_attentions", "output_hidden_states"}
-    configs: dict[int, PreTrainedConfig] = {}
     for module in transformer.modules():
         if isinstance(module, PreTrainedModel):
             names.update(f"output_{key}" for key in recordable_outputs(module))
-        configs |= {id(config): config for config in _configs_in(module.__dict__.get("config"))}
     wanted = {f"{dash}{name}": False for name in names for dash in ("", "_")} | {"return_dict": True}
-    before = [
-        (config.__dict__, name, config.__dict__[name])
-        for config in configs.values()
-        for name, value in wanted.items()
-        if config.__dict__.get(name, value) not in (value, None)
-    ]
-    try:
-        for fields, name, _ in before:
-            fields[name] = wanted[name]
+    with configured(configs_of(transformer), wanted):
         yield
-    finally:
-        for fields, name, value in before:
-            fields[name] = value
-
-
-def _configs_in(config: object) -> Iterator[PreTrainedConfig]:
-    if isinstance(config, PreTrainedConfig):
-        yield config
-        for value in vars(config).values():
-            yield from _configs_in(value)
 
 
 class Captures:

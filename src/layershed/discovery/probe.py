@@ -19,6 +19,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from layershed.batches import device_of, is_offloaded
 from layershed.discovery.autocast import without_autocast
 from layershed.discovery.captured import without_requests
+from layershed.discovery.configured import configured
 from layershed.discovery.probe_failures import advice, with_attention, without_flex
 from layershed.discovery.recording import Call, Tape, recording
 from layershed.discovery.registry import registered_adapter
@@ -95,14 +96,15 @@ def watch_cache(transformer: nn.Module) -> dict[str, tuple[int, int]] | None:
     known, name = signature(transformer.forward).parameters, cache_name(transformer.forward)
     if "use_cache" not in known and (name is None or (name not in known and not generates)):
         return {}
-    watch = _CacheWatch()
+    watch, own_config = _CacheWatch(), [transformer.config] if isinstance(transformer, PreTrainedModel) else []
     with quietly(transformer), ExitStack() as hooks:
         for path, module in transformer.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
         output, more = None, False
-        for own in (True, None):  # some encoders refuse True from their model, and a decoder's default is its config's
-            with suppress(Exception):  # the model may not support a cache
+        # some encoders refuse True from their model, or from the config, whose value is a decoder's default
+        for own, default in ((True, True), (None, True), (None, False)):
+            with suppress(Exception), configured(own_config, {"use_cache": default}):  # it may not support a cache
                 output = _forward(transformer, use_cache=own)
                 more = name is None and not generates and _values(output) > _values(_forward(transformer))
                 break
