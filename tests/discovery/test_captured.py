@@ -1,6 +1,7 @@
 """A config that requests extra outputs changes neither what is found nor what is proven."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -79,3 +80,15 @@ def test_dropped_mixture_of_experts_trains_with_a_requested_router_loss():
     assert torch.allclose(output.loss, plain + 0.5 * output.aux_loss)
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
     assert model.model.layers[1].mlp.gate.weight.grad is None
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+def test_model_can_still_be_pickled_and_asked_for_attention_weights(family):
+    """transformers' hooks for extra outputs cannot be pickled, and come at the first request."""
+    model = build_model(family, attn_implementation="eager").eval()
+    ids = torch.arange(4)[None] + 3
+    dissect(model)
+    again = pickle.loads(pickle.dumps(model))
+    entries = again(ids, output_attentions=True).attentions
+    wanted = build_model(family, attn_implementation="eager").eval()(ids, output_attentions=True).attentions
+    torch.testing.assert_close(entries, wanted)

@@ -19,6 +19,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from layershed.batches import device_of, is_offloaded
 from layershed.discovery.autocast import without_autocast
 from layershed.discovery.captured import without_requests
+from layershed.discovery.capturing_hooks import without_capturing
 from layershed.discovery.configured import configured
 from layershed.discovery.probe_failures import advice, with_attention, without_flex
 from layershed.discovery.recording import Call, Tape, recording
@@ -159,7 +160,7 @@ def asking(transformer: nn.Module, plain: Mapping[str, Call]) -> dict[str, dict[
             found[path] = {"asked_by": key, "asked": tuple((i, values[i].ndim) for i in news)}
 
     eagerly = with_attention(transformer, lambda _: "eager")  # no other kind returns weights
-    with quietly(transformer), eagerly, ExitStack() as hooks, suppress(Exception):
+    with quietly(transformer), eagerly, without_capturing(transformer), ExitStack() as hooks, suppress(Exception):
         for path in asked:
             hook = partial(note, path)
             hooks.callback(transformer.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
