@@ -44,9 +44,9 @@ class ExactResume(Callback):
 
     Hooks: ``setup``, ``on_fit_start``, ``on_train_batch_start``, ``on_before_optimizer_step``, ``on_save_checkpoint``
     and ``on_load_checkpoint``. It replaces ``load_optimizer_state_dict`` of the strategy, and of DDP and FSDP2 also its
-    steps. In a resumed fit it also replaces ``run``,
-    ``on_advance_start`` and ``advance`` of the fit loop, once each. It restores them, and CSVLogger's header rewrite,
-    in ``teardown`` and ``on_exception``. Its place in the list does not matter. A second ExactResume does nothing.
+    steps. In a resumed fit it also replaces ``run``, ``on_advance_start`` and ``advance`` of the fit loop, once each.
+    It restores them, and CSVLogger's header rewrite, in ``teardown`` and ``on_exception``. Its place in the list does
+    not matter. A second ExactResume does nothing.
     Logs: the metrics row that was due at the checkpoint's step.
     Writes: ``.metrics.csv.kept`` beside ``metrics.csv``, a second name of the same file.
     Checkpoint: all of the above, as primitives and tensors.

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from layershed.stand_ins.watching import remove_forward_hook
+
 
 @contextmanager
 def without_capturing(model: nn.Module) -> Iterator[None]:
@@ -14,7 +16,6 @@ def without_capturing(model: nn.Module) -> Iterator[None]:
 
     It installs them again when the user requests some. A model with such hooks can no longer be pickled.
     """
-    names = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     flag = "_output_capturing_hooks_installed"
     before = {module: (set(module._forward_hooks), flag in vars(module)) for module in model.modules()}
     try:
@@ -24,5 +25,4 @@ def without_capturing(model: nn.Module) -> Iterator[None]:
             if not installed:
                 vars(module).pop(flag, None)
             for number in set(module._forward_hooks) - known:
-                for name in names:
-                    vars(module)[name].pop(number, None)
+                remove_forward_hook(module, number)

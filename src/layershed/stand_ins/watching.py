@@ -32,6 +32,12 @@ def watch(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> None:
         put_watch(module, hooks)
 
 
+def remove_forward_hook(module: nn.Module, number: int) -> None:
+    """Remove a forward hook of which only the number is known, as the handle of its registration would."""
+    for hooks in (module._forward_hooks, module._forward_hooks_always_called, module._forward_hooks_with_kwargs):
+        hooks.pop(number, None)
+
+
 def take_watch(module: nn.Module) -> list[Outputs | None]:
     """Remove the hooks of :func:`watch` from one module; returns what :func:`put_watch` needs."""
     found: list[Outputs | None] = []
@@ -39,12 +45,7 @@ def take_watch(module: nn.Module) -> list[Outputs | None]:
         owner = _owner(hook)
         if hook is _unshare or isinstance(owner, Outputs):
             found.append(owner)
-            for hooks in (
-                module._forward_hooks,
-                module._forward_hooks_always_called,
-                module._forward_hooks_with_kwargs,
-            ):
-                hooks.pop(number, None)
+            remove_forward_hook(module, number)
     for number in [n for n, hook in module._forward_pre_hooks.items() if isinstance(_owner(hook), Outputs)]:
         del module._forward_pre_hooks[number]
     return found
