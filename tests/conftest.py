@@ -28,11 +28,38 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return case_name(val, argname)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``default_cases(n)``, the cases after the n-th are slow; already slow ones do not count."""
+    met: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("default_cases")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        met[test] = met.get(test, 0) + 1
+        if met[test] > mark.args[0]:
+            item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Search for garbage less often, and not among the imported libraries: it takes a twentieth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)
+
+
+# Rooms whose tests are not about the proof: models of the same structure share one.
+_SHARING = {"callbacks", "cli", "importance", "integration", "performance", "recovery", "reporting"}
+
+
+@pytest.fixture(autouse=True)
+def shared_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.path.parent.name in _SHARING:
+        from layershed.discovery import find
+        from tests.support.shared_proofs import prove_once
+
+        monkeypatch.setattr(find, "_prove", prove_once)
 
 
 @pytest.fixture(params=MODEL_TYPES)

@@ -464,6 +464,7 @@ def test_dequantized_and_merged_model_equals_the_quantized_one_with_lora(archite
     ]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_sublayer_dropped_with_its_adapters_survives_dequantize_and_merge(mode, tokens):
     model, reference = build_model("llama"), by_hand("llama", mode)

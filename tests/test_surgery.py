@@ -263,6 +263,7 @@ def test_restoring_a_sublayer_that_is_not_bypassed_is_refused(llama):
         restore(llama, find_sublayers(llama)[:1])
 
 
+@pytest.mark.default_cases(3)
 @pytest.mark.parametrize("model_type", ["falcon", "phi", "bert", "granitemoeshared", "bart", "jamba"])
 def test_sublayers_left_after_a_removal_can_still_be_dropped(model_type):
     """One kind removed, then one of the other kind bypassed: the reference has zero weights for both."""

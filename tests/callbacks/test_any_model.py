@@ -95,6 +95,7 @@ MODELS = {
 }
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_defaults_measure_quality_speed_and_sdr_of_any_model(make_trainer, tmp_path, adapter, unpainted, name):
     make, unit, phases = MODELS[name]
@@ -177,6 +178,7 @@ def test_sdr_of_a_metric_that_sublayer_drop_measures_comes_with_the_measurement(
     assert metrics["speed/sdr"] == pytest.approx(100 * lost / 25, rel=1e-4)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("at", [4, 7])
 def test_resumed_run_of_a_hand_written_model_equals_the_uninterrupted_one(make_trainer, tmp_path, adapter, at):
@@ -236,6 +238,7 @@ def test_body_and_head_called_by_hand_are_watched_and_dropped_as_the_whole_model
     assert plans["by_hand"] == plans["whole"]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("name", "lengths", "words"),
     [

@@ -90,6 +90,7 @@ def interrupted(make_trainer, tmp_path):
     return go
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("step", [3, EPOCH, 2 * EPOCH], ids=lambda step: f"step {step}")
 def test_row_validation_and_epoch_end_due_at_the_checkpoint_are_done_once(interrupted, step):
     """In mid-epoch, at the drop, before the validation at the end of an epoch, and after the last step."""
@@ -111,6 +112,7 @@ def test_run_that_ends_within_an_epoch_ends_the_epoch_when_resumed(interrupted):
     assert [hook for hook, *_ in resumed["hooks"]] == ["epoch", "train"]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("step", [2, 6])
 def test_validation_due_within_an_epoch_is_done_when_resumed(interrupted, step):
     whole, resumed, rows, again = interrupted(step, val_check_interval=2)
@@ -183,6 +185,7 @@ def lengthless():
     return DataLoader(Lengthless(), batch_size=2)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("step", "train"),
     [
@@ -202,6 +205,7 @@ class FirstOfTwo(Foreign):
         return super().loss(batch[0] if isinstance(batch, list) else batch)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("step", "train"),
     [
@@ -324,6 +328,7 @@ WRITTEN = {  # by ModelCheckpoint, and which hooks of that step are after it
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings(NO_VALIDATION, "ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(
     ("written", "val", "kind", "limit"),
@@ -367,6 +372,7 @@ def test_epochs_after_a_resume_at_an_epoch_end_are_those_of_the_uninterrupted_ru
     assert {int(step) for step, name in rows_again if name == "train_loss"} >= set(range(EPOCH, 3 * EPOCH))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings(NO_VALIDATION)
 @pytest.mark.parametrize(
     "limit", [{"max_steps": -1, "max_epochs": 2}, {"max_steps": 2 * EPOCH}], ids=["epochs", "steps"]
@@ -423,6 +429,7 @@ class Fails(pl.Callback):
             raise Killed
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_sanity_check_start"])
 def test_failed_resume_leaves_no_method_replaced_and_can_be_tried_again(make_trainer, tmp_path, hook):
     path, fails = tmp_path / "cut.ckpt", Fails(hook)
@@ -621,6 +628,7 @@ MOVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
 @pytest.mark.parametrize("move", one_of(MOVES))
@@ -720,6 +728,7 @@ def twice_run(make_trainer, tmp_path):
     return go
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("watcher", "step"), [("RedundancyMonitor", 4), ("Report", 2 * EPOCH), ("SpeedMonitor", 4)])
 def test_watching_callback_with_exact_resume_ends_as_uninterrupted(twice_run, watcher, step):
     whole, again = twice_run(WATCHERS[watcher], lambda: Foreign(attention_dropout=0.2), step)
@@ -732,6 +741,7 @@ def two_step_drop():
     return SublayerDrop(8, count=2, calibration_batches=1, quality_batches=1)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("own", [lambda: RedundancyMonitor(2), two_step_drop], ids=["monitor", "drop"])
 def test_batch_of_two_steps_is_measured_the_same_after_a_resume(twice_run, own):
     """The first batch of the resumed run, too: the one that is measured, or scored."""
@@ -751,6 +761,7 @@ class FirstOnly(Manual):
         first.step()
 
 
+@pytest.mark.slow
 def test_batch_of_fewer_steps_than_optimizers_is_scored_the_same_after_a_resume(twice_run):
     """The first batch of the resumed run, which at two steps a batch would be scored, and is not."""
 
@@ -773,6 +784,7 @@ def late_drop():
     return SublayerDrop(3, count=1, calibration_batches=2, quality_batches=0)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("again", [bypassed, Foreign], ids=["bypassed again", "dense"])
 def test_model_bypassed_by_hand_ends_as_uninterrupted_also_from_a_dense_one(twice_run, again):
     whole, cut = twice_run(WATCHERS["RedundancyMonitor"], bypassed, 4, again)
@@ -799,6 +811,7 @@ def by_hand(bypasses, adapts, filters):
     return make
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("changed", "filters", "own"),
     crossed(((True, True), (False, True), (True, False)), (True, False), (WATCHERS["RedundancyMonitor"], late_drop)),
@@ -829,6 +842,7 @@ def test_bypass_by_hand_stays_frozen_when_a_callback_unfreezes_and_after_a_resum
     assert same(resumed, whole)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("own", [WATCHERS["RedundancyMonitor"], two_step_drop], ids=["monitor", "drop"])
 def test_without_exact_resume_weights_importances_and_drop_are_those_of_the_uninterrupted_run(twice_run, own):
     """On a module that draws no random numbers; the due row and validation are Lightning's to lose."""

@@ -36,6 +36,7 @@ def fit(folder, *callbacks, **options):
     return module, trainer, [str(each.message) for each in caught if str(each.message).startswith(names)]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("name", TRIALS)
 def test_fast_dev_run_before_the_step_of_a_callback_warns_once(tmp_path, name):
     others = [RedundancyMonitor(1), *TRIALS[name](), Report(), ExactResume()]

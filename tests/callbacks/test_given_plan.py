@@ -72,6 +72,7 @@ def test_plan_that_a_run_has_written_gives_the_same_run(make_trainer, tmp_path):
     assert ls.dropped_sublayers(first) == ls.dropped_sublayers(second)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("at", [2, 5])
 def test_resumed_run_with_a_given_plan_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, given, at):
     """Cut before and after the drop; after it, the file is needed no longer."""
@@ -157,6 +158,7 @@ UNUSED = {
 }
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("name", UNUSED)
 def test_option_that_has_no_effect_beside_a_plan_is_refused_unless_it_is_the_default(given, name):
     with pytest.raises(SelectionError, match=rf"{name}=.*, plan=.*Leave {name} out"):

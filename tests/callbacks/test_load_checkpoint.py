@@ -70,6 +70,7 @@ def names(module):
     return ", ".join(sublayer.name for sublayer in ls.bypassed_sublayers(module))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("what", some_of(WHAT, 2))
 def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trainer, tmp_path, saved, what):
     wanted = WHAT[what][1].format(names=re.escape(names(saved(what))))
@@ -79,6 +80,7 @@ def test_dropped_checkpoint_loaded_plainly_raises_an_error_with_advice(make_trai
                 LOADERS[how](tmp_path / file, make_trainer(name=how))
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize(("what", "file"), crossed(WHAT, ("whole.ckpt", "weights.ckpt")))
 def test_load_checkpoint_and_the_named_callback_restore_the_saved_model(make_trainer, tmp_path, saved, what, file):
@@ -261,6 +263,7 @@ def folder_of(tmp_path, module):
         return write_folder(tmp_path / "folder", {**module.state_dict(), **marks}, whole)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("what", ["drop", "lora"])
 def test_load_checkpoint_restores_the_saved_model_from_shards(tmp_path, saved, what):
     module = Counted()
@@ -299,6 +302,7 @@ def test_load_checkpoint_finds_shards_whose_replacement_was_cut_off(tmp_path, sa
     assert same(dict(found.state_dict()), dict(module.state_dict()))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("file", ["whole.ckpt", "weights.ckpt"])
 def test_transformer_alone_takes_its_part_of_a_checkpoint(saved, tmp_path, file):
     module, alone = saved("drop"), Foreign().net

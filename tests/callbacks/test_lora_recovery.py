@@ -169,6 +169,7 @@ def test_lora_recovery_adds_adapters_freezes_the_transformer_and_trains_the_head
     assert own.began == 4
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("start", "arguments", "factor"),
     [
@@ -199,6 +200,7 @@ def test_lora_recovery_equals_a_loop_by_hand_with_peft(make_trainer, start, argu
     assert same(found, reference)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("lr_factor", [1.0, 0.3])
 def test_full_recovery_trains_the_rest_with_its_optimizer_state(make_trainer, lr_factor):
     drop = dropping()
@@ -209,6 +211,7 @@ def test_full_recovery_trains_the_rest_with_its_optimizer_state(make_trainer, lr
     assert not adapted_modules(module)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("start", [None, 5])
 def test_mode_none_ends_the_run_where_recovery_would_begin(make_trainer, start):
     drop, watch = dropping(), Watch(lambda _, module: len(bypassed_sublayers(module)))
@@ -365,6 +368,7 @@ def test_saved_adapter_lacks_sublayers_of_a_later_drop(make_trainer, tmp_path):
     assert set(adapted_modules(loaded)) == linear_paths(set(ALL) - set(keys(drop.plan)))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("placement", ["all", "neighbours"])
 def test_logged_trainable_parameters_are_those_after_the_last_round(make_trainer, placement):
     drop = dropping(3, count=1, every_n_steps=3, rounds=2)
@@ -463,6 +467,7 @@ def test_lora_recovery_of_a_foreign_module_resumed_equals_uninterrupted(make_tra
         assert {**resumed, "state": 0} == {**whole, "state": 0}, at
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize(("weights_only", "quantized"), crossed((False, True), (False, True)))
 def test_causal_lm_checkpoint_is_the_adapted_model_without_callbacks(
@@ -488,6 +493,7 @@ def test_causal_lm_checkpoint_is_the_adapted_model_without_callbacks(
     assert (quantization_of(loaded) is not None) == quantized
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_adapted_foreign_checkpoint_is_evaluated_adapted(make_trainer, tmp_path, weights_only):
     """Also in the trainer whose run has merged the adapters since."""
@@ -739,6 +745,7 @@ def test_contradicting_options_are_refused_at_once(make, error, match):
         make()
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters_of_a_second_round_join_the_group_of_their_block(make_trainer, quantized):
     def groups(trainer, module):
@@ -777,6 +784,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("case", RESUMED)
 def test_resume_refuses_a_checkpoint_that_contradicts_the_callbacks(make_trainer, tmp_path, case):

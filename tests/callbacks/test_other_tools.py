@@ -99,6 +99,7 @@ def run(make_trainer, folder, callbacks, module, ckpt_path=None, steps=6, **opti
     return trainer, module
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in OPTIMIZERS])
 def test_optimizer_follows_the_drop_and_resumes(make_trainer, tmp_path, name, lora):
@@ -157,6 +158,7 @@ def test_lora_beside_an_average_inside_the_module_is_refused_before_the_first_st
     refused_at_start(make_trainer(*drops), module, ScheduleError, "holds a copy of the model")
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_drop_and_lora_work_while_model_pruning_holds_masks(make_trainer, lora):
     """Masked weights stay zero, and merging comes after the masks were made permanent."""
@@ -187,6 +189,7 @@ class EmbeddingOnly(ModelPruning):
         return [(module, name) for module, name in parameters_to_prune if isinstance(module, torch.nn.Embedding)]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("finish", "make"),
     [
@@ -215,6 +218,7 @@ def reparametrized(how):
     return model
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("how", ["pruned", "old weight_norm", "parametrized"])
 def test_lora_on_a_computed_weight_is_exact_and_its_merge_is_refused(make_trainer, how):

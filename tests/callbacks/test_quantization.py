@@ -61,6 +61,7 @@ def weight_of(module, path):
     return dequantized_weight(getattr(own, "base_layer", own))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize(("mode", "when"), crossed(tuple(MODES), ((6, 6), (None, 4), (4, 4))))
 def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, mode, when):
@@ -80,6 +81,7 @@ def test_quantization_rounds_the_trained_weights_as_bitsandbytes(make_trainer, m
     assert quantization_of(module).mode == mode
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_quantization_at_the_end_rounds_the_merged_weights(make_trainer, mode):
     found = fit_foreign(
@@ -131,6 +133,7 @@ def test_quantized_weights_leave_the_optimizer_and_do_not_move(make_trainer):
         assert torch.equal(code, watch.seen[3][1][2][name.replace(".base_layer", "")])
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_logged_bytes_equal_those_of_the_saved_weights(make_trainer, tmp_path, mode):
@@ -208,6 +211,7 @@ class Around(pl.Callback):
         self.pairs.append((trainer.global_step, self.before, copy.deepcopy(dict(pl_module.state_dict()))))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("mode", some_of(MODES, 2))
 def test_validation_after_quantization_does_not_change_training(make_trainer, mode):
@@ -227,6 +231,7 @@ def test_validation_after_quantization_does_not_change_training(make_trainer, mo
     assert same(with_pass, run("without", limit_val_batches=0))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("mode", "drops"), crossed(MODES, (True, False)))
 def test_exported_folder_equals_the_quantized_model_bit_for_bit(make_trainer, tmp_path, mode, drops):
     before = [dropping(), adapters(finish="merge")] if drops else []
@@ -280,6 +285,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_quantization_refuses_impossible_runs_before_training(make_trainer, case):
     callbacks, error, match = REFUSED[case]

@@ -66,6 +66,7 @@ def close(left, right):
         assert left[step] == pytest.approx(right[step], rel=2e-5), step
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("metric", ["cosine", "relative_magnitude", "angular"])
 def test_rows_are_the_importances_of_the_measured_steps_batches(make_trainer, tmp_path, metric):
     trainer = make_trainer(RedundancyMonitor(every_n_steps=3, metric=metric), max_steps=7)
@@ -175,6 +176,7 @@ def hooks_of(module):
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_monitor_leaves_no_forward_hook_on_the_model(make_trainer, interrupted):
     module = Foreign()
@@ -227,6 +229,7 @@ class SaveMiddle(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:The checkpoint was written between two optimizer steps")
 @pytest.mark.parametrize("saved_at", ["between", "middle"])
 def test_resumed_file_equals_the_uninterrupted_one(make_trainer, tmp_path, text_data, saved_at):
@@ -369,6 +372,7 @@ def test_monitor_checkpoint_holds_no_rows_and_does_not_grow(make_trainer, tmp_pa
     assert (tmp_path / "run" / "importance.csv").stat().st_size > 9 * states[0]["history"]["bytes"]
 
 
+@pytest.mark.slow
 def test_monitor_finds_its_history_in_a_moved_run_directory(run_twice, tmp_path):
     path = at_checkpoints(tmp_path / "run")
     whole = run_twice("run", Save(path, 4))
@@ -390,6 +394,7 @@ def ruined(path, how):
         path.write_bytes(b"root:x:0:0" + path.read_bytes()[10:])
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("how", some_of(["gone", "shorter", "another run's", "no importances"], 2))
 def test_missing_history_is_warned_of_once(run_twice, tmp_path, how):
     path = at_checkpoints(tmp_path / "run")
@@ -405,6 +410,7 @@ def test_missing_history_is_warned_of_once(run_twice, tmp_path, how):
     assert resumed == b"".join([lines[0], *(line for line in lines[1:] if int(line.split(b",")[0]) > 4)])
 
 
+@pytest.mark.slow
 def test_monitor_does_not_copy_history_named_by_a_foreign_checkpoint(run_twice, tmp_path):
     """A checkpoint may be untrusted: a file is not copied only because the checkpoint names it."""
     path, secret = tmp_path / "4.ckpt", tmp_path / "secret.csv"

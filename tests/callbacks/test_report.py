@@ -100,6 +100,7 @@ def points(report):
     return [(point.step, point.split, point.loss) for point in report._losses()]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("order", [1, -1])
 def test_report_puts_losses_around_a_drop_at_its_step(make_trainer, unpainted, order):
     report = Report(every_n_steps=100)
@@ -291,6 +292,7 @@ def test_report_refuses_every_n_steps_below_one():
         Report(every_n_steps=0)
 
 
+@pytest.mark.slow
 def test_report_curve_of_a_long_run_stays_short_and_resumes_the_same(
     make_trainer, tmp_path, text_data, unpainted, monkeypatch
 ):

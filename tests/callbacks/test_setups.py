@@ -109,6 +109,7 @@ def test_drop_with_several_param_groups_equals_a_loop_by_hand(make_trainer):
     ]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("at", "calibrated", "window"),
     some_of([(AT, 2 * WINDOW, WINDOW), (AT, 2 * WINDOW - 1, WINDOW), (AT, 1, 1), (1, 1, 1)], 2),
@@ -136,6 +137,7 @@ def test_drop_with_several_manual_optimizers_equals_a_loop_by_hand(make_trainer,
     assert scale.item() != 1
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("how", "value"), [("norm", 0.3), ("value", 0.01)])
 def test_drop_with_gradient_clipping_equals_a_loop_by_hand(make_trainer, how, value):
     drop = dropping()
@@ -239,6 +241,7 @@ NAMELESS = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("name", NAMELESS)
 def test_two_transformers_require_a_name(make_trainer, name):
     module, seen = Two(), Watch(lambda *_: None)
@@ -323,6 +326,7 @@ def test_weight_average_follows_a_drop(make_trainer, tmp_path):
         Foreign.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(("kind", "start"), crossed(EMA, (4, 8)))
 def test_weight_average_resumed_equals_uninterrupted(make_trainer, tmp_path, kind, start):
@@ -372,6 +376,7 @@ def test_early_stopping_by_a_module_metric_works_with_a_drop(make_trainer):
         fit_foreign(trainer)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("strict", "interval", "looks"), [(True, 5, [5, 10]), (False, 2, [4, 6])])
 def test_early_stopping_by_the_loss_after_a_drop_works(make_trainer, strict, interval, looks):
     """Rounds at 3, 6 and 9, none better than the one before by the monitored metric."""
@@ -452,6 +457,7 @@ LOOKS = {  # an epoch has 6 batches
 QUICK = {"stopping", "saving, across epochs"}
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in LOOKS]
 )
@@ -483,6 +489,7 @@ NEVER = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("case", NEVER)
 def test_monitor_that_never_looks_is_allowed(make_trainer, case):
     watcher, options = NEVER[case]

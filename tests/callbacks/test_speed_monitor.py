@@ -88,6 +88,7 @@ def test_speed_monitor_measures_nothing_without_a_drop(make_trainer, tmp_path, m
     assert not any(name.startswith("speed/") for name in trainer.callback_metrics)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("order", [1, -1])
 def test_speed_monitor_listed_before_the_drop_measures_one_step_later(make_trainer, tmp_path, measured, order):
     callbacks = [SublayerDrop(3, count=2, quality_batches=0), SpeedMonitor(**PLAIN)]
@@ -164,6 +165,7 @@ def logged(folder, name):
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("quality", "phase", "speedup"), crossed(("accuracy", "loss", "perplexity"), PHASES, (1.25, 0.9))
 )
@@ -231,6 +233,7 @@ OWN = {"quality": "val_f1", "quality_mode": "max"}
 ROUNDS = [(4, 2 / 30), (6, 4 / 30), (8, 6 / 40), (10, 8 / 40)]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("phase", "mode"), crossed(PHASES, ("max", "min")))
 def test_sdr_of_a_module_metric_is_logged_at_every_validation_after_a_drop(make_trainer, tmp_path, faked, mode, phase):
     drop = SublayerDrop(3, count=1, every_n_steps=4, rounds=2, quality_batches=0)
@@ -251,6 +254,7 @@ def test_sdr_ignores_a_validation_between_a_drop_and_its_measurement(make_traine
     assert logged(tmp_path / "run", "speed/sdr") == [(step, pytest.approx(sdr, rel=1e-4)) for step, sdr in wanted]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("at", some_of([1, 3, 7, 9], 2))
 def test_sdr_of_a_module_metric_is_the_same_in_a_resumed_run(make_trainer, tmp_path, text_data, faked, at):
     """Cut before there is a dense value, at the drops, between them and the validations, and after everything."""
@@ -362,6 +366,7 @@ def test_speed_monitor_warns_once_of_an_unlogged_metric_and_the_run_goes_on(make
     assert "speed/sdr" not in trainer.callback_metrics
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     "error", [MeasurementError("no cache."), torch.OutOfMemoryError("no memory")], ids=["no cache", "no memory"]
 )
@@ -387,6 +392,7 @@ def test_speed_monitor_warns_without_a_validation_before_the_drop(make_trainer, 
     assert "speed/sdr" not in trainer.callback_metrics
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("at", some_of([2, 3, 5, 8], 2))
 def test_speed_monitor_does_not_measure_again_in_a_resumed_run(make_trainer, tmp_path, text_data, faked, at):
     """Cut before the drop, at it, between the two rounds and after both: the same figures at the end."""

@@ -55,6 +55,7 @@ def bypassed(_trainer, pl_module):
 SCOPES = {"attention": 2, "mlp": 2, "block": 1, "joint": 3}
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_running_drops_the_lowest_scores_and_trains_on_as_by_hand(make_trainer, scope):
     """Four steps of calibration before step 5; weights equal those of the loop by hand to the last bit."""
@@ -107,6 +108,7 @@ def test_running_under_accumulation_scores_every_micro_batch_of_the_steps(make_t
     assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("scope", "count"), [("joint", 3), ("block", 1)])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_calibration_pass_scores_the_model_on_the_splits_first_batches(make_trainer, split, scope, count):
@@ -124,6 +126,7 @@ def test_calibration_pass_scores_the_model_on_the_splits_first_batches(make_trai
     assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("calibrate_on", "what"), crossed(("running", "val"), (("joint", 2), ("block", 1), ("attention", 1)))
 )
@@ -406,6 +409,7 @@ ONCE = {"start": 6, "count": 3, "calibration_batches": 4, "quality_batches": 2}
 TWICE = {**ONCE, "count": 2, "every_n_steps": 4, "rounds": 2}
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(
     ("arguments", "cuts", "length"),
@@ -484,6 +488,7 @@ def reference_of(state, dropped):
     return hand, hand.quality(val_loader())[0]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_dropped_foreign_checkpoint_is_evaluated_dropped(make_trainer, tmp_path, weights_only):
     drop = SublayerDrop(3, count=3)
@@ -505,6 +510,7 @@ def test_dropped_foreign_checkpoint_is_evaluated_dropped(make_trainer, tmp_path,
             torch.testing.assert_close(own, hand.module.net(input_ids=batch["input_ids"]).logits)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_causal_lm_checkpoint_is_the_dropped_model_without_callbacks(make_trainer, tmp_path, text_data, weights_only):

@@ -51,6 +51,7 @@ def by_hand(choose, at=5, steps=8, since=1):
 TARGETS = {"attention": {"decode": 1.3, "prefill": 1.1}, "mlp": {"decode": 1.1, "prefill": 1.3}}
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("scope", "objective", "phase"),
     crossed(("attention", "mlp", "block", "joint"), ("importance", "speed"), ("decode", "prefill")),
@@ -82,6 +83,7 @@ def test_target_speedup_drops_the_fewest_and_trains_on_as_by_hand(make_trainer, 
     assert same(dict(module.state_dict()), dict(hand.module.state_dict()))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("phase", "amount", "number"),
     [
@@ -111,6 +113,7 @@ def test_objective_speed_ranks_by_importance_per_second(make_trainer, clock, pha
     assert "drop/speedup" not in trainer.callback_metrics
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("calibrate_on", ["running", "val"])
 def test_target_speedup_rounds_share_the_way_and_measure_importance_anew(make_trainer, tmp_path, clock, calibrate_on):
     """The second sublayer overshoots the second round's aim, so that the third round drops nothing."""
@@ -154,6 +157,7 @@ def test_target_speedup_rounds_share_the_way_and_measure_importance_anew(make_tr
     assert written == drop.plan.to_dict()
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("scope", "protect", "every"),
     [
@@ -221,6 +225,7 @@ def test_target_speedup_keeps_protected_blocks_however_slow(make_trainer, clock)
     assert sorted(keys(drop.plan)) == [(block, kind) for block in (1, 2) for kind in ("attention", "mlp")]
 
 
+@pytest.mark.default_cases(10)
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

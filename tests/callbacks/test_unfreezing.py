@@ -112,6 +112,7 @@ DROPS = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("finetuning", "drop", "order"),
     [
@@ -143,6 +144,7 @@ def test_run_with_an_unfreezing_callback_keeps_dropped_weights_out_and_resumes(
         assert same(resumed, whole), name
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("hook", "whole", "drop"),
     [

@@ -216,6 +216,7 @@ def test_logger_that_fails_on_importances_ends_no_run(make_trainer, tmp_path):
     assert len([w for w in caught if "no answer" in str(w.message)]) == 1
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("file", ["importance.csv", "drop_plan.json", "report.html"])
 def test_report_leaves_out_what_it_cannot_read_or_write(make_trainer, tmp_path, file):
     class Spoil(At):

@@ -67,6 +67,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.usefixtures("own_world", "one_parser")
 @pytest.mark.parametrize("command", some_of(COMMANDS, 3))
 def test_command_overtaken_by_another_takes_the_next_number(command, monkeypatch):

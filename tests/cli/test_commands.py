@@ -735,6 +735,7 @@ def plain_quality(model, batches):
     return cross_entropy(logits, targets).item(), (logits.argmax(-1) == targets).double().mean().item()
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("words", "kinds", "free"),
     [

@@ -368,6 +368,7 @@ def test_smollm2_weights_are_unchanged_before_the_drop():
 QUICK = {"quickstart", "qlora", "target_speedup"}  # the others differ in a scope or in how they recover
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     "path",
     [

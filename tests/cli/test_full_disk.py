@@ -149,6 +149,7 @@ def test_fit_on_a_full_disk_keeps_the_former_export(disk, make_trainer, small):
     assert contents(disk / "out") == before
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("command", "left"), crossed(("fit", "score", "prune"), (0, 12288, 24576)))
 def test_full_disk_gives_a_one_sentence_error_on_the_command_line(command, left, disk, world, one_parser):
     fill(disk, left)

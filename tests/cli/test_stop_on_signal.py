@@ -39,6 +39,7 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("number", "word", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_fit_stopped_by_a_signal_names_the_command_that_ends_as_the_uninterrupted_run(capsys, number, word, code):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]

@@ -265,6 +265,7 @@ def test_estimating_importance_runs_the_head_model_if_the_body_takes_other_input
     assert len(scores) == len(ls.find_sublayers(model)) == 6
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "jamba", "opt", "mixtral", "bloom", "hy_v4"])
 def test_sublayers_found_do_not_depend_on_the_precision(model_type):
     model = tiny_model(model_type)

@@ -155,6 +155,7 @@ def test_sublayers_found_equal_those_of_known_models(family):
     assert find_sublayers(build_model(family)) == tuple(branch[0] for branch in expected_branches(family))
 
 
+@pytest.mark.default_cases(3)
 @pytest.mark.parametrize("family", some_of(KNOWN, 2))
 def test_model_without_weights_has_the_same_branches(family):
     if family in ("gpt2", "opt", "bert") and older("transformers", "5.0"):

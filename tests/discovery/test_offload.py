@@ -40,6 +40,7 @@ def zeroed(model, sublayers):
     return model
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("offload", OFFLOADS)
 @torch.no_grad()
 def test_offloaded_model_is_found_scored_and_dropped_as_the_model_before(offload, tmp_path):

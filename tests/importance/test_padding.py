@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:HYV4ForCausalLM. attention of bl
 MODEL_TYPES = ("llama", "bert", "opt", "xlnet", "hy_v4", "mixtral", "granitemoeshared", "minimax")
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize(("model_type", "side"), crossed(MODEL_TYPES, ("left", "right")))
 def test_importance_of_padded_sequences_leaves_padding_out(model_type, side):
     case = Case(tiny_model(model_type))
@@ -39,6 +40,7 @@ def test_importance_of_padded_sequences_leaves_padding_out(model_type, side):
     assert scores.tokens == mask.sum().item() * (4 if model_type == "hy_v4" else 1)
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_importance_of_a_sublayer_compares_its_input_with_its_output(model_type):
     """From the two places where a branch says that X and Y, or b, can be read."""

@@ -81,6 +81,7 @@ def test_every_callback_is_one_of_the_namespace_and_suits_its_trainer_alone(pl):
     assert drop in pl.Trainer(callbacks=drop, **QUIET).callbacks
 
 
+@pytest.mark.default_cases(1)
 def test_command_line_takes_our_callbacks_and_our_module(pl, tmp_path, monkeypatch):
     cli = importlib.import_module(f"{pl.__name__}.cli")
     monkeypatch.chdir(tmp_path)

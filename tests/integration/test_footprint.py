@@ -139,6 +139,7 @@ def test_watching_callback_replaces_nothing_of_trainer_loops_strategy_loggers_or
     assert added == own
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("callbacks", [*WATCHERS.values(), lambda: [ExactResume()]], ids=[*WATCHERS, "ExactResume"])
 def test_after_an_error_nothing_of_the_trainer_is_replaced(without, tmp_path, callbacks):
     _, (plain, own) = without

@@ -44,6 +44,7 @@ def shuffled(batches=6, seed=0, **kwargs):
     return DataLoader(Noisy(sequences(2 * batches, seed)), batch_size=2, shuffle=True, **kwargs)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled:UserWarning")
 @pytest.mark.parametrize(("calibrate_on", "own_generator"), crossed(("train", "running", "val"), (False, True)))
 def test_calibration_moves_neither_loaders_nor_random_state(make_trainer, calibrate_on, own_generator):
@@ -91,6 +92,7 @@ def test_stateful_loader_keeps_its_position_in_calibration(make_trainer, text_da
     assert same(states[0], states[1])
 
 
+@pytest.mark.default_cases(3)
 @pytest.mark.parametrize("kind", ["iterable", "list", "dict", "none", "no limit"])
 def test_validation_batches_take_any_shape_of_loaders(make_trainer, kind):
     """Quality is measured on the first loader, and left out where there is none."""

@@ -41,6 +41,7 @@ def test_dense_checkpoint_beside_a_watcher_leaves_what_was_bypassed_by_hand(make
     assert same(dict(module.state_dict()), torch.load(path)["state_dict"])
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("watcher", "order"), [("RedundancyMonitor", 1), ("Report", -1), ("SpeedMonitor", 1)])
 def test_dense_checkpoint_beside_sublayer_drop_makes_the_model_dense_in_either_order(
     make_trainer, tmp_path, watcher, order
@@ -133,6 +134,7 @@ def test_checkpoint_of_a_drop_is_refused_without_sublayer_drop(make_trainer, tmp
         make_trainer(RedundancyMonitor(2)).fit(Foreign(), loader(), val_loader(), ckpt_path=path)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_bypass_by_hand_within_a_watched_run_marks_checkpoints_of_the_weights_alone(make_trainer, tmp_path, watcher):
     """Which Lightning writes without asking a callback."""

@@ -42,6 +42,7 @@ FORMS = {
 }
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_own_quality_is_the_mean_over_rows_in_any_form_of_batch(make_trainer, form):
     class Formed(Plain):
@@ -208,6 +209,7 @@ def test_quality_of_a_causal_model_sees_no_more_batches_than_limit_val_batches(m
     assert drop.quality["end"] == ls.evaluate_quality(module, batches[:2])
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("quality_batches", [0, 16])
 @pytest.mark.parametrize("kind", [Foreign, Plain])
 def test_every_model_without_validation_gets_one_warning_unless_no_quality_is_wanted(

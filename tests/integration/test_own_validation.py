@@ -14,6 +14,7 @@ from tests.support.classifier import Ask, Classifier, by_hand, fit, sentences
 from tests.support.runs import Foreign, loader, same, state_of, val_loader
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("batches", [2, 4])
 def test_own_quality_is_the_mean_over_rows_and_equal_in_every_pass(make_trainer, batches):
     ask = Ask("val_acc", batches=batches)
@@ -88,6 +89,7 @@ def test_own_quality_gives_the_loggers_back(make_trainer):
 REDUCED = {"sum": 10.0, "min": 1.0, "max": 4.0, "mean": 2.5}
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("how", REDUCED)
 def test_logged_numbers_are_reduced_as_the_module_asks(make_trainer, how):
     class Numbered(Classifier):
@@ -114,6 +116,7 @@ FORMS = {
 }
 
 
+@pytest.mark.default_cases(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_is_found_where_modules_return_or_log_it(make_trainer, form):
     class Formed(Classifier):

@@ -77,6 +77,7 @@ class Named(Logger):
         pass
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("version", "folder"), [("a1b2", "a1b2"), (3, "version_3"), (None, None)])
 def test_logger_in_the_current_directory_gets_a_folder_for_each_run(monkeypatch, tmp_path, caplog, version, folder):
     logger = Named(version)

@@ -169,6 +169,7 @@ def plain_quality(model, tokens):
     return cross_entropy(logits, targets).item(), (logits.argmax(-1) == targets).double().mean().item()
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("adapted", [False, True])
 def test_dense_quality_excludes_bypass_and_adapters(case, adapted, tokens):
     expected = plain_quality(build_model(), tokens)

@@ -85,6 +85,7 @@ def flops(pieces):
     return sum(piece.flops for piece in pieces)
 
 
+@pytest.mark.default_cases(8)
 @pytest.mark.parametrize(("batch_size", "tokens"), one_of([(1, 12), (3, 7)]))
 @pytest.mark.parametrize(("model_type", "overrides"), EXACT, ids=exact_ids)
 def test_flops_equal_torch_flop_counter_dense_and_dropped(model_type, overrides, batch_size, tokens):
@@ -218,6 +219,7 @@ def skeleton(model_type, overrides, dtype=None):
         return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {})).eval()
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(
     ("model_type", "overrides"), some_of(EXACT, 3), ids=[i for i in ids if not i.startswith("jamba")]
 )

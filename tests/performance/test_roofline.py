@@ -68,6 +68,7 @@ def measured_on(machine, device="cpu", dtype=torch.float32, **options):
         return measure_ceilings(device, dtype, clock=machine.clock, **options)
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize("flops", [1e8, 3e9, 1e11, 4e13])
 @pytest.mark.parametrize("bandwidth", [1e9, 3e10])
 def test_measured_ceilings_equal_the_simulated_machine(flops, bandwidth):
@@ -190,6 +191,7 @@ def test_ceilings_under_autocast_use_its_dtype():
     assert measured_on(machine, dtype=torch.bfloat16) is found
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_real_ceilings_of_this_machine_are_plausible(dtype):
     found = measure_ceilings(dtype=dtype)

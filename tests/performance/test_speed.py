@@ -374,6 +374,7 @@ def test_printed_report_marks_unmeasurable_speedups():
     assert lines[-1].startswith("8 pairs, 1 x 8 + 1 tokens, cpu")
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("runs", [1, 5, 6])
 def test_speedup_is_measurable_only_from_six_runs(dropped, runs):
     """Fewer runs all lie on one side of the median with a probability above 5 %."""

@@ -74,6 +74,7 @@ def prefixes(case, scope, phase, objective="importance", gone=()):
     return [[s for group in order[:n] for s in group] for n in range(len(order) + 1)]
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(
     ("scope", "phase", "objective"),
     crossed(("joint", "attention", "mlp", "block"), ("decode", "prefill"), ("importance", "speed")),
@@ -93,6 +94,7 @@ def test_search_drops_the_fewest_sublayers_that_reach_the_target(monkeypatch, se
     assert [drop.score for drop in plan.drops] == [by[s.block if scope == "block" else s] for s in least]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("number", [1, 4, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 7))])
 def test_exactly_reached_target_is_accepted(case, number):
     ways = prefixes(case, "joint", "decode")
@@ -126,6 +128,7 @@ def test_unreachable_target_error_names_the_best_speedup_and_restores_the_model(
     assert bypassed_sublayers(case.model) == case.sublayers[:1]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("gone", [[0], [1, 6], [0, 2, 4, 6]], ids=str)
 def test_earlier_drops_count_and_stay_bypassed(case, gone):
     before = [case.sublayers[i] for i in gone]
@@ -165,6 +168,7 @@ def test_search_uses_only_measurements_of_rank_0(case):
     assert len(asked) <= 1 + 4 + math.log2(8)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_error_during_the_search_restores_the_model(case, failing):
     bypass(case.model, case.sublayers[5:6])
@@ -185,6 +189,7 @@ def test_error_during_the_search_restores_the_model(case, failing):
     assert bypassed_sublayers(case.model) == case.sublayers[5:6]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("noise", [0.5, 2.0])
 def test_wrong_latencies_do_not_change_the_result_of_the_search(case, noise):
     ways = prefixes(case, "joint", "decode")
@@ -211,6 +216,7 @@ def test_search_finds_a_transformer_by_name(case):
     assert list(plan) == ways[1]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("before", [[], [0, 3]], ids=["dense", "dropped"])
 def test_check_reachable_accepts_up_to_the_speedup_of_dropping_everything(case, phase, before):
@@ -300,6 +306,7 @@ def noisy(case, monkeypatch, spread, seed=0):
     return seen
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 12))])
 def test_target_must_be_reached_twice_and_the_second_report_is_returned(case, monkeypatch, seed):
     seen = noisy(case, monkeypatch, 0.1, seed)

@@ -152,6 +152,7 @@ def test_distillation_does_not_change_the_batch(batch):
     assert all(torch.equal(batch[name], before[name]) for name in before)
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(("architecture", "kind"), crossed(ARCHITECTURES, ["both", "kl"]))
 def test_teacher_is_the_original_model_while_lora_is_trained(architecture, kind, batch):
     teacher, student = pair(architecture)
@@ -194,6 +195,7 @@ def test_distillation_without_drop_or_lora_is_the_plain_loss(architecture, kind,
     assert found.loss.requires_grad
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(("architecture", "adapted"), crossed(ARCHITECTURES, [True, False]))
 def test_distillation_leaves_the_model_as_it_was(architecture, adapted, batch):
     _, model = pair(architecture)

@@ -28,6 +28,7 @@ def architecture(request):
     return request.param
 
 
+@pytest.mark.default_cases(2)
 def test_injection_keeps_the_logits_and_adapts_all_linear_maps_that_run(architecture, tokens):
     model = dropped(architecture, (1, "attention"), (2, "mlp"))
     before, found = logits(model, tokens), ls.find_sublayers(model)
@@ -116,6 +117,7 @@ def test_neighbours_placement_is_the_same_after_remove():
     assert set(adapted_modules(model)) == maps("llama", (), (0, 1, 2))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 def test_second_injection_adds_missing_adapters_and_keeps_the_others(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
@@ -173,6 +175,7 @@ def test_injection_depends_on_its_seed_and_keeps_the_global_random_state(archite
     assert not any(value.any() for name, value in drawn[0].items() if "lora_B" in name)
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(("architecture", "rslora"), crossed(ARCHITECTURES, [True, False]))
 def test_lora_equals_a_low_rank_change_of_the_weights(architecture, rslora, tokens):
     scale = 6 / 4**0.5 if rslora else 6 / 4
@@ -318,6 +321,7 @@ def test_hook_on_an_adapted_module_survives_merging(tokens):
     assert seen == [1]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("architecture", "end"), crossed(ARCHITECTURES, [merge_lora, remove_lora]))
 def test_sublayers_dropped_after_injection_stay_dropped_after_merge_or_remove(architecture, end, tokens):
     model = build_model(architecture)
@@ -334,6 +338,7 @@ def test_sublayers_dropped_after_injection_stay_dropped_after_merge_or_remove(ar
     torch.testing.assert_close(logits(model, tokens), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.default_cases(2)
 def test_sublayer_dropped_with_its_adapters_is_restored_with_them(architecture, tokens):
     model = build_model(architecture)
     inject_lora(model)
@@ -346,6 +351,7 @@ def test_sublayer_dropped_with_its_adapters_is_restored_with_them(architecture, 
     assert [p.requires_grad for p in model.parameters()] == trainable
 
 
+@pytest.mark.default_cases(2)
 def test_sublayer_restored_after_merging_has_merged_weights(architecture, tokens):
     model = build_model(architecture)
     inject_lora(model)
@@ -382,6 +388,7 @@ def test_copied_model_has_its_own_adapters(architecture, tokens):
     torch.testing.assert_close(logits(twin, tokens), adapted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.default_cases(2)
 def test_training_with_lora_changes_only_the_adapters(architecture, tokens):
     model = dropped(architecture, (1, "attention"))
     inject_lora(model)
@@ -493,6 +500,7 @@ def test_injection_clears_gradients_of_frozen_weights(llama, tokens):
     assert frozen_with_gradient(llama) == set()
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("undo", [ls.merge_lora, ls.remove_lora])
 @pytest.mark.parametrize("bypassed", ["never", "before", "after"])
 def test_merge_and_remove_restore_exactly_the_trainable_parameters(undo, bypassed):

@@ -519,6 +519,7 @@ def test_page_has_every_section(page, record):
     assert "NVIDIA H100" in page
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("missing", HEADINGS)
 def test_missing_section_of_the_page_is_one_sentence(record, tmp_path, missing):
     importance = tuple(point for point in record.importance if point.block == 0)  # fewer points draw faster

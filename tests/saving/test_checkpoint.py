@@ -77,6 +77,7 @@ def test_checkpoint_structure_restores_the_bypass(checkpoint, tokens):
     assert torch.equal(logits(run.net, tokens), logits(dropped, tokens))
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("earlier", [[], ["attention.0"], ["attention.3"], ["attention.0", "mlp.2", "mlp.3"]], ids=str)
 def test_checkpoint_structure_replaces_an_earlier_bypass(checkpoint, earlier, tokens):
     model, reference = build_model(), build_model()

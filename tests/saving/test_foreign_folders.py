@@ -24,6 +24,7 @@ def run(model):
         return model(input_ids=torch.arange(3, 15)[None]).logits
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "opt"])
 def test_dense_model_with_the_config_of_a_dropped_one_is_loaded_dense_or_refused_with_advice(model_type, tmp_path):
     teacher = build_model(model_type, **OPT) if model_type == "opt" else build_model(model_type)

@@ -39,6 +39,7 @@ def adapted(architecture="llama", names=NAMES, **options):
 VARIANTS = [*((name, {}) for name in ARCHITECTURES), ("llama", {"rslora": True}), ("llama", {"dora": True})]
 
 
+@pytest.mark.default_cases(2)
 @of_peft
 @pytest.mark.parametrize(("architecture", "options"), VARIANTS, ids=str)
 def test_peft_loads_a_saved_adapter_to_the_same_logits(architecture, options, tokens, tmp_path):
@@ -49,6 +50,7 @@ def test_peft_loads_a_saved_adapter_to_the_same_logits(architecture, options, to
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_load_adapter_gives_the_same_logits(architecture, tokens, tmp_path):
     model = adapted(architecture)
@@ -70,6 +72,7 @@ def test_adapters_of_sublayers_dropped_after_injection_are_not_saved(tokens, tmp
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("names", [set(), {"attention.1"}, {"attention.1", "mlp.3"}], ids=["none", "one", "other"])
 def test_adapter_is_refused_on_a_base_with_another_plan(names, tmp_path):
     ls.save_adapter(adapted(), tmp_path / "adapter")
@@ -138,6 +141,7 @@ def test_adapter_config_has_the_fields_of_peft_and_no_local_path(tmp_path):
     assert config["base_model_name_or_path"] is None
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize(
     ("architecture", "gone", "adapters", "mode"),
     crossed(ARCHITECTURES, ["bypass", "remove", "dense"], [True, False], ["nf4", "fp4", "int8", None]),

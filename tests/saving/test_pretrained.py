@@ -83,6 +83,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize(
     ("model_type", "tied"),
     [*((name, None) for name in MODULES), ("llama", True), ("gpt2", False)],

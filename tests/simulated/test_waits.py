@@ -61,6 +61,7 @@ def test_importance_pass_waits_no_more_often_for_more_batches():
     assert more[0] == more[1], PLACES
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("kind", ["kl", "both"])
 def test_distillation_waits_only_where_its_two_passes_do(kind):
     model, [batch] = build_model().to(SIM), batches(1)
@@ -80,6 +81,7 @@ OUT_OF_RANGE = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
 def test_numbers_out_of_range_are_refused_and_never_reach_the_device(name):
     """A GPU's process does not survive an index that is out of range; here the CPU's kernel would raise IndexError."""

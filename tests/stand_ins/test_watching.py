@@ -76,6 +76,7 @@ def test_attention_weights_and_hidden_states_stay_in_place(family, surgery):
     assert [gaps(part) for part in parts if type(part) is tuple and None in part] == [[2]]
 
 
+@pytest.mark.default_cases(5)
 @pytest.mark.parametrize("load", [None, load_pretrained, partial(AutoModelForCausalLM.from_pretrained, **TRUSTED)])
 @pytest.mark.parametrize("family", ["openai-gpt", "xlnet", "cpmant"])
 def test_weights_of_modules_that_return_more_when_asked_stay_in_place(family, load, tmp_path, monkeypatch):
@@ -181,6 +182,7 @@ def test_router_loss_without_any_router_is_that_of_zero_weights(mask):
     assert torch.allclose(found.loss, expected(TOKENS, **given).loss)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("count", [1, 2])
 def test_router_logits_stay_in_place_in_both_stacks_of_switch_transformers(count):
     sizes = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}

@@ -241,6 +241,7 @@ def folders(tmp_path, monkeypatch):
     return tokens, logits
 
 
+@pytest.mark.default_cases(4)
 @pytest.mark.parametrize("name", ["dense", "dropped"])
 @pytest.mark.parametrize("form", ["{}/", "./", "~/", ""], ids=["absolute", "relative", "home", "bare"])
 def test_causal_lm_loads_a_folder_with_equal_logits_in_train_mode(folders, tmp_path, name, form):
