@@ -278,6 +278,13 @@ def test_load_checkpoint_restores_the_saved_model_from_shards(tmp_path, saved, w
         assert torch.equal(found.eval().net(tokens).logits, module.eval().net(tokens).logits)
 
 
+def test_transformer_alone_takes_its_part_of_a_folder_of_shards(tmp_path, saved):
+    module, alone = saved("drop"), Foreign().net
+    ls.load_checkpoint(alone, folder_of(tmp_path, module))
+    assert ls.bypassed_sublayers(alone) == ls.bypassed_sublayers(module.net)
+    assert same(dict(alone.state_dict()), dict(module.net.state_dict()))
+
+
 def test_load_checkpoint_refuses_another_models_shards_in_one_sentence(tmp_path, saved):
     """Of weights that are asked of nobody torch says nothing."""
     folder = folder_of(tmp_path, saved("lora"))

@@ -44,7 +44,7 @@ from tests.support.runs import (
     unmarked,
     val_loader,
 )
-from tests.support.thinned import crossed, one_of, some_of
+from tests.support.thinned import crossed, some_of
 
 AT, COUNT, STEPS, WINDOW = 4, 3, 7, 2
 
@@ -562,8 +562,9 @@ def counted():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("how", one_of(sorted(COMPILED)))
+@pytest.mark.parametrize("how", sorted(COMPILED))
 def test_compiled_model_is_measured_and_dropped_as_uncompiled(make_trainer, tmp_path, counted, caplog, how):
     """Measured at 3; one drop at 4; the graph of the dropped model is another one."""
     found = {}

@@ -110,6 +110,7 @@ def test_llama_2_13b_cache_equals_the_paper_at_another_length():
     assert [round(size / 1e9, 1) for size in caches] == [52.0, 26.0]
 
 
+@pytest.mark.slow
 def test_skeleton_of_a_huge_model_predicts_dropping_half_the_attentions():
     config, model = fields_of("llama-2-13b"), skeleton("llama-2-13b")
     batch_size, before, after, gb_before, gb_after = PAPER["llama-2-13b"]

@@ -292,6 +292,7 @@ def test_every_public_name_is_a_case_or_left_out_for_a_reason():
     assert {*named, *WITHOUT_TENSORS, *NOT_SIMULATED} == set(ls.__all__)
 
 
+@pytest.mark.default_cases(10)
 @pytest.mark.parametrize(
     "names", [pytest.param(names, marks=pytest.mark.slow if names in SLOW else ()) for names in CASES]
 )

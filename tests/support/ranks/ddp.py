@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from layershed.discovery import find
 from tests.support.ranks import clock, files, lora, own_quality, replicated
+from tests.support.shared_proofs import prove_once
 
 SCENARIOS = {
     "replicated": replicated.run,
@@ -17,6 +19,7 @@ SCENARIOS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    find._prove = prove_once
     root, names = Path(sys.argv[1]), sys.argv[2:] or list(SCENARIOS)
     for name in names:
         (root / name).mkdir(exist_ok=True)

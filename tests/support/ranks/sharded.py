@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from layershed.callbacks import Export, LoRARecovery, RedundancyMonitor, SublayerDrop
+from layershed.callbacks import ExactResume, Export, LoRARecovery, RedundancyMonitor, SublayerDrop
 from layershed.errors import CheckpointError
 from layershed.saving.checkpoint import load_checkpoint
 from layershed.surgery import bypassed_sublayers
@@ -65,6 +65,7 @@ def recovering():
 
 RUNS = {"drop": lambda: [dropping()], "lora": lambda: [dropping(), recovering()]}
 RUNS["headed"] = RUNS["lora"]
+RUNS["exact"] = lambda: [dropping(), ExactResume()]
 
 
 def trainer_of(folder, *callbacks, shards=True, max_steps=STEPS):
@@ -207,12 +208,16 @@ def main(folder, combinations):
 
 
 EARLY_AND_LATE = (CUTS[0], STEPS)  # before the drop and after it
-EVERY = [(name, shards, CUTS, () if name == "headed" else EARLY_AND_LATE) for name in RUNS for shards in (True, False)]
+RESUMED_ONLY = ("headed", "exact")
+EVERY = [
+    (name, shards, CUTS, () if name in RESUMED_ONLY else EARLY_AND_LATE) for name in RUNS for shards in (True, False)
+]
 SOME = [
     ("drop", True, (), EARLY_AND_LATE),
     ("lora", True, (), (STEPS,)),
     ("headed", True, (START,), ()),
     ("drop", False, (CUTS[0],), (STEPS,)),
+    ("exact", True, (CUTS[0],), ()),
 ]
 
 if __name__ == "__main__":
