@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
+# Python keeps what it compiles: pytest rewrites every test module otherwise, in each process and at each run
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: fit test test-all check matrix corners clean
 
