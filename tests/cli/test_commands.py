@@ -484,7 +484,7 @@ def test_fit_without_options_runs_the_quickstart(parsed):
     assert run(["fit"], quickstart=QUICKSTART) == 0
     content = yaml.safe_load(QUICKSTART.read_text())
     assert parsed[0].trainer.max_steps == content["trainer"]["max_steps"]
-    assert [c.class_path for c in parsed[0].trainer.callbacks][-1] == "layershed.callbacks.Report"
+    assert [c.class_path for c in parsed[0].trainer.callbacks.values()][-1] == "layershed.callbacks.Report"
 
 
 def test_options_override_the_quickstart(parsed):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from layershed import callbacks  # the import makes their short names known to jsonargparse
@@ -25,6 +26,7 @@ from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
+from layershed.cli.named_callbacks import as_list, by_name
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.stop_on_signal import StopOnSignal
@@ -39,7 +41,8 @@ from layershed.training.text_data import TextData
 _HELP = {
     "seed_everything": "Seed of every random number generator; true draws a seed, false sets none.",
     "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
-    "--trainer.callbacks.help NAME lists the options of one.",
+    "--trainer.callbacks.help CLASS lists the options of one; --trainer.callbacks.NAME.OPTION VALUE sets one, and "
+    "--trainer.callbacks.NAME null leaves a callback out.",
     "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
     "null takes the tokenizer of model.pretrained, or bytes if that is null.",
     "device": "Device to predict for: this (ceilings are measured), or a device with published ceilings: "
@@ -104,6 +107,7 @@ class LayershedCLI(LightningCLI):
         for choice in subcommands._choices_actions if subcommands else ():
             choice.help = PURPOSES[choice.dest]
         for name, parser in self._subcommand_parsers.items():
+            by_name(parser)
             parser.usage = f"{self.parser.prog} {name} {USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
             parser.description = PURPOSES[name]
             if name in USAGE:
@@ -181,13 +185,14 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add what every ``fit`` has: a signal stops it with a checkpoint, and it resumes exactly."""
+        """Add what every ``fit`` has: a progress bar, exact resuming, and a checkpoint if a signal stops it."""
+        options = self.config_init[self.subcommand].trainer
+        listed, shows_bar = as_list(options.get("callbacks")), options.get("enable_progress_bar") is not False
         if self.subcommand == "fit":
-            given = self.config_init[self.subcommand].trainer.get("callbacks")
-            listed = given if isinstance(given, list) else [] if given is None else [given]
-            exact = [] if any(isinstance(callback, ExactResume) for callback in listed) else [ExactResume()]
-            kwargs["callbacks"] = [*listed, *exact, StopOnSignal()]
-        return super().instantiate_trainer(**kwargs)
+            bar = [] if any(isinstance(one, ProgressBar) for one in listed) or not shows_bar else [RichProgressBar()]
+            exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
+            listed = [*bar, *listed, *exact, StopOnSignal()]
+        return super().instantiate_trainer(**kwargs, callbacks=listed)
 
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""
