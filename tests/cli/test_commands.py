@@ -488,8 +488,8 @@ def test_fit_without_options_runs_the_quickstart(parsed):
 
 
 def test_options_override_the_quickstart(parsed):
-    assert run(["fit", "--trainer.max_steps", "7", "--model.optimizer.lr=1"], quickstart=QUICKSTART) == 0
-    assert parsed[0].trainer.max_steps == 7
+    assert run(["fit", "--trainer.max_steps", "777", "--model.optimizer.lr=1"], quickstart=QUICKSTART) == 0
+    assert parsed[0].trainer.max_steps == 777
     assert parsed[0].model.optimizer.init_args.lr == 1
     assert len(parsed[0].trainer.callbacks) > 3
 

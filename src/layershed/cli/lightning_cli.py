@@ -19,6 +19,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from layershed import callbacks  # the import makes their short names known to jsonargparse
 from layershed.callbacks import ExactResume
@@ -29,6 +30,7 @@ from layershed.cli.messages import hint, in_short
 from layershed.cli.named_callbacks import as_list, by_name
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
+from layershed.cli.shortened_run import check_steps
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
@@ -172,8 +174,11 @@ class LayershedCLI(LightningCLI):
             ) from None
 
     def before_instantiate_classes(self) -> None:
-        """Take the model's tokenizer unless another is given."""
+        """Refuse a run in which a callback never acts, and take the model's tokenizer unless another is given."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            for note in check_steps(config.trainer):
+                rank_zero_only(print)(f"note: {note}")
         if self.subcommand == "plan":
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
