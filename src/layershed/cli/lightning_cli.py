@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,8 +25,10 @@ from layershed import callbacks  # the import makes their short names known to j
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
+from layershed.cli.fit_bar import FitBar
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
+from layershed.cli.model_line import ModelLine
 from layershed.cli.named_callbacks import as_list, by_name
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
@@ -190,13 +192,15 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add what every ``fit`` has: a progress bar, exact resuming, and a checkpoint if a signal stops it."""
+        """Add a progress bar and a line about the model; to ``fit`` exact resuming, and a checkpoint if stopped."""
         options = self.config_init[self.subcommand].trainer
-        listed, shows_bar = as_list(options.get("callbacks")), options.get("enable_progress_bar") is not False
+        listed = as_list(options.get("callbacks"))
+        for kind, ours, option in ((ProgressBar, FitBar, "progress_bar"), (ModelSummary, ModelLine, "model_summary")):
+            if options.get(f"enable_{option}") is not False and not any(isinstance(one, kind) for one in listed):
+                listed.insert(0, ours())
         if self.subcommand == "fit":
-            bar = [] if any(isinstance(one, ProgressBar) for one in listed) or not shows_bar else [RichProgressBar()]
             exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
-            listed = [*bar, *listed, *exact, StopOnSignal()]
+            listed = [*listed, *exact, StopOnSignal()]
         return super().instantiate_trainer(**kwargs, callbacks=listed)
 
     def after_instantiate_classes(self) -> None:
