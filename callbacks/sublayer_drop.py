@@ -41,6 +41,7 @@ from layershed.integration.preflight import (
 from layershed.integration.rng import of_every_rank
 from layershed.integration.run import StepCounter, Sums, current_drop, own_share, publish, rewrap, save_plan, show
 from layershed.integration.strategies import fit_strategy, refuse_sharded_speed
+from layershed.integration.telling import drop_line, say
 from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
@@ -66,6 +67,7 @@ class SublayerDrop(Callback):
     Logs: ``drop/loss_before`` and ``drop/loss_after`` of every round, and ``drop/loss_end``, on validation batches (and
     ``accuracy`` or ``quality``); ``drop/attention`` and ``drop/mlp``, the numbers dropped; with a target,
     ``drop/speedup``.
+    Prints: one line for each round, with the sublayers and the quality before and after.
     Writes: ``drop_plan.json`` in the run directory.
     Checkpoint: the plan, the qualities of every round and the running sums of every rank. The module's own hooks, which
     this callback extends, save which sublayers are bypassed, also in a checkpoint of the weights alone. A Trainer with
@@ -303,10 +305,12 @@ class SublayerDrop(Callback):
         rewrap(trainer, pl_module)
         save_plan(trainer, self.plan)
         publish(trainer, drop_metrics(pl_module, self.speedup))
+        after = None
         if round_plan.drops:  # else an earlier round already reached this round's target
             self._note(trainer, "before", before)
             after = self._note(trainer, "after", self._quality_now(trainer, pl_module))
             self.rounds.append(RoundQuality(trainer.global_step, before, after))
+        say(trainer, drop_line(trainer.global_step, round_plan, before, after))
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
         if self._tracker is not None:

@@ -130,7 +130,7 @@ def offline(path):
 
 
 def callback_of(config, name):
-    entries = config["trainer"]["callbacks"]
+    entries = config["trainer"]["callbacks"].values()
     return next(entry for entry in entries if entry["class_path"].endswith(f".{name}"))["init_args"]
 
 
@@ -157,14 +157,13 @@ def shortened(path):
             "\n\n".join(f"{number} is not {number + 1}, nor will it be." for number in range(99))
         )
         config["data"]["source"] = "small.txt"
-        config["trainer"]["callbacks"] = [
-            c for c in config["trainer"]["callbacks"] if not c["class_path"].endswith("Report")
-        ]
+        del config["trainer"]["callbacks"]["report"]
     if "target_speedup" in drop:
         drop["speed"].update(SPEED)
-        config["trainer"]["callbacks"].insert(0, {"class_path": f"{__name__}.Watched"})
+        config["trainer"]["callbacks"]["watched"] = {"class_path": f"{__name__}.Watched"}
     if path.stem in RECOVERS:
-        config["trainer"]["callbacks"].insert(0, {"class_path": f"{__name__}.AtTheDrop"})
+        before = {"at_the_drop": {"class_path": f"{__name__}.AtTheDrop"}}
+        config["trainer"]["callbacks"] = {**before, **config["trainer"]["callbacks"]}
     return config
 
 
@@ -180,7 +179,7 @@ def test_each_config_parses_and_instantiates(path, monkeypatch):
     config = path
     if path.stem in HUB:
         config = Path("offline.yaml")
-        config.write_text(yaml.safe_dump(offline(path)))
+        config.write_text(yaml.safe_dump(offline(path), sort_keys=False))
     assert main(["fit", "--config", str(config)]) == 0
 
     assert isinstance(seen["model"], CausalLM)
@@ -228,7 +227,7 @@ def test_omitted_speed_settings_keep_their_defaults(monkeypatch):
     monkeypatch.setattr(LayershedCLI, "fit", lambda self, **kwargs: seen.update(trainer=self.trainer), False)
     config = yaml.safe_load((FOLDER / "target_speedup.yaml").read_text())
     callback_of(config, "SublayerDrop")["speed"] = {"runs": 3}
-    Path("few.yaml").write_text(yaml.safe_dump(config))
+    Path("few.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["fit", "--config", "few.yaml"]) == 0
     drop = next(callback for callback in seen["trainer"].callbacks if isinstance(callback, SublayerDrop))
     assert drop.rule.speed == SpeedSettings(runs=3)
@@ -383,7 +382,7 @@ def test_short_run_of_each_config_writes_every_file(path, tmp_path, capsys, monk
         install(monkeypatch, Watched.clock)
     root = Path(config["trainer"]["default_root_dir"])
     assert root == Path("runs") / path.stem
-    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["fit", "--config", "short.yaml"]) == 0
 
     run = root / "version_0"

@@ -130,7 +130,9 @@ def _logged(trainer: Any) -> Iterator[Path]:
 
 
 def _entries(value: Any) -> list[Any]:
-    """The classes in a config value: one, several or none."""
+    """The classes in a config value: by name, one, several or none."""
+    if isinstance(value, dict) and not value.get("class_path"):
+        value = list(value.values())
     entries = value if isinstance(value, list) else [value]
     return [entry for entry in entries if hasattr(entry, "get") and entry.get("class_path")]
 

@@ -17,16 +17,22 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from layershed import callbacks  # the import makes their short names known to jsonargparse
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
+from layershed.cli.fit_bar import FitBar
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
+from layershed.cli.model_line import ModelLine
+from layershed.cli.named_callbacks import as_list, by_name
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
+from layershed.cli.shortened_run import check_steps
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
@@ -39,7 +45,8 @@ from layershed.training.text_data import TextData
 _HELP = {
     "seed_everything": "Seed of every random number generator; true draws a seed, false sets none.",
     "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
-    "--trainer.callbacks.help NAME lists the options of one.",
+    "--trainer.callbacks.help CLASS lists the options of one; --trainer.callbacks.NAME.OPTION VALUE sets one, and "
+    "--trainer.callbacks.NAME null leaves a callback out.",
     "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
     "null takes the tokenizer of model.pretrained, or bytes if that is null.",
     "device": "Device to predict for: this (ceilings are measured), or a device with published ceilings: "
@@ -104,6 +111,7 @@ class LayershedCLI(LightningCLI):
         for choice in subcommands._choices_actions if subcommands else ():
             choice.help = PURPOSES[choice.dest]
         for name, parser in self._subcommand_parsers.items():
+            by_name(parser)
             parser.usage = f"{self.parser.prog} {name} {USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
             parser.description = PURPOSES[name]
             if name in USAGE:
@@ -168,8 +176,11 @@ class LayershedCLI(LightningCLI):
             ) from None
 
     def before_instantiate_classes(self) -> None:
-        """Take the model's tokenizer unless another is given."""
+        """Refuse a run in which a callback never acts, and take the model's tokenizer unless another is given."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            for note in check_steps(config.trainer):
+                rank_zero_only(print)(f"note: {note}")
         if self.subcommand == "plan":
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
@@ -181,13 +192,16 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add what every ``fit`` has: a signal stops it with a checkpoint, and it resumes exactly."""
+        """Add a progress bar and a line about the model; to ``fit`` exact resuming, and a checkpoint if stopped."""
+        options = self.config_init[self.subcommand].trainer
+        listed = as_list(options.get("callbacks"))
+        for kind, ours, option in ((ProgressBar, FitBar, "progress_bar"), (ModelSummary, ModelLine, "model_summary")):
+            if options.get(f"enable_{option}") is not False and not any(isinstance(one, kind) for one in listed):
+                listed.insert(0, ours())
         if self.subcommand == "fit":
-            given = self.config_init[self.subcommand].trainer.get("callbacks")
-            listed = given if isinstance(given, list) else [] if given is None else [given]
-            exact = [] if any(isinstance(callback, ExactResume) for callback in listed) else [ExactResume()]
-            kwargs["callbacks"] = [*listed, *exact, StopOnSignal()]
-        return super().instantiate_trainer(**kwargs)
+            exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
+            listed = [*listed, *exact, StopOnSignal()]
+        return super().instantiate_trainer(**kwargs, callbacks=listed)
 
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""

@@ -11,7 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 LOGS = (
     "lightning.fabric.utilities.seed",
+    # Lightning logs under one name for both of its packages: that of the one that was imported last
     "lightning.pytorch.utilities.rank_zero",
+    "pytorch_lightning.utilities.rank_zero",
     "bitsandbytes.backends.cpu.ops",
     "bitsandbytes.autograd._functions",
     "datasets.packaged_modules.json.json",
@@ -28,6 +30,10 @@ _CHATTER = (
     "Failed to load CPU gemm_4bit_forward",
     "MatMul8bitLt: inputs will be cast",
     "Restoring states from the checkpoint",
+    "Loaded model weights from the checkpoint",
+    "Trainer already configured with model summary callbacks",
+    "`Trainer.fit` stopped: `max_steps=",
+    "`Trainer.fit` stopped: `max_epochs=",
     # layershed raises an error with the same content
     "Failed to load JSON from file",
     "Failed to read schema from",

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 
 from layershed.cli.benchmark import benchmark
 from layershed.cli.claimed_folder import ClaimedFolder, RunCSVLogger, RunTensorBoardLogger
+from layershed.cli.named_callbacks import Callbacks, as_list
 from layershed.cli.plan import predict_plan
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable
@@ -35,6 +36,7 @@ class Trainer(pl.Trainer):
     Args:
         logger: Loggers. true or null writes CSV and TensorBoard files to default_root_dir/version_N; false: none.
         default_root_dir: Folder for the results of all runs. Each run creates its own version_N in it.
+        callbacks: Callbacks by name, one, or a list of them.
         kwargs: Arguments of lightning.pytorch.Trainer.
 
     Raises:
@@ -46,6 +48,7 @@ class Trainer(pl.Trainer):
         *,
         logger: Logger | Iterable[Logger] | bool | None = None,
         default_root_dir: str | Path = "runs",
+        callbacks: Callbacks = None,
         **kwargs: Any,
     ) -> None:
         root = Path(default_root_dir)
@@ -55,7 +58,9 @@ class Trainer(pl.Trainer):
             folder = ClaimedFolder(root)
             logger = [RunCSVLogger(folder), RunTensorBoardLogger(folder)]
         try:
-            super().__init__(logger=logger, default_root_dir=str(default_root_dir), **kwargs)
+            super().__init__(
+                logger=logger, default_root_dir=str(default_root_dir), callbacks=as_list(callbacks), **kwargs
+            )
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise TrainerError(f"trainer: {error}") from error
         keep_checkpoints_whole(self.strategy)  # validate and test, too, report a damaged checkpoint in one sentence

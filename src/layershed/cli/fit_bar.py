@@ -1,0 +1,118 @@
+"""The progress bar of the command line, and a plain line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+_SILENCE = 30.0  # seconds between two plain lines
+
+
+class FitBar(RichProgressBar):
+    """Counts the optimizer steps of the whole run: to max_steps, or to the end of the last epoch if that comes first.
+
+    Lightning's own bar counts the batches of an epoch. Without a terminal there is no bar, but a plain line every half
+    minute.
+
+    Prints: the bar in training, validation, test and prediction.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
+        self._began, self._first, self._told = 0.0, 0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """No bar without a terminal: its last state would be the only one in the file."""
+        super().setup(trainer, pl_module, stage)
+        console = Console()
+        if not (console.is_terminal or console.is_jupyter):
+            self.disable()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        super().on_train_start(trainer, pl_module)
+        self._began = self._told = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the one bar of all epochs."""
+        if self.is_disabled or self.progress is None:
+            return
+        if self.train_progress_bar_id is None:
+            self._initialize_train_progress_bar_id()
+        if trainer.current_epoch and self.train_progress_bar_id is not None:
+            what = f"Epoch {trainer.current_epoch + 1}".ljust(len(self.validation_description))
+            self.progress.update(self.train_progress_bar_id, description=what)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the steps; after a silent half minute without a bar, print a line."""
+        if self.train_progress_bar_id is None and not self.is_disabled:
+            self._initialize_train_progress_bar_id()
+        self._update(self.train_progress_bar_id, trainer.global_step)
+        self._update_metrics(trainer, pl_module)
+        if self.is_disabled and trainer.is_global_zero and time.monotonic() - self._told >= _SILENCE:
+            self._told = time.monotonic()
+            print(self._line(trainer, pl_module), flush=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the module logs for the bar, without the number of the run."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Columns that leave room for the metrics on 80 columns."""
+        bar = next(column for column in super().configure_columns(trainer) if isinstance(column, BarColumn))
+        bar.bar_width = 12
+        return [TextColumn("{task.description}"), bar, _Steps(), _Left()]
+
+    def _initialize_train_progress_bar_id(self) -> None:
+        self.train_progress_bar_id = self._add_task(
+            last_step(self.trainer), self.train_description.ljust(len(self.validation_description))
+        )
+
+    def _line(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        last, done = last_step(trainer), trainer.global_step
+        metrics = [f"{name} {value:.4g}" for name, value in self.get_metrics(trainer, pl_module).items()]
+        if not math.isfinite(last):
+            return ", ".join([f"step {done}", *metrics])
+        each = (time.monotonic() - self._began) / max(1, done - self._first)
+        return ", ".join([f"step {done}/{last:.0f}", *metrics, f"{_clock(each * (last - done))} left"])
+
+
+def last_step(trainer: Trainer) -> float:
+    """The optimizer step at which a run ends; infinite if it is unknown. Call it once training has begun."""
+    known = trainer.estimated_stepping_batches
+    return float(known) if not isinstance(known, int) or known > 0 else math.inf
+
+
+class _Steps(ProgressColumn):
+    """Done and total."""
+
+    def render(self, task: Task) -> Text:
+        total = "?" if task.total is None or not math.isfinite(task.total) else f"{task.total:.0f}"
+        return Text(f"{task.completed:.0f}/{total}")
+
+
+class _Left(ProgressColumn):
+    """Time left at the speed of the last steps; the time taken if the total is unknown, or at the end."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.total is None or not math.isfinite(task.total):
+            taken = task.finished_time if task.finished else task.elapsed
+            return Text(f"in {_clock(taken or 0)}", style="dim")
+        return Text("" if task.time_remaining is None else f"{_clock(task.time_remaining)} left", style="dim")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

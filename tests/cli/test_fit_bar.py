@@ -1,0 +1,99 @@
+"""What fit prints while it runs: a bar that counts to max_steps, plain lines without a terminal, a line of the drop."""
+
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from layershed.cli import fit_bar
+from layershed.cli.fit_bar import last_step
+from layershed.integration.telling import drop_line
+from layershed.planning.plan import Drop, DropPlan, Sublayer
+from layershed.quality import OwnQuality, Quality
+from tests.support.command_line import DROPPING, FIT, callbacks, run
+
+pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
+
+STEPS = ["--trainer.max_steps=6", "--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=8"]
+LINE = r"step 3: dropped 1 (attention|mlp) \(\1\.\d\); validation loss (\d\.\d{4}) -> (\d\.\d{4})"
+
+
+def fit(*words):
+    Path("fit.yaml").write_text(callbacks(DROPPING))
+    assert run(["fit", "--config=fit.yaml", *FIT[1:], *STEPS, *words]) == 0
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_bar_counts_the_steps_of_all_epochs_and_the_drop_has_one_line_under_it(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    fit()
+    told = plain(capsys.readouterr().out)
+    counts = re.findall(r"(\d+)/(\d+) +(?:in|\d:)[^\r\n]*train_loss", told)
+    assert {total for _, total in counts} == {"6"}, "the steps, not the batches of an epoch"
+    assert counts[-1][0] == "6"
+    assert "Epoch 2 " in told
+    assert "v_num" not in told
+    lines = [line for line in told.splitlines() if line.startswith("step ")]
+    assert len(lines) == 1
+    assert re.fullmatch(LINE, lines[0].strip())
+
+
+def test_run_without_a_terminal_prints_plain_lines_and_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(fit_bar, "_SILENCE", 0.0)
+    fit("--trainer.enable_model_summary=true")
+    told = capsys.readouterr().out.splitlines()
+    assert "━" not in "".join(told)
+    assert re.fullmatch(r"model: LlamaForCausalLM, [\d,]+ parameters, [\d,]+ of them trained", told[0])
+    lines = [line for line in told if re.match(r"step \d/6, train_loss \d", line)]
+    # two batches a step
+    assert [line[5] for line in lines] == [*"0112233", "4", "4", "5", "5", "6"][: len(lines)]
+    assert lines[-1].endswith("0:00:00 left")
+    assert sum(bool(re.fullmatch(LINE, line)) for line in told) == 1
+
+
+def test_run_that_is_short_prints_no_line_of_progress_without_a_terminal(capsys):
+    fit()
+    told = capsys.readouterr().out
+    assert "left" not in told
+    assert re.fullmatch(LINE, told.strip().splitlines()[0])
+
+
+def test_line_of_the_drop_appears_under_other_bars(capsys):
+    fit("--trainer.callbacks+=TQDMProgressBar")
+    told = capsys.readouterr()
+    assert any(re.fullmatch(LINE, line.strip()) for line in told.out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ending"),
+    [
+        (None, None, "(mlp.0, attention.2)"),
+        (Quality(1.5, 0.1, 9), Quality(2, 0.2, 9), "(mlp.0, attention.2); validation loss 1.5000 -> 2.0000"),
+        (OwnQuality({"val_f1": 1.0}), OwnQuality({"val_f1": 0.5}), "; validation val_f1 1.0000 -> 0.5000"),
+        (Quality(1.5, 0.1, 9), None, "(mlp.0, attention.2)"),
+    ],
+    ids=["not measured", "language model", "own validation", "only before"],
+)
+def test_line_of_the_drop_says_what_and_the_quality_around_it(before, after, ending):
+    plan = DropPlan((Drop(Sublayer(0, "mlp", "a")), Drop(Sublayer(2, "attention", "b"))), "joint")
+    told = drop_line(7, plan, before, after)
+    assert told.startswith("step 7: dropped 1 attention, 1 mlp")
+    assert told.endswith(ending)
+
+
+def test_line_of_a_large_drop_gives_numbers_only():
+    plan = DropPlan(tuple(Drop(Sublayer(block, "mlp", f"{block}")) for block in range(9)), "mlp")
+    assert drop_line(7, plan, None, None) == "step 7: dropped 9 mlp"
+    assert drop_line(7, DropPlan((), "mlp"), None, None) == "step 7: nothing left to drop"
+
+
+def test_last_step_of_a_run_without_an_end_is_unknown():
+    trainer = pl.Trainer(max_steps=-1, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert last_step(trainer) == float("inf")
+    assert TQDMProgressBar is not fit_bar.FitBar
