@@ -114,6 +114,8 @@ class LayershedCLI(LightningCLI):
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
                 section, option = f"{action.dest}..".split(".")[:2]
+                if name in USAGE and not option and action.default is False:
+                    action.nargs, action.const = "?", True  # --standalone alone is --standalone true
                 if section in listed and option not in listed[section]:
                     action.help = argparse.SUPPRESS
             for section, group in (parser.groups or {}).items():

@@ -97,10 +97,12 @@ class Trainer(pl.Trainer):
         new_tokens: int = 32,
         runs: int = 9,
         output: str = "pruned",
+        standalone: bool = False,
     ) -> DropPlan:
         """Drop sublayers of a pretrained model without training: score, drop, measure, save.
 
-        Writes ``importance.csv``, ``drop_plan.json``, ``speed.json``, the dropped model and ``report.html``.
+        Writes ``importance.csv``, ``drop_plan.json``, ``speed.json``, ``quality.json``, the dropped model and
+        ``report.html``.
 
         Args:
             model: The model to prune.
@@ -118,6 +120,8 @@ class Trainer(pl.Trainer):
             new_tokens: Tokens decoded by the speed measurement.
             runs: Pairs of dense and dropped runs of the speed measurement.
             output: Folder for the dropped model. A relative path is inside the run directory.
+            standalone: Add a small modelling file, so that transformers alone loads the folder, with
+                trust_remote_code=True.
 
         Returns:
             The drop plan.
@@ -139,6 +143,7 @@ class Trainer(pl.Trainer):
             quality_batches=quality_batches,
             speed=SpeedSettings(prompt_tokens, new_tokens, runs=runs),
             output=output,
+            standalone=standalone,
         )
 
     def benchmark(
