@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from layershed import callbacks  # the import makes their short names known to jsonargparse
@@ -27,6 +28,8 @@ from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
+from layershed.cli.save_config import SaveWholeConfig
+from layershed.cli.step_clock import StepClock
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
@@ -59,7 +62,7 @@ _TRAINING_FREE = {
 # Options that the config of a fit run holds outside its sections. Commands without such an option accept null for it.
 _OF_FIT = ("ckpt_path", "weights_only")
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
-_CHECKPOINT_WORDS = ("best", "hpc", "registry")
+_CHECKPOINT_WORDS = ("hpc", "registry")
 _SEE_HELP = f"; see {PROGRAM} COMMAND --help"
 
 
@@ -136,15 +139,15 @@ class LayershedCLI(LightningCLI):
         self.config = parser.parse_args(args)
         check_seed(self.config[self.config.subcommand].seed_everything)
         config = self.config[self.config.subcommand]
-        path = str(config.get("ckpt_path") or "best")
+        path = str(config.get("ckpt_path") or "")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
             raise CheckpointError(
                 f"ckpt_path={asked!r}: a later --config resets ckpt_path to null. Put --config before --ckpt_path."
             )
-        if path == "last":
-            found = resolve_last(self.config.subcommand, config.trainer)
+        if path in ("last", "best"):
+            found = resolve_last(self.config.subcommand, config.trainer, path)
             config.ckpt_path = None if found is None else str(found)
-        elif path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
+        elif path and path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
             try:
                 check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
             except OSError as error:
@@ -183,13 +186,19 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add what every ``fit`` has: a signal stops it with a checkpoint, and it resumes exactly."""
+        """Add what every ``fit`` has: a checkpoint if a signal stops it, exact resuming, time and rate in its rows."""
         if self.subcommand == "fit":
             given = self.config_init[self.subcommand].trainer.get("callbacks")
             listed = given if isinstance(given, list) else [] if given is None else [given]
             exact = [] if any(isinstance(callback, ExactResume) for callback in listed) else [ExactResume()]
-            kwargs["callbacks"] = [*listed, *exact, StopOnSignal()]
+            kwargs["callbacks"] = [StepClock(), *listed, *exact, *self._learning_rates(listed), StopOnSignal()]
         return super().instantiate_trainer(**kwargs)
+
+    def _learning_rates(self, listed: Sequence[Any]) -> list[LearningRateMonitor]:
+        """The callback that logs the learning rate; it needs a logger."""
+        logs = self.config_init[self.subcommand].trainer.get("logger") not in (False, [])
+        there = any(isinstance(callback, LearningRateMonitor) for callback in listed)
+        return [LearningRateMonitor("step")] if logs and not there else []
 
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""
@@ -233,6 +242,7 @@ def run_command(words: Sequence[str]) -> None:
             CausalLM,
             TextData,
             trainer_class=Trainer,
+            save_config_callback=SaveWholeConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=CommandParser,
