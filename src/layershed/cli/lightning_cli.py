@@ -24,6 +24,7 @@ from layershed import callbacks  # the import makes their short names known to j
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
+from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
@@ -61,7 +62,9 @@ _TRAINING_FREE = {
 }
 # Options that the config of a fit run holds outside its sections. Commands without such an option accept null for it.
 _OF_FIT = ("ckpt_path", "weights_only")
+_TOKENIZER = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator", "precision"}, "data": {"tokenizer"}}
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
+_LISTED = {"plan": _WITHOUT_TEXT, "generate": _TOKENIZER}
 _CHECKPOINT_WORDS = ("hpc", "registry")
 _SEE_HELP = f"; see {PROGRAM} COMMAND --help"
 
@@ -113,7 +116,7 @@ class LayershedCLI(LightningCLI):
                 known = {action.dest for action in parser._actions}
                 for option in (option for option in _OF_FIT if option not in known):
                     parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
-            listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in USAGE else {}
+            listed = _LISTED.get(name, _TRAINING_FREE) if name in USAGE else {}
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
                 section, option = f"{action.dest}..".split(".")[:2]
@@ -139,6 +142,8 @@ class LayershedCLI(LightningCLI):
         self.config = parser.parse_args(args)
         check_seed(self.config[self.config.subcommand].seed_everything)
         config = self.config[self.config.subcommand]
+        if self.config.subcommand == "generate":
+            model_from_checkpoint(config)
         path = str(config.get("ckpt_path") or "")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
             raise CheckpointError(
@@ -179,6 +184,8 @@ class LayershedCLI(LightningCLI):
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+        if self.subcommand == "generate":
+            check_before_loading(config)
 
     def instantiate_classes(self) -> None:
         """Build the model without weights for ``plan``."""
@@ -210,6 +217,8 @@ class LayershedCLI(LightningCLI):
                 f"The tokenizer has {self.datamodule.vocab_size} ids and the model only {config.vocab_size}; "
                 "set data.tokenizer to the model's own, or model.config.vocab_size to at least that many."
             )
+        if self.subcommand == "generate":
+            return
         places = getattr(config, "max_position_embeddings", None)
         if places is not None and self.datamodule.block_size > places:
             raise DataError(
