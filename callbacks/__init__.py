@@ -6,6 +6,7 @@ shares only the model, the logged metrics and the files of the run directory wit
 
 from typing import TYPE_CHECKING
 
+from layershed.callbacks.best_checkpoint import BestCheckpoint
 from layershed.callbacks.exact_resume import ExactResume
 from layershed.callbacks.export import Export
 from layershed.callbacks.lora_recovery import LoRARecovery
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from layershed.callbacks.report import Report
 
 __all__ = [
+    "BestCheckpoint",
     "ExactResume",
     "Export",
     "LoRARecovery",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.discovery.find import find_transformer
+from layershed.errors import ExportError
 from layershed.files.atomic import refuse_source
+from layershed.integration.gathered import figures_of
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
-from layershed.integration.preflight import check_order
+from layershed.integration.preflight import callbacks_of, check_order
+from layershed.integration.protocols import TrainsLoRA
 from layershed.integration.run import plan_of, run_directory
 from layershed.integration.strategies import is_sharded
 from layershed.saving.own_model import check_own_folder, check_own_savable, save_weights
@@ -16,7 +20,7 @@ from layershed.saving.savable import check_savable
 
 
 class Export(Callback):
-    """Writes the kept weights, the config with its skipped sublayers, the drop plan and the tokenizer.
+    """Writes the kept weights, the config with its skipped sublayers, the drop plan, the tokenizer and a model card.
 
     Hooks: writes in ``on_fit_end`` on rank 0, to which FSDP2 sends all shards. The callbacks listed before it have
     merged the adapters or quantized the model by then. The training model keeps its dropped weights.
@@ -28,21 +32,24 @@ class Export(Callback):
     Args:
         folder: Folder to write; a relative path starts at the run directory.
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
+        standalone: Add a small modelling file, so that transformers alone loads the folder, with
+            trust_remote_code=True.
 
     Raises:
         ExportError: Before training, if the model carries adapters of peft that the user added, or if the folder holds
-            other files.
+            other files, or if standalone is impossible: LoRA stays in the model, or its class is not of transformers.
     """
 
     layershed_place = 5  # in the order drop, quantize, LoRA, export
 
-    def __init__(self, folder: str = "pruned", transformer: str | None = None) -> None:
-        self.folder, self.transformer = folder, transformer
+    def __init__(self, folder: str = "pruned", transformer: str | None = None, standalone: bool = False) -> None:
+        self.folder, self.transformer, self.standalone = folder, transformer, standalone
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before training, a model that cannot be saved, or a folder that holds other files."""
         check_order(trainer)
         directory = run_directory(trainer)
+        self._check_standalone(trainer, find_transformer(pl_module, name=self.transformer))
         if not isinstance(find_transformer(pl_module, name=self.transformer), PreTrainedModel):
             check_own_folder(directory / self.folder, apart=directory)
             check_own_savable(pl_module, name=self.transformer)
@@ -63,4 +70,28 @@ class Export(Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not hasattr(tokenizer, "save_pretrained"):  # the user's own tokenizer, which cannot be saved
             tokenizer = None
-        save_pretrained(pl_module, directory / self.folder, plan=plan, tokenizer=tokenizer, name=self.transformer)
+        save_pretrained(
+            pl_module,
+            directory / self.folder,
+            plan=plan,
+            tokenizer=tokenizer,
+            standalone=self.standalone,
+            figures=figures_of(trainer, directory),
+            name=self.transformer,
+        )
+
+    def _check_standalone(self, trainer: Trainer, transformer: nn.Module) -> None:
+        if not self.standalone:
+            return
+        if not isinstance(transformer, PreTrainedModel):
+            raise ExportError(
+                f"Export(standalone=True): {type(transformer).__name__} is no Hugging Face model. Leave standalone out."
+            )
+        check_savable(transformer, standalone=True)
+        if any(
+            isinstance(other, TrainsLoRA) and other.trains_lora and other.keeps_lora for other in callbacks_of(trainer)
+        ):
+            raise ExportError(
+                "Export(standalone=True): LoRA stays in the model, and a standalone folder takes no adapters. Merge "
+                "them at the end with LoRARecovery(finish='merge'), or leave standalone out."
+            )

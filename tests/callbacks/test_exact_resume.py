@@ -578,11 +578,20 @@ def test_run_resumed_in_its_own_directory_keeps_its_rows(fit, tmp_path, monkeypa
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
+def test_run_resumed_in_a_new_directory_has_the_rows_of_before(fit, tmp_path):
+    whole = fit(name="whole")
+    path = tmp_path / "run" / "checkpoints" / "at.ckpt"
+    fit(Save(path, 6), steps=8)
+    assert fit(name="other", ckpt_path=path) == whole
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert fit(name="again", ckpt_path=tmp_path / "moved" / "checkpoints" / "at.ckpt") == whole
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
 def test_lost_rows_and_rows_of_another_run_are_warned_of(fit, tmp_path):
     path = tmp_path / "at.ckpt"
     fit(Save(path, 6), steps=8)
-    assert train_steps(fit(name="other", ckpt_path=path)) == set(range(5, 12))  # every warning is an error here
     lost = r"CSVLogger deleted '.*metrics.csv' .* the rows before step 6\. To keep them, resume with"
     (tmp_path / "run" / ".metrics.csv.kept").unlink()
     with pytest.warns(UserWarning, match=lost):
@@ -647,6 +656,9 @@ def test_rows_of_another_run_in_a_copied_directory_are_warned_of(fit, tmp_path):
     fit(Save(path, 6), steps=8)
     fit(Save(tmp_path / "later.ckpt", 9), name="other", lr=1e-3)
     shutil.copytree(tmp_path / "other", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"again/metrics.csv' begins at step 6: .* nor in '.*run/metrics.csv'"):
+        assert train_steps(fit(name="again", ckpt_path=path)) == set(range(5, 12))
     with pytest.warns(
         UserWarning, match=r"CSVLogger deleted '.*elsewhere/metrics.csv' .* before step 6\. To keep them, resume with"
     ):

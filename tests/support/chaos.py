@@ -24,7 +24,7 @@ PLACES = ("middle", "fsync", "replace", "after")
 WRITES = 2 * (STEPS // SAVE_EVERY)  # the numbered checkpoint and last.ckpt, each time
 LIMIT = 300  # seconds of a segment; none takes a tenth of it
 # Measured anew in every run, and never equal.
-TIMINGS = ("teacher_seconds",)
+TIMINGS = ("teacher_seconds", "step_seconds", "tokens_per_second")
 FILES = ("importance.csv", "drop_plan.json")
 
 

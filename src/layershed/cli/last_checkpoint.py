@@ -1,4 +1,7 @@
-"""Finds the checkpoint that ``--ckpt_path last`` means. Every run has its own folder, so it looks in former runs."""
+"""Finds the checkpoint that ``--ckpt_path last`` or ``best`` means.
+
+Every run has its own folder, so it looks in former runs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import UNREADABLE, damage_of
 
 
-def resolve_last(command: str, trainer: Any) -> Path | None:
+def resolve_last(command: str, trainer: Any, word: str = "last") -> Path | None:
     """Find the newest intact checkpoint of the newest run that has one.
 
     Args:
         command: Name of the command.
         trainer: Config of its Trainer: default_root_dir, logger and callbacks.
+        word: ``"last"`` takes any checkpoint; ``"best"`` takes only ``best.ckpt``, which BestCheckpoint writes.
 
     Returns:
         Path of the checkpoint. None for ``fit`` if there is no checkpoint yet; a printed line says so.
@@ -32,6 +36,8 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
     root = Path(trainer.get("default_root_dir") or "runs")
     verdicts: dict[Path, str] = {}
     for path, barred in _candidates(root, trainer):
+        if word == "best" and not barred and path.stem != "best":
+            continue
         damage = barred or _why_skipped(path)
         if damage is None:
             return path
@@ -45,8 +51,13 @@ def resolve_last(command: str, trainer: Any) -> Path | None:
         seen, states = len(verdicts), " or ".join(sorted(set(verdicts.values()), reverse=True))
         mend = "let this user read them, " if "cannot" in states else ""
         raise CheckpointError(
-            f"ckpt_path='last': every checkpoint under {str(root)!r} {states} ({seen} of {seen}); {mend}train "
+            f"ckpt_path={word!r}: every checkpoint under {str(root)!r} {states} ({seen} of {seen}); {mend}train "
             "without --ckpt_path, or give the path of another."
+        )
+    if word == "best":
+        raise CheckpointError(
+            f"ckpt_path='best': no run under {str(root)!r} holds a best.ckpt; list BestCheckpoint among the "
+            "callbacks and train, or give last or the path of a checkpoint."
         )
     if command != "fit":
         raise CheckpointError(

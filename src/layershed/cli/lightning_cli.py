@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -26,13 +26,16 @@ from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
 from layershed.cli.fit_bar import FitBar
+from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.model_line import ModelLine
 from layershed.cli.named_callbacks import as_list, by_name
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
+from layershed.cli.save_config import SaveWholeConfig
 from layershed.cli.shortened_run import check_steps
+from layershed.cli.step_clock import StepClock
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
@@ -65,8 +68,10 @@ _TRAINING_FREE = {
 }
 # Options that the config of a fit run holds outside its sections. Commands without such an option accept null for it.
 _OF_FIT = ("ckpt_path", "weights_only")
+_TOKENIZER = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator", "precision"}, "data": {"tokenizer"}}
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
-_CHECKPOINT_WORDS = ("best", "hpc", "registry")
+_LISTED = {"plan": _WITHOUT_TEXT, "generate": _TOKENIZER}
+_CHECKPOINT_WORDS = ("hpc", "registry")
 _SEE_HELP = f"; see {PROGRAM} COMMAND --help"
 
 
@@ -118,10 +123,12 @@ class LayershedCLI(LightningCLI):
                 known = {action.dest for action in parser._actions}
                 for option in (option for option in _OF_FIT if option not in known):
                     parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
-            listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in USAGE else {}
+            listed = _LISTED.get(name, _TRAINING_FREE) if name in USAGE else {}
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
                 section, option = f"{action.dest}..".split(".")[:2]
+                if name in USAGE and not option and action.default is False:
+                    action.nargs, action.const = "?", True  # --standalone alone is --standalone true
                 if section in listed and option not in listed[section]:
                     action.help = argparse.SUPPRESS
             for section, group in (parser.groups or {}).items():
@@ -142,15 +149,17 @@ class LayershedCLI(LightningCLI):
         self.config = parser.parse_args(args)
         check_seed(self.config[self.config.subcommand].seed_everything)
         config = self.config[self.config.subcommand]
-        path = str(config.get("ckpt_path") or "best")
+        if self.config.subcommand == "generate":
+            model_from_checkpoint(config)
+        path = str(config.get("ckpt_path") or "")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
             raise CheckpointError(
                 f"ckpt_path={asked!r}: a later --config resets ckpt_path to null. Put --config before --ckpt_path."
             )
-        if path == "last":
-            found = resolve_last(self.config.subcommand, config.trainer)
+        if path in ("last", "best"):
+            found = resolve_last(self.config.subcommand, config.trainer, path)
             config.ckpt_path = None if found is None else str(found)
-        elif path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
+        elif path and path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
             try:
                 check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
             except OSError as error:
@@ -185,6 +194,8 @@ class LayershedCLI(LightningCLI):
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+        if self.subcommand == "generate":
+            check_before_loading(config)
 
     def instantiate_classes(self) -> None:
         """Build the model without weights for ``plan``."""
@@ -192,7 +203,7 @@ class LayershedCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add a progress bar and a line about the model; to ``fit`` exact resuming, and a checkpoint if stopped."""
+        """Add a bar and a line about the model; to ``fit`` a checkpoint if stopped, exact resuming, time and rate."""
         options = self.config_init[self.subcommand].trainer
         listed = as_list(options.get("callbacks"))
         for kind, ours, option in ((ProgressBar, FitBar, "progress_bar"), (ModelSummary, ModelLine, "model_summary")):
@@ -200,8 +211,14 @@ class LayershedCLI(LightningCLI):
                 listed.insert(0, ours())
         if self.subcommand == "fit":
             exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
-            listed = [*listed, *exact, StopOnSignal()]
+            listed = [StepClock(), *listed, *exact, *self._learning_rates(listed), StopOnSignal()]
         return super().instantiate_trainer(**kwargs, callbacks=listed)
+
+    def _learning_rates(self, listed: Sequence[Any]) -> list[LearningRateMonitor]:
+        """The callback that logs the learning rate; it needs a logger."""
+        logs = self.config_init[self.subcommand].trainer.get("logger") not in (False, [])
+        there = any(isinstance(callback, LearningRateMonitor) for callback in listed)
+        return [LearningRateMonitor("step")] if logs and not there else []
 
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""
@@ -213,6 +230,8 @@ class LayershedCLI(LightningCLI):
                 f"The tokenizer has {self.datamodule.vocab_size} ids and the model only {config.vocab_size}; "
                 "set data.tokenizer to the model's own, or model.config.vocab_size to at least that many."
             )
+        if self.subcommand == "generate":
+            return
         places = getattr(config, "max_position_embeddings", None)
         if places is not None and self.datamodule.block_size > places:
             raise DataError(
@@ -245,6 +264,7 @@ def run_command(words: Sequence[str]) -> None:
             CausalLM,
             TextData,
             trainer_class=Trainer,
+            save_config_callback=SaveWholeConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=CommandParser,

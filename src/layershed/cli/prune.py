@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +25,7 @@ from layershed.discovery.find import find_sublayers
 from layershed.errors import SelectionError
 from layershed.files.atomic import write_text
 from layershed.integration.gathered import exported
+from layershed.integration.run import QUALITY_FILE
 from layershed.performance.degradation import degradation
 from layershed.performance.latency import measure_latency
 from layershed.performance.speed import measure_speed
@@ -31,8 +34,9 @@ from layershed.planning.plan import PLAN_FILE, DropPlan, Scope
 from layershed.planning.selection import Objective, check_selection, equal_scores, select_sublayers
 from layershed.reporting.html_report import write_report
 from layershed.reporting.record import RunRecord
-from layershed.reporting.summary import summary_table
+from layershed.reporting.summary import summary_rows, summary_table
 from layershed.saving.pretrained import save_pretrained
+from layershed.saving.savable import check_savable
 from layershed.surgery import bypass, dropped_sublayers
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
@@ -53,6 +57,7 @@ def prune(
     quality_batches: int,
     speed: SpeedSettings,
     output: str,
+    standalone: bool,
 ) -> DropPlan:
     """Score, drop, measure and save. Arguments: see :meth:`layershed.cli.trainer.Trainer.prune`.
 
@@ -69,6 +74,7 @@ def prune(
             "model to compare with; prune the dense model."
         )
     select_sublayers(equal_scores(find_sublayers(model)), scope, count=count, ratio=ratio, protect=protect)
+    check_savable(model, standalone=standalone)
     check_output(trainer, output, model)
 
     console, folder = Console(), prepare(trainer, model, data)
@@ -86,8 +92,10 @@ def prune(
         report = measure_speed(model, **lengths)
     write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
     plan.save(folder / PLAN_FILE)
-    saved = save_pretrained(model, folder / output, plan=plan, tokenizer=data.tokenizer)
     sdr = degradation(quality["before"].values, quality["after"].values, report)
+    noted: dict[str, Any] = {when: {**own.values, "tokens": own.tokens} for when, own in quality.items()}
+    noted |= {} if sdr is None else {"sdr": {"value": None if math.isnan(sdr.ratio) else sdr.ratio, "text": str(sdr)}}
+    write_text(folder / QUALITY_FILE, json.dumps(noted, indent=2) + "\n")
     record = RunRecord(
         name_of(model),
         importance=importance_points(scores),
@@ -95,8 +103,11 @@ def prune(
         quality=quality,
         speed=report,
         sdr={} if sdr is None else {"after": sdr},
-        changes=(("Exported", exported(saved)),),
     )
+    figures = dict(summary_rows(record))
+    options: dict[str, Any] = {"plan": plan, "tokenizer": data.tokenizer, "standalone": standalone, "figures": figures}
+    saved = save_pretrained(model, folder / output, **options)
+    record = replace(record, changes=(("Exported", exported(saved)),))
     page = write_report(record, folder / "report.html")
     console.print(summary_table(record))
     tell_files(console, Model=saved, Report=page)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
+from layershed.integration.namespaces import NAMESPACES
+
 LOGS = (
     "lightning.fabric.utilities.seed",
     # Lightning logs under one name for both of its packages: that of the one that was imported last
-    "lightning.pytorch.utilities.rank_zero",
-    "pytorch_lightning.utilities.rank_zero",
+    *(f"{each.pytorch}.utilities.rank_zero" for each in NAMESPACES),
     "bitsandbytes.backends.cpu.ops",
     "bitsandbytes.autograd._functions",
     "datasets.packaged_modules.json.json",

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
+from transformers import PreTrainedModel
 
 from layershed.cli.console import watched
 from layershed.errors import CalibrationError, DataError, ExportError, LayershedError, ModelError
@@ -165,8 +166,17 @@ def held_out_quality(trainer: pl.Trainer, model: nn.Module, data: TextData, batc
         return evaluate_quality(model, watched(data.val_dataloader(), batches, f"Measuring quality {when}".rstrip()))
 
 
-def load_base(trainer: pl.Trainer, source: str, model: CausalLM, data: TextData) -> nn.Module:
+def load_base(
+    trainer: pl.Trainer, source: str, model: CausalLM, data: TextData, option: str = "base"
+) -> PreTrainedModel:
     """Load the dense model to compare with, on the device and in the dtype of the model.
+
+    Args:
+        trainer: The Trainer.
+        source: A folder, a hub id or a GGUF file.
+        model: The dropped model.
+        data: The text, for its tokenizer.
+        option: Name of the option that gave the source, for errors.
 
     Raises:
         LayershedError: If it cannot be built, is not dense, or has too few embeddings for the tokenizer.
@@ -174,15 +184,15 @@ def load_base(trainer: pl.Trainer, source: str, model: CausalLM, data: TextData)
     try:
         base = build_model(source, None, next(model.model.parameters()).dtype).eval()
     except ModelError as error:  # it names another option
-        raise ModelError(f"base: {error}") from error
+        raise ModelError(f"{option}: {error}") from error
     if gone := dropped_sublayers(base):
         names = ", ".join(sublayer.name for sublayer in gone)
-        raise ModelError(f"base={source!r}: it lacks {names}, so it is not dense; give the dense model.")
+        raise ModelError(f"{option}={source!r}: it lacks {names}, so it is not dense; give the dense model.")
     vocabulary = base.config.get_text_config().vocab_size
     if data.vocab_size > vocabulary:
         raise DataError(
-            f"base={source!r}: the tokenizer has {data.vocab_size} ids, but the base has only {vocabulary} embeddings; "
-            "give the model before the drop."
+            f"{option}={source!r}: the tokenizer has {data.vocab_size} ids, but the base has only {vocabulary} "
+            "embeddings; give the model before the drop."
         )
     trainer.precision_plugin.convert_module(base)
     base.to(trainer.strategy.root_device)

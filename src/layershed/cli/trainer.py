@@ -1,4 +1,4 @@
-"""The Trainer of the command line: a Lightning Trainer with four commands that do not train.
+"""The Trainer of the command line: a Lightning Trainer with commands that do not train.
 
 ``train.py COMMAND --help`` shows the signatures and docstrings of its methods.
 """
@@ -15,10 +15,13 @@ from lightning.pytorch.loggers import Logger
 
 from layershed.cli.benchmark import benchmark
 from layershed.cli.claimed_folder import ClaimedFolder, RunCSVLogger, RunTensorBoardLogger
+from layershed.cli.generate import generate
 from layershed.cli.named_callbacks import Callbacks, as_list
 from layershed.cli.plan import predict_plan
+from layershed.cli.prompts import read_prompts
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable
+from layershed.cli.sampling import check_sampling
 from layershed.cli.score import score
 from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.performance.benchmark import Benchmark, QualityName
@@ -102,10 +105,12 @@ class Trainer(pl.Trainer):
         new_tokens: int = 32,
         runs: int = 9,
         output: str = "pruned",
+        standalone: bool = False,
     ) -> DropPlan:
         """Drop sublayers of a pretrained model without training: score, drop, measure, save.
 
-        Writes ``importance.csv``, ``drop_plan.json``, ``speed.json``, the dropped model and ``report.html``.
+        Writes ``importance.csv``, ``drop_plan.json``, ``speed.json``, ``quality.json``, the dropped model and
+        ``report.html``.
 
         Args:
             model: The model to prune.
@@ -123,6 +128,8 @@ class Trainer(pl.Trainer):
             new_tokens: Tokens decoded by the speed measurement.
             runs: Pairs of dense and dropped runs of the speed measurement.
             output: Folder for the dropped model. A relative path is inside the run directory.
+            standalone: Add a small modelling file, so that transformers alone loads the folder, with
+                trust_remote_code=True.
 
         Returns:
             The drop plan.
@@ -144,6 +151,7 @@ class Trainer(pl.Trainer):
             quality_batches=quality_batches,
             speed=SpeedSettings(prompt_tokens, new_tokens, runs=runs),
             output=output,
+            standalone=standalone,
         )
 
     def benchmark(
@@ -208,6 +216,68 @@ class Trainer(pl.Trainer):
             quality=quality,
             speed=SpeedSettings(prompt_tokens, new_tokens, batch_size, runs),
         )
+
+    def generate(
+        self,
+        model: CausalLM,
+        datamodule: TextData,
+        prompt: str | None = None,
+        prompts: str | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        dense: bool | str = False,
+        ckpt_path: str | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> list[dict[str, str]]:
+        """Continue prompts, or answer them, by a dropped model; the text appears while it is generated.
+
+        Without options of sampling it does what the model's own generation_config.json says. With one of them it
+        samples. The same seed_everything gives the same text.
+
+        Args:
+            model: The model.
+            datamodule: Not used, but for its tokenizer.
+            prompt: A prompt.
+            prompts: A file of prompts: .txt with one on each line, or .jsonl with rows of prompt or of messages (a list
+                of role and content).
+            chat: Write each prompt with the tokenizer's chat template, as a message of the user. Without a prompt, talk
+                at the terminal.
+            system: The first message of each conversation.
+            dense: Show the dense model's text, too. Alone, it lifts the bypass of a checkpoint; a saved folder has lost
+                the dropped weights, so name the model before the drop: a folder, a hub id or a .gguf file.
+            ckpt_path: A checkpoint of fit; the same as model.pretrained FILE.ckpt.
+            max_new_tokens: Most tokens to generate; null is 100, or what fits into the model's positions.
+            do_sample: Draw tokens at random; false takes the most likely ones.
+            temperature: Below 1, likely tokens become likelier; above, less likely.
+            top_k: Draw from the k most likely tokens only.
+            top_p: Draw from the fewest tokens whose probabilities add up to p.
+            min_p: Draw from tokens at least min_p times as likely as the most likely one.
+            repetition_penalty: Above 1, tokens that are there already become less likely.
+            num_beams: Beams of a beam search; with more than 1, the text appears at its end.
+            generation: Other fields of transformers' GenerationConfig, such as {"no_repeat_ngram_size": 3}.
+
+        Returns:
+            For each prompt the texts, by model.
+
+        Raises:
+            GenerationError: Before generating, if there is no prompt, an option is out of range, or there is no chat
+                template or no dense model.
+        """
+        own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_k": top_k}
+        own |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "num_beams": num_beams}
+        options = {**own, **(generation or {})}
+        check_sampling(options)
+        given = read_prompts(prompt, prompts, chat=chat, system=system)
+        settings: dict[str, Any] = {"system": system, "ckpt_path": ckpt_path, "dense": dense, "options": options}
+        return generate(self, model, datamodule, prompts=given, **settings)
 
     def plan(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.errors import LayershedError
 from layershed.formatting import short_bytes
+from layershed.integration.measurements import logged_quality
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE, DROP, SPEED
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Exports, MeasuresDegradation, MeasuresRounds, TrainsLoRA
+from layershed.integration.run import SPEED_FILE
 from layershed.performance.degradation import Degradation
+from layershed.performance.speed_report import report_from
 from layershed.planning.plan import DropPlan
 from layershed.quality import RoundQuality
 from layershed.quantization import BITS, quantization_of, stored_bytes
@@ -92,6 +96,24 @@ def changes_of(trainer: Trainer, pl_module: LightningModule, directory: Path) ->
         if isinstance(other, Exports) and (size := exported(directory / other.folder)):
             rows.append(("Exported", size))
     return tuple(rows)
+
+
+def figures_of(trainer: Trainer, directory: Path) -> dict[str, str]:
+    """What this run measured of quality and speed, as texts by label, for a model card."""
+    figures: dict[str, str] = {}
+    for when, words in (("before", "before the drop"), ("after", "right after the drop"), ("end", "at the end")):
+        quality = logged_quality(trainer, when)
+        for name, value in ({} if quality is None else quality.values).items():
+            figures[f"Validation {name} {words}"] = f"{value:.4f}"
+    path = directory / SPEED_FILE
+    # the file may be of an earlier run in the same directory
+    if path.is_file() and any(name.startswith(SPEED) for name in trainer.callback_metrics):
+        try:
+            phases = report_from(json.loads(path.read_text(encoding="utf-8"))).phases
+        except (OSError, ValueError, KeyError, TypeError):
+            phases = {}
+        figures |= {f"{name.capitalize()} speed": str(phase) for name, phase in phases.items()}
+    return figures
 
 
 def exported(folder: Path) -> str:

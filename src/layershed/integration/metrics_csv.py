@@ -65,8 +65,8 @@ def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
     - The logger of a resumed run deletes its file before any callback is called. The rows are then read from the second
       name. A warning says if they are lost.
-    - The run's folder may have been copied or moved. The second name in the folder counts, not the noted path. A new
-      folder gets no rows.
+    - The run's folder may have been copied or moved, and a resumed run may have a new folder. The rows are then read
+      from the folder of the checkpoint, or from the noted file.
     """
     noted = checkpoint.get(ROWS_KEY, [])
     for writer, file in _files(trainer):
@@ -75,7 +75,9 @@ def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         if _fitting(present, noted):  # the same logger continues
             before, since = present, []
         else:  # the module may have logged rows of this run during setup
-            before, since = _lines(kept) if kept.is_file() else [], present
+            places = [kept, *_elsewhere(noted, file, trainer.ckpt_path)]
+            found = (_lines(place) for place in places if place.is_file())
+            before, since = next((lines for lines in found if _fitting(lines, noted)), []), present
         count = _fitting(before, noted)
         if count:
             rows = [*csv.DictReader(before[: count + 1]), *csv.DictReader(since)]
@@ -86,6 +88,20 @@ def take_up_rows(checkpoint: dict[str, Any], trainer: Trainer) -> None:
                 f"CSVLogger deleted {str(file)!r} when it opened it, with the rows before step "
                 f"{checkpoint['global_step']}. To keep them, resume with a new version: CSVLogger(version=None)."
             )
+        elif noted:
+            rank_zero_warn(
+                f"{str(file)!r} begins at step {checkpoint['global_step']}: the rows of before are neither beside the "
+                f"checkpoint nor in {noted[0]['file']!r}."
+            )
+
+
+def _elsewhere(noted: Sequence[dict[str, Any]], file: Path, checkpoint: Any) -> Iterator[Path]:
+    """Where the rows may be if this run has a new folder; an untrusted checkpoint names no file of another name."""
+    folders = [] if checkpoint is None else list(Path(os.path.abspath(checkpoint)).parents)[:2]
+    folders += [Path(each["file"]).parent for each in noted if Path(each["file"]).name == file.name]
+    for folder in folders:
+        yield _kept(folder / file.name)
+        yield folder / file.name
 
 
 def _fitting(lines: Sequence[str], noted: Sequence[dict[str, Any]]) -> int:

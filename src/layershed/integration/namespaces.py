@@ -92,15 +92,16 @@ def classes(union: Any) -> tuple[type, ...]:
     return get_args(union) or (union,)
 
 
-def base(place: str, name: str) -> Any:
+def base(place: str, name: str, own_name: str = "") -> Any:
     """A class to inherit from: Lightning takes instances of its subclasses for its own, under either name.
 
     Args:
         place: The class's module within a namespace.
         name: Its name there.
+        own_name: The name of this class, where a config may give a short name that must stay Lightning's.
     """
     content = {"__module__": __name__, "__doc__": f"Lightning's {name}, under both of its names."}
-    return type(name, _found(place, name), content)
+    return type(own_name or name, _found(place, name), content)
 
 
 def follow_trainer(inheriting: Any) -> Any:
@@ -188,11 +189,13 @@ if TYPE_CHECKING:
     InheritedModule = LightningModule
     InheritedDataModule = LightningDataModule
     InheritedCheckpointIO = TorchCheckpointIO
+    InheritedModelCheckpoint = ModelCheckpoint
 else:
     Callback = base("pytorch.callbacks", "Callback")
     InheritedModule = follow_trainer(base("pytorch", "LightningModule"))
     InheritedDataModule = follow_trainer(base("pytorch", "LightningDataModule"))
     InheritedCheckpointIO = base("fabric.plugins.io", "TorchCheckpointIO")
+    InheritedModelCheckpoint = base("pytorch.callbacks", "ModelCheckpoint", "InheritedModelCheckpoint")
 
     LightningModule = kind("pytorch", "LightningModule")
     Trainer = kind("pytorch", "Trainer")

@@ -24,6 +24,7 @@ _ELSEWHERE: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 IMPORTANCE_FILE = "importance.csv"
 SPEED_FILE = "speed.json"
+QUALITY_FILE = "quality.json"
 REPORT_FILE = "report.html"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from layershed.files.atomic import check_free, replacing
 from layershed.planning.plan import PLAN_FILE, DropPlan
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import load_adapter, save_adapter
+from layershed.saving.model_card import add_card
 from layershed.saving.savable import check_savable, holds_shards, whole
 from layershed.saving.skeleton import as_source, first_line, load_config, model_class_of, skipping, skips_sublayers
 from layershed.saving.standalone import add_modelling_file
@@ -45,11 +46,13 @@ def save_pretrained(
     plan: DropPlan | None = None,
     tokenizer: Any = None,
     standalone: bool = False,
+    figures: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> Path:
     """Write a dropped model as a Hugging Face folder: kept weights as safetensors, and a config that names the dropped.
 
-    LoRA that is not merged goes into the subfolder ``adapter``, in peft's format. The model itself is not changed. The
+    LoRA that is not merged goes into the subfolder ``adapter``, in peft's format. A dropped model gets a model card,
+    ``README.md``; a card that the user wrote into the folder is kept. The model itself is not changed. The
     folder appears whole or not at all: everything is written beside it first. If FSDP2 shards the model, call it on
     every rank; the first one writes.
 
@@ -60,6 +63,7 @@ def save_pretrained(
         tokenizer: Saved into the same folder, if given.
         standalone: Add a small modelling file, so that ``AutoModelForCausalLM.from_pretrained(folder,
             trust_remote_code=True)`` gives the same model where layershed is not installed.
+        figures: What the run measured, as texts by label, for the model card.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
@@ -98,6 +102,7 @@ def save_pretrained(
             tokenizer.save_pretrained(fresh)
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
+        add_card(fresh, transformer, plan, figures, former=folder)
     return folder
 
 

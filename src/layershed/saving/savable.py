@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from layershed.discovery.find import find_transformer, refuse_strangers
 from layershed.errors import ExportError
 from layershed.recovery.lora import ADAPTER, adapted_modules
+from layershed.saving.standalone import check_standalone
 from layershed.surgery import dropped_parameter_names
 
 
@@ -19,7 +20,7 @@ def check_savable(model: nn.Module, *, standalone: bool = False, name: str | Non
         The transformer.
 
     Raises:
-        ExportError: If it is not from Hugging Face, or carries adapters of the user.
+        ExportError: If it is not from Hugging Face, or carries adapters of the user, or standalone is impossible.
     """
     transformer = find_transformer(model, name=name)
     if not isinstance(transformer, PreTrainedModel):
@@ -29,6 +30,8 @@ def check_savable(model: nn.Module, *, standalone: bool = False, name: str | Non
         )
     refuse_strangers(transformer)
     _refuse_lora(model, transformer, standalone)
+    if standalone:
+        check_standalone(transformer)
     refuse_packed(transformer, "save_pretrained")
     _refuse_undescribed(transformer)
     return transformer

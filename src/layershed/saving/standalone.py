@@ -30,9 +30,8 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
     Raises:
         ExportError: If transformers has no class of that name, or another one.
     """
+    check_standalone(transformer)
     base, body = type(transformer).__name__, type(transformer.base_model).__name__
-    if not _is_upstream(transformer):
-        raise ExportError(f"save_pretrained(standalone=True): {base} is not a class of transformers itself.")
     environment = Environment(loader=PackageLoader("layershed.saving"), undefined=StrictUndefined, trim_blocks=True)
     template = environment.get_template("modeling_dropped.py.jinja")
     classes = {base: ""}
@@ -49,6 +48,19 @@ def add_modelling_file(folder: Path, transformer: PreTrainedModel) -> None:
         if given is not None or type(transformer).config_class in mapping:
             config["auto_map"][auto] = f"{MODULE}.{f'Dropped{given}' if given else 'Refused'}"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_standalone(transformer: PreTrainedModel) -> None:
+    """Refuse a model for which no modelling file can be written.
+
+    Raises:
+        ExportError: If transformers has no class of that name, or another one.
+    """
+    if not _is_upstream(transformer):
+        raise ExportError(
+            f"save_pretrained(standalone=True): {type(transformer).__name__} is not a class of transformers itself. "
+            "Leave standalone out."
+        )
 
 
 def _sources() -> str:
