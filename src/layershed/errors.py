@@ -143,6 +143,10 @@ class DataError(LayershedError, ValueError):
     """A data source is missing, empty or too small."""
 
 
+class ResultError(LayershedError, ValueError):
+    """A file of a run is missing, damaged or of another kind."""
+
+
 class GenerationError(LayershedError, ValueError):
     """No text can be generated from these prompts, with these options, or by this model."""
 

@@ -424,7 +424,7 @@ def test_main_without_arguments_reads_sys_argv(monkeypatch, parsed):
 def test_overview_help_explains_every_command(capsys):
     assert run(["--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert set(commands.PURPOSES) == set(LayershedCLI.subcommands())
+    assert set(commands.PURPOSES) == {*LayershedCLI.subcommands(), *commands.FILE_COMMANDS}
     for name, what in commands.PURPOSES.items():
         assert f"{name} {what}" in told
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from layershed.cli.commands import answer_overview
+from layershed.cli.commands import FILE_COMMANDS, answer_overview
 from layershed.cli.messages import causes, one_line
 from layershed.cli.stopped import Stopped
 from layershed.errors import LayershedError
@@ -38,6 +38,11 @@ def main(arguments: Sequence[str] | None = None, *, quickstart: Path | None = No
         words[1:1] = ["--config", str(quickstart)]
     try:
         with needs("cli", "The command line"):
+            if words[0] in FILE_COMMANDS:
+                from layershed.cli.file_commands import run_file_command
+
+                run_file_command(words)
+                return 0
             with _no_garbage_collection():
                 from layershed.cli.lightning_cli import run_command
             run_command(words)

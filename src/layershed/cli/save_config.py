@@ -14,7 +14,9 @@ class SaveWholeConfig(SaveConfigCallback):
     """
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Log it, on rank 0."""
+        """Log it, on rank 0. Commands that do not train have no loggers in use, and a config.yaml."""
+        if trainer.state.fn is None:
+            return
         text = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
