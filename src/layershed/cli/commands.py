@@ -21,10 +21,12 @@ PURPOSES = {
     "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
     "generate": "Continue or answer prompts by a dropped model, with the dense one beside it if asked.",
     "plan": "Predict size and speed after a drop on a device. Needs the model's config only: no weights, no text.",
+    "compare": "Put runs side by side: what differs in their configurations, their figures, their curves on one axis.",
     "recommend": "Say how many to drop, from a sweep of benchmark or from importances.",
 }
 # Usage of the commands that read files of runs and load no model.
 FILE_COMMANDS = {
+    "compare": "RUN RUN [RUN ...] [--page FILE]",
     "recommend": "RUN [--max_loss_increase NATS] [--scope SCOPE]",
 }
 # Usage of the commands that do not train. LightningCLI provides the others.
