@@ -117,7 +117,9 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
     walk({name: value for name, value in config.items() if name != "trainer"}, "")
     trainer = config.get("trainer")
     if isinstance(trainer, Mapping):
-        walk({name: value for name, value in trainer.items() if name != "callbacks"}, "trainer")
+        for name, value in trainer.items():
+            if name != "callbacks":
+                walk(value, f"trainer.{name}")
     for key, _, options in _callbacks(config):
         found[key] = "listed"
         for name, value in options.items():
