@@ -38,6 +38,7 @@ USAGE = {
     "generate": "--model.pretrained MODEL (--prompt TEXT | --prompts FILE | --chat) [--dense] [--OPTION VALUE ...]",
     "plan": "--model.pretrained MODEL [--scope SCOPE --count NUMBER | --plan FILE] [--device NAME] [...]",
 }
+OVERVIEW = f"{PROGRAM} [-c CONFIG] {{{','.join(PURPOSES)}}} ..."
 
 
 class _Overview(argparse.ArgumentParser):
@@ -68,8 +69,7 @@ def answer_overview(words: Sequence[str]) -> None:
 
 
 def _overview() -> argparse.ArgumentParser:
-    usage = f"{PROGRAM} [-c CONFIG] {{{','.join(PURPOSES)}}} ..."
-    parser = _Overview(prog=PROGRAM, usage=usage, description=DESCRIPTION)
+    parser = _Overview(prog=PROGRAM, usage=OVERVIEW, description=DESCRIPTION)
     parser.add_argument("-c", "--config", metavar="CONFIG", help=CONFIG_HELP)
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", description=f"{PROGRAM} COMMAND --help lists the options of a command."
