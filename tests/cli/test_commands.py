@@ -346,7 +346,8 @@ def test_missing_or_unknown_command_prints_the_commands(words, capsys):
     assert run(words) == 2
     told = capsys.readouterr().err.strip().splitlines()
     usage = " ".join(" ".join(told[:-1]).split())
-    assert usage == "usage: train.py [-c CONFIG] {fit,validate,test,predict,score,prune,benchmark,plan} ..."
+    names = "fit,validate,test,predict,score,prune,benchmark,generate,plan,compare,recommend"
+    assert usage == f"usage: train.py [-c CONFIG] {{{names}}} ..."
     assert told[-1].startswith("error: ")
 
 
@@ -429,7 +430,7 @@ def test_overview_help_explains_every_command(capsys):
         assert f"{name} {what}" in told
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "score", "prune", "benchmark", "plan"])
+@pytest.mark.parametrize("command", ["fit", "validate", "score", "prune", "benchmark", "generate", "plan"])
 def test_command_help_is_short_and_without_markup(command, capsys):
     assert run([command, "--help"]) == 0
     told = capsys.readouterr().out
@@ -441,7 +442,7 @@ def test_command_help_is_short_and_without_markup(command, capsys):
     listed = "--trainer.callbacks CALLBACKS" in told
     assert listed == (command in ("fit", "validate")), "the others list only what they use"
     assert ("--model.schedule" in told) == listed
-    assert ("--data.source" in told) == (command != "plan"), "to plan takes no text"
+    assert ("--data.source" in told) == (command not in ("plan", "generate")), "to plan takes no text"
     if listed:
         assert "SublayerDrop" in told
     if command == "plan":
@@ -677,11 +678,11 @@ def test_score_can_be_repeated_from_its_config(saved):
 
 
 def test_prune_writes_the_results_of_the_functions(saved, capsys):
-    words = ["--ratio=0.25", "--batches=3", "--quality_batches=2", *SPEED]
+    words = ["--ratio=0.25", "--batches=3", "--quality_batches=2", "--standalone", *SPEED]
     assert run(["prune", f"--model.pretrained={saved}", *DATA, *words]) == 0
     told = " ".join(capsys.readouterr().out.split())
     folder = Path("runs/version_0")
-    names = {"config.yaml", "importance.csv", "drop_plan.json", "speed.json", "pruned", "report.html"}
+    names = {"config.yaml", "importance.csv", "drop_plan.json", "speed.json", "quality.json", "pruned", "report.html"}
     assert {path.name for path in folder.iterdir()} == names
 
     model = AutoModelForCausalLM.from_pretrained(saved)
@@ -702,6 +703,11 @@ def test_prune_writes_the_results_of_the_functions(saved, capsys):
         assert f"Validation loss {moment} the drop {loss:.4f} (next-token accuracy {accuracy:.1%}".replace("%", "") in (
             told.replace(" %)", "").replace("%", "")
         )
+    noted = json.loads((folder / "quality.json").read_text())
+    for moment, quality in (("before", before), ("after", after)):
+        assert [noted[moment]["loss"], noted[moment]["accuracy"]] == pytest.approx(quality, rel=1e-4)
+    assert (folder / "pruned" / "modeling_dropped.py").is_file(), "standalone"
+    assert f"{before[0]:.4f}" in (folder / "pruned" / "README.md").read_text()
     ls.bypass(model, plan)
     tokens = held_out[0]["input_ids"]
     assert torch.equal(pruned(input_ids=tokens).logits, model(input_ids=tokens).logits)

@@ -254,3 +254,20 @@ def test_ckpt_path_best_evaluates_the_best_checkpoint_of_the_newest_run(runs, ca
         assert f"{min(after.values()):.4f}"[:5] in told
         assert run([*words, "--trainer.default_root_dir=nowhere"]) == 1
         assert "no run under 'nowhere' holds a best.ckpt" in capsys.readouterr().err
+
+
+# ---- side by side ----
+
+
+def test_compare_command_shows_what_differs_between_real_runs(runs, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert run(["compare", str(runs / "version_0"), str(runs / "version_1"), f"--page={page}"]) == 0
+    told = capsys.readouterr().out
+    section = told.split("differs in the configuration")[1].split("Drop")[0].split("\n")[1:]
+    assert [line.split()[0] for line in section if line.strip()] == ["ckpt_path"]
+    last = column(runs / "version_1", "val_loss")[11]
+    assert told.count(f"{last:.4f}") >= 2, "the resumed run ends like the whole one"
+    assert page.read_text().count("<polyline") >= 4
+    assert run(["compare", str(runs / "version_0")]) == 1
+    assert "is one run" in capsys.readouterr().err
+    assert run(["compare"]) == 2

@@ -21,10 +21,12 @@ PURPOSES = {
     "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
     "generate": "Continue or answer prompts by a dropped model, with the dense one beside it if asked.",
     "plan": "Predict size and speed after a drop on a device. Needs the model's config only: no weights, no text.",
+    "compare": "Put runs side by side: what differs in their configurations, their figures, their curves on one axis.",
     "recommend": "Say how many to drop, from a sweep of benchmark or from importances.",
 }
 # Usage of the commands that read files of runs and load no model.
 FILE_COMMANDS = {
+    "compare": "RUN RUN [RUN ...] [--page FILE]",
     "recommend": "RUN [--max_loss_increase NATS] [--scope SCOPE]",
 }
 # Usage of the commands that do not train. LightningCLI provides the others.
@@ -36,6 +38,7 @@ USAGE = {
     "generate": "--model.pretrained MODEL (--prompt TEXT | --prompts FILE | --chat) [--dense] [--OPTION VALUE ...]",
     "plan": "--model.pretrained MODEL [--scope SCOPE --count NUMBER | --plan FILE] [--device NAME] [...]",
 }
+OVERVIEW = f"{PROGRAM} [-c CONFIG] {{{','.join(PURPOSES)}}} ..."
 
 
 class _Overview(argparse.ArgumentParser):
@@ -66,8 +69,7 @@ def answer_overview(words: Sequence[str]) -> None:
 
 
 def _overview() -> argparse.ArgumentParser:
-    usage = f"{PROGRAM} [-c CONFIG] {{{','.join(PURPOSES)}}} ..."
-    parser = _Overview(prog=PROGRAM, usage=usage, description=DESCRIPTION)
+    parser = _Overview(prog=PROGRAM, usage=OVERVIEW, description=DESCRIPTION)
     parser.add_argument("-c", "--config", metavar="CONFIG", help=CONFIG_HELP)
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", description=f"{PROGRAM} COMMAND --help lists the options of a command."

@@ -34,6 +34,13 @@ def run_file_command(words: Sequence[str]) -> None:
         description=PURPOSES[name],
         formatter_class=DefaultHelpFormatter,
     )
+    if name == "compare":
+        from layershed.cli.compare import compare
+
+        parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, or folders that hold several.")
+        parser.add_function_arguments(compare, skip={"runs"}, as_group=False)
+        given = parser.parse_args(rest)
+        compare(given.runs, page=given.page)
     if name == "recommend":
         from layershed.cli.recommend import recommend
 

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from layershed import callbacks  # the import makes their short names known to jsonargparse
 from layershed.callbacks import ExactResume
-from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
+from layershed.cli.commands import DESCRIPTION, OVERVIEW, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
 from layershed.cli.fit_bar import FitBar
 from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
@@ -112,6 +112,7 @@ class LayershedCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Build the parsers, with layershed's help for commands and groups of options."""
         super().setup_parser(*args, **kwargs)
+        self.parser.usage = OVERVIEW
         subcommands = self.parser._subcommands_action
         for choice in subcommands._choices_actions if subcommands else ():
             choice.help = PURPOSES[choice.dest]
