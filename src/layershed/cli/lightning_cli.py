@@ -31,6 +31,7 @@ from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.model_line import ModelLine
 from layershed.cli.named_callbacks import as_list, by_name
+from layershed.cli.progress_bars import ProgressBars
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.shortened_run import check_steps
@@ -39,6 +40,7 @@ from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
 from layershed.performance.roofline import ACCELERATORS
+from layershed.progress import listening
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
@@ -255,7 +257,8 @@ def run_command(words: Sequence[str]) -> None:
     check_configs(words)
     # If --config comes first, the config may name the command, so all commands need a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
-    with quiet(evaluating=bool(set(words) & set(COMMANDS))):
+    bars = ProgressBars(bars=bool(set(words) & set(USAGE)))
+    with quiet(evaluating=bool(set(words) & set(COMMANDS))), listening(bars):
         cli(
             CausalLM,
             TextData,
