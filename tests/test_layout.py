@@ -14,6 +14,7 @@ ROOMS = [
     "errors",
     "arguments",
     "extras",
+    "progress",
     "spellings",
     "stand_ins",
     "files",
@@ -38,7 +39,7 @@ ROOMS = [
     "cli",
 ]
 WITHOUT_LIGHTNING = ROOMS[: ROOMS.index("integration")]
-WITHOUT_TORCH = ("errors", "arguments", "planning")
+WITHOUT_TORCH = ("errors", "arguments", "progress", "planning")
 LONGEST = 350
 
 

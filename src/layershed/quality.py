@@ -26,6 +26,7 @@ from layershed.batches import (
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import BatchError, MeasurementError
+from layershed.progress import least, track
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def evaluate_quality(
     refuse_skeleton(transformer)
     ids, sums = TokenIdRange(transformer), _Sums(device_of(transformer))
     with evaluating(transformer), torch.no_grad():
-        for batch in iterate(batches, max_batches):
+        for batch in track(iterate(batches, max_batches), "Measuring quality", least(batches, max_batches)):
             sums.update(*_predictions(transformer, batch, ids))
     loss, hits, tokens = sums.read(ids)
     if tokens == 0:

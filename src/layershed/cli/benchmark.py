@@ -29,6 +29,7 @@ from layershed.performance.prediction import plan_of
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import Scope
 from layershed.planning.selection import Objective
+from layershed.progress import track
 from layershed.reporting.speed_frontier import FrontierPoint, frontier_figure
 from layershed.saving.checkpoint import load_checkpoint
 from layershed.surgery import dropped_sublayers
@@ -66,15 +67,14 @@ def benchmark(
 
     console, folder = wide_console(), prepare(trainer, model, data, ckpt_path)
     scores = score_sublayers(trainer, model, data, metric, batches, folder) if counts else None
-    with trainer.precision_plugin.forward_context(), console.status("Measuring") as status:
+    with trainer.precision_plugin.forward_context():
         bench = Bench(model, lambda net: held_out_quality(trainer, net, data, quality_batches), speed, other)
         dense, measured = bench.dense_quality(), []
         if scores is None:
             measured.append(bench.measure(plan_of(dropped_sublayers(model))))
         else:
-            for one in bench.sweep(scores, scopes, counts, objective):
-                measured.append(one)
-                status.update(f"Measured {len(measured)} of {len(scopes) * len(counts)}")
+            sweep = bench.sweep(scores, scopes, counts, objective)
+            measured.extend(track(sweep, "Measuring drops", len(scopes) * len(counts)))
     used = {**asdict(speed), "quality_batches": quality_batches}
     if scores is not None:
         used |= {"metric": metric, "objective": objective, "batches": batches}

@@ -1,18 +1,16 @@
-"""Output of the commands: tables, progress bars, paths of written files."""
+"""Output of the commands: tables, paths of written files."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -37,13 +35,6 @@ def tell_files(console: Console, **written: Path) -> None:
     """Print the path of each written file on one line, so that it can be copied."""
     for what, path in written.items():
         console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)
-
-
-def watched(loader: Any, batches: int, what: str) -> Iterable[Any]:
-    """The first batches, with a progress bar on a terminal."""
-    console = Console()
-    total = min(batches, len(loader))
-    return track(islice(loader, batches), what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def importance_table(scores: ImportanceScores) -> Table:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
+
+from layershed.progress import listening
 
 _SILENCE = 30.0  # seconds between two plain lines
 
@@ -28,6 +31,7 @@ class FitBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=10)
         self._began, self._first, self._told = 0.0, 0, 0.0
+        self._open, self._works = ExitStack(), dict[str, TaskID]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """No bar without a terminal: its last state would be the only one in the file."""
@@ -39,6 +43,8 @@ class FitBar(RichProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count."""
         super().on_train_start(trainer, pl_module)
+        if not self.is_disabled:
+            self._open.enter_context(listening(self._show))
         self._began = self._told = time.monotonic()
         self._first = trainer.global_step
 
@@ -64,6 +70,16 @@ class FitBar(RichProgressBar):
             self._told = time.monotonic()
             print(self._line(trainer, pl_module), flush=True)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop the bar, and listen no longer to the work of callbacks."""
+        self._open.close()
+        self._works.clear()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an error."""
+        self.teardown(trainer, pl_module, "")
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the module logs for the bar, without the number of the run."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
@@ -78,6 +94,16 @@ class FitBar(RichProgressBar):
         self.train_progress_bar_id = self._add_task(
             last_step(self.trainer), self.train_description.ljust(len(self.validation_description))
         )
+
+    def _show(self, what: str, done: int | None, total: int | None) -> None:
+        """A bar for the work of a callback, such as the measuring of speed, as long as it lasts."""
+        if self.progress is None:
+            return
+        if what not in self._works:
+            self._works[what] = self._add_task(total or math.inf, what)
+        self.progress.update(self._works[what], completed=done or 0, visible=done is not None, refresh=True)
+        if done is None:
+            del self._works[what]
 
     def _line(self, trainer: Trainer, pl_module: LightningModule) -> str:
         last, done = last_step(trainer), trainer.global_step

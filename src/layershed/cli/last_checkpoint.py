@@ -18,13 +18,15 @@ from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import UNREADABLE, damage_of
 
 
-def resolve_last(command: str, trainer: Any, word: str = "last") -> Path | None:
+def resolve_last(command: str, trainer: Any, word: str = "last", *, below: bool = False) -> Path | None:
     """Find the newest intact checkpoint of the newest run that has one.
 
     Args:
         command: Name of the command.
         trainer: Config of its Trainer: default_root_dir, logger and callbacks.
         word: ``"last"`` takes any checkpoint; ``"best"`` takes only ``best.ckpt``, which BestCheckpoint writes.
+        below: Whether to look in the folders of default_root_dir, too, as a command line without a config does: the
+            configs keep their runs there.
 
     Returns:
         Path of the checkpoint. None for ``fit`` if there is no checkpoint yet; a printed line says so.
@@ -35,7 +37,7 @@ def resolve_last(command: str, trainer: Any, word: str = "last") -> Path | None:
     """
     root = Path(trainer.get("default_root_dir") or "runs")
     verdicts: dict[Path, str] = {}
-    for path, barred in _candidates(root, trainer):
+    for path, barred in _candidates(root, trainer, _places_below(root) if below else []):
         if word == "best" and not barred and path.stem != "best":
             continue
         damage = barred or _why_skipped(path)
@@ -67,14 +69,15 @@ def resolve_last(command: str, trainer: Any, word: str = "last") -> Path | None:
     return None
 
 
-def _candidates(root: Path, trainer: Any) -> Iterator[tuple[Path, str | None]]:
+def _candidates(root: Path, trainer: Any, below: list[Path]) -> Iterator[tuple[Path, str | None]]:
     """Every checkpoint that a run of this config may have written, in the order to try them.
 
     An unreadable folder is yielded with the reason.
     """
     for folder in _own_folders(trainer):
         yield from _listed(Path(folder), _checkpoints)
-    for place in [root, *_logged(trainer)]:
+    places = [root, *_logged(trainer)]
+    for place in sorted([*places, *below], key=_newest, reverse=True) if below else places:
         for run, barred in _listed(place, _runs):
             if barred:
                 yield run, barred
@@ -93,6 +96,17 @@ def _listed(folder: Path, inside: Callable[[Path], list[Path]]) -> Iterator[tupl
         yield folder, f"{UNREADABLE} ({error.strerror or error})"
         return
     yield from ((path, None) for path in found)
+
+
+def _places_below(root: Path) -> list[Path]:
+    """The folders in a folder that hold runs."""
+    return sorted({run.parent for run in root.glob("*/version_*") if run.is_dir()})
+
+
+def _newest(place: Path) -> int:
+    """When the newest checkpoint of a place was written."""
+    found = [*place.glob("version_*/checkpoints/*.ckpt"), *place.glob("checkpoints/*.ckpt")]
+    return max((os.lstat(path).st_mtime_ns for path in found), default=0)
 
 
 def _runs(place: Path) -> list[Path]:

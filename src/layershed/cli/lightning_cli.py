@@ -25,12 +25,14 @@ from layershed import callbacks  # the import makes their short names known to j
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, OVERVIEW, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
+from layershed.cli.evaluation import COMMANDS, EvaluatedModel, options_of_run
 from layershed.cli.fit_bar import FitBar
 from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.model_line import ModelLine
 from layershed.cli.named_callbacks import as_list, by_name
+from layershed.cli.progress_bars import ProgressBars
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.save_config import SaveWholeConfig
@@ -41,6 +43,7 @@ from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
 from layershed.performance.roofline import ACCELERATORS
+from layershed.progress import listening
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
@@ -107,7 +110,7 @@ class LayershedCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands of LightningCLI and those of :class:`Trainer`."""
-        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in USAGE}}
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("predict", *USAGE)}}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Build the parsers, with layershed's help for commands and groups of options."""
@@ -120,7 +123,7 @@ class LayershedCLI(LightningCLI):
             by_name(parser)
             parser.usage = f"{self.parser.prog} {name} {USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
             parser.description = PURPOSES[name]
-            if name in USAGE:
+            if name in ("predict", *USAGE):
                 known = {action.dest for action in parser._actions}
                 for option in (option for option in _OF_FIT if option not in known):
                     parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
@@ -134,6 +137,8 @@ class LayershedCLI(LightningCLI):
                     action.help = argparse.SUPPRESS
             for section, group in (parser.groups or {}).items():
                 group.title = _SECTIONS.get(section, f"options of {name} alone")
+        for name in self._subcommand_parsers.keys() & {"validate", "test"}:
+            self._subcommand_parsers[name].set_defaults(verbose=False)  # EvaluatedModel prints the metrics
         if "plan" in self._subcommand_parsers:
             # the usual dtype for running a model
             self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
@@ -148,26 +153,33 @@ class LayershedCLI(LightningCLI):
         Lightning's own method warns if ``sys.argv`` and ``args`` are both given; here ``args`` come from ``sys.argv``.
         """
         self.config = parser.parse_args(args)
-        check_seed(self.config[self.config.subcommand].seed_everything)
-        config = self.config[self.config.subcommand]
-        if self.config.subcommand == "generate":
+        command = self.config.subcommand
+        config = self.config[command]
+        check_seed(config.seed_everything)
+        if command == "generate":
             model_from_checkpoint(config)
         path = str(config.get("ckpt_path") or "")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
             raise CheckpointError(
                 f"ckpt_path={asked!r}: a later --config resets ckpt_path to null. Put --config before --ckpt_path."
             )
+        alone = command in COMMANDS and args[:1] == [command] and not config.get("config")
         if path in ("last", "best"):
-            found = resolve_last(self.config.subcommand, config.trainer, path)
+            found = resolve_last(command, config.trainer, path, below=alone)
             config.ckpt_path = None if found is None else str(found)
         elif path and path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
             try:
-                check_checkpoint(Path(path), resumed=self.config.subcommand == "fit")
+                check_checkpoint(Path(path), resumed=command == "fit")
             except OSError as error:
                 reason = error.strerror or error
                 raise CheckpointError(
                     f"ckpt_path={path!r} cannot be read ({reason}); let this user read it."
                 ) from error
+        found = Path(config.ckpt_path or "") if alone else None
+        if found is not None and found.is_file() and (options := options_of_run(found)):
+            self.config = parser.parse_args([command, f"--config={options}", *args[1:]])
+            config = self.config[command]
+            config.config, config.ckpt_path = [], str(found)  # no file holds these options
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's options from the checkpoint, as Lightning does, but no class: it may be a stranger's."""
@@ -191,6 +203,8 @@ class LayershedCLI(LightningCLI):
         if self.subcommand == "fit":
             for note in check_steps(config.trainer):
                 rank_zero_only(print)(f"note: {note}")
+        if self.subcommand in ("test", "predict") and config.trainer[f"limit_{self.subcommand}_batches"] is None:
+            config.trainer[f"limit_{self.subcommand}_batches"] = config.trainer.limit_val_batches  # the same text
         if self.subcommand == "plan":
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:
@@ -213,6 +227,9 @@ class LayershedCLI(LightningCLI):
         if self.subcommand == "fit":
             exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
             listed = [StepClock(), *listed, *exact, *self._learning_rates(listed), StopOnSignal()]
+        elif self.subcommand in COMMANDS:
+            path = Path(self.config[self.subcommand].get("ckpt_path") or "")
+            listed.append(EvaluatedModel(path if path.is_file() else None))
         return super().instantiate_trainer(**kwargs, callbacks=listed)
 
     def _learning_rates(self, listed: Sequence[Any]) -> list[LearningRateMonitor]:
@@ -260,7 +277,8 @@ def run_command(words: Sequence[str]) -> None:
     check_configs(words)
     # If --config comes first, the config may name the command, so all commands need a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
-    with quiet():
+    bars = ProgressBars(bars=bool(set(words) & set(USAGE)))
+    with quiet(evaluating=bool(set(words) & set(COMMANDS))), listening(bars):
         cli(
             CausalLM,
             TextData,

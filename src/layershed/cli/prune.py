@@ -81,14 +81,14 @@ def prune(
     scores = score_sublayers(trainer, model, data, metric, batches, folder)
     latency = None
     if objective == "speed":
-        with trainer.precision_plugin.forward_context(), console.status("Measuring latency"):
+        with trainer.precision_plugin.forward_context():
             latency = measure_latency(model, **lengths).sublayers
     wanted: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
     plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
-    quality = {"before": held_out_quality(trainer, model, data, quality_batches, "before the drop")}
+    quality = {"before": held_out_quality(trainer, model, data, quality_batches)}
     bypass(model, plan)
-    quality["after"] = held_out_quality(trainer, model, data, quality_batches, "after the drop")
-    with trainer.precision_plugin.forward_context(), console.status("Measuring speed"):
+    quality["after"] = held_out_quality(trainer, model, data, quality_batches)
+    with trainer.precision_plugin.forward_context():
         report = measure_speed(model, **lengths)
     write_text(folder / "speed.json", json.dumps(report.to_dict(), indent=2) + "\n")
     plan.save(folder / PLAN_FILE)

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import lightning_utilities.core.rank_zero as rank_zero_module
 from transformers.utils import logging as transformers_logging
 
-from layershed.integration.namespaces import NAMESPACES
+from layershed import callbacks
 
 LOGS = (
     "lightning.fabric.utilities.seed",
-    # Lightning logs under one name for both of its packages: that of the one that was imported last
-    *(f"{each.pytorch}.utilities.rank_zero" for each in NAMESPACES),
+    "lightning.pytorch.utilities.rank_zero",
     "bitsandbytes.backends.cpu.ops",
     "bitsandbytes.autograd._functions",
     "datasets.packaged_modules.json.json",
@@ -41,17 +41,31 @@ _CHATTER = (
 )
 
 
+# Callbacks whose state an evaluation does not need: the module's own hooks bring it into the state of the checkpoint.
+_NOT_NEEDED = "|".join([*callbacks.__all__, "ModelCheckpoint", "EarlyStopping", "FitBar", "StopOnSignal"])
+_ONE = rf"""(?:'(?:{_NOT_NEEDED})'|"(?:{_NOT_NEEDED})(?:{{[^"]*}})?")"""
+_RESTORED_ANYWAY = rf"(?s).*Please add the following callbacks: \[{_ONE}(?:, {_ONE})*\]"
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the messages of other libraries, and restore their settings afterwards."""
+def quiet(*, evaluating: bool = False) -> Iterator[None]:
+    """Hide the messages of other libraries, and restore their settings afterwards.
+
+    Args:
+        evaluating: Whether no training follows, so that the state of callbacks in a checkpoint does not matter.
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    logs = [logging.getLogger(name) for name in LOGS]
+    # Lightning's two packages share one log, under the name of the one that was imported last
+    logs = [rank_zero_module.log, *(logging.getLogger(name) for name in LOGS)]
     with warnings.catch_warnings():
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         for log in logs:
             log.addFilter(_worth_saying)
         warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+        if evaluating:
+            warnings.filterwarnings("ignore", message=_RESTORED_ANYWAY)
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
         # a small machine gains nothing from more loader processes
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning 2.6 calls functions that torch 2.13 and jsonargparse 4.53 deprecate

@@ -14,7 +14,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 from transformers import PreTrainedModel
 
-from layershed.cli.console import watched
 from layershed.errors import CalibrationError, DataError, ExportError, LayershedError, ModelError
 from layershed.files.atomic import refuse_source, write_text
 from layershed.importance.metrics import get_metric
@@ -154,16 +153,16 @@ def score_sublayers(
 ) -> ImportanceScores:
     """Measure the importances and write them to ``importance.csv``."""
     with trainer.precision_plugin.forward_context():
-        scores = estimate_importance(model, watched(data.train_dataloader(), batches, "Scoring"), metric)
+        scores = estimate_importance(model, data.train_dataloader(), metric, max_batches=batches)
     rows = [f"0,{block},{kind},{metric},{value!r}\n" for block, kind, value in scores.rows()]
     write_text(folder / "importance.csv", "step,block,kind,metric,value\n" + "".join(rows))
     return scores
 
 
-def held_out_quality(trainer: pl.Trainer, model: nn.Module, data: TextData, batches: int, when: str = "") -> Quality:
+def held_out_quality(trainer: pl.Trainer, model: nn.Module, data: TextData, batches: int) -> Quality:
     """Measure quality on the held-out text."""
     with trainer.precision_plugin.forward_context():
-        return evaluate_quality(model, watched(data.val_dataloader(), batches, f"Measuring quality {when}".rstrip()))
+        return evaluate_quality(model, data.val_dataloader(), max_batches=batches)
 
 
 def load_base(

@@ -19,6 +19,7 @@ from layershed.cli.generate import generate
 from layershed.cli.named_callbacks import Callbacks, as_list
 from layershed.cli.plan import predict_plan
 from layershed.cli.prompts import read_prompts
+from layershed.cli.predictions import PredictionFile, What
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable
 from layershed.cli.sampling import check_sampling
@@ -67,6 +68,35 @@ class Trainer(pl.Trainer):
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise TrainerError(f"trainer: {error}") from error
         keep_checkpoints_whole(self.strategy)  # validate and test, too, report a damaged checkpoint in one sentence
+
+    def predict(  # type: ignore[override]
+        self,
+        model: CausalLM,
+        datamodule: TextData,
+        ckpt_path: str | None = None,
+        what: What = "text",
+        prompt_tokens: int | None = None,
+        new_tokens: int = 32,
+    ) -> None:
+        """Continue the held-out text with a model, or write its logits.
+
+        Writes ``predictions.jsonl``, or the folder ``logits``, into the run directory.
+
+        Args:
+            model: The model.
+            datamodule: The text; the beginning of every held-out sequence is continued.
+            ckpt_path: A checkpoint of fit. It also sets the options of the model.
+            what: text (the most likely continuation of each sequence) or logits (of every position).
+            prompt_tokens: Tokens of each sequence to continue; null for half of it.
+            new_tokens: Tokens to generate.
+
+        Raises:
+            LayershedError: If a number is out of range, or the checkpoint cannot be loaded.
+        """
+        writer = PredictionFile(what, prompt_tokens, new_tokens)
+        model.predicted = writer.predict
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        super().predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)
 
     def score(
         self, model: CausalLM, datamodule: TextData, metric: str = "cosine", batches: int = 16

@@ -23,6 +23,7 @@ from layershed.importance.padding import Padding
 from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
 from layershed.importance.taps import Taps, body_of
 from layershed.planning.plan import ImportanceScores, Sublayer
+from layershed.progress import least, track
 from layershed.surgery import bypassed_sublayers
 
 
@@ -65,7 +66,7 @@ def estimate_importance(
     body = body_of(transformer)
     ids = TokenIdRange(transformer)
     with tracker, evaluating(transformer), torch.no_grad(), tracker.measuring():
-        for batch in iterate(batches, max_batches):
+        for batch in track(iterate(batches, max_batches), "Scoring", least(batches, max_batches)):
             body(**model_inputs(batch, transformer, ids))
     ids.read()
     scores = tracker.compute()

@@ -19,6 +19,7 @@ from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import eager, evaluating
 from layershed.performance.stopwatch import Phase, SpeedSettings, Stopwatch, casting_alike, check_phase
 from layershed.planning.plan import Sublayer
+from layershed.progress import track
 from layershed.recovery.lora import adapters_off
 from layershed.stand_ins.contexts import lifted
 from layershed.surgery import stopped_by
@@ -80,7 +81,8 @@ def measure_latency(
         contexts.enter_context(recorder.attached(transformer))
         contexts.enter_context(casting_alike(transformer))
         contexts.enter_context(lifted(transformer))
-        seconds = [recorder.run(stopwatch, phase) for _ in range(warmup + runs)][warmup:]
+        turns = track(range(warmup + runs), "Measuring latency", warmup + runs)
+        seconds = [recorder.run(stopwatch, phase) for _ in turns][warmup:]
     passes = 1 if phase == "prefill" else new_tokens
     return Latency(
         {sublayer: statistics.median(run[sublayer] for run, _ in seconds) / passes for sublayer in seconds[0][0]},

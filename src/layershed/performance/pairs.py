@@ -14,6 +14,7 @@ from layershed.discovery.probe import evaluating
 from layershed.performance.intervals import bootstrap_interval
 from layershed.performance.speed_report import PhaseSpeed
 from layershed.performance.stopwatch import casting_alike
+from layershed.progress import track
 from layershed.recovery.lora import adapters_off
 
 Run = TypeVar("Run")
@@ -32,7 +33,8 @@ def as_measured(*transformers: nn.Module) -> Iterator[None]:
 
 def in_turns(dense: Callable[[], Run], dropped: Callable[[], Run], runs: int, warmup: int) -> list[tuple[Run, Run]]:
     """Run dense and dropped in turns, A B A B, and return the pairs after the warm-up."""
-    return [(dense(), dropped()) for _ in range(warmup + runs)][warmup:]
+    turns = track(range(warmup + runs), "Measuring speed", warmup + runs)
+    return [(dense(), dropped()) for _ in turns][warmup:]
 
 
 def phase_speed(

@@ -21,6 +21,7 @@ from layershed.performance.stopwatch import Phase, SpeedSettings, check_phase
 from layershed.planning.arguments import as_protected
 from layershed.planning.plan import Drop, DropPlan, Scope, Sublayer
 from layershed.planning.selection import Objective, check_scope, check_selection, plan_of_groups, rank_sublayers
+from layershed.progress import track
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 DEFAULT_SETTINGS = SpeedSettings()
@@ -88,7 +89,7 @@ def drop_to_speedup(
     reports: dict[int, SpeedReport] = {}
     ceilings = measure_ceilings(transformer.device, transformer.dtype)
     try:
-        while (number := search.next_number()) is not None:
+        for number in track(iter(search.next_number, None), f"Searching a speedup of {target_speedup:g}"):
             _bypass_first(transformer, ranked, number)
             reports[number] = agree(measure_speed(transformer, ceilings=ceilings, **asdict(settings)))
             search.learn(number, reports[number].phases[phase].speedup.median)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 from layershed.arguments import as_path, check_kind, shown
 from layershed.errors import PlanError
 from layershed.files.atomic import write_text
+from layershed.planning.bar_table import BarTable, plan_table, scores_table
 from layershed.planning.model_record import ModelRecord
 
 Kind = Literal["attention", "cross_attention", "mlp"]
@@ -84,6 +85,18 @@ class ImportanceScores(dict[Sublayer, float]):
             f"tokens={self.tokens!r}, model={self.model!r})"
         )
 
+    def __str__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> BarTable:
+        values: dict[tuple[int, str], float] = {
+            (sublayer.block, sublayer.kind): value for sublayer, value in self.items()
+        }
+        return scores_table(values, KINDS, self.metric, self.tokens)
+
     def rows(self) -> Iterator[tuple[int, str, float]]:
         """Yield rows (block, kind, importance): first all sublayers, then all blocks."""
         for sublayer in sorted(self):
@@ -155,6 +168,18 @@ class DropPlan:
 
     def __contains__(self, sublayer: object) -> bool:
         return any(sublayer == own for own in self)
+
+    def __str__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> BarTable:
+        counts = ", ".join(f"{number} {kind}" for kind, number in count_by_kind(self).items() if number)
+        by = f", by {self.metric}" if self.metric else ""
+        drops = [(drop.sublayer.name, drop.score, drop.step) for drop in self.drops]
+        return plan_table(f"drop plan ({self.scope}{by}): {counts or 'nothing'}", drops)
 
     def __add__(self, later: DropPlan) -> DropPlan:
         """Append a later round of the same schedule.

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
@@ -74,6 +74,7 @@ class CausalLM(InheritedModule):
         if warmup_steps < 0:
             raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): warmup_steps must be at least 0.")
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.predicted: Callable[[nn.Module, Any], Tensor] | None = None  # what predict_step makes of a batch
         self._total_steps = math.inf  # until training starts; the first learning rate does not depend on it
         # transformers loads a folder in eval mode, and Lightning does not change the mode of a module
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
@@ -117,7 +118,9 @@ class CausalLM(InheritedModule):
         self._evaluate(batch, "test", self.test_perplexity)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The most likely next token at every position, shape (batch, tokens)."""
+        """What ``predicted`` makes of the batch; else the most likely next token at each position, (batch, tokens)."""
+        if self.predicted is not None:
+            return self.predicted(self.model, batch)
         return self.model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,0 +1,141 @@
+"""``validate``, ``test`` and ``predict``: which model is evaluated, on which text; whether fit measured the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from layershed.cli.config_check import check_configs
+from layershed.discovery.find import find_sublayers
+from layershed.errors import LayershedError
+from layershed.files.checkpoint_file import read_checkpoint
+from layershed.formatting import counts_of
+from layershed.surgery import dropped_sublayers
+
+COMMANDS = ("validate", "test", "predict")
+_OF_TRAINER = ("limit_val_batches", "precision")  # what decides the figure
+
+
+class EvaluatedModel(Callback):
+    """Says which model is evaluated on how much text, and what came out.
+
+    Prints: a line before the first batch of ``validate``, ``test`` and ``predict``; after ``validate`` and ``test``
+    one with the metrics.
+
+    Args:
+        checkpoint: The checkpoint whose weights are evaluated; None for those that the model was built with.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is evaluated."""
+        self._tell(trainer, pl_module, "limit_val_batches", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is evaluated."""
+        self._tell(trainer, pl_module, "limit_test_batches", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is evaluated."""
+        self._tell(trainer, pl_module, "limit_predict_batches", trainer.num_predict_batches)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics."""
+        if trainer.is_global_zero:
+            print(", ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items())))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics."""
+        self.on_validation_end(trainer, pl_module)
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, option: str, batches: list[int | float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        noted = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, mmap=True)
+        where = f" ({self.checkpoint})" if self.checkpoint else ""
+        print(f"evaluating {evaluated(pl_module, noted)}{where}")
+        number, given = sum(batches), getattr(trainer, option)
+        limit = "" if isinstance(given, float) and given == 1 else f" (trainer.{option}={given})"
+        compared = "" if option == "limit_predict_batches" else self._as_reported(number)
+        print(f"on {number} batches of the held-out text{limit}{compared}")
+
+    def _as_reported(self, number: int | float) -> str:
+        reported = None if self.checkpoint is None else reported_batches(config_of_run(self.checkpoint))
+        if reported is None:
+            return ""
+        if reported == number:
+            return ", the same as the losses in the report of the run"
+        return f"; the losses in the report of the run are over the first {reported}, so they differ"
+
+
+def evaluated(module: LightningModule, noted: Mapping[str, Any]) -> str:
+    """What a module holds, such as ``the dropped model: 6 of 24 sublayers, plan of step 200``.
+
+    Args:
+        module: A module of the command line.
+        noted: The checkpoint that it was loaded from; empty without one.
+    """
+    gone = dropped_sublayers(module)
+    if not gone:
+        random = module.hparams.get("pretrained") is None and not noted
+        return "a model with random weights; give --ckpt_path or --model.pretrained" if random else "the dense model"
+    try:
+        number = len({*find_sublayers(module), *gone})
+    except LayershedError:  # nothing is left
+        number = len(gone)
+    plan = (noted.get("callbacks", {}).get("SublayerDrop") or {}).get("plan") or {}
+    steps = [drop["step"] for drop in plan.get("drops", ()) if drop.get("step") is not None]
+    of_step = f", plan of step {max(steps)}" if steps else ""
+    return f"the dropped model: {len(gone)} of {number} sublayers{of_step} ({counts_of(gone)} dropped)"
+
+
+def config_of_run(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The config that a run saved beside its checkpoints; None if it is not there or cannot be read.
+
+    Raises:
+        ConfigError: If it is no text, or expands to billions of values.
+    """
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        return None
+    check_configs([str(path)])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError, OSError):
+        return None
+    parts = isinstance(content, Mapping) and (content.get("data"), content.get("trainer"))
+    return content if parts and all(isinstance(part, Mapping) for part in parts) else None
+
+
+def options_of_run(checkpoint: Path) -> str | None:
+    """The text and the batches of the run that wrote a checkpoint, as a config in JSON.
+
+    It is for a command line without a config. No class is taken from the run's config, which may be a stranger's.
+    """
+    content = config_of_run(checkpoint)
+    if content is None:
+        return None
+    trainer = {key: content["trainer"][key] for key in _OF_TRAINER if content["trainer"].get(key) is not None}
+    return json.dumps({"data": dict(content["data"]), "trainer": trainer}, default=str)
+
+
+def reported_batches(config: Mapping[str, Any] | None) -> int | None:
+    """The number of validation batches on which a run measured the quality around its drop."""
+    trainer = {} if config is None else config["trainer"]
+    callbacks = trainer.get("callbacks")
+    entries = (
+        list(callbacks.values()) if isinstance(callbacks, Mapping) and "class_path" not in callbacks else callbacks
+    )
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if isinstance(entry, Mapping) and str(entry.get("class_path")).endswith(".SublayerDrop"):
+            number, limit = (entry.get("init_args") or {}).get("quality_batches"), trainer.get("limit_val_batches")
+            return min(number, limit) if isinstance(number, int) and isinstance(limit, int) else number
+    return None
