@@ -176,9 +176,13 @@ class LayershedCLI(LightningCLI):
             config.data.tokenizer = config.model.pretrained
 
     def instantiate_classes(self) -> None:
-        """Build the model without weights for ``plan``."""
+        """Check the text before the model is built. Build the model without weights for ``plan``."""
+        data = None if self.subcommand == "plan" else TextData(**self.config[self.subcommand].data.as_dict())
+        if data is not None and data.is_local:
+            data.check()
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
+        self.datamodule = data or self.datamodule  # with the rows that were read
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every ``fit`` has: a signal stops it with a checkpoint, and it resumes exactly."""
