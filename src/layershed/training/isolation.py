@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def why_not_apart(module: nn.Module) -> str | None:
         return logits
 
     try:
-        with torch.no_grad(), evaluating(transformer):
+        with warnings.catch_warnings(), torch.no_grad(), evaluating(transformer):
+            warnings.simplefilter("ignore")  # of a trial, not of the run
             packed, changed, alone = run(twice, first, second), run(twice, other, second), run(row, second)
             joined, otherwise = run(running, first, second), run(running, other, second)
     except Exception as error:  # a model of any kind, on any device: such as a kernel that needs a GPU
