@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from layershed.errors import DataError
-from layershed.integration.namespaces import rank_zero_warn
 from layershed.training.sources import Source
 
 
@@ -53,26 +52,18 @@ def check_stream(num_workers: int, max_tokens: int | None) -> None:
         )
 
 
-def check_run(trainer: Any, source: Source) -> None:
-    """Refuse, before training, a run that a stream without end cannot feed.
+def batches_of_run(trainer: Any, source: Source) -> int:
+    """Number of batches that a run takes from a stream, at most: its first epoch is as long as the run.
 
     Args:
-        trainer: The Trainer; None in a loop of one's own.
+        trainer: The Trainer.
         source: The source, for errors.
+
+    Raises:
+        DataError: If the run has no end.
     """
-    if trainer is None:
-        return
-    limit, epochs = trainer.limit_train_batches, trainer.max_epochs
-    counted = isinstance(limit, int)
-    if trainer.max_steps == -1 and not (counted and epochs == 1):
-        raise DataError(f"{source}: a stream has no end, so the run has none; set trainer.max_steps.")
-    if counted and epochs != 1 and not 0 <= trainer.max_steps <= limit:
-        raise DataError(
-            f"{source}: a stream is one epoch without end, so limit_train_batches={limit} cannot begin another one; "
-            "set trainer.max_steps and trainer.val_check_interval instead."
-        )
-    if not counted and trainer.enable_validation and trainer.val_check_interval == 1.0:
-        rank_zero_warn(
-            f"{source}: a stream is one epoch without end, so no validation runs after an epoch. Set "
-            "trainer.val_check_interval to a number of batches."
-        )
+    if trainer.max_steps >= 0:
+        return int(trainer.max_steps * trainer.accumulate_grad_batches)
+    if isinstance(trainer.limit_train_batches, int):
+        return int(trainer.limit_train_batches)  # of each epoch; the next one goes on in the stream
+    raise DataError(f"{source}: a stream has no end, so the run has none; set trainer.max_steps.")

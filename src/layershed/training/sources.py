@@ -103,6 +103,10 @@ class Source:
         with as_data_error(f"{self}: the dataset could not be loaded from the hub"):
             return datasets.load_dataset(name, config, **options)
 
+    def parts(self) -> list[Source]:
+        """Each file as a source of its own, to find the one that does not fit the others."""
+        return [Source(str(file), streaming=False) for file in self.files] if len(self.files) > 1 else []
+
     def place(self, index: int) -> str:
         """Number and file of a row, for an error, such as ``row 3 of chat.jsonl``; numbers begin at 1.
 

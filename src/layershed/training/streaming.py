@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch.utils.data import IterableDataset
 
 from layershed.errors import DataError
+from layershed.training.as_data_error import as_data_error
 
 Numbered = tuple[int, Mapping[str, Any]]
 """A row and its index in the stream."""
@@ -72,7 +73,7 @@ class StreamedSequences(IterableDataset[Any]):
         rows = copy.deepcopy(self._rows)  # a data set keeps the state that was loaded into it
         if state["rows"] is not None:
             rows.load_state_dict(state["rows"])
-        numbered = enumerate(iter(rows), start=state["index"])
+        numbered = enumerate(self._read(rows), start=state["index"])
         share = (row for row in numbered if self._is_own(row[0]))
         while taken := list(islice(share, self._size)):
             after = {**state, "index": taken[-1][0] + 1, "rows": rows.state_dict(), "window": state["window"] + 1}
@@ -87,6 +88,16 @@ class StreamedSequences(IterableDataset[Any]):
                 f"{self._where}: the stream gives rank {self._rank} no sequence in a whole pass; give more rows, or "
                 "lower block_size, val_rows or the number of devices."
             )
+
+    def _read(self, rows: Any) -> Iterator[Mapping[str, Any]]:
+        """The rows; what the libraries raise in mid-run is one sentence."""
+        iterator = iter(rows)
+        while True:
+            with as_data_error(f"{self._where}: a row could not be read"):
+                row = next(iterator, None)
+            if row is None:
+                return
+            yield row
 
     def _is_own(self, index: int) -> bool:
         return index >= self._skip and (index - self._skip) % self._ranks == self._rank

@@ -16,12 +16,13 @@ from layershed.errors import DataError
 from layershed.extras import needs
 from layershed.integration.lightning_private import epoch_in_progress
 from layershed.integration.namespaces import InheritedDataModule, rank_zero_warn
+from layershed.training.as_data_error import UnreadableError, as_data_error
 from layershed.training.chat_rows import ChatRows
 from layershed.training.collate import collate
 from layershed.training.data_checks import (
+    batches_of_run,
     check_files,
     check_numbers,
-    check_run,
     check_split,
     check_stream,
 )
@@ -29,6 +30,7 @@ from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.isolation import why_not_apart
 from layershed.training.row_kinds import rows_of
 from layershed.training.sources import Source, no_progress_bars
+from layershed.training.stream_loader import StreamLoader
 from layershed.training.streaming import StreamedSequences
 from layershed.training.text_rows import TextRows
 from layershed.training.tokenizer import check_chat_template, load_tokenizer, padding_id
@@ -77,7 +79,7 @@ class TextData(InheritedDataModule):
         num_workers: Processes that load batches; 0 for none. At most 1 for a stream.
         seed: Seed of the split and of the shuffling.
         streaming: Read the source while training, for data larger than memory. The stream begins again at its end, so
-            the run needs ``max_steps``. Every rank reads all rows and tokenizes its own share.
+            the run needs ``max_steps``, and is one epoch. Every rank reads all rows and tokenizes its own share.
         val_rows: First rows of a stream that are held out for validation, at least 1.
         shuffle_rows: Rows of a stream that are shuffled together, held in memory; 1 keeps their order.
 
@@ -164,23 +166,13 @@ class TextData(InheritedDataModule):
         if self._checked is not None:
             return
         with no_progress_bars():
-            train, held_out = self._source.load()
-            rows = rows_of(
-                self._source,
-                train,
-                (self.text_column, self.prompt_column, self.response_column),
-                (self.val_fraction, self.seed),
-                block_size=self.block_size,
-                mask_prompts=self.mask_prompts,
-            )
-            if self.streaming:
-                for index, row in enumerate(islice(train, self.val_rows + 1)):
-                    rows.check_row(row, index)
-            else:
-                train = rows.check(train)
-                held_out = None if held_out is None else rows.check(held_out)
-        self._checked = (rows, train, held_out)
-        name = self._tokenizer_name
+            try:
+                self._checked = self._read(self._source)
+            except UnreadableError:
+                for part in self._source.parts():
+                    self._read(part)  # names the file and the row
+                raise
+        rows, name = self._checked[0], self._tokenizer_name
         if rows.is_chat and (name in (None, "bytes") or Path(str(name)).expanduser().exists()):
             with suppress(DataError):  # the model's own error is clearer
                 _ = self.tokenizer
@@ -201,12 +193,14 @@ class TextData(InheritedDataModule):
         """Build ``train_dataset`` and ``val_dataset``, once. Their items hold ``input_ids``, and ``labels`` of chats.
 
         Args:
-            stage: Not used; every stage needs the same data.
+            stage: Every stage needs the same data; ``"fit"`` of a stream also needs a run that ends.
 
         Raises:
             DataError: If the rows cannot be read, are wrong, or are too few for one training batch on every device and
                 one validation sequence.
         """
+        if stage == "fit" and self.streaming and self.trainer is not None:
+            batches_of_run(self.trainer, self._source)
         if self.train_dataset is not None:
             return
         self.check()
@@ -227,32 +221,25 @@ class TextData(InheritedDataModule):
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled full batches of this device's share. The state is epoch and position, on every rank."""
         self.setup()
-        options: dict[str, Any] = {}
-        if self.streaming:
-            check_run(self.trainer, self._source)
-        else:
+        options = {"drop_last": True, **self._loader_options()}
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            if self.streaming:
+                batches = None if self.trainer is None else batches_of_run(self.trainer, self._source)
+                return StreamLoader(self.train_dataset, batches, **options)
             sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
             if self.trainer is not None:
                 # Resuming at the end of an epoch, Lightning iterates the loader before it sets the epoch.
                 sampler.set_epoch(epoch_in_progress(self.trainer))
-            options["sampler"] = sampler
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(self.train_dataset, drop_last=True, **options, **self._loader_options())
+            return StatefulDataLoader(self.train_dataset, sampler=sampler, **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out sequences in order. The last batch can be smaller."""
         self.setup()
         return DataLoader(self.val_dataset, shuffle=False, **self._loader_options())
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The same as :meth:`val_dataloader`."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The same as :meth:`val_dataloader`."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader_options(self) -> dict[str, Any]:
         # Its own generator: reading batches must not change the global random state, which dropout uses.
@@ -263,6 +250,24 @@ class TextData(InheritedDataModule):
     def _share(self) -> dict[str, int]:
         distributed = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return distributed or {"num_replicas": 1, "rank": 0}
+
+    def _read(self, source: Source) -> tuple[TextRows | ChatRows, Any, Any]:
+        """What the rows are, those for training, and those held out, or None; checked."""
+        train, held_out = source.load()
+        rows = rows_of(
+            source,
+            train,
+            (self.text_column, self.prompt_column, self.response_column),
+            (self.val_fraction, self.seed),
+            block_size=self.block_size,
+            mask_prompts=self.mask_prompts,
+        )
+        if not source.streaming:
+            return rows, rows.check(train), None if held_out is None else rows.check(held_out)
+        with as_data_error(f"{source}: the rows could not be read"):
+            for index, row in enumerate(islice(train, self.val_rows + 1)):
+                rows.check_row(row, index)
+        return rows, train, held_out
 
     def _can_pack(self) -> bool:
         if self.trainer is None:
