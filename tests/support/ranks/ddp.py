@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from tests.support.ranks import clock, files, lora, own_quality, replicated
+from tests.support.ranks import chats, clock, files, lora, own_quality, replicated
 
 SCENARIOS = {
+    "chats": chats.run,
     "replicated": replicated.run,
     "files": files.run,
     "clock": clock.run,
