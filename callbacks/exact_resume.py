@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from layershed.errors import CheckpointError
 from layershed.integration.checkpoint_io import keep_checkpoints_whole
 from layershed.integration.lightning_private import give_back_header_rewrite, supports_exact_resume
+from layershed.integration.loader_positions import note_positions, take_up_positions
 from layershed.integration.metrics_csv import keep_rows, note_rows, take_up_rows
 from layershed.integration.module_hooks import (
     carry_changes_by_hand,
@@ -30,6 +31,7 @@ class ExactResume(Callback):
     It saves
 
     - the random states of every rank, and of the generators that the train loaders hold;
+    - the positions of every rank's train loaders, where they differ;
     - the metrics row, the validation and the end of the epoch that are due at the checkpoint's step;
     - the rows of ``metrics.csv``, which CSVLogger deletes when it opens an existing version;
     - the changes made by hand before training: bypass, quantization and adapters;
@@ -103,11 +105,13 @@ class ExactResume(Callback):
         for logger in trainer.loggers:
             logger.save()
         note_progress(checkpoint, trainer)
+        note_positions(checkpoint, trainer)
         note_rows(checkpoint, trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the rows, log the row that was due, and let the fit loop do the rest that was due."""
         if self._acts(trainer) and fits(trainer):
+            take_up_positions(checkpoint, trainer)
             take_up_rows(checkpoint, trainer)
             take_up_progress(checkpoint, trainer)
 

@@ -140,7 +140,11 @@ class ModelError(LayershedError, ValueError):
 
 
 class DataError(LayershedError, ValueError):
-    """A data source is missing, empty or too small."""
+    """A data source is missing, empty or too small, or a row of it is wrong."""
+
+
+class ChatTemplateError(DataError):
+    """A tokenizer has no chat template, or its template cannot write a conversation."""
 
 
 class ResultError(LayershedError, ValueError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from layershed.errors import MissingExtraError
 
 EXTRAS = {
-    "data": ("datasets", "torchdata"),
+    "data": ("datasets", "torchdata", "jinja2"),
     "report": ("matplotlib", "jinja2", "rich"),
     "quantization": ("bitsandbytes",),
     "cli": ("jsonargparse", "docstring_parser", "typeshed_client", "tensorboard"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def evaluate_quality(
     Args:
         model: A causal language model, or a module that holds one.
         batches: Mappings with ``input_ids`` of shape (batch, tokens), or the token ids alone. Optional entries of the
-            same shape are ``labels`` (-100 is ignored) and ``attention_mask`` (0 is ignored).
+            same shape are ``labels`` (-100 is ignored), ``attention_mask`` (0 is ignored) and ``position_ids``.
         max_batches: Maximum number of batches; None takes all.
         name: Path of the transformer inside ``model``; needed if the model holds several.
 
@@ -148,7 +149,9 @@ def _predictions(transformer: nn.Module, batch: Any, ids: TokenIdRange) -> tuple
         same_shape(inputs, name)
     device = device_of(transformer)
     labels = select(inputs, ["labels"], device)
-    inputs = select(inputs, ["input_ids", "attention_mask"], device)
+    # packed sequences say by their positions where one ends
+    known = {"position_ids"} & set(inspect.signature(transformer.forward).parameters)
+    inputs = select(inputs, ["input_ids", "attention_mask", *known], device)
     output = transformer(**inputs, use_cache=False)
     targets = labels.get("labels", inputs["input_ids"])[:, 1:].long()
     counted = targets != -100

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoTokenizer
 
 import layershed as ls
 from layershed.callbacks import (
@@ -35,12 +36,15 @@ from layershed.recovery.distillation import Distillation
 from layershed.recovery.lora import adapted_modules
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
+from layershed.training.tokenizer import BYTE_CHAT_TEMPLATE
 from tests.support.ticking import Ticking, install
 
 pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(FOLDER.glob("*.yaml"))
+TWINS = {"chat_dense": "chat_recovery"}  # the same runs without a drop
+CONFIGS = [path for path in FILES if path.stem not in TWINS]
 # What each config is there to show: its drop, and what a short run of it takes away from 6 blocks.
 SHOWS = {
     "quickstart": ({"scope": "joint", "ratio": 0.25}, 3),
@@ -63,11 +67,13 @@ SHOWS = {
     "distill_recovery": ({"scope": "attention", "count": 6}, 4),
     "qlora": ({"scope": "attention", "count": 6}, 4),
     "full_recovery": ({"scope": "attention", "count": 6}, 4),
+    "chat_recovery": ({"scope": "attention", "count": 6}, 4),
     "smollm2_recovery": ({"scope": "attention", "count": 8, "start": 1, "calibrate_on": "train"}, 4),
 }
 # How the recovering ones do it: arguments of LoRARecovery, of Quantization, of the distillation.
 RECOVERS = {
     "lora_recovery": ({"mode": "lora", "rank": 8, "warmup_steps": 10, "finish": "merge"}, None, None),
+    "chat_recovery": ({"mode": "lora", "rank": 8, "warmup_steps": 10, "finish": "merge"}, None, None),
     "distill_recovery": (
         {"mode": "lora", "rank": 8, "warmup_steps": 10, "finish": "merge"},
         None,
@@ -98,7 +104,14 @@ DATA = {"block_size": 16, "batch_size": 2, "max_tokens": 1024}
 TRAINER = {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 2, "log_every_n_steps": 1}
 SPEED = {"prompt_tokens": 8, "new_tokens": 2, "runs": 2}
 
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def data_of_configs(own_world):
+    """The configs name their data from the root of the repository."""
+    Path("configs").symlink_to(FOLDER)
 
 
 class AtTheDrop(pl.Callback):
@@ -152,11 +165,15 @@ def shortened(path):
         drop["every_n_steps"] = 1
     callback_of(config, "SpeedMonitor").update(SPEED)
     callback_of(config, "Report")["every_n_steps"] = 1
-    if path.stem != "quickstart":
+    if path.stem == "chat_recovery":
+        del config["data"]["max_tokens"]
+        config["data"]["block_size"] = TINY["max_position_embeddings"]
+    elif path.stem != "quickstart":
         Path("small.txt").write_text(
             "\n\n".join(f"{number} is not {number + 1}, nor will it be." for number in range(99))
         )
         config["data"]["source"] = "small.txt"
+    if path.stem != "quickstart":
         del config["trainer"]["callbacks"]["report"]
     if "target_speedup" in drop:
         drop["speed"].update(SPEED)
@@ -208,7 +225,39 @@ def test_each_config_parses_and_instantiates(path, monkeypatch):
     assert not Path("runs").exists(), "nothing is written before training"
 
 
-@every_config
+@pytest.mark.parametrize(("twin", "name"), TWINS.items())
+def test_dense_twin_is_its_config_without_the_drop(twin, name):
+    dense, dropping = (yaml.safe_load((FOLDER / f"{stem}.yaml").read_text()) for stem in (twin, name))
+    kept = [
+        entry
+        for entry in dropping["trainer"]["callbacks"]
+        if not entry["class_path"].endswith(("SublayerDrop", "SpeedMonitor", "LoRARecovery"))
+    ]
+    callback_of({"trainer": {"callbacks": kept}}, "Export")["folder"] = "dense"
+    dropping["trainer"].update(callbacks=kept, default_root_dir=f"runs/{twin}")
+    assert dense == dropping
+
+
+def test_short_dense_run_writes_a_report_and_the_whole_model(tmp_path, capsys):
+    config = yaml.safe_load((FOLDER / "chat_dense.yaml").read_text())
+    config["model"].update(config={**TINY, "max_position_embeddings": 256}, warmup_steps=1)
+    config["trainer"].update(TRAINER)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "short.yaml"]) == 0
+    run = Path("runs/chat_dense/version_0")
+    assert not ls.dropped_sublayers(ls.load_pretrained(run / "dense"))
+    assert (run / "report.html").is_file()
+    assert AutoTokenizer.from_pretrained(run / "dense").chat_template == BYTE_CHAT_TEMPLATE
+    assert "warning" not in capsys.readouterr().err.lower()
+
+
+def test_chat_data_of_the_repository_is_small_and_in_order():
+    path = FOLDER / "data" / "conversations.jsonl"
+    assert path.stat().st_size < 60_000
+    TextData(str(path)).check()
+
+
+@every_file
 def test_each_config_head_says_how_to_run_it(path):
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
@@ -217,7 +266,7 @@ def test_each_config_head_says_how_to_run_it(path):
     if path.stem in HUB:
         assert "--model.pretrained FOLDER" in head
     elif path.stem != "quickstart":
-        assert words[words.index("--model.pretrained") + 1] == "HuggingFaceTB/SmolLM2-135M"
+        assert words[words.index("--model.pretrained") + 1].removesuffix("-Instruct") == "HuggingFaceTB/SmolLM2-135M"
     if path.stem != "quickstart":
         assert ".gguf" in head
 
@@ -309,7 +358,7 @@ def real_defaults(key, owner):
     return [inspect.signature(kind).parameters[name].default]
 
 
-@every_config
+@every_file
 def test_config_comments_state_the_true_defaults(path):
     found = settings(path)
     assert len(found) > 30
@@ -328,7 +377,7 @@ def test_config_comments_state_the_true_defaults(path):
             assert yaml.safe_load(stated[2]) in known, f"{path.name}: {key}: {stated[2]!r} is not among {known}"
 
 
-@every_config
+@every_file
 def test_config_comment_states_the_default_optimizer(path):
     line = next(line for line in path.read_text().splitlines() if line.startswith("  optimizer:"))
     default = inspect.signature(CausalLM).parameters["optimizer"].default
@@ -364,18 +413,15 @@ def test_smollm2_weights_are_unchanged_before_the_drop():
 # ---- runs ----
 
 
-QUICK = {"quickstart", "qlora", "target_speedup"}  # the others differ in a scope or in how they recover
+QUICK = {"quickstart", "chat_recovery"}  # the others differ in a scope or in how they recover
 
 
-@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in sorted(FOLDER.glob("*.yaml"))
-    ],
+    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in CONFIGS],
 )
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.filterwarnings("ignore:.*conversations are longer than block_size")
 def test_short_run_of_each_config_writes_every_file(path, tmp_path, capsys, monkeypatch):
     config = shortened(path)
     if path.stem == "target_speedup":

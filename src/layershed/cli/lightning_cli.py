@@ -213,9 +213,13 @@ class LayershedCLI(LightningCLI):
             check_before_loading(config)
 
     def instantiate_classes(self) -> None:
-        """Build the model without weights for ``plan``."""
+        """Check the text before the model is built. Build the model without weights for ``plan``."""
+        data = None if self.subcommand == "plan" else TextData(**self.config[self.subcommand].data.as_dict())
+        if data is not None and data.is_local:
+            data.check()
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
+        self.datamodule = data or self.datamodule  # with the rows that were read
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add a bar and a line about the model; to ``fit`` a checkpoint if stopped, exact resuming, time and rate."""

@@ -68,6 +68,8 @@ def quiet(*, evaluating: bool = False) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
         # a small machine gains nothing from more loader processes
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # a stream's length is that of the run
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         # Lightning 2.6 calls functions that torch 2.13 and jsonargparse 4.53 deprecate
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli|jsonargparse")

@@ -18,8 +18,8 @@ from layershed.cli.claimed_folder import ClaimedFolder, RunCSVLogger, RunTensorB
 from layershed.cli.generate import generate
 from layershed.cli.named_callbacks import Callbacks, as_list
 from layershed.cli.plan import predict_plan
-from layershed.cli.prompts import read_prompts
 from layershed.cli.predictions import PredictionFile, What
+from layershed.cli.prompts import read_prompts
 from layershed.cli.prune import prune
 from layershed.cli.run_folder import TrainerError, check_devices, check_writable
 from layershed.cli.sampling import check_sampling

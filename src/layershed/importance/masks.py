@@ -94,6 +94,24 @@ def tokens_that_count(mask: Any, unreadable: UnreadableMasks | None = None) -> T
     return counts
 
 
+def tokens_with_a_place(position_ids: Any) -> Tensor | None:
+    """The tokens that are not padding, by the positions of packed sequences without an attention mask.
+
+    Positions begin again at 0 with each sequence. The zeros at the end of a row are padding, unless the row holds no
+    other number: a sequence of one token predicts nothing.
+
+    Args:
+        position_ids: Shape (batch, tokens); anything else says nothing.
+
+    Returns:
+        Shape (batch, tokens), true where a token counts; None if the positions say nothing.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return None
+    zeros_at_the_end = (position_ids == 0).flip(-1).cumprod(-1).flip(-1).bool()
+    return ~zeros_at_the_end | zeros_at_the_end.all(-1, keepdim=True)
+
+
 _ADVICE = "Pass a mask of shape (batch, tokens), or batches without padding."
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershed.errors import CalibrationError
-from layershed.importance.masks import UnreadableMasks, tokens_that_count
+from layershed.importance.masks import UnreadableMasks, tokens_that_count, tokens_with_a_place
 from layershed.importance.passes import holds
 from layershed.spellings import cache_in
 
@@ -88,6 +88,9 @@ class Padding:
             return
         name = next((name for name in known if given[name] is not None), known[0])
         mask = given[name]
+        if mask is None and path == self._outermost and names is _OWN:
+            self._given[path, decoder] = _Given(tokens_with_a_place(given.get("position_ids")))
+            return
         if names[name] and isinstance(mask, Tensor):
             mask = ~mask.bool()
         if path != self._outermost and not (isinstance(mask, Tensor) and mask.ndim == 2):

@@ -172,5 +172,7 @@ class CausalLM(InheritedModule):
     def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity) -> None:
         output = self.model(**batch, use_cache=False)
         perplexity.update(output.logits[:, :-1].float(), batch["labels"][:, 1:])
-        self.log(f"{stage}_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        # a mean over tokens: conversations differ in their labels; a tensor, as int() would wait for the device
+        tokens: Any = (batch["labels"][:, 1:] != -100).sum()
+        self.log(f"{stage}_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=tokens)
         self.log(f"{stage}_perplexity", perplexity)

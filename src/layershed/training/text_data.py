@@ -1,61 +1,92 @@
-"""Text for causal language modelling: documents, packed sequences, loaders that resume exactly."""
+"""Text and conversations for causal language modelling: sequences of tokens, and loaders that resume exactly."""
 
 from __future__ import annotations
 
-import importlib
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, ByT5Tokenizer
 
 from layershed.errors import DataError
 from layershed.extras import needs
 from layershed.integration.lightning_private import epoch_in_progress
-from layershed.integration.namespaces import InheritedDataModule
+from layershed.integration.namespaces import InheritedDataModule, rank_zero_warn
+from layershed.training.as_data_error import UnreadableError, as_data_error
+from layershed.training.chat_rows import ChatRows
+from layershed.training.collate import collate
+from layershed.training.data_checks import (
+    batches_of_run,
+    check_files,
+    check_numbers,
+    check_split,
+    check_stream,
+)
 from layershed.training.epoch_sampler import EpochSampler
-from layershed.training.packing import Packer, held_out_count, split_documents
-from layershed.training.sources import BUILDERS, local_files, parse_hub
+from layershed.training.isolation import why_not_apart
+from layershed.training.row_kinds import rows_of
+from layershed.training.sources import Source, no_progress_bars
+from layershed.training.stream_loader import StreamLoader
+from layershed.training.streaming import StreamedSequences
+from layershed.training.text_rows import TextRows
+from layershed.training.tokenizer import check_chat_template, load_tokenizer, padding_id
 
 with needs("data", "TextData"):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class TextData(InheritedDataModule):
-    """Text as batches ``{"input_ids": (B, T), "labels": (B, T)}`` of int64 token ids; labels equal the inputs.
+    """Text or conversations as batches of int64 token ids: ``{"input_ids": (B, T), "labels": (B, T), ...}``.
 
-    Documents are split into training and validation, tokenized, ended with the tokenizer's eos, concatenated and cut
-    into sequences of ``block_size`` tokens. An incomplete last sequence is left out. The same arguments give the same
-    batches. A resumed run sees the batches of the uninterrupted run, for the same ``num_workers``.
+    Text (a column of text): documents are tokenized, ended with the tokenizer's eos, concatenated and cut into
+    sequences of ``block_size`` tokens. Labels equal the inputs. An incomplete last sequence is left out.
 
-    Packed tokens are held in memory, 4 bytes each. Only ``"hub:..."`` writes to disk. The training loader shares the
-    sequences among the devices; Lightning adds no sampler. The order depends on the epoch, which Lightning sets; in
-    your own loop call ``loader.sampler.set_epoch(epoch)``.
+    Conversations (a column ``messages``, or a pair ``prompt`` and ``response``): the tokenizer's chat template writes
+    them, and only the answers of the assistant have labels. Whole conversations share a sequence of ``block_size``
+    tokens, with ``position_ids`` that begin again at 0, if the model of the Trainer keeps them apart, which is tried
+    before training. Otherwise, and without a Trainer, each is a row, padded to the longest of its batch, with an
+    ``attention_mask``. Of a longer conversation the beginning is cut; its last answer stays.
+
+    Rows are split into training and validation. The same arguments give the same batches. A resumed run sees the
+    batches of the uninterrupted run, for the same ``num_workers``.
+
+    Tokens are held in memory, 4 bytes each, unless the source is streamed. Only ``"hub:..."`` writes to disk. The
+    training loader shares the sequences among the devices; Lightning adds no sampler. The order depends on the epoch,
+    which Lightning sets; in your own loop call ``loader.sampler.set_epoch(epoch)``.
 
     Args:
         source: The text: ``"pydoc"``, the English of Python's help topics (0.5 MB, offline); a .txt file (a document
-            is a paragraph), or a .jsonl, .json or .parquet file (a document is a row); a folder of such files of one
-            type; ``"hub:<name>"`` or ``"hub:<name>:<config>"``, a dataset of the Hugging Face hub.
+            is a paragraph), or a .jsonl, .json or .parquet file (a document or conversation is a row); a folder of such
+            files of one type; ``"hub:<name>"`` or ``"hub:<name>:<config>"``, a dataset of the Hugging Face hub.
         tokenizer: None or ``"bytes"`` for one token per byte (a vocabulary of 259); else a local folder, a hub id, or
             the path of a .gguf file.
-        text_column: Column of the text, in .jsonl, .json, .parquet and hub sources.
+        text_column: Column of the text, in .jsonl, .json, .parquet and hub sources. Without a column ``text``, rows
+            with ``messages``, or with a prompt and a response, are conversations.
+        prompt_column: Column of questions: text, or lists of messages.
+        response_column: Column of answers; None for ``response`` or ``completion``.
+        chat_template: Path of a Jinja file, the chat template; None for the tokenizer's own.
+        mask_prompts: Whether only the answers in conversations have labels; otherwise every token has one.
+        packing: Whether conversations may share a sequence.
         block_size: Tokens per sequence, T; at least 2.
         batch_size: Sequences per batch and device, B.
-        val_fraction: Share of the documents to hold out, in (0, 1); of the sequences if there is only one document.
-            Not used if a hub dataset has a split named "validation".
+        val_fraction: Share of the rows to hold out, in (0, 1); of the sequences if there is only one document.
+            Not used if a hub dataset has a split named "validation", or for a stream.
         max_tokens: Largest number of training tokens, for quick runs; None for all.
-        num_workers: Processes that load batches; 0 for none.
+        num_workers: Processes that load batches; 0 for none. At most 1 for a stream.
         seed: Seed of the split and of the shuffling.
+        streaming: Read the source while training, for data larger than memory. The stream begins again at its end, so
+            the run needs ``max_steps``, and is one epoch. Every rank reads all rows and tokenizes its own share.
+        val_rows: First rows of a stream that are held out for validation, at least 1.
+        shuffle_rows: Rows of a stream that are shuffled together, held in memory; 1 keeps their order.
 
     Raises:
-        DataError: At once, if an argument is invalid, or a file is missing, empty or of an unknown type. In
-            ``prepare_data`` and ``setup``, if the text cannot be read or is too short.
+        DataError: At once, if an argument is invalid, or a file is missing, empty or of an unknown type. In ``check``,
+            ``prepare_data`` and ``setup``, if the rows cannot be read, are wrong or too few. Names the row.
+        ChatTemplateError: In ``check`` or ``setup``, if conversations cannot be written by the tokenizer's template.
 
     Example:
         >>> data = TextData("pydoc", block_size=128)
@@ -74,32 +105,34 @@ class TextData(InheritedDataModule):
         max_tokens: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        prompt_column: str = "prompt",
+        response_column: str | None = None,
+        chat_template: str | None = None,
+        mask_prompts: bool = True,
+        packing: bool = True,
+        streaming: bool = False,
+        val_rows: int = 100,
+        shuffle_rows: int = 1000,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("block_size", block_size, 2),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise DataError(f"TextData({name}={value}): {name} must be at least {least}.")
-        if not 0 < val_fraction < 1:
-            raise DataError(f"TextData(val_fraction={val_fraction}): val_fraction must be in (0, 1).")
-        if max_tokens is not None and max_tokens < batch_size * block_size:
-            raise DataError(
-                f"TextData(max_tokens={max_tokens}): max_tokens must be at least "
-                f"batch_size * block_size = {batch_size * block_size}, the tokens of one batch."
-            )
-        if tokenizer is not None and tokenizer.endswith(".gguf") and not Path(tokenizer).expanduser().is_file():
-            raise DataError(f"TextData(tokenizer={tokenizer!r}): there is no such file; give the path of a .gguf file.")
+        check_numbers(block_size=(block_size, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        check_numbers(val_rows=(val_rows, 1), shuffle_rows=(shuffle_rows, 1))
+        check_split(val_fraction, max_tokens, batch_size * block_size)
+        check_files(tokenizer, chat_template)
+        if streaming:
+            check_stream(num_workers, max_tokens)
         self.source, self.text_column, self.seed = source, text_column, seed
         self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
         self.val_fraction, self.max_tokens = val_fraction, max_tokens
+        self.prompt_column, self.response_column = prompt_column, response_column
+        self.mask_prompts, self.packing = mask_prompts, packing
+        self.streaming, self.val_rows, self.shuffle_rows = streaming, val_rows, shuffle_rows
         self.train_dataset: Any = None
         self.val_dataset: Any = None
-        self._hub = parse_hub(source)
-        self._files = [] if self._hub or source == "pydoc" else local_files(source)
-        self._tokenizer_name, self._tokenizer = tokenizer, None
+        self._source = Source(source, streaming)
+        self._checked: tuple[TextRows | ChatRows, Any, Any] | None = None
+        self._tokenizer_name, self._chat_template = tokenizer, chat_template
+        self._tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:
@@ -109,13 +142,42 @@ class TextData(InheritedDataModule):
             DataError: If it cannot be loaded.
         """
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self._tokenizer_name)
+            self._tokenizer = load_tokenizer(self._tokenizer_name, self._chat_template)
         return self._tokenizer
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, ``len(tokenizer)``; the model needs at least as many embeddings."""
         return len(self.tokenizer)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the source is read without a network."""
+        return self._source.is_local
+
+    def check(self) -> None:
+        """Read the source and check its rows, before there is a model. ``setup`` uses what was read.
+
+        Raises:
+            DataError: If the rows cannot be read, or one of them is wrong. Of a stream, only the held-out rows and the
+                first one after them are read.
+            ChatTemplateError: If there are conversations, and a tokenizer on disk has no chat template.
+        """
+        if self._checked is not None:
+            return
+        with no_progress_bars():
+            try:
+                self._checked = self._read(self._source)
+            except UnreadableError:
+                for part in self._source.parts():
+                    self._read(part)  # names the file and the row
+                raise
+        rows, name = self._checked[0], self._tokenizer_name
+        if rows.is_chat and (name in (None, "bytes") or Path(str(name)).expanduser().exists()):
+            with suppress(DataError):  # the model's own error is clearer
+                _ = self.tokenizer
+            if self._tokenizer is not None:
+                check_chat_template(self._tokenizer, name)
 
     def prepare_data(self) -> None:
         """Download from the hub. Lightning calls it in one process of each machine.
@@ -124,205 +186,118 @@ class TextData(InheritedDataModule):
             DataError: If the dataset or the tokenizer cannot be loaded.
         """
         _ = self.tokenizer
-        if self._hub:
-            self._load_hub(*self._hub)
+        if not self.is_local:
+            self._source.load_hub()
 
     def setup(self, stage: str | None = None) -> None:
-        """Build ``train_dataset`` and ``val_dataset``, once; items are ``{"input_ids": (T,)}``.
+        """Build ``train_dataset`` and ``val_dataset``, once. Their items hold ``input_ids``, and ``labels`` of chats.
 
         Args:
-            stage: Not used; every stage needs the same data.
+            stage: Every stage needs the same data; ``"fit"`` of a stream also needs a run that ends.
 
         Raises:
-            DataError: If the text cannot be read, lacks the column, or is too short for one training batch on every
-                device and one validation sequence.
+            DataError: If the rows cannot be read, are wrong, or are too few for one training batch on every device and
+                one validation sequence.
         """
+        if stage == "fit" and self.streaming and self.trainer is not None:
+            batches_of_run(self.trainer, self._source)
         if self.train_dataset is not None:
             return
-        # Each call has its own cache, so that an edited file is read again.
-        with _no_progress_bars(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-            train, val = self._packed(*self._load(cache))
-        self.train_dataset, self.val_dataset = train, val
+        self.check()
+        assert self._checked is not None
+        rows, train, held_out = self._checked
+        if isinstance(rows, ChatRows):
+            check_chat_template(self.tokenizer, self._tokenizer_name)
+            rows.packed = self.packing and self._can_pack()
+        with no_progress_bars():
+            if self.streaming:
+                self.train_dataset, self.val_dataset = self._streamed(rows, train, held_out)
+            else:
+                made = rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
+                rows.check_size(*made, self.batch_size, self._share()["num_replicas"])
+                self.train_dataset, self.val_dataset = made[0].sequences, made[1].sequences
+        self._checked = None  # the text is no longer needed
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled full batches of this device's share. The state is epoch and position, on every rank."""
         self.setup()
-        sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
-        if self.trainer is not None:
-            # Resuming at the end of an epoch, Lightning iterates the loader before it sets the epoch.
-            sampler.set_epoch(epoch_in_progress(self.trainer))
+        options = {"drop_last": True, **self._loader_options()}
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(self.train_dataset, sampler=sampler, drop_last=True, **self._loader_options())
+            if self.streaming:
+                batches = None if self.trainer is None else batches_of_run(self.trainer, self._source)
+                return StreamLoader(self.train_dataset, batches, **options)
+            sampler = EpochSampler(self.train_dataset, self.batch_size, self.seed, **self._share())
+            if self.trainer is not None:
+                # Resuming at the end of an epoch, Lightning iterates the loader before it sets the epoch.
+                sampler.set_epoch(epoch_in_progress(self.trainer))
+            return StatefulDataLoader(self.train_dataset, sampler=sampler, **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out sequences in order. The last batch can be smaller."""
         self.setup()
         return DataLoader(self.val_dataset, shuffle=False, **self._loader_options())
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The same as :meth:`val_dataloader`."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The same as :meth:`val_dataloader`."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader_options(self) -> dict[str, Any]:
         # Its own generator: reading batches must not change the global random state, which dropout uses.
         own = torch.Generator().manual_seed(self.seed)
         sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return {**sizes, "collate_fn": _collate, "generator": own}
+        return {**sizes, "collate_fn": partial(collate, padding=padding_id(self.tokenizer)), "generator": own}
 
     def _share(self) -> dict[str, int]:
         distributed = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return distributed or {"num_replicas": 1, "rank": 0}
 
-    def _load(self, cache: str) -> tuple[Any, Any]:
-        """Documents for training, and for validation if the source has such a split, else None."""
-        if self._hub:
-            splits = self._load_hub(*self._hub)
-            if "train" not in splits:
-                raise DataError(
-                    f"{self._where}: there is no split 'train' among {', '.join(splits)}; give another dataset."
-                )
-            own = splits.get("validation")
-            return self._texts(splits["train"]), None if own is None else self._texts(own)
-        with needs("data", "TextData"):
-            import datasets  # here because it takes half a second
-
-        if self.source == "pydoc":
-            topics = importlib.import_module("pydoc_data.topics").topics
-            return self._texts(datasets.Dataset.from_dict({"text": list(topics.values())})), None
-        builder = BUILDERS[self._files[0].suffix.lower()]
-        options = {"sample_by": "paragraph"} if builder == "text" else {}
-        files = {"train": [str(file) for file in self._files]}
-        with _as_data_error(f"{self._where}: the text could not be read"):
-            splits = datasets.load_dataset(builder, data_files=files, cache_dir=cache, **options)
-        return self._texts(splits["train"]), None
-
-    def _load_hub(self, name: str, config: str | None) -> Any:
-        import datasets
-
-        with _as_data_error(f"{self._where}: the dataset could not be loaded from the hub"):
-            return datasets.load_dataset(name, config)
-
-    def _texts(self, rows: Any) -> Any:
-        """The rows with text, reduced to the text column."""
-        if self.text_column not in rows.column_names:
-            raise DataError(
-                f"{self._where}: there is no column {self.text_column!r}; set text_column to one of "
-                f"{', '.join(rows.column_names) or '(no columns)'}."
-            )
-        kind = getattr(rows.features[self.text_column], "dtype", "nested")
-        if kind not in ("string", "large_string"):
-            raise DataError(
-                f"{self._where}: the column {self.text_column!r} must hold text, but its type is {kind}; name another."
-            )
-        texts = rows.select_columns(self.text_column).filter(
-            _have_text, batched=True, input_columns=self.text_column, keep_in_memory=True, load_from_cache_file=False
+    def _read(self, source: Source) -> tuple[TextRows | ChatRows, Any, Any]:
+        """What the rows are, those for training, and those held out, or None; checked."""
+        train, held_out = source.load()
+        rows = rows_of(
+            source,
+            train,
+            (self.text_column, self.prompt_column, self.response_column),
+            (self.val_fraction, self.seed),
+            block_size=self.block_size,
+            mask_prompts=self.mask_prompts,
         )
-        if len(texts) == 0:
-            raise DataError(f"{self._where}: there is no text in it; give a source with text.")
-        return texts
+        if not source.streaming:
+            return rows, rows.check(train), None if held_out is None else rows.check(held_out)
+        with as_data_error(f"{source}: the rows could not be read"):
+            for index, row in enumerate(islice(train, self.val_rows + 1)):
+                rows.check_row(row, index)
+        return rows, train, held_out
 
-    def _packed(self, documents: Any, held_out: Any) -> tuple[Any, Any]:
-        """Packed training and validation sequences, checked for size."""
-        limit = None if self.max_tokens is None else self.max_tokens // self.block_size
-        if held_out is None and len(documents) == 1:
-            sequences, tokens = self._pack(documents, None)
-            last = held_out_count(len(sequences), self.val_fraction) if len(sequences) > 1 else 0
-            first = len(sequences) - last
-            val, val_tokens = sequences.select(range(first, len(sequences))), last * self.block_size
-            train = sequences.select(range(first if limit is None else min(limit, first)))
-            train_tokens = tokens - val_tokens
-        else:
-            if held_out is None:
-                kept, held = split_documents(len(documents), self.val_fraction, self.seed)
-                documents, held_out = documents.select(kept), documents.select(held)
-            train, train_tokens = self._pack(documents, limit)
-            val, val_tokens = self._pack(held_out, None)
-        self._check_size(train, min(train_tokens, self.max_tokens or train_tokens), val, val_tokens)
-        return train, val
-
-    def _pack(self, documents: Any, limit: int | None) -> tuple[Any, int]:
-        """At most ``limit`` sequences, and the number of tokens they were packed from."""
-        from datasets import Features, List, Value
-
-        packer = Packer(self.tokenizer, self.block_size, limit)
-        packed = documents.map(
-            packer,
-            batched=True,
-            batch_size=100,
-            input_columns=self.text_column,
-            remove_columns=documents.column_names,
-            features=Features({"input_ids": List(Value("int32"), length=self.block_size)}),
-            keep_in_memory=True,
-            load_from_cache_file=False,
-        )
-        return packed.with_format("torch"), packer.tokens
-
-    def _check_size(self, train: Any, train_tokens: int, val: Any, val_tokens: int) -> None:
-        devices = self._share()["num_replicas"]
-        if len(train) < self.batch_size * devices:
-            raise DataError(
-                f"{self._where}: there are {train_tokens} training tokens, but one batch needs "
-                f"{self.batch_size * devices * self.block_size} (batch_size={self.batch_size} times "
-                f"block_size={self.block_size} times {devices} device(s)); give more text, or lower one of them."
+    def _can_pack(self) -> bool:
+        if self.trainer is None:
+            return False
+        model = self.trainer.lightning_module
+        reason = why_not_apart(model)
+        if reason is not None:
+            rank_zero_warn(
+                f"{self._source}: each conversation is padded to a row of its own, because {type(model).__name__} "
+                f"{reason}. Set data.packing to false to do so without this message."
             )
-        if len(val) == 0:
+        return reason is None
+
+    def _streamed(self, rows: TextRows | ChatRows, train: Any, held_out: Any) -> tuple[Any, Any]:
+        """Endless training sequences, and the held-out ones in memory."""
+        window, share = partial(rows.window, self.tokenizer), self._share()
+        first = list(enumerate(islice(train if held_out is None else held_out, self.val_rows)))
+        val, _ = window(first, [])
+        if not val:
             raise DataError(
-                f"{self._where}: there are {val_tokens} validation tokens, but one sequence needs "
-                f"block_size={self.block_size}; give more text, raise val_fraction or lower block_size."
+                f"{self._source}: the first {len(first)} rows of the stream hold no validation sequence of "
+                f"block_size={self.block_size}; raise val_rows or lower block_size."
             )
-
-    @property
-    def _where(self) -> str:
-        return f"TextData(source={self.source!r})"
-
-
-def _collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    input_ids = torch.stack([item["input_ids"] for item in items])  # (B, T)
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-def _have_text(texts: Sequence[str | None]) -> list[bool]:
-    return [bool(text and text.strip()) for text in texts]
-
-
-def _load_tokenizer(name: str | None) -> Any:
-    if name is None or name == "bytes":
-        return ByT5Tokenizer(extra_ids=0)
-    path = Path(name).expanduser()
-    remedy = "; set data.tokenizer to another folder, or to bytes"
-    with _as_data_error(f"TextData(tokenizer={name!r}): the tokenizer could not be loaded", remedy):
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
-
-
-@contextmanager
-def _as_data_error(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn an error of the Hugging Face libraries into a DataError of one sentence."""
-    try:
-        yield
-    except Exception as error:  # their back ends raise anything: tokenizers raises a bare Exception
-        # for a broken file, the message of datasets gives no reason; its cause does
-        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise DataError(f"{what} ({reason.rstrip('.')}){remedy}.") from error
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of datasets, unless the environment asks for them, and restore them."""
-    import datasets
-
-    hide = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            datasets.enable_progress_bars()
+        return StreamedSequences(
+            train,
+            window,
+            skip=len(first) if held_out is None else 0,
+            size=self.shuffle_rows,
+            seed=self.seed,
+            rank=share["rank"],
+            ranks=share["num_replicas"],
+            where=str(self._source),
+        ), val

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from layershed.discovery import find
-from tests.support.ranks import clock, files, lora, own_quality, replicated
+from tests.support.ranks import chats, clock, files, lora, own_quality, replicated
 from tests.support.shared_proofs import prove_once
 
 SCENARIOS = {
+    "chats": chats.run,
     "replicated": replicated.run,
     "files": files.run,
     "clock": clock.run,
