@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
-from layershed.errors import ScheduleError
+from layershed.errors import ControlError, ScheduleError
 from layershed.integration.gathered import changes_of, loss_label, own_metrics, rounds_of, sdr_of
 from layershed.integration.measurements import logged_quality, quality_from, quality_state
 from layershed.integration.module_hooks import (
@@ -31,12 +33,14 @@ from layershed.integration.run import (
 from layershed.integration.watching import Watcher
 from layershed.performance.speed_report import MeasuredSpeed, report_from
 from layershed.quality import OwnQuality, Quality
+from layershed.reporting.control import CONTROL_FOLDER, find_control, read_control
 from layershed.reporting.downsampling import ThinnedCurve, shown_steps
+from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.figures import MOST_COLUMNS
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
 from layershed.reporting.record import ImportancePoint, LossPoint, RunRecord, drop_steps
-from layershed.reporting.summary import summary_table
+from layershed.reporting.summary import rows_table, summary_table
 
 
 class Report(Callback):
@@ -58,8 +62,12 @@ class Report(Callback):
         train_loss: Name under which the LightningModule logs its training loss.
         val_loss: Name under which it logs its validation loss.
         title: Title of the page; None for the name of the model.
+        control: Run directory of the same run without the drop, to say what the drop cost. True for the folder
+            ``control`` of this run's own directory, which ``train.py fit --control true`` fills after the run. None
+            for no control; the report then says what the figures at the end cannot tell.
 
     Raises:
+        ControlError: Before training, if ``control`` holds no finished run without a drop.
         ScheduleError: If ``every_n_steps`` is below 1.
         StrategyError: Before training, if FSDP2 shards a model that was bypassed by hand and no callback changes it.
     """
@@ -70,17 +78,21 @@ class Report(Callback):
         train_loss: str = "train_loss",
         val_loss: str = "val_loss",
         title: str | None = None,
+        control: str | Path | bool | None = None,
     ) -> None:
         check_number(every_n_steps, "Report: every_n_steps", ScheduleError, whole=True)
         if every_n_steps < 1:
             raise ScheduleError(f"Report(every_n_steps={every_n_steps}): every_n_steps must be at least 1.")
         self.every_n_steps, self.train_loss, self.val_loss, self.title = every_n_steps, train_loss, val_loss, title
+        self.control = control
+        self.control_doubts: tuple[str, ...] = ()
         self._watcher = Watcher("Report")
-        self._curves = {split: ThinnedCurve() for split in ("train", "val")}
+        self._curves = {split: ThinnedCurve() for split in ("train", "val", "own")}  # own: validations alone
         self._quality: dict[str, Quality | OwnQuality] = {}
         self._metrics: dict[str, tuple[float | None, float]] = {}
         self._earlier: dict[str, Any] = {}  # the metrics when a validation began
-        self._finished: tuple[RunRecord, Path] | None = None
+        self._page: tuple[RunRecord, Path] | None = None
+        self._printed = True
         self._stale: set[tuple[str, int]] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,6 +108,9 @@ class Report(Callback):
         """Note the files of an earlier run in the directory: this run's report leaves them out."""
         watch_for_changes(pl_module)
         refuse_shards_changed_by_hand(trainer, pl_module, self)
+        if isinstance(self.control, str | Path):
+            find_control(self.control)
+        self._page, self._printed = None, True
         self._stale = set(_files(run_directory(trainer)).items())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -126,6 +141,7 @@ class Report(Callback):
         if loss is not None:
             with self._watcher.leaving_out("a validation loss"):
                 self._curves["val"].add(trainer.global_step, loss.item())
+                self._curves["own"].add(trainer.global_step, loss.item())
         with self._watcher.leaving_out("a metric of the validation"):
             dropped = bool(current_drop(pl_module))
             for name, value in own_metrics(self._earlier, trainer, self.val_loss).items():
@@ -139,17 +155,28 @@ class Report(Callback):
             directory = run_directory(trainer)
             if trainer.is_global_zero:
                 record = self._record(trainer, directory, pl_module)
-                self._finished = record, write_report(record, directory / REPORT_FILE)
+                self._page, self._printed = (record, write_report(record, directory / REPORT_FILE)), False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the table, and restore the hooks of a module that is in its original state."""
         leave_structure(pl_module)
-        if self._finished is not None:
-            (record, path), self._finished = self._finished, None
-            console = Console()
+        if self._page is not None and not self._printed:
+            self._printed = True
             with self._watcher.leaving_out("the table"):
-                console.print(summary_table(record))
-                console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
+                _tell(summary_table(self._page[0]), self._page[1])
+
+    def tell_control(self) -> None:
+        """After the run: complete the page with the control in the run's own directory, and print what it tells."""
+        if self._page is None:
+            raise ControlError(
+                "Report: the run was in another process, and its page cannot be completed. Give the control to the "
+                "next run, as Report(control=...)."
+            )
+        record, path = self._page
+        control = read_control(path.parent / CONTROL_FOLDER, self.train_loss, self.val_loss)
+        record = replace(record, control=control, control_pending=False)
+        self._page = record, write_report(record, path)
+        _tell(rows_table("", cost_rows(record)), path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the hooks of a module that is in its original state, after an error too."""
@@ -166,7 +193,8 @@ class Report(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         for split, curve in self._curves.items():
-            curve.load_state_dict(state_dict["losses"][split])
+            if split in state_dict["losses"]:  # checkpoints of earlier versions have fewer
+                curve.load_state_dict(state_dict["losses"][split])
         self._quality = quality_from(state_dict["quality"])
         kept = state_dict.get("metrics", {})  # checkpoints of earlier versions have none
         self._metrics = {name: (before, last) for name, (before, last) in kept.items()}
@@ -177,14 +205,14 @@ class Report(Callback):
             quality = logged_quality(trainer, when)
             if quality is not None and quality != self._quality.get(when):
                 self._quality[when] = quality
-                for curve in self._curves.values():
-                    curve.mark()
+                for split in ("train", "val"):
+                    self._curves[split].mark()
                 if "loss" in quality.values:
                     self._curves["val"].add(trainer.global_step, quality.values["loss"])
                     self._curves["val"].mark()
 
     def _losses(self) -> tuple[LossPoint, ...]:
-        points = [LossPoint(step, split, loss) for split, curve in self._curves.items() for step, loss in curve]
+        points = [LossPoint(step, split, loss) for split in ("train", "val") for step, loss in self._curves[split]]
         return tuple(sorted(points, key=lambda point: point.step))
 
     def _record(self, trainer: Trainer, directory: Path, pl_module: LightningModule) -> RunRecord:
@@ -209,7 +237,11 @@ class Report(Callback):
         changes: tuple[tuple[str, str], ...] = ()
         with self._watcher.leaving_out("quantization, LoRA and the exported folder"):
             changes = changes_of(trainer, pl_module, directory)
-        dropped = bool(plan)
+        dropped, control = bool(plan), None
+        if isinstance(self.control, str | Path):
+            with self._watcher.leaving_out("the control"):
+                control = read_control(self.control, self.train_loss, self.val_loss)
+                control = replace(control, doubts=self.control_doubts)
         return RunRecord(
             model=self.title or _model_name(pl_module),
             importance=importance,
@@ -223,7 +255,17 @@ class Report(Callback):
             metrics={name: (before if dropped else None, last) for name, (before, last) in self._metrics.items()},
             changes=changes,
             loss_label=loss_label(pl_module),
+            steps=trainer.global_step,
+            validations=tuple(self._curves["own"]),
+            control=control,
+            control_pending=self.control is True,
         )
+
+
+def _tell(table: Table, path: Path) -> None:
+    console = Console()
+    console.print(table)
+    console.print(f"Report: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _read_speed(path: Path) -> MeasuredSpeed:

@@ -23,6 +23,7 @@ from layershed import callbacks  # the import makes their short names known to j
 from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
+from layershed.cli.control import prepare_control, run_control
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.messages import hint, in_short
 from layershed.cli.quiet import quiet
@@ -42,6 +43,8 @@ _HELP = {
     "--trainer.callbacks.help NAME lists the options of one.",
     "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
     "null takes the tokenizer of model.pretrained, or bytes if that is null.",
+    "control": "true runs the same steps again without the drop, after the run, so that the report says what the drop "
+    "cost; a run directory takes a finished run without the drop instead.",
     "device": "Device to predict for: this (ceilings are measured), or a device with published ceilings: "
     f"{', '.join(ACCELERATORS)}.",
 }
@@ -113,6 +116,8 @@ class LayershedCLI(LightningCLI):
             listed = (_WITHOUT_TEXT if name == "plan" else _TRAINING_FREE) if name in USAGE else {}
             for action in parser._actions:
                 action.help = _HELP.get(action.dest, action.help)
+                if action.dest == "control" and name != "fit":
+                    action.help = argparse.SUPPRESS  # accepted, so that a config of fit works
                 section, option = f"{action.dest}..".split(".")[:2]
                 if section in listed and option not in listed[section]:
                     action.help = argparse.SUPPRESS
@@ -123,8 +128,9 @@ class LayershedCLI(LightningCLI):
             self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set the default seed."""
+        """Set the default seed, and add ``--control``."""
         parser.set_defaults({"seed_everything": 0})
+        parser.add_argument("--control", type=bool | str, default=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, find the last checkpoint, and refuse an unreadable one.
@@ -189,6 +195,16 @@ class LayershedCLI(LightningCLI):
             kwargs["callbacks"] = [*listed, *exact, StopOnSignal()]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Check what ``--control`` asks for, before training."""
+        config = self.config[self.subcommand]
+        prepare_control(self.trainer, config.get("control"), lambda: self._parser(self.subcommand).dump(config))
+
+    def after_fit(self) -> None:
+        """Run the control, with the same options."""
+        if self.config[self.subcommand].get("control") is True:
+            run_control(self, _start)
+
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""
         if self.subcommand == "plan":
@@ -227,16 +243,20 @@ def run_command(words: Sequence[str]) -> None:
     # If --config comes first, the config may name the command, so all commands need a parser.
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
     with quiet():
-        cli(
-            CausalLM,
-            TextData,
-            trainer_class=Trainer,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_class=CommandParser,
-            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": _HelpFormatter},
-            args=list(words),
-        )
+        _start(cli, list(words))
+
+
+def _start(cli: type[LightningCLI], arguments: Any) -> LightningCLI:
+    return cli(
+        CausalLM,
+        TextData,
+        trainer_class=Trainer,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_class=CommandParser,
+        parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": _HelpFormatter},
+        args=arguments,
+    )
 
 
 def _only(command: str) -> type[LayershedCLI]:

@@ -63,6 +63,31 @@ class DropRound:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What a control logged: the same steps without the drop.
+
+    Args:
+        folder: Its run directory, as it was given.
+        end: Its last step.
+        start: The step of the checkpoint that it began from; None for a run from the beginning.
+        quality: The quality at its end on SublayerDrop's batches, by name; empty for another run.
+        losses: Its losses.
+        metrics: What else it logged in its last validation, by name.
+        without: The callbacks that it left out.
+        doubts: What else differs from the run, in words.
+    """
+
+    folder: str
+    end: int
+    start: int | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)
+    losses: tuple[LossPoint, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything that a report shows of a run; each part may be missing.
 
@@ -79,6 +104,10 @@ class RunRecord:
         metrics: What the module logs in validation, by name: the last value before the drop, if any, and the last.
         changes: What else changed the model, as rows of the table: quantization, LoRA, the exported folder.
         loss_label: Name of the loss, with its unit.
+        steps: The last step; None outside training.
+        validations: Step and loss of the module's own validations.
+        control: The same steps without the drop.
+        control_pending: Whether a control is meant, but has not ended.
     """
 
     model: str
@@ -93,6 +122,10 @@ class RunRecord:
     metrics: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
     changes: tuple[tuple[str, str], ...] = ()
     loss_label: str = "loss (nats per token)"
+    steps: int | None = None
+    validations: tuple[tuple[int, float], ...] = ()
+    control: Control | None = None
+    control_pending: bool = False
 
 
 def drop_steps(plan: DropPlan | None) -> list[int]:
