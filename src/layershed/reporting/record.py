@@ -48,6 +48,21 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a causal language model wrote after a prompt, greedily.
+
+    Args:
+        prompt: Text of the validation.
+        dense: The continuation before the first drop.
+        dropped: The continuation at the end.
+    """
+
+    prompt: str
+    dense: str
+    dropped: str
+
+
+@dataclass(frozen=True)
 class DropRound:
     """One round of drops.
 
@@ -108,6 +123,13 @@ class RunRecord:
         validations: Step and loss of the module's own validations.
         control: The same steps without the drop.
         control_pending: Whether a control is meant, but has not ended.
+        curves: What else was noted over training, by its name: points of step and value.
+        events: What changed the model beside the drops: step and words.
+        scores: The importances by which the last round was chosen.
+        samples: What the model wrote.
+        facts: How it ran, as rows: the command, the seed, versions, the processor, date and duration.
+        config: The configuration as text.
+        usage: How to load and serve the dropped model: headings and commands.
     """
 
     model: str
@@ -126,6 +148,13 @@ class RunRecord:
     validations: tuple[tuple[int, float], ...] = ()
     control: Control | None = None
     control_pending: bool = False
+    curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    events: tuple[tuple[int, str], ...] = ()
+    scores: tuple[ImportancePoint, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    config: str = ""
+    usage: tuple[tuple[str, str], ...] = ()
 
 
 def drop_steps(plan: DropPlan | None) -> list[int]:
