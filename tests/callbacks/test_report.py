@@ -8,30 +8,32 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from layershed import callbacks
 from layershed.callbacks import ExactResume, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import ScheduleError
+from layershed.integration import course
 from layershed.reporting.downsampling import ThinnedCurve
 from tests.support.runs import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 from tests.support.thinned import one_of
 
 
 class Page(HTMLParser):
-    """The rows of a page's tables, the alternative texts of its pictures, and all its text."""
+    """The rows of a page's tables, the alternative texts of its pictures, and all its text; ``facts``: how it ran."""
 
     def __init__(self, folder):
         super().__init__()
-        self.rows, self.pictures, self.text, self.inside = [], [], "", False
+        self.rows, self.pictures, self.text, self.inside, self.results = [], [], "", False, []
         self.feed((folder / "report.html").read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
+        if ("id", "facts") in attributes:
+            self.results, self.rows = self.rows, []
         if tag == "tr":
             self.rows.append([])
         if tag in ("th", "td"):
             self.rows[-1].append("")
             self.inside = True
-        if tag == "img":
-            self.pictures.append(dict(attributes)["alt"])
+        if tag == "figure":
+            self.pictures.append(dict(attributes)["aria-label"])
 
     def handle_endtag(self, tag):
         if tag in ("th", "td"):
@@ -44,7 +46,11 @@ class Page(HTMLParser):
 
     @property
     def table(self):
-        return {row[0]: row[1:] if len(row) > 2 else row[1] for row in self.rows if len(row) > 1}
+        return {row[0]: row[1:] if len(row) > 2 else row[1] for row in self.results if len(row) > 1}
+
+    @property
+    def facts(self):
+        return dict(self.rows)
 
 
 def quality(trainer, when):
@@ -97,7 +103,7 @@ def test_report_page_and_table_hold_the_runs_figures(make_trainer, tmp_path, cap
 
 
 def points(report):
-    return [(point.step, point.split, point.loss) for point in report._losses()]
+    return [(point.step, point.split, point.loss) for point in report._course.losses()]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -178,7 +184,7 @@ def test_report_curve_of_a_resumed_run_equals_the_uninterrupted_one(
     for at in cuts:
         assert run(f"resumed-{at}", tmp_path / f"{at}.ckpt") == whole
         state = torch.load(tmp_path / f"{at}.ckpt", weights_only=True)["callbacks"]["Report"]
-        assert sum(len(curve["points"]) for curve in state["losses"].values()) < len(whole[0])
+        assert sum(len(state["losses"][split]["points"]) for split in ("train", "val")) < len(whole[0])
 
 
 def test_report_leaves_out_files_of_an_earlier_run(make_trainer, unpainted, tmp_path):
@@ -295,7 +301,7 @@ def test_report_curve_of_a_long_run_stays_short_and_resumes_the_same(
     make_trainer, tmp_path, text_data, unpainted, monkeypatch
 ):
     """Every third batch a validation, and a drop; against the values that the loggers wrote."""
-    monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(8))
+    monkeypatch.setattr(course, "ThinnedCurve", lambda: ThinnedCurve(8))
 
     def run(name, ckpt_path=None):
         report = Report(every_n_steps=1)

@@ -27,7 +27,8 @@ from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import Quality, RoundQuality
 from layershed.reporting import figures, importance_file, summary
 from layershed.reporting import html_report as report
-from layershed.reporting.figures import importance_heatmap, loss_figure
+from layershed.reporting.curves import course_figure
+from layershed.reporting.figures import importance_heatmap
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
 from layershed.reporting.record import DropRound, ImportancePoint, LossPoint, RunRecord
@@ -437,12 +438,12 @@ def test_pictures_of_a_diverged_run_are_drawn():
     points = [ImportancePoint(1, 0, "mlp", "cosine", value) for value in (math.inf, math.nan)]
     importance_heatmap(points).draw_without_rendering()
     losses = (LossPoint(1, "train", math.nan), LossPoint(2, "train", math.inf))
-    loss_figure(RunRecord("m", losses=losses)).draw_without_rendering()
-    loss_figure(RunRecord("m")).draw_without_rendering()
+    course_figure(RunRecord("m", losses=losses)).draw_without_rendering()
+    course_figure(RunRecord("m")).draw_without_rendering()
 
 
 def test_loss_figure_draws_both_splits_and_each_drop(record):
-    axes = loss_figure(record).axes[0]
+    axes = course_figure(record).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["training"].get_xydata().tolist() == [[step, 4 - step / 100] for step in range(1, 201)]
     assert lines["validation"].get_xydata().tolist() == [[step, 4.1 - step / 100] for step in STEPS]
@@ -453,13 +454,13 @@ def test_loss_figure_draws_both_splits_and_each_drop(record):
 
 def test_losses_before_and_after_a_drop_at_the_same_step_keep_their_order():
     losses = (LossPoint(20, "val", 3.0), LossPoint(10, "val", 2.9), LossPoint(10, "val", 2.0))
-    line = loss_figure(RunRecord("m", losses=losses)).axes[0].lines[0]
+    line = course_figure(RunRecord("m", losses=losses)).axes[0].lines[0]
     assert line.get_xydata().tolist() == [[10, 2.9], [10, 2.0], [20, 3.0]]
 
 
 def test_labels_of_many_drops_do_not_overlap():
     plan = make_plan({("mlp", block): 10 * block for block in range(1, 41)})
-    axes = loss_figure(RunRecord("m", losses=(LossPoint(0, "val", 3.0),), plan=plan)).axes[0]
+    axes = course_figure(RunRecord("m", losses=(LossPoint(0, "val", 3.0),), plan=plan)).axes[0]
     assert len(axes.texts) == 14, "every third of 40 is labelled"
     assert all(text.get_rotation() == 90 and text.get_text().isdigit() for text in axes.texts)
 
@@ -480,7 +481,7 @@ def test_heatmap_of_a_single_measurement_has_no_axis_of_steps():
 
 def test_loss_axis_is_named_by_the_record(record):
     for label in ("loss (nats per token)", "loss"):
-        assert loss_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
+        assert course_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
 
 
 def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):

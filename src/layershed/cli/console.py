@@ -16,7 +16,15 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count, short_importance, short_number
+from layershed.formatting import (
+    change_of,
+    counts_of,
+    printable,
+    short_bytes,
+    short_count,
+    short_importance,
+    short_number,
+)
 from layershed.performance.benchmark import LIFTED, Benchmark, Measurement, shown_quality
 from layershed.performance.prediction import PredictedPhase, Prediction
 from layershed.performance.roofline import ACCELERATORS

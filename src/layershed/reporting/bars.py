@@ -29,6 +29,8 @@ from layershed.reporting.plot_style import (
 )
 from layershed.reporting.record import PANELS, ImportancePoint
 
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
 
 def importance_bars(
     points: Sequence[ImportancePoint], dropped: Collection[tuple[str, int]] = (), *, stacked: bool = False
@@ -84,7 +86,8 @@ def importance_bars(
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        axes.set_xlim(low, high * 2.5 if log else high * 1.22)
+        axes.set_xlim(low, high * (high / low) ** 0.2 if log else high * 1.22)  # room for the values
+        axes.set_ylim(-0.7, max(blocks) + 0.7)
     panels[0].invert_yaxis()
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel("block", **TEXT)
@@ -113,7 +116,7 @@ def speed_figure(speed: MeasuredSpeed, *, narrow: bool = False) -> Figure:
     axes.axvline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2.5)))
     handles: dict[str, Any] = {}
     for row, (_, phase) in enumerate(phases):
-        at, told = phase.speedup, f"×{phase.speedup.median:.2f}"
+        at, told = phase.speedup, f"{_TIMES}{phase.speedup.median:.2f}"
         if not at.doubt:
             axes.plot([at.low, at.high], [row, row], color=VAL, linewidth=2.4, solid_capstyle="butt")
             told += f" [{at.low:.2f}, {at.high:.2f}]"
@@ -123,7 +126,7 @@ def speed_figure(speed: MeasuredSpeed, *, narrow: bool = False) -> Figure:
         if phase.predicted is not None:
             style: dict[str, Any] = {"markersize": 7, "markerfacecolor": "none", "color": INK}
             (theory,) = axes.plot([phase.predicted], [row], "D", **style, label="in theory")
-            with_titles(theory, [f"{phases[row][0]}, in theory: ×{phase.predicted:.2f}"])
+            with_titles(theory, [f"{phases[row][0]}, in theory: {_TIMES}{phase.predicted:.2f}"])
             handles["theory"] = theory
     axes.set_yticks(range(len(phases)), [name for name, _ in phases])
     axes.set_ylim(len(phases) - 0.5, -0.5)

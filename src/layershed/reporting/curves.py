@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -12,9 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from layershed.formatting import short_number
 from layershed.reporting.marks import mark_steps
-from layershed.reporting.plot_style import CONTROL, LEGEND, TEXT, TRAIN, VAL, new_figure, plain_axes, with_titles
+from layershed.reporting.plot_style import CONTROL, LEGEND, MUTED, TEXT, TRAIN, VAL, new_figure, plain_axes, with_titles
 from layershed.reporting.record import RunRecord, drop_steps
 
+_FEW, _BEGINNING, _FLAT = 20, 0.15, 1.5
 _STYLES: dict[str, dict[str, Any]] = {
     "train": {"label": "training", "color": TRAIN, "linewidth": 1.0},
     "val": {"label": "validation", "color": VAL, "linewidth": 1.6, "marker": "o", "markersize": 4.5},
@@ -78,7 +80,23 @@ def _losses(axes: Axes, record: RunRecord) -> list[Artist]:
             name = _STYLES[split]["label"].split(",")[0]
             titles = [f"{name} loss, step {step:,}: {loss:.4f}" for step, loss in zip(steps, losses, strict=True)]
             _hover(axes, steps, losses, titles)
+    _leave_out_the_beginning(axes, record)
     return handles
+
+
+def _leave_out_the_beginning(axes: Axes, record: RunRecord) -> None:
+    """Begin the axis of losses where it is interesting: the first steps from scratch would flatten the rest."""
+    finite = [point for point in record.losses if math.isfinite(point.loss)]
+    if len(finite) < _FEW:
+        return
+    first, last = min(point.step for point in finite), max(point.step for point in finite)
+    later = [point.loss for point in finite if point.step >= first + _BEGINNING * (last - first)]
+    low, high = axes.get_ylim()
+    top = max(later) + 0.08 * (max(later) - min(later))
+    if max(later) > min(later) and high - low > _FLAT * (top - low):
+        axes.set_ylim(min(later) - 0.08 * (max(later) - min(later)), top)
+        where = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8, "color": MUTED}
+        axes.annotate("the first losses are above", (0, 1), (6, -4), **where)
 
 
 def _curve(axes: Axes, name: str, points: tuple[tuple[int, float], ...], colour: str) -> None:

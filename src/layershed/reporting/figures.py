@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from layershed.errors import DataError
 from layershed.formatting import short_importance
@@ -184,6 +182,8 @@ def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool
     scale = ", log scale" if isinstance(bar.norm, LogNorm) else ""
     bar.set_label(f"importance{scale} (low = redundant)", **TEXT)
     bar.ax.tick_params(labelsize=9, colors=MUTED, labelcolor=INK)
+    axis = bar.ax.xaxis if stacked else bar.ax.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     if scale:
-        bar.ax.yaxis.set_minor_locator(NullLocator())
+        axis.set_minor_locator(NullLocator())
     bar.outline.set_visible(False)

@@ -88,7 +88,7 @@ class _Painter:
     def __call__(self, wide: Figure, narrow: Figure, alt: str, **more: str) -> _Picture:
         number = next(self._numbers)
         # the texts within are escaped by the SVG writer
-        own = (Markup(inline_svg(figure, f"{kind}{number}")) for figure, kind in ((wide, "w"), (narrow, "n")))  # noqa: S704
+        own = (Markup(inline_svg(figure, f"{kind}{number}")) for figure, kind in ((wide, "w"), (narrow, "n")))
         return _Picture(*own, alt, **more)
 
 
@@ -187,4 +187,5 @@ def _typeset(text: str) -> str:
         text.replace("->", "\N{RIGHTWARDS ARROW}")
         .replace(", x", ", \N{MULTIPLICATION SIGN}")
         .replace("(-", "(\N{MINUS SIGN}")
+        .replace(", -", ", \N{MINUS SIGN}")
     )

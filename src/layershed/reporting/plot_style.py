@@ -70,7 +70,7 @@ def value_scale(values: list[float]) -> Normalize:
 
 
 def with_titles(artist: Any, titles: list[str]) -> None:
-    """Let a reader of an SVG read values by hovering: one title for each mark of the artist, in the order of drawing."""
+    """Let a reader of an SVG read values by hovering: a title for each mark of the artist, in the order of drawing."""
     figure = artist.get_figure()
     known: list[list[str]] = getattr(figure, "layershed_titles", [])
     artist.set_gid(f"{HOVER}-{len(known)}")
