@@ -153,7 +153,7 @@ class Report(Callback):
         loss = trainer.callback_metrics.get(self.train_loss)
         step = trainer.global_step
         with self._watcher.leaving_out("the throughput"):
-            self._course.batch_ends(trainer, batch)
+            self._course.batch_ends(trainer, batch, current_drop(pl_module))
         if (
             loss is not None
             and step % self.every_n_steps == 0

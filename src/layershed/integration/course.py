@@ -11,6 +11,7 @@ from layershed.batches import as_inputs
 from layershed.integration.lightning_private import rows_of
 from layershed.integration.metric_names import BYTES
 from layershed.integration.namespaces import Trainer
+from layershed.planning.plan import Sublayer
 from layershed.reporting.downsampling import ThinnedCurve
 from layershed.reporting.record import LossPoint
 
@@ -35,6 +36,7 @@ class Course:
         self._since: float | None = None  # when the first batch after the last point began, moved by each pause
         self._paused: float | None = None
         self._units = 0
+        self._dropped: tuple[Sublayer, ...] = ()
 
     def start(self) -> None:
         """Begin to measure time."""
@@ -52,8 +54,11 @@ class Course:
         if self._since is None:
             self._since, self._units = time.monotonic(), 0
 
-    def batch_ends(self, trainer: Trainer, batch: Any) -> None:
-        """Count what was read, and note a quantization."""
+    def batch_ends(self, trainer: Trainer, batch: Any, dropped: tuple[Sublayer, ...]) -> None:
+        """Count what was read, and note a drop or a quantization, with which more than training took time."""
+        if dropped != self._dropped:
+            self._dropped = dropped
+            self.interrupt()
         inputs = as_inputs(batch)
         ids = None if inputs is None else inputs.get("input_ids")
         tokens = isinstance(ids, Tensor)

@@ -43,7 +43,7 @@ def facts_of(trainer: Trainer, pl_module: LightningModule, seconds: float) -> tu
 def command() -> str:
     """The command line of this process; empty if it is no script."""
     script = sys.argv[0] if sys.argv else ""
-    return shlex.join(["python", os.path.relpath(script), *sys.argv[1:]]) if script.endswith(".py") else ""
+    return shlex.join(["python", *sys.argv]) if script.endswith(".py") else ""
 
 
 def versions() -> Iterator[str]:

@@ -57,7 +57,7 @@ def importance_bars(
     finite = [value for value in values.values() if math.isfinite(value)]
     log = isinstance(value_scale(finite), LogNorm)
     low = min((value for value in finite if value > 0), default=1.0) / 2 if log else 0.0
-    high = max(finite, default=1.0)
+    high = max([value for value in finite if value > 0], default=1.0)
 
     height = 0.19 * len(blocks) + 0.75
     figure = new_figure((3.8, height * len(kinds) + 0.7) if stacked else (10.0, height + 0.75))

@@ -13,7 +13,18 @@ from matplotlib.ticker import MaxNLocator
 
 from layershed.formatting import short_number
 from layershed.reporting.marks import mark_steps
-from layershed.reporting.plot_style import CONTROL, LEGEND, MUTED, TEXT, TRAIN, VAL, new_figure, plain_axes, with_titles
+from layershed.reporting.plot_style import (
+    CONTROL,
+    INK,
+    LEGEND,
+    MUTED,
+    TEXT,
+    TRAIN,
+    VAL,
+    new_figure,
+    plain_axes,
+    with_titles,
+)
 from layershed.reporting.record import RunRecord, drop_steps
 
 _FEW, _BEGINNING, _FLAT = 20, 0.15, 1.5
@@ -110,7 +121,7 @@ def _curve(axes: Axes, name: str, points: tuple[tuple[int, float], ...], colour:
 
 def _hover(axes: Axes, steps: Any, values: Any, titles: list[str]) -> None:
     """Marks that nobody sees, but that tell their values."""
-    (marks,) = axes.plot(steps, values, linestyle="none", marker="o", markersize=9, alpha=0, label="_values")
+    (marks,) = axes.plot(steps, values, linestyle="none", marker="o", markersize=9, color=INK, alpha=0, label="_values")
     with_titles(marks, titles)
 
 

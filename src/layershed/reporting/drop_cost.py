@@ -79,5 +79,5 @@ def _quality(name: str, value: float) -> str:
 
 def _change(name: str, control: float, own: float) -> str:
     if name == "accuracy":
-        return f"{100 * (own - control):+.1f} points of next-token accuracy"
-    return f"{own - control:+.4f} {'loss' if name == 'loss' else printable(name)}"
+        return f"{round(100 * (own - control), 1) + 0.0:+.1f} points of next-token accuracy"
+    return f"{round(own - control, 4) + 0.0:+.4f} {'loss' if name == 'loss' else printable(name)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -183,9 +184,5 @@ def _lines(text: str) -> str:
 
 def _typeset(text: str) -> str:
     """The ASCII of a summary value with the signs that a browser can show."""
-    return (
-        text.replace("->", "\N{RIGHTWARDS ARROW}")
-        .replace(", x", ", \N{MULTIPLICATION SIGN}")
-        .replace("(-", "(\N{MINUS SIGN}")
-        .replace(", -", ", \N{MINUS SIGN}")
-    )
+    text = text.replace("->", "\N{RIGHTWARDS ARROW}").replace(", x", ", \N{MULTIPLICATION SIGN}")
+    return re.sub(r"(?<![^ (])-(?=\d)", "\N{MINUS SIGN}", text)
