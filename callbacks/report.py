@@ -50,7 +50,7 @@ from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.figures import MOST_COLUMNS
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
-from layershed.reporting.record import ImportancePoint, RunRecord, drop_steps
+from layershed.reporting.record import ImportancePoint, RunRecord, Sample, drop_steps
 from layershed.reporting.summary import rows_table, summary_table
 
 _SAMPLES = "the samples of text"
@@ -272,7 +272,10 @@ class Report(Callback):
         changes: tuple[tuple[str, str], ...] = ()
         with self._watcher.leaving_out("quantization, LoRA and the exported folder"):
             changes = changes_of(trainer, pl_module, directory)
-        facts, config, usage, samples = (), "", (), ()
+        facts: tuple[tuple[str, str], ...] = ()
+        usage: tuple[tuple[str, str], ...] = ()
+        samples: tuple[Sample, ...] = ()
+        config = ""
         with self._watcher.leaving_out("how it ran"):
             facts = facts_of(trainer, pl_module, self._course.elapsed)
             config, usage = config_of(trainer, pl_module, directory), usage_of(trainer, directory)

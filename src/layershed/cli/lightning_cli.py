@@ -89,7 +89,10 @@ class CommandParser(LightningArgumentParser):
 
     def _names(self) -> set[str]:
         inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        return {action.dest for parser in (self, *inner) for action in parser._actions} | set(callbacks.__all__)
+        actions = [action for parser in (self, *inner) for action in parser._actions]
+        # an option of fit that another command accepts only from a config is not suggested
+        shown = {action.dest for action in actions if action.help != argparse.SUPPRESS or "." in action.dest}
+        return shown | set(callbacks.__all__)
 
 
 class LayershedCLI(LightningCLI):

@@ -106,7 +106,7 @@ def _leave_out_the_beginning(axes: Axes, record: RunRecord) -> None:
     top = max(later) + 0.08 * (max(later) - min(later))
     if max(later) > min(later) and high - low > _FLAT * (top - low):
         axes.set_ylim(min(later) - 0.08 * (max(later) - min(later)), top)
-        where = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8, "color": MUTED}
+        where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8, "color": MUTED}
         axes.annotate("the first losses are above", (0, 1), (6, -4), **where)
 
 

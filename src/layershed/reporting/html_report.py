@@ -89,8 +89,8 @@ class _Painter:
     def __call__(self, wide: Figure, narrow: Figure, alt: str, **more: str) -> _Picture:
         number = next(self._numbers)
         # the texts within are escaped by the SVG writer
-        own = (Markup(inline_svg(figure, f"{kind}{number}")) for figure, kind in ((wide, "w"), (narrow, "n")))
-        return _Picture(*own, alt, **more)
+        images = [Markup(inline_svg(figure, f"{kind}{number}")) for figure, kind in ((wide, "w"), (narrow, "n"))]
+        return _Picture(images[0], images[1], alt, **more)
 
 
 def _heatmaps(record: RunRecord, paint: _Painter) -> Iterator[_Picture]:
