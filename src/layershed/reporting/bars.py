@@ -59,7 +59,7 @@ def importance_bars(
     low = min((value for value in finite if value > 0), default=1.0) / 2 if log else 0.0
     high = max([value for value in finite if value > 0], default=1.0)
 
-    height = 0.19 * len(blocks) + 0.75
+    height = 0.19 * (blocks[-1] + 1) + 0.75
     figure = new_figure((3.8, height * len(kinds) + 0.7) if stacked else (10.0, height + 0.75))
     shape = (len(kinds), 1) if stacked else (1, len(kinds))
     panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
@@ -81,13 +81,13 @@ def importance_bars(
             )
         axes.set_title(PANELS[kind], loc="left", fontsize=10.5, fontweight="bold", color=INK)
         axes.tick_params(labelleft=True, left=False)
-        axes.set_yticks(blocks[:: math.ceil(len(blocks) / 40)])
+        axes.set_yticks(range(0, blocks[-1] + 1, math.ceil((blocks[-1] + 1) / 40)))
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axes.set_xlim(low, high * (high / low) ** 0.2 if log else high * 1.22)  # room for the values
-        axes.set_ylim(-0.7, max(blocks) + 0.7)
+        axes.set_ylim(-0.7, blocks[-1] + 0.7)
     panels[0].invert_yaxis()
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel("block", **TEXT)
