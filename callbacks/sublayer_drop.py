@@ -157,6 +157,7 @@ class SublayerDrop(Callback):
         self.quality_metric = quality
         self.quality: dict[str, AnyQuality] = {}  # around the last round, and at the end
         self.rounds: list[RoundQuality] = []
+        self.scored: list[tuple[int, str, float]] = []  # block, kind and importance at the last round
         self.speedup: float | None = None
         self._watcher, self._steps, self._frozen = Watcher("SublayerDrop"), StepCounter(), StaysFrozen()
         self._trainer: Trainer | None = None
@@ -182,7 +183,7 @@ class SublayerDrop(Callback):
             self._sums, self._stride = None, None
             held = set() if self.plan is None else set(self.plan)
             if not held or not held <= set(current_drop(pl_module)):
-                self.plan, self.quality, self.rounds, self.speedup = None, {}, [], None
+                self.plan, self.quality, self.rounds, self.scored, self.speedup = None, {}, [], [], None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the strategy's methods, and the hooks of a dense module; a dropped one may still be saved."""
@@ -278,6 +279,7 @@ class SublayerDrop(Callback):
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
             **qualities_state(self.quality, self.rounds),
+            "scored": [list(row) for row in self.scored],
             "speedup": self.speedup,
             "stride": self._steps.stride,
             "sums": None if tracker is None or trainer is None else of_every_rank(tracker.state_dict(), trainer),
@@ -287,12 +289,14 @@ class SublayerDrop(Callback):
         """The inverse of :meth:`state_dict`."""
         self.plan = None if state_dict["plan"] is None else DropPlan.from_dict(state_dict["plan"])
         self.quality, self.rounds = qualities_from(state_dict)
+        self.scored = [(block, kind, score) for block, kind, score in state_dict.get("scored", [])]
         self.speedup = state_dict["speedup"]
         self._sums, self._stride = state_dict["sums"], state_dict["stride"]
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = self._quality_now(trainer, pl_module)
         scores = None if self._given is not None else self._scores(trainer, pl_module)
+        self.scored = [] if scores is None else list(scores.rows())
         chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected, self._given)
         round_plan = chosen.at_step(trainer.global_step)
         reshard(pl_module)

@@ -107,7 +107,7 @@ def unpainted(monkeypatch):
     """Reports without their pictures, which take most of the time; the alternative texts say what would be painted."""
     from layershed.reporting import html_report
 
-    monkeypatch.setattr(html_report, "_image", lambda _figure: html_report._Image("", 1, 1))
+    monkeypatch.setattr(html_report, "inline_svg", lambda _figure, _name: "")
 
 
 @pytest.fixture(scope="session")

@@ -163,6 +163,10 @@ class ConfigError(LayershedError, ValueError):
     """A config file cannot be read."""
 
 
+class ControlError(LayershedError, ValueError):
+    """There is no control to compare a run with, or it cannot be read or compared."""
+
+
 class ExportError(LayershedError, ValueError):
     """A dropped model could not be saved or loaded."""
 

@@ -3,6 +3,7 @@
 import pytest
 
 from layershed import callbacks
+from layershed.integration import course
 from layershed.reporting.downsampling import ThinnedCurve
 from tests.support.long_run import held, train
 
@@ -10,7 +11,7 @@ from tests.support.long_run import held, train
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about so small a run
 def test_callbacks_and_checkpoint_do_not_grow_in_a_long_run(tmp_path, unpainted, monkeypatch):
     """80 steps more would be 11 kB more of losses and 29 kB more of importances."""
-    monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(20))
+    monkeypatch.setattr(course, "ThinnedCurve", lambda: ThinnedCurve(20))
     look = train(240, 6, tmp_path)
     assert look.steps == [40, 80, 120, 160, 200, 240]
     for sizes in (look.held, look.checkpoint):

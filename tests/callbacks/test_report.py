@@ -1,6 +1,7 @@
 """Report: the page and the table show the logged figures, with any set of callbacks."""
 
 import csv
+import re
 from html.parser import HTMLParser
 
 import lightning.pytorch as pl
@@ -8,30 +9,32 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from layershed import callbacks
 from layershed.callbacks import ExactResume, RedundancyMonitor, Report, SpeedMonitor, SublayerDrop
 from layershed.errors import ScheduleError
+from layershed.integration import course
 from layershed.reporting.downsampling import ThinnedCurve
 from tests.support.runs import Foreign, Save, causal_lm, fit_foreign, loader, val_loader
 from tests.support.thinned import one_of
 
 
 class Page(HTMLParser):
-    """The rows of a page's tables, the alternative texts of its pictures, and all its text."""
+    """The rows of a page's tables, the alternative texts of its pictures, and all its text; ``facts``: how it ran."""
 
     def __init__(self, folder):
         super().__init__()
-        self.rows, self.pictures, self.text, self.inside = [], [], "", False
+        self.rows, self.pictures, self.text, self.inside, self.results = [], [], "", False, []
         self.feed((folder / "report.html").read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
+        if ("id", "facts") in attributes:
+            self.results, self.rows = self.rows, []
         if tag == "tr":
             self.rows.append([])
         if tag in ("th", "td"):
             self.rows[-1].append("")
             self.inside = True
-        if tag == "img":
-            self.pictures.append(dict(attributes)["alt"])
+        if tag == "figure":
+            self.pictures.append(dict(attributes)["aria-label"])
 
     def handle_endtag(self, tag):
         if tag in ("th", "td"):
@@ -44,7 +47,11 @@ class Page(HTMLParser):
 
     @property
     def table(self):
-        return {row[0]: row[1:] if len(row) > 2 else row[1] for row in self.rows if len(row) > 1}
+        return {row[0]: row[1:] if len(row) > 2 else row[1] for row in self.results if len(row) > 1}
+
+    @property
+    def facts(self):
+        return dict(self.rows)
 
 
 def quality(trainer, when):
@@ -97,7 +104,7 @@ def test_report_page_and_table_hold_the_runs_figures(make_trainer, tmp_path, cap
 
 
 def points(report):
-    return [(point.step, point.split, point.loss) for point in report._losses()]
+    return [(point.step, point.split, point.loss) for point in report._course.losses()]
 
 
 @pytest.mark.default_cases(1)
@@ -179,7 +186,7 @@ def test_report_curve_of_a_resumed_run_equals_the_uninterrupted_one(
     for at in cuts:
         assert run(f"resumed-{at}", tmp_path / f"{at}.ckpt") == whole
         state = torch.load(tmp_path / f"{at}.ckpt", weights_only=True)["callbacks"]["Report"]
-        assert sum(len(curve["points"]) for curve in state["losses"].values()) < len(whole[0])
+        assert sum(len(state["losses"][split]["points"]) for split in ("train", "val")) < len(whole[0])
 
 
 def test_report_leaves_out_files_of_an_earlier_run(make_trainer, unpainted, tmp_path):
@@ -247,7 +254,7 @@ def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_tra
         assert (step, dropped) == (str(3 * number), f"1 {list(drop.plan)[number - 1].kind}")
         assert loss == f"{before:.4f} → {after:.4f}"
         assert score == f"{1 - 0.03 * number:.4f} → {1 - 0.03 * number:.4f}"
-        assert shown == str(sdr)
+        assert shown == re.sub("^-", "\N{MINUS SIGN}", str(sdr))
     assert "val_score before the drop" not in table
     assert table["val_score before the first round"] == "0.9700"
     assert table["val_other in validation"] == "1.9800 before the drop, 1.9200 at the end"
@@ -255,7 +262,7 @@ def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_tra
     if order == 1:  # else the callbacks end in the other order
         end = trainer.callback_metrics["speed/sdr_end"].item()
         assert speed.degradations["end"].ratio == pytest.approx(end, nan_ok=True)
-        assert table["SDR at the end"] == str(speed.degradations["end"]).replace("(-", "(\N{MINUS SIGN}")
+        assert table["SDR at the end"] == re.sub("^-", "\N{MINUS SIGN}", str(speed.degradations["end"]))
 
 
 def test_report_and_rounds_of_an_earlier_versions_checkpoint(make_trainer, tmp_path, text_data, unpainted):
@@ -297,7 +304,7 @@ def test_report_curve_of_a_long_run_stays_short_and_resumes_the_same(
     make_trainer, tmp_path, text_data, unpainted, monkeypatch
 ):
     """Every third batch a validation, and a drop; against the values that the loggers wrote."""
-    monkeypatch.setattr(callbacks.report, "ThinnedCurve", lambda: ThinnedCurve(8))
+    monkeypatch.setattr(course, "ThinnedCurve", lambda: ThinnedCurve(8))
 
     def run(name, ckpt_path=None):
         report = Report(every_n_steps=1)

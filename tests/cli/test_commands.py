@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import layershed as ls
 from layershed.callbacks import SpeedMonitor
 from layershed.cli import benchmark as benchmark_command
-from layershed.cli import commands, lightning_cli, prune, quiet
+from layershed.cli import commands, lightning_cli, parsers, prune, quiet
 from layershed.cli import plan as plan_command
 from layershed.cli import run_folder as running
 from layershed.cli.lightning_cli import LayershedCLI
@@ -463,7 +463,7 @@ def test_every_layershed_option_has_help_text():
             lightning_cli.CausalLM,
             TextData,
             trainer_class=Trainer,
-            parser_class=lightning_cli.CommandParser,
+            parser_class=parsers.CommandParser,
             auto_configure_optimizers=False,
         )
     for name, parser in built[0].items():
@@ -657,7 +657,7 @@ def test_score_prints_and_writes_the_importances_of_the_formula(saved, capsys):
     least = min((value, block, kind) for (block, kind), value in importance.items() if kind != "block")
     rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in told.splitlines() if "\u2502" in line]
     column = {"attention": 1, "mlp": 2}[least[2]]
-    assert rows[least[1]][column] == f"{least[0]:.6f}  #1"
+    assert rows[least[1]][column] == f"{least[0]:#.3g}  #1"
     assert sorted(int(cell.split("#")[1]) for row in rows for cell in row[1:3]) == list(range(1, 9))
     assert f"{3 * 2 * 16} tokens" in told
 

@@ -228,11 +228,11 @@ def test_each_config_parses_and_instantiates(path, monkeypatch):
 @pytest.mark.parametrize(("twin", "name"), TWINS.items())
 def test_dense_twin_is_its_config_without_the_drop(twin, name):
     dense, dropping = (yaml.safe_load((FOLDER / f"{stem}.yaml").read_text()) for stem in (twin, name))
-    kept = [
-        entry
-        for entry in dropping["trainer"]["callbacks"]
-        if not entry["class_path"].endswith(("SublayerDrop", "SpeedMonitor", "LoRARecovery"))
-    ]
+    kept = {
+        name: entry
+        for name, entry in dropping["trainer"]["callbacks"].items()
+        if not entry["class_path"].endswith(("SublayerDrop", "SpeedMonitor", "LoRARecovery", "BestCheckpoint"))
+    }
     callback_of({"trainer": {"callbacks": kept}}, "Export")["folder"] = "dense"
     dropping["trainer"].update(callbacks=kept, default_root_dir=f"runs/{twin}")
     assert dense == dropping

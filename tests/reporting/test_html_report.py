@@ -1,5 +1,4 @@
 import ast
-import base64
 import csv
 import html
 import io
@@ -17,7 +16,6 @@ import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
-from PIL import Image
 from rich.console import Console
 
 from layershed.errors import DataError, ExportError
@@ -25,15 +23,20 @@ from layershed.performance.degradation import Degradation, degradation
 from layershed.performance.speed import Interval, PhaseSpeed, SpeedReport
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import Quality, RoundQuality
-from layershed.reporting import figures, importance_file, summary
+from layershed.reporting import bars, control, curves, figures, importance_file, summary, svg
 from layershed.reporting import html_report as report
-from layershed.reporting.figures import importance_heatmap, loss_figure
+from layershed.reporting.curves import course_figure
+from layershed.reporting.figures import importance_heatmap
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
 from layershed.reporting.record import DropRound, ImportancePoint, LossPoint, RunRecord
 from layershed.reporting.summary import summary_rows, summary_table
 
 STEPS = range(40, 201, 40)
+UNKNOWN_COST = (
+    "Cost of the drop",
+    "not known: the figures at the end include the training since the drop. A control tells it",
+)
 DROPPED = {("attention", 1): 120, ("attention", 2): 120, ("mlp", 2): 120}
 HOSTILE = "/models/<script>document.title='pwned'</script>\"><img src=x onerror=\"document.title='pwned'\">&amp;"
 
@@ -118,6 +121,7 @@ def test_summary_rows_against_values_computed_by_hand(record):
         ("Validation loss before the drop", "2.8734 (next-token accuracy 43.1 %)"),
         ("Validation loss right after the drop", "3.4000 (next-token accuracy 37.1 %)"),
         ("Validation loss at the end", "2.9100 (next-token accuracy 44.0 %)"),
+        UNKNOWN_COST,
         ("Sublayers dropped", "2 attention, 1 mlp"),
         ("Parameters", "134.5 M -> 116.3 M (-13.5 %)"),
         ("Prefill speed", "8,412 -> 8,500 tokens/s, no measurable speedup, x1.01 [0.98, 1.04]"),
@@ -151,7 +155,7 @@ def in_rounds(record):
 
 def test_summary_has_a_row_for_each_round(record):
     rows = summary_rows(in_rounds(record))
-    assert rows[:5] == [
+    assert rows[:6] == [
         ("Validation loss before the first round", "2.8734 (next-token accuracy 43.1 %)"),
         (
             "Round 1, step 120",
@@ -164,6 +168,7 @@ def test_summary_has_a_row_for_each_round(record):
             "speedup)",
         ),
         ("Validation loss at the end", "2.9100 (next-token accuracy 44.0 %)"),
+        UNKNOWN_COST,
         ("Sublayers dropped", "2 attention, 1 mlp"),
     ]
     assert [label for label, _ in rows if label.startswith("SDR")] == ["SDR at the end"]
@@ -171,7 +176,7 @@ def test_summary_has_a_row_for_each_round(record):
 
 def test_page_has_a_table_of_rounds(record, tmp_path):
     text = write_report(in_rounds(record), tmp_path / "r.html").read_text(encoding="utf-8")
-    table = text[text.index('id="rounds"') : text.index('id="importance-1"')]
+    table = text[text.index('id="rounds"') : text.index('id="course"')]
     cells = [re.sub("<[^>]*>", "", row).split("\n") for row in re.findall("<t[hd][^>]*>.*?</t[hd]>", table)]
     assert [cell for (cell,) in cells] == [
         *("Round", "Step", "Dropped", "Loss", "Accuracy", "SDR"),
@@ -358,10 +363,10 @@ def test_heatmap_of_a_long_run_keeps_the_columns_next_to_a_drop():
     figure = importance_heatmap(points, make_plan({("mlp", 1): 33_330}))
     mesh, values = meshes(figure)["MLP"]
     edges = mesh.get_coordinates()[0, :, 0]
-    assert 300 < values.shape[1] < 410
+    assert 50 < values.shape[1] < 70
     steps = np.round((values[0] - 0.1) * 1e5).astype(int)
     assert {0, 33_320, 33_330, 33_340, 50_000} <= set(steps)
-    assert max(np.diff(steps)) <= 130
+    assert max(np.diff(steps)) <= 850
     np.testing.assert_array_equal(np.isnan(values[1]), steps > 33_330)
     assert (edges[:-1] <= steps).all()
     assert (steps <= edges[1:]).all()
@@ -437,12 +442,12 @@ def test_pictures_of_a_diverged_run_are_drawn():
     points = [ImportancePoint(1, 0, "mlp", "cosine", value) for value in (math.inf, math.nan)]
     importance_heatmap(points).draw_without_rendering()
     losses = (LossPoint(1, "train", math.nan), LossPoint(2, "train", math.inf))
-    loss_figure(RunRecord("m", losses=losses)).draw_without_rendering()
-    loss_figure(RunRecord("m")).draw_without_rendering()
+    course_figure(RunRecord("m", losses=losses)).draw_without_rendering()
+    course_figure(RunRecord("m")).draw_without_rendering()
 
 
 def test_loss_figure_draws_both_splits_and_each_drop(record):
-    axes = loss_figure(record).axes[0]
+    axes = course_figure(record).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["training"].get_xydata().tolist() == [[step, 4 - step / 100] for step in range(1, 201)]
     assert lines["validation"].get_xydata().tolist() == [[step, 4.1 - step / 100] for step in STEPS]
@@ -453,13 +458,13 @@ def test_loss_figure_draws_both_splits_and_each_drop(record):
 
 def test_losses_before_and_after_a_drop_at_the_same_step_keep_their_order():
     losses = (LossPoint(20, "val", 3.0), LossPoint(10, "val", 2.9), LossPoint(10, "val", 2.0))
-    line = loss_figure(RunRecord("m", losses=losses)).axes[0].lines[0]
+    line = course_figure(RunRecord("m", losses=losses)).axes[0].lines[0]
     assert line.get_xydata().tolist() == [[10, 2.9], [10, 2.0], [20, 3.0]]
 
 
 def test_labels_of_many_drops_do_not_overlap():
     plan = make_plan({("mlp", block): 10 * block for block in range(1, 41)})
-    axes = loss_figure(RunRecord("m", losses=(LossPoint(0, "val", 3.0),), plan=plan)).axes[0]
+    axes = course_figure(RunRecord("m", losses=(LossPoint(0, "val", 3.0),), plan=plan)).axes[0]
     assert len(axes.texts) == 14, "every third of 40 is labelled"
     assert all(text.get_rotation() == 90 and text.get_text().isdigit() for text in axes.texts)
 
@@ -480,7 +485,7 @@ def test_heatmap_of_a_single_measurement_has_no_axis_of_steps():
 
 def test_loss_axis_is_named_by_the_record(record):
     for label in ("loss (nats per token)", "loss"):
-        assert loss_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
+        assert course_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
 
 
 def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):
@@ -493,10 +498,10 @@ def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):
 # The page
 
 HEADINGS = {
-    "importance": "Importance over training",
-    "losses": "Loss",
+    "losses": "Course of the run",
     "speed": "Speed",
-    "plan": "Drop plan",
+    "plan": "What was dropped, and why",
+    "importance": "Importance over training",
 }
 SUPPLIERS = {
     "importance": "the RedundancyMonitor callback",
@@ -539,27 +544,16 @@ def test_page_of_an_empty_record_lists_what_is_missing(tmp_path):
 
 def test_page_needs_nothing_outside_itself_and_runs_no_script(page):
     elements = Elements(page)
-    links = [
-        value
-        for _, attributes in elements.found
-        for key, value in attributes.items()
-        if key in ("src", "srcset", "href")
-    ]
-    assert len(links) == 4
-    assert all(link.startswith("data:image/png;base64,") for link in links)
+    links = [value for _, own in elements.found for key, value in own.items() if key in ("src", "srcset", "href")]
+    assert not links
+    inner = [value for _, own in elements.found for key, value in own.items() if key == "xlink:href"]
+    assert inner
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in inner), "the colour scale is an image"
     assert not elements.of("script", "link", "iframe", "object", "embed", "base")
     assert not [key for _, attributes in elements.found for key in attributes if key.startswith("on")]
-    assert not re.search(r"https?:|url\(|@import", page)
+    assert set(re.findall(r"https?:[^\"]*", page)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"url\((?!#)|@import", page)
     assert "default-src 'none'" in page
-
-
-def test_pictures_of_the_page_decode_in_two_sizes(page):
-    sizes = []
-    for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
-        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
-            image.load()
-            sizes.append((image.format, image.width))
-    assert sizes == [("PNG", 760), ("PNG", 2000)] * 2
 
 
 def test_page_is_accessible(page):
@@ -567,7 +561,7 @@ def test_page_is_accessible(page):
     assert elements.of("html") == [{"lang": "en"}]
     assert "<title>gpt2 - layershed report</title>" in page
     assert all(header.get("scope") in ("row", "col") for header in elements.of("th"))
-    heat, loss = (image["alt"] for image in elements.of("img"))
+    loss, _, heat = (figure["aria-label"] for figure in elements.of("figure"))
     assert "importance (cosine) of 4 blocks" in heat
     assert "3 sublayers dropped at step 120: 2 attention, 1 mlp." in heat
     assert "Validation loss: 3.7000 at step 40, 2.1000 at step 200." in loss
@@ -589,7 +583,7 @@ def test_page_has_one_heatmap_for_each_metric(tmp_path):
     points = [ImportancePoint(1, 0, "mlp", metric, 0.1) for metric in ("cosine", "angular")]
     text = write_report(RunRecord("m", tuple(points)), tmp_path / "r.html").read_text()
     assert re.findall(r"Metric: (\w+)\.", text) == ["cosine", "angular"]
-    assert len(Elements(text).of("img")) == 2
+    assert len(Elements(text).of("figure")) == 2
 
 
 def test_page_of_the_same_record_has_the_same_bytes(tmp_path):
@@ -651,7 +645,7 @@ def test_hostile_names_stay_text_in_a_real_browser(record, speed, tmp_path):
     assert title == f"{HOSTILE}?? - layershed report"
 
 
-@pytest.mark.parametrize("module", [report, figures, importance_file, summary])
+@pytest.mark.parametrize("module", [report, figures, bars, curves, svg, control, importance_file, summary])
 def test_reporting_imports_no_model_library_and_no_pyplot(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]

@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count, short_number
+from layershed.formatting import (
+    change_of,
+    counts_of,
+    printable,
+    short_bytes,
+    short_count,
+    short_importance,
+    short_number,
+)
 from layershed.performance.benchmark import LIFTED, Benchmark, Measurement, shown_quality
 from layershed.performance.prediction import PredictedPhase, Prediction
 from layershed.performance.roofline import ACCELERATORS
@@ -51,7 +59,7 @@ def importance_table(scores: ImportanceScores) -> Table:
         cells = []
         for kind in kinds:
             value, rank = by_cell.get((block, kind)), ranks.get((block, kind))
-            cells.append("" if value is None else f"{value:.6f}" + (f"  #{rank}" if rank else ""))
+            cells.append("" if value is None else short_importance(value) + (f"  #{rank}" if rank else ""))
         table.add_row(str(block), *cells)
     return table
 

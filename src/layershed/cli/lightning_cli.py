@@ -5,103 +5,38 @@ Importing this module takes seconds, because the options are those of Lightning'
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import io
-import re
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from layershed import callbacks  # the import makes their short names known to jsonargparse
-from layershed.callbacks import ExactResume
 from layershed.cli.commands import DESCRIPTION, OVERVIEW, PROGRAM, PURPOSES, USAGE
 from layershed.cli.config_check import check_configs
-from layershed.cli.evaluation import COMMANDS, EvaluatedModel, options_of_run
-from layershed.cli.fit_bar import FitBar
+from layershed.cli.control import prepare_control, run_control
+from layershed.cli.evaluation import COMMANDS, options_of_run
 from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
 from layershed.cli.last_checkpoint import resolve_last
-from layershed.cli.messages import hint, in_short
-from layershed.cli.model_line import ModelLine
-from layershed.cli.named_callbacks import as_list, by_name
+from layershed.cli.own_callbacks import with_own
+from layershed.cli.parsers import SEE_HELP, CommandParser, HelpFormatter, describe
 from layershed.cli.progress_bars import ProgressBars
 from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.save_config import SaveWholeConfig
 from layershed.cli.shortened_run import check_steps
-from layershed.cli.step_clock import StepClock
-from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.trainer import Trainer
 from layershed.errors import CheckpointError, DataError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
-from layershed.performance.roofline import ACCELERATORS
 from layershed.progress import listening
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
-# Help for options whose docstrings in Lightning or layershed do not fit a command line.
-_HELP = {
-    "seed_everything": "Seed of every random number generator; true draws a seed, false sets none.",
-    "trainer.callbacks": f"Callbacks by name, best given in a config. layershed's: {', '.join(callbacks.__all__)}; "
-    "--trainer.callbacks.help CLASS lists the options of one; --trainer.callbacks.NAME.OPTION VALUE sets one, and "
-    "--trainer.callbacks.NAME null leaves a callback out.",
-    "data.tokenizer": "A local folder, a hub id or a .gguf file; bytes for one token a byte (a vocabulary of 259). "
-    "null takes the tokenizer of model.pretrained, or bytes if that is null.",
-    "device": "Device to predict for: this (ceilings are measured), or a device with published ceilings: "
-    f"{', '.join(ACCELERATORS)}.",
-}
-_SECTIONS = {
-    "trainer": "where and how it runs (lightning.pytorch.Trainer)",
-    "model": "the model (layershed.training.causal_lm.CausalLM)",
-    "data": "the text (layershed.training.text_data.TextData)",
-}
-# Options that the help of the commands without training lists. They accept the others too, so that a config of fit
-# works with them.
-_TRAINING_FREE = {
-    "trainer": {"logger", "default_root_dir", "accelerator", "devices", "precision"},
-    "model": {"pretrained", "config", "dtype"},
-}
-# Options that the config of a fit run holds outside its sections. Commands without such an option accept null for it.
-_OF_FIT = ("ckpt_path", "weights_only")
-_TOKENIZER = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator", "precision"}, "data": {"tokenizer"}}
-_WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
-_LISTED = {"plan": _WITHOUT_TEXT, "generate": _TOKENIZER}
 _CHECKPOINT_WORDS = ("hpc", "registry")
-_SEE_HELP = f"; see {PROGRAM} COMMAND --help"
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    """Formats help without docstring markup and without the names of all imported classes."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action) or "")
-        return re.sub(r":\w+:`[~.]*(.*?)`|``(.*?)``", r"\1\2", text)
-
-
-class CommandParser(LightningArgumentParser):
-    """A parser whose errors are one sentence and suggest the nearest known name."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with one sentence. The parser of a class inside a config raises, and the outer parser exits."""
-        if not self.exit_on_error:
-            super().error(message + hint(message, ex, self._names()), ex)
-        reason = in_short(message, ex)
-        if "subcommand" in message:
-            self.print_usage(sys.stderr)
-        advice = hint(reason, ex, self._names()) or ("" if "did you mean" in reason else _SEE_HELP)
-        self.exit(2, f"error: {reason}{advice}\n")
-
-    def _names(self) -> set[str]:
-        inner = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        return {action.dest for parser in (self, *inner) for action in parser._actions} | set(callbacks.__all__)
 
 
 class LayershedCLI(LightningCLI):
@@ -120,32 +55,12 @@ class LayershedCLI(LightningCLI):
         for choice in subcommands._choices_actions if subcommands else ():
             choice.help = PURPOSES[choice.dest]
         for name, parser in self._subcommand_parsers.items():
-            by_name(parser)
-            parser.usage = f"{self.parser.prog} {name} {USAGE.get(name, '[--config FILE] [--OPTION VALUE ...]')}"
-            parser.description = PURPOSES[name]
-            if name in ("predict", *USAGE):
-                known = {action.dest for action in parser._actions}
-                for option in (option for option in _OF_FIT if option not in known):
-                    parser.add_argument(f"--{option}", type=_refused, default=None, help=argparse.SUPPRESS)
-            listed = _LISTED.get(name, _TRAINING_FREE) if name in USAGE else {}
-            for action in parser._actions:
-                action.help = _HELP.get(action.dest, action.help)
-                section, option = f"{action.dest}..".split(".")[:2]
-                if name in USAGE and not option and action.default is False:
-                    action.nargs, action.const = "?", True  # --standalone alone is --standalone true
-                if section in listed and option not in listed[section]:
-                    action.help = argparse.SUPPRESS
-            for section, group in (parser.groups or {}).items():
-                group.title = _SECTIONS.get(section, f"options of {name} alone")
-        for name in self._subcommand_parsers.keys() & {"validate", "test"}:
-            self._subcommand_parsers[name].set_defaults(verbose=False)  # EvaluatedModel prints the metrics
-        if "plan" in self._subcommand_parsers:
-            # the usual dtype for running a model
-            self._subcommand_parsers["plan"].set_defaults({"model.dtype": "bfloat16"})
+            describe(parser, name, self.parser.prog)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set the default seed."""
+        """Set the default seed, and add ``--control``."""
         parser.set_defaults({"seed_everything": 0})
+        parser.add_argument("--control", type=bool | str, default=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, find the last checkpoint, and refuse an unreadable one.
@@ -192,7 +107,7 @@ class LayershedCLI(LightningCLI):
             with redirect_stderr(io.StringIO()) as told:
                 self.config = self.parser.parse_object({subcommand: {"model": options}}, self.config)
         except SystemExit:
-            reason = told.getvalue().strip().removeprefix("error: ").removesuffix(_SEE_HELP)
+            reason = told.getvalue().strip().removeprefix("error: ").removesuffix(SEE_HELP)
             raise CheckpointError(
                 f"ckpt_path={str(path)!r}: the options of its model do not fit ({reason}); give another checkpoint."
             ) from None
@@ -223,24 +138,19 @@ class LayershedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add a bar and a line about the model; to ``fit`` a checkpoint if stopped, exact resuming, time and rate."""
-        options = self.config_init[self.subcommand].trainer
-        listed = as_list(options.get("callbacks"))
-        for kind, ours, option in ((ProgressBar, FitBar, "progress_bar"), (ModelSummary, ModelLine, "model_summary")):
-            if options.get(f"enable_{option}") is not False and not any(isinstance(one, kind) for one in listed):
-                listed.insert(0, ours())
-        if self.subcommand == "fit":
-            exact = [] if any(isinstance(one, ExactResume) for one in listed) else [ExactResume()]
-            listed = [StepClock(), *listed, *exact, *self._learning_rates(listed), StopOnSignal()]
-        elif self.subcommand in COMMANDS:
-            path = Path(self.config[self.subcommand].get("ckpt_path") or "")
-            listed.append(EvaluatedModel(path if path.is_file() else None))
+        config = self.config_init[self.subcommand]
+        listed = with_own(config.trainer, self.subcommand, config.get("ckpt_path"))
         return super().instantiate_trainer(**kwargs, callbacks=listed)
 
-    def _learning_rates(self, listed: Sequence[Any]) -> list[LearningRateMonitor]:
-        """The callback that logs the learning rate; it needs a logger."""
-        logs = self.config_init[self.subcommand].trainer.get("logger") not in (False, [])
-        there = any(isinstance(callback, LearningRateMonitor) for callback in listed)
-        return [LearningRateMonitor("step")] if logs and not there else []
+    def before_fit(self) -> None:
+        """Check what ``--control`` asks for, before training."""
+        config = self.config[self.subcommand]
+        prepare_control(self.trainer, config.get("control"), lambda: self._parser(self.subcommand).dump(config))
+
+    def after_fit(self) -> None:
+        """Run the control, with the same options."""
+        if self.config[self.subcommand].get("control") is True:
+            run_control(self, _start)
 
     def after_instantiate_classes(self) -> None:
         """Refuse text for which the model has too few embeddings or positions."""
@@ -283,17 +193,21 @@ def run_command(words: Sequence[str]) -> None:
     cli = _only(words[0]) if words[:1] and words[0] in PURPOSES else LayershedCLI
     bars = ProgressBars(bars=bool(set(words) & set(USAGE)))
     with quiet(evaluating=bool(set(words) & set(COMMANDS))), listening(bars):
-        cli(
-            CausalLM,
-            TextData,
-            trainer_class=Trainer,
-            save_config_callback=SaveWholeConfig,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_class=CommandParser,
-            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": _HelpFormatter},
-            args=list(words),
-        )
+        _start(cli, list(words))
+
+
+def _start(cli: type[LightningCLI], arguments: Any) -> LightningCLI:
+    return cli(
+        CausalLM,
+        TextData,
+        trainer_class=Trainer,
+        save_config_callback=SaveWholeConfig,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_class=CommandParser,
+        parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": HelpFormatter},
+        args=arguments,
+    )
 
 
 def _only(command: str) -> type[LayershedCLI]:
@@ -305,7 +219,3 @@ def _only(command: str) -> type[LayershedCLI]:
             return {command: LayershedCLI.subcommands()[command]}
 
     return OneCommand
-
-
-def _refused(value: object) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"this command has no such option; got {value}")

@@ -99,6 +99,7 @@ def prune(
     record = RunRecord(
         name_of(model),
         importance=importance_points(scores),
+        scores=importance_points(scores),
         plan=plan,
         quality=quality,
         speed=report,

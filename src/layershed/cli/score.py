@@ -1,4 +1,4 @@
-"""``train.py score``: measures the importance of every sublayer; shows a table and a heat map."""
+"""``train.py score``: measures the importance of every sublayer; shows a table and bars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layershed.cli.console import importance_table, tell_files
 from layershed.cli.run_folder import check_scoring, name_of, prepare, score_sublayers
 from layershed.discovery.find import find_sublayers
 from layershed.planning.plan import ImportanceScores
-from layershed.reporting.figures import importance_heatmap
+from layershed.reporting.bars import importance_bars
 from layershed.reporting.record import ImportancePoint
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
@@ -26,7 +26,7 @@ def score(trainer: pl.Trainer, model: CausalLM, data: TextData, metric: str, bat
 
     console, folder = Console(), prepare(trainer, model, data)
     scores = score_sublayers(trainer, model, data, metric, batches, folder)
-    figure = importance_heatmap(importance_points(scores))
+    figure = importance_bars(importance_points(scores))
     figure.suptitle(f"{name_of(model)}: importance ({metric})", fontsize=11, parse_math=False)
     figure.savefig(folder / "importance.png", dpi=150)
     console.print(importance_table(scores))

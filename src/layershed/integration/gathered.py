@@ -14,14 +14,20 @@ from layershed.integration.measurements import logged_quality
 from layershed.integration.metric_names import BYTES, BYTES_BEFORE, DROP, SPEED
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
-from layershed.integration.protocols import Exports, MeasuresDegradation, MeasuresRounds, TrainsLoRA
+from layershed.integration.protocols import (
+    Exports,
+    KeepsScores,
+    MeasuresDegradation,
+    MeasuresRounds,
+    TrainsLoRA,
+)
 from layershed.integration.run import SPEED_FILE
 from layershed.performance.degradation import Degradation
 from layershed.performance.speed_report import report_from
 from layershed.planning.plan import DropPlan
 from layershed.quality import RoundQuality
 from layershed.quantization import BITS, quantization_of, stored_bytes
-from layershed.reporting.record import DropRound, drop_steps
+from layershed.reporting.record import DropRound, ImportancePoint, drop_steps
 
 _MOST_METRICS = 8
 
@@ -55,6 +61,19 @@ def _degradations(trainer: Trainer) -> dict[str, Degradation]:
         if isinstance(other, MeasuresDegradation):
             found = other.degradations
     return found
+
+
+def scores_of(trainer: Trainer, plan: DropPlan | None) -> tuple[ImportancePoint, ...]:
+    """The importances by which the last round was chosen."""
+    step, metric = max(drop_steps(plan), default=0), "" if plan is None else plan.metric or ""
+    rows = next((other.scored for other in callbacks_of(trainer) if isinstance(other, KeepsScores)), [])
+    return tuple(ImportancePoint(step, block, kind, metric, value) for block, kind, value in rows)
+
+
+def lora_events(trainer: Trainer) -> tuple[tuple[int, str], ...]:
+    """When LoRA began, as LoRARecovery notes it."""
+    found = (other for other in callbacks_of(trainer) if isinstance(other, TrainsLoRA) and other.trains_lora)
+    return tuple((other.began, "LoRA") for other in found if other.began is not None)
 
 
 def own_metrics(before: Mapping[str, object], trainer: Trainer, left_out: str) -> dict[str, float]:

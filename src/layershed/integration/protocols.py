@@ -44,6 +44,13 @@ class MeasuresRounds(Protocol):
 
 
 @runtime_checkable
+class KeepsScores(Protocol):
+    """Keeps block, kind and importance of every sublayer at the last round of drops, as SublayerDrop does."""
+
+    scored: list[tuple[int, str, float]]
+
+
+@runtime_checkable
 class MeasuresDegradation(Protocol):
     """Computes the SDR, as SpeedMonitor does."""
 

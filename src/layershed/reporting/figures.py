@@ -1,35 +1,45 @@
-"""What a run recorded, and the pictures drawn from it. No model, no torch and no pyplot, so no global state."""
+"""Importance over training as a picture. No model, no torch and no pyplot, so no global state."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from layershed.errors import DataError
+from layershed.formatting import short_importance
 from layershed.planning.plan import DropPlan
 from layershed.reporting.downsampling import shown_steps
-from layershed.reporting.plot_style import INK, LEGEND, MUTED, TEXT, new_figure, plain_axes
-from layershed.reporting.record import PANELS, ImportancePoint, RunRecord, drop_steps
+from layershed.reporting.marks import mark_steps
+from layershed.reporting.plot_style import (
+    CARD,
+    COLOURS,
+    GONE,
+    GONE_LINES,
+    INK,
+    LEGEND,
+    MUTED,
+    TEXT,
+    new_figure,
+    value_scale,
+    with_titles,
+)
+from layershed.reporting.record import PANELS, ImportancePoint, drop_steps
 
-_DROPPED: dict[str, Any] = {"facecolor": "#eceef1", "edgecolor": "#a3abb5", "hatch": "////", "linewidth": 0.0}
+_DROPPED: dict[str, Any] = {"facecolor": GONE, "edgecolor": GONE_LINES, "hatch": "////", "linewidth": 0.0}
 # Over a cell that keeps its colour: its importance was measured before the drop.
-_CROSSED: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "////", "linewidth": 0.0}
-# More columns than this are no wider than a dot of the picture.
-MOST_COLUMNS = 400
-# More labels than this do not fit beside one another, even when they are turned on end.
-_MOST_LABELS = 16
+_CROSSED: dict[str, Any] = {"facecolor": "none", "edgecolor": "#fefefe", "hatch": "////", "linewidth": 0.0}
+# Every cell is an element of the page, with its value.
+MOST_COLUMNS = 60
 
 
 def importance_heatmap(
@@ -64,7 +74,7 @@ def importance_heatmap(
     kinds = [kind for kind in PANELS if any(point.kind == kind for point in points)]
     blocks = sorted({point.block for point in points} | {block for _, block in dropped})
     edges = _column_edges(steps, cells, dropped)
-    norm = _colour_scale([value for value in cells.values() if math.isfinite(value)])
+    norm = value_scale([value for value in cells.values() if math.isfinite(value)])
 
     height = min(max(0.24 * len(blocks), 2.0), 9.0)
     size = (3.8, (height + 0.9) * len(kinds) + 0.7) if stacked else (10.0, height + 1.4)
@@ -73,11 +83,15 @@ def importance_heatmap(
     panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
     for axes, kind in zip(panels, kinds, strict=True):
         grid = np.array([[cells.get((kind, block, step), math.nan) for step in steps] for block in blocks])
-        mesh = axes.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, grid, norm=norm, cmap="viridis")
+        rows = np.arange(len(blocks) + 1) - 0.5
+        # with an edge of its own colour a cell leaves no gap to the next one
+        mesh = axes.pcolormesh(edges, rows, grid, norm=norm, cmap=COLOURS, edgecolors="face", linewidth=0.3)
+        with_titles(mesh, [_title(block, kind, step, cells) for block in blocks for step in steps])
         for row, block in enumerate(blocks):
             _hatch(axes, row, edges, steps, grid[row], dropped.get((kind, block), math.inf))
         _style_panel(axes, PANELS[kind], blocks, steps)
-        lines = _mark_drops(axes, {step: f"drop at {step}" for step in drop_steps(plan)}, underlay="white")
+        lines = mark_steps(axes, {step: f"drop at {step}" for step in drop_steps(plan)}, underlay=CARD)
+    panels[0].invert_yaxis()  # shared: block 0 is at the top, as in every table
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel("block", **TEXT)
     for axes in panels if len(steps) == 1 else ():
@@ -95,38 +109,10 @@ def importance_heatmap(
     return figure
 
 
-def loss_figure(record: RunRecord, *, narrow: bool = False) -> Figure:
-    """Draw the training loss (thin) and the validation loss (with markers), each drop marked by a dashed line.
-
-    Args:
-        record: The run; its losses and its plan are read.
-        narrow: Draw for a phone.
-
-    Returns:
-        The figure; it has one line for each split that was logged.
-    """
-    figure = new_figure((3.8, 3.4) if narrow else (10.0, 3.9))
-    axes = figure.subplots()
-    plain_axes(axes)
-    styles: dict[str, dict[str, Any]] = {
-        "train": {"label": "training", "color": "#8c98a6", "linewidth": 0.9},
-        "val": {"label": "validation", "color": "#0072b2", "linewidth": 1.6, "marker": "o", "markersize": 4.5},
-    }
-    curves: list[Artist] = []
-    for split, style in styles.items():
-        points = [point for point in record.losses if point.split == split]
-        if points:
-            points.sort(key=lambda point: point.step)  # stable: two at the step of a drop stay before and after it
-            curves += axes.plot([point.step for point in points], [point.loss for point in points], **style)
-    axes.set_xlabel("optimizer step", **TEXT)
-    axes.set_ylabel(record.loss_label, **TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 9, integer=True))
-    counts = Counter(drop.step for drop in record.plan.drops) if record.plan else Counter()
-    lines = _mark_drops(axes, {step: f"{counts[step]} dropped at {step}" for step in drop_steps(record.plan)})
-    if curves or lines:
-        ncols = 2 if narrow else 3
-        figure.legend(handles=[*curves, *lines], loc="outside lower center", ncols=ncols, **LEGEND)
-    return figure
+def _title(block: int, kind: str, step: int, cells: Mapping[tuple[str, int, int], float]) -> str:
+    value = cells.get((kind, block, step))
+    shown = "no value" if value is None or math.isnan(value) else short_importance(value)
+    return f"block {block}, {PANELS[kind]}, step {step:,}: {shown}"
 
 
 def _hatch(axes: Axes, row: int, edges: list[float], steps: list[int], values: Iterable[float], since: float) -> None:
@@ -168,14 +154,6 @@ def _column_edges(
     return edges
 
 
-def _colour_scale(values: list[float]) -> Normalize:
-    positive = [value for value in values if value > 0]
-    if positive and max(positive) > 100 * min(positive):
-        # Rounding can leave an importance at or a little below 0; clipping draws it as the most redundant.
-        return LogNorm(min(positive), max(positive), clip=True)
-    return Normalize(min(values, default=0.0), max(values, default=1.0))
-
-
 def _runs(flags: Iterable[bool]) -> Iterator[tuple[int, int]]:
     """Half-open index ranges of the consecutive true flags."""
     for flag, group in groupby(enumerate(flags), key=lambda pair: pair[1]):
@@ -186,7 +164,7 @@ def _runs(flags: Iterable[bool]) -> Iterator[tuple[int, int]]:
 
 def _style_panel(axes: Axes, title: str, blocks: list[int], steps: list[int]) -> None:
     axes.set_title(title, loc="left", pad=20, fontsize=10.5, fontweight="bold", color=INK)
-    axes.set_facecolor("white")
+    axes.set_facecolor(CARD)
     stride = math.ceil(len(blocks) / 16)
     axes.set_yticks(range(0, len(blocks), stride), [str(block) for block in blocks[::stride]])
     ticks = MaxNLocator(5, integer=True).tick_values(steps[0], steps[-1])
@@ -194,34 +172,6 @@ def _style_panel(axes: Axes, title: str, blocks: list[int], steps: list[int]) ->
     axes.tick_params(labelsize=9, colors=MUTED, labelcolor=INK, labelleft=True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _mark_drops(axes: Axes, labels: Mapping[int, str], underlay: str | None = None) -> list[Artist]:
-    """A dashed line at each drop, named above the axes.
-
-    If the names would overlap, only the steps are written, vertically, and the returned list holds one line for a
-    legend that explains them.
-    """
-    if not labels:
-        return []
-    low, high = axes.get_xlim()
-    low, high = min(low, *labels), max(high, *labels)
-    axes.set_xlim(low, high)
-    width = axes.get_window_extent().width / axes.figure.dpi  # inches
-    crowded = any((right - left) / (high - low) * width < 1.4 for left, right in pairwise(labels))
-    stride = math.ceil(len(labels) / _MOST_LABELS)
-    lines: list[Artist] = []
-    for place, (step, label) in enumerate(labels.items()):
-        if underlay:
-            axes.axvline(step, color=underlay, linewidth=2.4)
-        lines.append(axes.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label="drop, step above"))
-        if place % stride == 0:
-            where = (step - low) / (high - low)
-            align = "left" if where < 0.2 else "right" if where > 0.8 else "center"
-            place_text = {"ha": "center", "rotation": 90} if crowded else {"ha": align}
-            text, at, frame = str(step) if crowded else label, (step, 1), ("data", "axes fraction")
-            axes.annotate(text, at, (0, 4), frame, "offset points", va="bottom", fontsize=8, color=INK, **place_text)
-    return lines[:1] if crowded else []
 
 
 def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool) -> None:
@@ -232,6 +182,8 @@ def _add_scale(figure: Figure, mesh: QuadMesh, panels: list[Axes], stacked: bool
     scale = ", log scale" if isinstance(bar.norm, LogNorm) else ""
     bar.set_label(f"importance{scale} (low = redundant)", **TEXT)
     bar.ax.tick_params(labelsize=9, colors=MUTED, labelcolor=INK)
+    axis = bar.ax.xaxis if stacked else bar.ax.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     if scale:
-        bar.ax.yaxis.set_minor_locator(NullLocator())
+        axis.set_minor_locator(NullLocator())
     bar.outline.set_visible(False)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from layershed.files.atomic import as_export_error, write_text
-from layershed.formatting import counts_of, printable, short_number
+from layershed.formatting import counts_of, printable, short_importance, short_number
 from layershed.performance.speed_report import MeasuredSpeed
 from layershed.planning.plan import DropPlan
-from layershed.reporting.figures import importance_heatmap, loss_figure
-from layershed.reporting.record import PANELS, RunRecord
+from layershed.reporting.bars import importance_bars, speed_figure
+from layershed.reporting.curves import course_figure
+from layershed.reporting.figures import importance_heatmap
+from layershed.reporting.record import PANELS, ImportancePoint, RunRecord
 from layershed.reporting.summary import round_values, summary_rows
+from layershed.reporting.svg import inline_svg
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
@@ -38,18 +42,25 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(typeset=_typeset, number=short_number)
+    environment.filters.update(typeset=_typeset, number=short_number, importance=short_importance, printable=_lines)
+    paint = _Painter()
     html = environment.get_template("report.html").render(
         model=printable(record.model),
         lede=_lede(record.plan),
         rows=summary_rows(record),
         sdr=bool(record.sdr),
-        heatmaps=list(_heatmaps(record)),
-        loss=_loss_picture(record) if record.losses else None,
+        heatmaps=list(_heatmaps(record, paint)),
+        course=_course(record, paint) if record.losses else None,
         speed=_speed(record.speed) if record.speed else None,
+        speedups=_speedups(record.speed, paint) if record.speed else None,
         rounds=_rounds(record) if len(record.rounds) > 1 else None,
         plan=record.plan,
         plan_metric=printable(record.plan.metric or "") if record.plan else "",
+        why=_why(record, record.plan, paint) if record.plan else None,
+        samples=record.samples,
+        facts=record.facts,
+        config=record.config,
+        usage=record.usage,
         panels=PANELS,
     )
     with as_export_error(path):
@@ -59,33 +70,30 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """A base64 PNG with its size in CSS pixels."""
-
-    data: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
 class _Picture:
     """The same picture arranged for a wide screen and for a phone."""
 
-    wide: _Image
-    narrow: _Image
+    wide: Markup
+    narrow: Markup
     alt: str
     metric: str = ""
     heading: str = ""
 
 
-def _image(figure: Figure) -> _Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    width, height = (round(100 * inches) for inches in figure.get_size_inches())
-    return _Image(base64.b64encode(buffer.getvalue()).decode("ascii"), width, height)
+class _Painter:
+    """Makes pictures whose ids differ."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+
+    def __call__(self, wide: Figure, narrow: Figure, alt: str, **more: str) -> _Picture:
+        number = next(self._numbers)
+        # the texts within are escaped by the SVG writer
+        images = [Markup(inline_svg(figure, f"{kind}{number}")) for figure, kind in ((wide, "w"), (narrow, "n"))]
+        return _Picture(images[0], images[1], alt, **more)
 
 
-def _heatmaps(record: RunRecord) -> Iterator[_Picture]:
+def _heatmaps(record: RunRecord, paint: _Painter) -> Iterator[_Picture]:
     for metric in dict.fromkeys(point.metric for point in record.importance):
         points = [point for point in record.importance if point.metric == metric]
         steps, blocks = {point.step for point in points}, {point.block for point in points}
@@ -98,18 +106,45 @@ def _heatmaps(record: RunRecord) -> Iterator[_Picture]:
         what = f"Heat map of the importance ({name}) of {len(blocks)} blocks, by kind of sublayer"
         alt = f"{what}, {when}. {_lede(record.plan)}"
         wide, narrow = (importance_heatmap(points, record.plan, stacked=stacked) for stacked in (False, True))
-        yield _Picture(_image(wide), _image(narrow), alt, name, heading)
+        yield paint(wide, narrow, alt, metric=name, heading=heading)
 
 
-def _loss_picture(record: RunRecord) -> _Picture:
+def _course(record: RunRecord, paint: _Painter) -> _Picture:
     parts = []
     for split, words in (("train", "Training"), ("val", "Validation")):
         points = sorted((point for point in record.losses if point.split == split), key=lambda point: point.step)
         if points:
             first, last = points[0], points[-1]
             parts.append(f"{words} loss: {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}.")
-    wide, narrow = loss_figure(record), loss_figure(record, narrow=True)
-    return _Picture(_image(wide), _image(narrow), " ".join([*parts, _lede(record.plan)]))
+    if record.control and (own := [point for point in record.control.losses if point.split == "val"]):
+        parts.append(f"Validation loss of the control: {own[-1].loss:.4f} at step {own[-1].step}.")
+    wide, narrow = course_figure(record), course_figure(record, narrow=True)
+    return paint(wide, narrow, " ".join([*parts, _lede(record.plan)]))
+
+
+def _speedups(speed: MeasuredSpeed, paint: _Painter) -> _Picture:
+    wide, narrow = speed_figure(speed), speed_figure(speed, narrow=True)
+    return paint(wide, narrow, " ".join(f"{name.capitalize()} speed: {phase}." for name, phase in speed.phases.items()))
+
+
+def _why(record: RunRecord, plan: DropPlan, paint: _Painter) -> _Picture | None:
+    """The scores of the dropped sublayers beside those that stayed: each as it was when it was dropped, or last."""
+    whole = plan.scope == "block"
+    points = [point for point in record.scores if (point.kind == "block") == whole]
+    dropped = {("block" if whole else drop.sublayer.kind, drop.sublayer.block): drop.score for drop in plan.drops}
+    points += [
+        ImportancePoint(0, block, kind, point.metric, score)
+        for (kind, block), score in dropped.items()
+        if score is not None
+        for point in points[:1]
+    ]
+    kinds = {"attention", "mlp", "cross_attention", "block"} if plan.scope in ("joint", "block") else {plan.scope}
+    points = [point for point in points if point.kind in kinds]
+    if not points:
+        return None
+    alt = f"Bars of the importance of every sublayer when the plan was made. {_lede(plan)}"
+    wide, narrow = (importance_bars(points, dropped, stacked=stacked) for stacked in (False, True))
+    return paint(wide, narrow, alt, metric=printable(points[0].metric))
 
 
 def _speed(speed: MeasuredSpeed) -> dict[str, object]:
@@ -142,10 +177,12 @@ def _lede(plan: DropPlan | None) -> str:
     return f"{len(plan)} sublayer{'s' if len(plan) > 1 else ''} dropped{when}: {counts_of(plan)}."
 
 
+def _lines(text: str) -> str:
+    """A text of several lines without control codes."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
 def _typeset(text: str) -> str:
     """The ASCII of a summary value with the signs that a browser can show."""
-    return (
-        text.replace("->", "\N{RIGHTWARDS ARROW}")
-        .replace(", x", ", \N{MULTIPLICATION SIGN}")
-        .replace("(-", "(\N{MINUS SIGN}")
-    )
+    text = text.replace("->", "\N{RIGHTWARDS ARROW}").replace(", x", ", \N{MULTIPLICATION SIGN}")
+    return re.sub(r"(?<![^ (])-(?=\d)", "\N{MINUS SIGN}", text)

@@ -48,6 +48,21 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a causal language model wrote after a prompt, greedily.
+
+    Args:
+        prompt: Text of the validation.
+        dense: The continuation before the first drop.
+        dropped: The continuation at the end.
+    """
+
+    prompt: str
+    dense: str
+    dropped: str
+
+
+@dataclass(frozen=True)
 class DropRound:
     """One round of drops.
 
@@ -60,6 +75,31 @@ class DropRound:
     dropped: tuple[Sublayer, ...]
     quality: RoundQuality
     sdr: Degradation | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a control logged: the same steps without the drop.
+
+    Args:
+        folder: Its run directory, as it was given.
+        end: Its last step.
+        start: The step of the checkpoint that it began from; None for a run from the beginning.
+        quality: The quality at its end on SublayerDrop's batches, by name; empty for another run.
+        losses: Its losses.
+        metrics: What else it logged in its last validation, by name.
+        without: The callbacks that it left out.
+        doubts: What else differs from the run, in words.
+    """
+
+    folder: str
+    end: int
+    start: int | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)
+    losses: tuple[LossPoint, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +119,17 @@ class RunRecord:
         metrics: What the module logs in validation, by name: the last value before the drop, if any, and the last.
         changes: What else changed the model, as rows of the table: quantization, LoRA, the exported folder.
         loss_label: Name of the loss, with its unit.
+        steps: The last step; None outside training.
+        validations: Step and loss of the module's own validations.
+        control: The same steps without the drop.
+        control_pending: Whether a control is meant, but has not ended.
+        curves: What else was noted over training, by its name: points of step and value.
+        events: What changed the model beside the drops: step and words.
+        scores: The importances by which the last round was chosen.
+        samples: What the model wrote.
+        facts: How it ran, as rows: the command, the seed, versions, the processor, date and duration.
+        config: The configuration as text.
+        usage: How to load and serve the dropped model: headings and commands.
     """
 
     model: str
@@ -93,6 +144,17 @@ class RunRecord:
     metrics: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
     changes: tuple[tuple[str, str], ...] = ()
     loss_label: str = "loss (nats per token)"
+    steps: int | None = None
+    validations: tuple[tuple[int, float], ...] = ()
+    control: Control | None = None
+    control_pending: bool = False
+    curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    events: tuple[tuple[int, str], ...] = ()
+    scores: tuple[ImportancePoint, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    config: str = ""
+    usage: tuple[tuple[str, str], ...] = ()
 
 
 def drop_steps(plan: DropPlan | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
 from layershed.quality import OwnQuality, Quality
+from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.record import DropRound, RunRecord
 
 _MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
@@ -29,7 +30,7 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         >>> summary_rows(RunRecord("gpt2"))
         [('Sublayers dropped', 'nothing was dropped')]
     """
-    rows = list(_quality_around(record))
+    rows = [*_quality_around(record), *cost_rows(record)]
     around = {name for quality in record.quality.values() for name in quality.values}
     around |= {"val_loss", "val/loss"} if "loss" in around else set()
     metrics = {name: values for name, values in record.metrics.items() if name not in around}
@@ -62,10 +63,15 @@ def summary_table(record: RunRecord) -> Table:
     Returns:
         A table for ``rich.print``. Names are shown literally: markup and control codes in them have no effect.
     """
-    table = Table(title=Text(printable(record.model)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    return rows_table(record.model, summary_rows(record))
+
+
+def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Put rows of (label, value) into a table for the terminal."""
+    table = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in summary_rows(record):
+    for label, value in rows:
         table.add_row(Text(label), Text(value))
     return table
 

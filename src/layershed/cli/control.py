@@ -1,0 +1,295 @@
+"""``train.py fit --control``: the same steps without the drop, so that the report can say what the drop cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+
+from layershed.callbacks import Export, LoRARecovery, Quantization, RedundancyMonitor, SpeedMonitor, SublayerDrop
+from layershed.callbacks.report import Report
+from layershed.cli.stop_on_signal import StopOnSignal
+from layershed.errors import ControlError
+from layershed.files.atomic import write_text
+from layershed.integration.measurements import logged_quality, validation_quality
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.run import run_directory
+from layershed.integration.watching import Watcher
+from layershed.reporting.control import (
+    CONTROL_FILE,
+    CONTROL_FOLDER,
+    METRICS_FILE,
+    ControlResult,
+    differences,
+    read_control,
+)
+from layershed.reporting.drop_cost import cost_rows
+from layershed.reporting.record import RunRecord
+from layershed.reporting.summary import rows_table
+
+BEFORE_DROP = "before_drop.ckpt"
+# What the control leaves out and names, and what would write into the run's files or end the control sooner.
+_CHANGES = (SublayerDrop, Quantization, LoRARecovery)
+_LEFT_OUT = (*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor, Checkpoint, EarlyStopping, Timer, StopOnSignal)
+
+
+class KeepBeforeDrop(pl.Callback):
+    """Saves ``checkpoints/before_drop.ckpt`` one step before the first drop; the control begins there.
+
+    A control of a drop at the first step begins at the beginning, and needs no checkpoint. A run that is resumed after
+    the drop takes the checkpoint of its former part.
+
+    Args:
+        first: The step of the first drop.
+
+    Raises:
+        ControlError: Before training, if the run is resumed after the drop and there is no checkpoint from before.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.start = first - 1
+        self.path: Path | None = None
+        self.seconds: float | None = None  # per dense step
+        self._began: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the checkpoint of a run that is resumed after the drop."""
+        step, resumed = trainer.global_step, trainer.ckpt_path
+        if step == self.start:
+            self.path = None if resumed is None else Path(str(resumed))
+        elif step > self.start > 0:
+            beside = [] if resumed is None else [Path(str(resumed)).with_name(BEFORE_DROP)]
+            found = [path for path in [*filter(None, [self.path]), *beside] if path.exists()]
+            if not found:
+                raise ControlError(
+                    f"control=true: the run is resumed at step {step}, after the drop at step {self.start + 1}, and "
+                    f"there is no {BEFORE_DROP} beside the checkpoint. Resume one from before the drop, or give a "
+                    "finished control by --control RUN."
+                )
+            self.path = found[0]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Begin to measure the time of a step, after the first one."""
+        if self._began is None and trainer.global_step > 0:
+            self._began = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save the checkpoint."""
+        if trainer.global_step != self.start or self.path is not None:
+            return
+        if self._began is not None and trainer.global_step > self._began[0]:
+            self.seconds = (time.monotonic() - self._began[1]) / (trainer.global_step - self._began[0])
+        self.path = run_directory(trainer) / "checkpoints" / BEFORE_DROP
+        trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the checkpoint is, and how long a step takes."""
+        return {"path": None if self.path is None else os.path.abspath(self.path), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.path = None if state_dict["path"] is None else Path(state_dict["path"])
+        self.seconds = state_dict["seconds"]
+
+
+class EndControl(pl.Callback):
+    """Ends the control at the run's last step, measures its quality there, and writes ``control.json``.
+
+    Args:
+        drop: The SublayerDrop of the run, which says how to measure.
+        start: The step at which the control begins.
+        end: The run's last step.
+        without: Names of the callbacks that the control left out.
+    """
+
+    def __init__(self, drop: SublayerDrop, start: int, end: int, without: Iterable[str]) -> None:
+        self.wanted = drop.quality_batches, drop.quality_metric, drop.transformer
+        self.start, self.end, self.without = start, end, tuple(without)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stop where an early stop ended the run."""
+        if trainer.global_step >= self.end:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the quality as SublayerDrop does at the end."""
+        quality = validation_quality(trainer, pl_module, *self.wanted, Watcher("The control"))
+        values = {} if quality is None else dict(quality.values)
+        folder = run_directory(trainer)
+        if trainer.is_global_zero:
+            result = ControlResult(self.start, trainer.global_step, values, self.without)
+            write_text(folder / CONTROL_FILE, json.dumps(asdict(result), indent=2) + "\n")
+
+
+def prepare_control(trainer: pl.Trainer, control: bool | str | None, dump: Callable[[], str]) -> None:
+    """Prepare a run for its control, and say what that takes; or check a finished control.
+
+    Args:
+        trainer: The Trainer, before it fits.
+        control: True for a control after the run, or the run directory of a finished one.
+        dump: Gives the config of this run as YAML.
+
+    Raises:
+        ControlError: If nothing is dropped, or the finished run is no control of this one.
+    """
+    if not control:
+        return
+    reports = [each for each in callbacks_of(trainer) if isinstance(each, Report)]
+    drop = dropping(trainer)
+    for report in reports:
+        report.control = control
+    if control is True:
+        trainer.callbacks.append(KeepBeforeDrop(drop.first_step))  # type: ignore[attr-defined]
+        again, most = trainer.max_steps - drop.first_step + 1, trainer.max_steps
+        share = f" ({again:,} of {most:,}, about {100 * again / most:.0f} % more time)" if most > 0 else ""
+        _say(f"Control: after the run, its steps from {drop.first_step} on run again without the drop{share}.")
+        return
+    doubts = differences(yaml.safe_load(dump()), control)
+    for report in reports:
+        report.control_doubts = tuple(doubts)
+    if doubts:
+        rank_zero_warn(f"control={control!r}: it differs from this run in {'; '.join(doubts)}. The report says so.")
+    if not reports:
+        raise ControlError(f"control={control!r}: no Report is among trainer.callbacks to compare the runs. List one.")
+
+
+def dropping(trainer: pl.Trainer) -> SublayerDrop:
+    """The SublayerDrop of a run.
+
+    Raises:
+        ControlError: If there is none.
+    """
+    found = next((each for each in callbacks_of(trainer) if isinstance(each, SublayerDrop)), None)
+    if found is None:
+        raise ControlError(
+            "control: no SublayerDrop is among trainer.callbacks, so a control would be the same run. List one, or "
+            "leave out control."
+        )
+    return found
+
+
+def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], LightningCLI]) -> pl.Trainer:
+    """Run the same steps without the drop in the folder ``control`` of the run directory, and tell what the drop cost.
+
+    Args:
+        cli: The command line whose run has ended.
+        start: Starts a command line of the given class with a parsed config.
+
+    Returns:
+        The control's Trainer.
+    """
+    trainer: pl.Trainer = cli.trainer
+    callbacks, drop = callbacks_of(trainer), dropping(trainer)
+    kept = next(each for each in callbacks if isinstance(each, KeepBeforeDrop))
+    folder = run_directory(trainer) / CONTROL_FOLDER
+    first, last = (0 if kept.path is None else kept.start), trainer.global_step
+    without = [type(each).__name__ for each in callbacks if isinstance(each, _CHANGES)]
+    end = EndControl(drop, first, last, without)
+    config = cli.config.clone()
+    options = config[config.subcommand]
+    options.ckpt_path = None if kept.path is None else str(kept.path)
+    options.model.distillation = None
+
+    class ControlCLI(type(cli)):  # type: ignore[misc]
+        """The same command line, with a Trainer that does not drop."""
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            """Take the parsed config of the run."""
+            self.config = parser.parse_object(args)
+
+        def _parse_ckpt_path(self) -> None:
+            """The config has the checkpoint's options."""
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            """Leave out the drop, and write into the control's folder."""
+            build: Any = self.trainer_class  # type: ignore[has-type]
+            self.trainer_class = lambda **given: build(**settings_of_control(given, folder, end))
+            return super().instantiate_trainer(**kwargs)
+
+        def before_fit(self) -> None:
+            """There is no control of a control."""
+
+        after_fit = before_fit
+
+    time_needed = "" if kept.seconds is None else f", about {math.ceil(kept.seconds * (last - first)):,} s"
+    _say(f"Control: steps {first + 1:,} to {last:,} again without {' and '.join(without)}{time_needed}.")
+    with _told_if_stopped(folder), _alone(folder):
+        done = start(ControlCLI, config)
+    if trainer.is_global_zero:
+        _tell(trainer, folder)
+    return done.trainer
+
+
+def _tell(trainer: pl.Trainer, folder: Path) -> None:
+    """Complete the report, and print the rows about the control."""
+    for report in (each for each in callbacks_of(trainer) if isinstance(each, Report)):
+        report.tell_control()
+        return
+    control, quality = read_control(folder), logged_quality(trainer, "end")
+    ends = {} if quality is None else {"end": quality}
+    record = RunRecord("", quality=ends, steps=trainer.global_step, control=control)
+    Console().print(rows_table("", cost_rows(record)))
+
+
+def settings_of_control(options: dict[str, Any], folder: Path, end: EndControl) -> dict[str, Any]:
+    """The Trainer's options for a control: the run's own, without the drop and what follows it, and with its own files.
+
+    Args:
+        options: The Trainer's options in the run; ``callbacks`` is a list.
+        folder: Where the control's files go.
+        end: The callback that ends the control.
+    """
+    kept = [each for each in options["callbacks"] if not isinstance(each, _LEFT_OUT)]
+    return {
+        **options,
+        "callbacks": [*kept, end],
+        "logger": CSVLogger(folder.parent, name=folder.name, version=""),
+        "default_root_dir": str(folder),
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "max_time": None,
+    }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Remove what a stopped control left in its folder, and silence what Lightning says of the absent callbacks."""
+    if not getattr(rank_zero_only, "rank", 0):
+        for name in (METRICS_FILE, CONTROL_FILE):
+            (folder / name).unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        yield
+
+
+@contextmanager
+def _told_if_stopped(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        saved = [path for path in (folder.parent / "checkpoints").glob("*.ckpt") if path.name != BEFORE_DROP]
+        newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        how = "" if newest is None else f", the same command and --ckpt_path {newest} run it again"
+        _say(f"The control was stopped, so it tells nothing. The run itself is complete{how}.")
+        raise
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)

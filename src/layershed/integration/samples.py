@@ -1,0 +1,113 @@
+"""What a causal language model writes after prompts of the validation text, before the drop and at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layershed.batches import as_inputs, device_of
+from layershed.discovery.find import find_transformer, predicts_next_token
+from layershed.discovery.probe import evaluating
+from layershed.integration.loaders import validation_batches
+from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
+from layershed.integration.preflight import callbacks_of
+from layershed.integration.protocols import Drops
+from layershed.reporting.record import Sample
+
+_BYTES = 512  # a vocabulary this small has a token for a letter or two
+_TOKENS = {True: 64, False: 32}  # of a prompt, and of what follows it
+
+
+class Samples:
+    """Prompts and their continuations. Nothing is drawn at random, and the model is as before.
+
+    Args:
+        number: How many prompts.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.prompts: list[list[int]] = []
+        self.dense: list[str] = []
+
+    def due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the next step may drop for the first time; between two steps, no importance is being measured."""
+        firsts = [other.schedule.steps[0] for other in callbacks_of(trainer) if isinstance(other, Drops)]
+        wanted = self.number > 0 and not self.prompts and pl_module.automatic_optimization
+        return wanted and bool(firsts) and trainer.global_step == min(firsts) - 1 and _whole(trainer)
+
+    def write_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the prompts, and write before the drop; call it on every rank."""
+        batches = validation_batches(trainer)
+        first = None if batches is None else next(batches, None)
+        writer = _writer(trainer, pl_module)
+        inputs = as_inputs(first)
+        if writer is None or inputs is None or not isinstance(inputs.get("input_ids"), Tensor):
+            return
+        ids, (model, tokenizer) = inputs["input_ids"], writer
+        length = min(_length(tokenizer), ids.shape[1] // 2)
+        mask = inputs.get("attention_mask")
+        whole = [row for row in range(len(ids)) if not isinstance(mask, Tensor) or bool(mask[row, :length].all())]
+        if length and whole:
+            self.prompts = ids[whole[: self.number], :length].tolist()
+            self.dense = _written(trainer, model, tokenizer, self.prompts)
+
+    def samples(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Sample, ...]:
+        """Write at the end."""
+        writer = _writer(trainer, pl_module) if self.prompts and _whole(trainer) else None
+        if writer is None:
+            return ()
+        model, tokenizer = writer
+        dropped = _written(trainer, model, tokenizer, self.prompts)
+        prompts = [_text(tokenizer, prompt) for prompt in self.prompts]
+        return tuple(Sample(*texts) for texts in zip(prompts, self.dense, dropped, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The prompts and what was written, as primitives."""
+        return {"prompts": [list(prompt) for prompt in self.prompts], "dense": list(self.dense)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.prompts, self.dense = state["prompts"], state["dense"]
+
+
+def _whole(trainer: Trainer) -> bool:
+    """Whether a rank holds the whole model, so that it can write alone."""
+    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+
+
+def _writer(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, Any] | None:
+    """The model and its tokenizer, if it is a causal language model that can write."""
+    owners = (getattr(trainer, "datamodule", None), pl_module)
+    tokenizer = next(filter(None, (getattr(owner, "tokenizer", None) for owner in owners)), None)
+    transformer: nn.Module = find_transformer(pl_module)
+    able = predicts_next_token(transformer) and hasattr(transformer, "generate") and hasattr(tokenizer, "decode")
+    return (transformer, tokenizer) if able else None
+
+
+def _length(tokenizer: Any) -> int:
+    return _TOKENS[len(tokenizer) <= _BYTES] if hasattr(tokenizer, "__len__") else _TOKENS[False]
+
+
+def _written(trainer: Trainer, model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+    """The continuations, by the most likely next token."""
+    ids = torch.tensor(prompts, device=device_of(model))  # (prompts, tokens)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    new = min(_length(tokenizer), ids.shape[1], *([] if most is None else [most - ids.shape[1]]))
+    padding = getattr(tokenizer, "pad_token_id", None)
+    with evaluating(model), torch.no_grad(), trainer.precision_plugin.forward_context():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0 if padding is None else padding,
+        )
+    return [_text(tokenizer, row) for row in found[:, ids.shape[1] :].tolist()]
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,161 @@
+"""The control of a run: the same steps without the drop, read from its run directory. No model, no torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layershed.errors import ControlError
+from layershed.planning.plan import PLAN_FILE
+from layershed.reporting.record import Control, LossPoint
+
+CONTROL_FOLDER = "control"
+CONTROL_FILE = "control.json"
+METRICS_FILE = "metrics.csv"
+# What must be equal in both runs: else the difference is not the drop's.
+_EQUAL = ("seed_everything", "data", "trainer.max_steps", "trainer.max_epochs")
+# What may differ between a run with a drop and one without it.
+_FREE = (
+    *("trainer.callbacks", "trainer.default_root_dir", "trainer.logger"),
+    *("ckpt_path", "control", "model.distillation"),
+)
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What a control of ``train.py fit --control true`` measures at its end.
+
+    Args:
+        start: The step of the checkpoint that it began from.
+        end: Its last step.
+        quality: The quality on SublayerDrop's batches, by name.
+        without: The callbacks that it left out.
+    """
+
+    start: int
+    end: int
+    quality: Mapping[str, float] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+def find_control(folder: str | Path) -> Path:
+    """The directory of a control: the folder, or the control within the directory of a run.
+
+    Raises:
+        ControlError: If the folder holds no finished run, or a run that drops sublayers and has no control.
+    """
+    folder = Path(folder)
+    for path in (folder / CONTROL_FOLDER, folder):
+        if (path / METRICS_FILE).is_file():
+            if (path / PLAN_FILE).is_file():
+                raise ControlError(
+                    f"control={str(folder)!r}: this run drops sublayers itself ({PLAN_FILE}), so it is no control. "
+                    "Give a run of the same config without the drop."
+                )
+            return path
+    raise ControlError(
+        f"control={str(folder)!r}: there is no {METRICS_FILE} in it. Give the directory of a finished run that has a "
+        "CSVLogger, as train.py fit has by default."
+    )
+
+
+def read_control(folder: str | Path, train_loss: str = "train_loss", val_loss: str = "val_loss") -> Control:
+    """Read what a control logged.
+
+    Args:
+        folder: Its run directory, or that of a run that holds it.
+        train_loss: Name of its training loss.
+        val_loss: Name of its validation loss.
+
+    Raises:
+        ControlError: If the folder holds no control, or a file cannot be read.
+    """
+    path = find_control(folder)
+    try:
+        result = _result(path)
+        with open(path / METRICS_FILE, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        losses = tuple(_losses(rows, {"train": train_loss, "val": val_loss}))
+        last = max((int(float(row["step"])) + 1 for row in rows if row.get(val_loss) or row.get(train_loss)), default=0)
+        metrics = {name: float(value) for row in rows if row.get(val_loss) for name, value in row.items() if value}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ControlError(
+            f"control={str(folder)!r}: {path} cannot be read ({error}). Run the control again."
+        ) from None
+    return Control(
+        folder=str(folder),
+        start=None if result is None else result.start,
+        end=last if result is None else result.end,
+        quality={} if result is None else result.quality,
+        without=() if result is None else result.without,
+        losses=losses,
+        metrics={name: value for name, value in metrics.items() if name not in ("step", "epoch", val_loss)},
+    )
+
+
+def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
+    """The options in which a control differs from this run, such as ``data.seed: 0, control 1``.
+
+    Args:
+        own: The config of this run.
+        folder: The run directory of the control.
+
+    Raises:
+        ControlError: If the seed, the data or the number of steps differ.
+    """
+    path = find_control(folder)
+    places = [path, path.parent] if path.name == CONTROL_FOLDER else [path]
+    file = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    if file is None:
+        return [f"the control has no config.yaml, so nothing tells whether its options are those of this run ({path})"]
+    try:
+        other = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ControlError(f"control={str(folder)!r}: {file} cannot be read ({error}).") from None
+    mine = dict(_flat(own))
+    names = [name for name in {**mine, **other} if not any(_within(name, free) for free in _FREE)]
+    unlike = [name for name in names if mine.get(name) != other.get(name)]
+    told = {name: f"{name}: {mine.get(name)}, control {other.get(name)}" for name in unlike}
+    # an option that only one version of layershed has is said alone
+    known = [name for name in unlike if name in mine and name in other]
+    grave = [told[name] for name in known if any(_within(name, equal) for equal in _EQUAL)]
+    if grave:
+        raise ControlError(
+            f"control={str(folder)!r}: it differs from this run in more than the drop ({'; '.join(grave)}). Give a run "
+            "with the same seed, data and steps, or --control true."
+        )
+    return list(told.values())
+
+
+def _result(path: Path) -> ControlResult | None:
+    file = path / CONTROL_FILE
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    quality = {str(name): float(value) for name, value in content["quality"].items()}
+    return ControlResult(int(content["start"]), int(content["end"]), quality, tuple(map(str, content["without"])))
+
+
+def _losses(rows: list[dict[str, str]], names: Mapping[str, str]) -> Iterator[LossPoint]:
+    for row in rows:
+        for split, name in names.items():
+            if row.get(name):  # Lightning counts the rows from 0
+                yield LossPoint(int(float(row["step"])) + 1, split, float(row[name]))
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping) and config:
+        for name, value in config.items():
+            yield from _flat(value, f"{prefix}{name}.")
+    elif prefix:
+        yield prefix.removesuffix("."), config
+
+
+def _within(name: str, option: str) -> bool:
+    return f"{name}.".startswith(f"{option}.")

@@ -1,0 +1,148 @@
+"""What a drop cost against a control: figures by hand, and what is said where there are none."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from layershed.errors import ControlError
+from layershed.performance.degradation import Degradation
+from layershed.planning.plan import Drop, DropPlan, Sublayer
+from layershed.quality import OwnQuality, Quality
+from layershed.reporting.control import differences, find_control, read_control
+from layershed.reporting.drop_cost import PENDING, UNKNOWN, cost_rows
+from layershed.reporting.record import Control, LossPoint, RunRecord
+from tests.support.measured import SPEED
+
+PLAN = DropPlan((Drop(Sublayer(1, "mlp", "h.1.mlp"), 0.01, 120),), scope="mlp", metric="cosine")
+RECORD = RunRecord("m", plan=PLAN, quality={"end": Quality(2.91, 0.44, 99)}, steps=200, validations=((150, 3.0),))
+CONTROL = Control("runs/c", 200, 119, {"loss": 2.8801, "accuracy": 0.4436})
+
+
+def rows(**changes):
+    return dict(cost_rows(replace(RECORD, **changes)))
+
+
+def test_cost_is_the_difference_to_the_control():
+    # 2.91 - 2.8801 and 100 * (0.44 - 0.4436); 200 - 119 steps
+    assert rows(control=CONTROL) == {
+        "Control, without the drop": "validation loss 2.8801, next-token accuracy 44.4 %",
+        "Cost of the drop": "+0.0299 loss, -0.4 points of next-token accuracy after the same 81 steps",
+    }
+
+
+def test_sdr_against_the_control_divides_its_loss_by_the_speed():
+    """0.36 points over 20 percent; by the loss 2.99 hundredths."""
+    logged = {"after": Degradation(0.0, "accuracy", "decode")}
+    assert rows(control=CONTROL, speed=SPEED, sdr=logged)["SDR against the control"] == (
+        "0.02 points of next-token accuracy per % of decode speed"
+    )
+    logged = {"end": Degradation(0.0, "loss", "decode")}
+    assert rows(control=CONTROL, speed=SPEED, sdr=logged)["SDR against the control"] == (
+        "0.15 hundredths of the loss per % of decode speed"
+    )
+    assert "SDR against the control" not in rows(control=CONTROL, sdr=logged)
+
+
+def test_no_change_has_no_sign_of_a_loss():
+    same = replace(CONTROL, quality={"loss": 2.91, "accuracy": 0.44004})
+    assert rows(control=same)["Cost of the drop"].startswith("+0.0000 loss, +0.0 points")
+
+
+def test_without_a_control_the_sentence_says_what_is_not_known():
+    assert rows() == {"Cost of the drop": UNKNOWN}
+    assert rows(control_pending=True) == {"Cost of the drop": PENDING}
+
+
+@pytest.mark.parametrize("changes", [{"plan": None}, {"plan": DropPlan()}, {"quality": {}}, {"steps": 120}])
+def test_nothing_is_said_where_nothing_was_dropped_measured_or_trained_since(changes):
+    assert rows(**changes) == {}
+
+
+def test_another_run_is_compared_by_the_last_common_validation():
+    losses = tuple(LossPoint(step, "val", loss) for step, loss in ((100, 3.5), (150, 2.9), (200, 2.8)))
+    other = Control("runs/d", 200, losses=(*losses, LossPoint(150, "train", 9.0)))
+    assert rows(control=other)["Cost of the drop"] == "+0.1000 loss after the same 200 steps"
+    apart = replace(other, losses=losses[:1])
+    assert rows(control=apart) == {
+        "Cost of the drop": "not known: the control and this run have no validation at the same step"
+    }
+
+
+def test_control_of_another_length_is_not_compared():
+    assert rows(control=replace(CONTROL, end=150)) == {
+        "Cost of the drop": "not known: the control ended at step 150, this run at step 200"
+    }
+
+
+def test_own_metrics_and_doubts_are_shown_without_control_codes():
+    own = {"end": OwnQuality({"loss": 1.0, "val_\x1bf1": 0.75})}
+    other = replace(CONTROL, quality={"loss": 0.5, "val_\x1bf1": 0.8}, doubts=("model.\x1bx: 1, control 2",))
+    found = rows(quality=own, control=other)
+    assert found["Control, without the drop"] == "validation loss 0.5000, val_?f1 0.8000"
+    assert found["Cost of the drop"] == (
+        "+0.5000 loss, -0.0500 val_?f1 after the same 81 steps (but model.?x: 1, control 2)"
+    )
+
+
+# Reading a control
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with the rows that Lightning writes, and its config."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,train_loss,val_loss,val_f1\n9,3.0,,\n9,,2.9,0.5\n19,2.5,,\n19,,2.4,0.6\n")
+    config = {"seed_everything": 0, "data": {"source": "a"}, "trainer": {"max_steps": 20, "callbacks": ["x"]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"dtype": "float32"}, "control": True}))
+    return folder
+
+
+def test_control_is_read_from_the_rows_of_its_log(run):
+    control = read_control(run)
+    losses = [(10, "train", 3.0), (10, "val", 2.9), (20, "train", 2.5), (20, "val", 2.4)]
+    assert [(p.step, p.split, p.loss) for p in control.losses] == losses
+    assert (control.start, control.end, control.quality, control.metrics) == (None, 20, {}, {"val_f1": 0.6})
+    assert read_control(run, "other", "val_f1").losses[0] == LossPoint(10, "val", 0.5)
+
+
+def test_control_within_a_run_goes_first(run):
+    inner = run / "control"
+    inner.mkdir()
+    (inner / "metrics.csv").write_text("step,val_loss\n19,2.0\n")
+    (inner / "control.json").write_text(
+        json.dumps({"start": 9, "end": 20, "quality": {"loss": 2.0}, "without": ["SublayerDrop"]})
+    )
+    (run / "drop_plan.json").write_text("{}")
+    assert find_control(run) == inner
+    assert read_control(run) == replace(
+        Control(str(run), 20, 9, {"loss": 2.0}, (LossPoint(20, "val", 2.0),)), without=("SublayerDrop",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.csv", "step,val_loss\nmany,2.0\n"),
+        ("metrics.csv", "when,val_loss\n19,2.0\n"),
+        ("control.json", "{"),
+        ("control.json", '{"start": 1, "end": 2}'),
+        ("control.json", '{"start": 1, "end": 2, "quality": {"loss": "much"}, "without": []}'),
+    ],
+)
+def test_damaged_control_is_one_sentence(run, file, text):
+    (run / file).write_text(text)
+    with pytest.raises(ControlError, match="cannot be read"):
+        read_control(run)
+
+
+def test_only_the_drop_may_differ(run):
+    own = {"seed_everything": 0, "data": {"source": "a", "new": 1}, "model": {"dtype": "bfloat16"}}
+    own["trainer"] = {"max_steps": 20, "callbacks": ["y", "z"], "default_root_dir": "elsewhere"}
+    assert differences(own, run) == ["data.new: 1, control None", "model.dtype: bfloat16, control float32"]
+    with pytest.raises(ControlError, match=r"data\.source: b, control a"):
+        differences({**own, "data": {"source": "b"}}, run)
+    (run / "config.yaml").unlink()
+    assert "no config.yaml" in differences(own, run)[0]
