@@ -36,8 +36,9 @@ from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.shortened_run import check_steps
 from layershed.cli.stop_on_signal import StopOnSignal
+from layershed.cli.text_fit import check_before_loading, check_fit
 from layershed.cli.trainer import Trainer
-from layershed.errors import CheckpointError, DataError
+from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
 from layershed.performance.roofline import ACCELERATORS
 from layershed.progress import listening
@@ -201,9 +202,14 @@ class LayershedCLI(LightningCLI):
             config.data.tokenizer = config.model.pretrained
 
     def instantiate_classes(self) -> None:
-        """Build the model without weights for ``plan``."""
+        """Check the text before the model is built. Build the model without weights for ``plan``."""
+        config = self.config[self.subcommand]
+        data = None if self.subcommand == "plan" else TextData(**config.data.as_dict())
+        if data is not None:
+            check_before_loading(data, config.model)
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
+        self.datamodule = data or self.datamodule  # with the tokenizer that was loaded
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add a progress bar and a line about the model; to ``fit`` exact resuming, and a checkpoint if stopped."""
@@ -224,17 +230,7 @@ class LayershedCLI(LightningCLI):
         """Refuse text for which the model has too few embeddings or positions."""
         if self.subcommand == "plan":
             return
-        config = self.model.model.config.get_text_config()
-        if self.datamodule.vocab_size > config.vocab_size:
-            raise DataError(
-                f"The tokenizer has {self.datamodule.vocab_size} ids and the model only {config.vocab_size}; "
-                "set data.tokenizer to the model's own, or model.config.vocab_size to at least that many."
-            )
-        places = getattr(config, "max_position_embeddings", None)
-        if places is not None and self.datamodule.block_size > places:
-            raise DataError(
-                f"data.block_size={self.datamodule.block_size} exceeds the model's {places} positions; lower it."
-            )
+        check_fit(self.datamodule, self.model.model.config)
 
 
 def _asked_checkpoint(words: Sequence[str]) -> str | None:
