@@ -42,6 +42,7 @@ from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
 from layershed.performance.roofline import ACCELERATORS
 from layershed.progress import listening
+from layershed.saving.load_model import check_source
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
@@ -204,6 +205,8 @@ class LayershedCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Check the text before the model is built. Build the model without weights for ``plan``."""
         config = self.config[self.subcommand]
+        if config.model.pretrained is not None:
+            check_source(config.model.pretrained)  # its tokenizer is missing, too, but that is not the error
         data = None if self.subcommand == "plan" else TextData(**config.data.as_dict())
         if data is not None:
             check_before_loading(data, config.model)
