@@ -4,6 +4,7 @@ Each callback works alone, finds the transformer in any LightningModule, and kee
 shares only the model, the logged metrics and the files of the run directory with the others.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from layershed.callbacks.best_checkpoint import BestCheckpoint
@@ -36,7 +37,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         if name != "Report":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+            there = sys.modules[__name__]  # for the suggestion of a name
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=there)
         with needs("report", "Report"):  # only here: the other callbacks work without matplotlib
             from layershed.callbacks.report import Report
         globals()[name] = Report

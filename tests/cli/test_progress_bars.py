@@ -46,7 +46,7 @@ def test_long_work_without_a_terminal_prints_plain_lines(monkeypatch, capsys):
         "Scoring: 2/6, 0:00:40 left",
         "Scoring: 4/6, 0:00:20 left",
         "Scoring: 6/6, 0:00:00 left",
-        "Searching: 2",
+        "Searching: 2 done",
     ]
 
 

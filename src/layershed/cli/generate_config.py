@@ -29,7 +29,7 @@ def model_from_checkpoint(config: Any) -> None:
     config.ckpt_path, config.model.pretrained = source, None
 
 
-def check_before_loading(config: Any) -> None:
+def check_generation(config: Any) -> None:
     """Check prompts and options, and take the tokenizer of a checkpoint's run; needs neither data nor model.
 
     Raises:

@@ -20,7 +20,7 @@ from layershed.cli.commands import DESCRIPTION, OVERVIEW, PROGRAM, PURPOSES, USA
 from layershed.cli.config_check import check_configs
 from layershed.cli.control import prepare_control, run_control
 from layershed.cli.evaluation import COMMANDS, options_of_run
-from layershed.cli.generate_config import check_before_loading, model_from_checkpoint
+from layershed.cli.generate_config import check_generation, model_from_checkpoint
 from layershed.cli.last_checkpoint import resolve_last
 from layershed.cli.own_callbacks import with_own
 from layershed.cli.parsers import SEE_HELP, CommandParser, HelpFormatter, describe
@@ -29,10 +29,12 @@ from layershed.cli.quiet import quiet
 from layershed.cli.run_folder import check_seed
 from layershed.cli.save_config import SaveWholeConfig
 from layershed.cli.shortened_run import check_steps
+from layershed.cli.text_fit import check_before_loading, check_fit
 from layershed.cli.trainer import Trainer
-from layershed.errors import CheckpointError, DataError
+from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import check_checkpoint, read_options
 from layershed.progress import listening
+from layershed.saving.load_model import check_source
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
@@ -125,16 +127,21 @@ class LayershedCLI(LightningCLI):
         elif config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
         if self.subcommand == "generate":
-            check_before_loading(config)
+            check_generation(config)
 
     def instantiate_classes(self) -> None:
         """Check the text before the model is built. Build the model without weights for ``plan``."""
-        data = None if self.subcommand == "plan" else TextData(**self.config[self.subcommand].data.as_dict())
-        if data is not None and data.is_local:
-            data.check()
+        config = self.config[self.subcommand]
+        if config.model.pretrained is not None:
+            check_source(config.model.pretrained)  # its tokenizer is missing, too, but that is not the error
+        data = None if self.subcommand == "plan" else TextData(**config.data.as_dict())
+        if data is not None:
+            if data.is_local:
+                data.check()
+            check_before_loading(data, config.model, packed=self.subcommand != "generate")
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
-        self.datamodule = data or self.datamodule  # with the rows that were read
+        self.datamodule = data or self.datamodule  # with the rows and the tokenizer that were read
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add a bar and a line about the model; to ``fit`` a checkpoint if stopped, exact resuming, time and rate."""
@@ -156,19 +163,7 @@ class LayershedCLI(LightningCLI):
         """Refuse text for which the model has too few embeddings or positions."""
         if self.subcommand == "plan":
             return
-        config = self.model.model.config.get_text_config()
-        if self.datamodule.vocab_size > config.vocab_size:
-            raise DataError(
-                f"The tokenizer has {self.datamodule.vocab_size} ids and the model only {config.vocab_size}; "
-                "set data.tokenizer to the model's own, or model.config.vocab_size to at least that many."
-            )
-        if self.subcommand == "generate":
-            return
-        places = getattr(config, "max_position_embeddings", None)
-        if places is not None and self.datamodule.block_size > places:
-            raise DataError(
-                f"data.block_size={self.datamodule.block_size} exceeds the model's {places} positions; lower it."
-            )
+        check_fit(self.datamodule, self.model.model.config, packed=self.subcommand != "generate")
 
 
 def _asked_checkpoint(words: Sequence[str]) -> str | None:

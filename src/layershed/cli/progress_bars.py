@@ -58,5 +58,5 @@ class ProgressBars:
         elif done and now - told >= _LONG:
             self._lines[what] = began, now
             left = None if total is None else (now - began) / done * (total - done)
-            rest = "" if left is None else f"/{total}, {timedelta(seconds=round(left))} left"
+            rest = " done" if left is None else f"/{total}, {timedelta(seconds=round(left))} left"
             print(f"{what}: {done}{rest}", flush=True)

@@ -50,12 +50,24 @@ def build_model(
         raise ModelError(f"config: {problem}.")
     if pretrained is None:
         return _from_scratch(QUICKSTART_CONFIG if config is None else config, dtype)
+    check_source(pretrained)
     path = Path(pretrained).expanduser()
     if path.suffix == ".gguf":
         return _from_gguf(path, config or {}, dtype)
-    if pretrained.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelError(f"pretrained={pretrained!r}: there is no such folder.")
     return _from_pretrained(str(path) if path.is_dir() else pretrained, config or {}, dtype)
+
+
+def check_source(pretrained: str) -> None:
+    """Refuse a path at which there is no model, without reading one. A hub id is not looked up.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    path = Path(pretrained).expanduser()
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelError(f"pretrained={str(path)!r}: there is no such GGUF file.")
+    if path.suffix != ".gguf" and pretrained.startswith((".", "/", "~")) and not path.is_dir():
+        raise ModelError(f"pretrained={pretrained!r}: there is no such folder.")
 
 
 def _from_scratch(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -98,8 +110,6 @@ def _from_pretrained(source: str, fields: dict[str, Any], dtype: torch.dtype) ->
 
 
 def _from_gguf(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    if not path.is_file():
-        raise ModelError(f"pretrained={str(path)!r}: there is no such GGUF file.")
     with _as_model_error(f"pretrained={str(path)!r}: the model could not be loaded"):
         try:
             if _without_weights():
