@@ -167,6 +167,17 @@ def test_model_that_mixes_conversations_gets_padded_rows_and_one_sentence(chats)
     assert all("attention_mask" in batch for batch in batches)
 
 
+def test_interval_of_validation_longer_than_an_epoch_is_one_sentence(chats):
+    with pytest.raises(
+        DataError, match=r"an epoch has 5 training batches, but val_check_interval=50; .*_epoch to null"
+    ):
+        fitted(small(chats), val_check_interval=50)
+    with pytest.raises(DataError, match=r"an epoch has 2 training batches, but val_check_interval=3"):
+        fitted(small(chats), val_check_interval=3, limit_train_batches=2)
+    fitted(small(chats), val_check_interval=50, check_val_every_n_epoch=None)
+    fitted(small(chats), val_check_interval=50, limit_val_batches=0)
+
+
 def test_packing_false_pads_without_a_word(chats):
     batches, _ = fitted(small(chats, packing=False))
     assert all("attention_mask" in batch for batch in batches)

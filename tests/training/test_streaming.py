@@ -89,6 +89,23 @@ def test_stream_of_text_is_packed_like_the_rows_read_at_once(text):
     assert one_pass(data) == expected
 
 
+def test_stream_of_the_hub_holds_out_its_validation_split(monkeypatch):
+    asked = []
+
+    def stream(numbers):
+        return datasets.Dataset.from_list([{"messages": chat_of(number)} for number in numbers]).to_iterable_dataset()
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return {"train": stream(range(10)), "validation": stream(range(20, 30))}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = streamed("hub:me/chats", block_size=256)
+    assert asked == [(("me/chats", None), {"streaming": True})]
+    assert set(one_pass(data)) == written(data, range(10))
+    assert {tuple(map(int, item["input_ids"])) for item in data.val_dataset} == written(data, range(20, 20 + HELD))
+
+
 def test_order_of_a_stream_depends_on_seed_and_pass(parquet):
     def passes(count, **options):
         data = streamed(parquet, block_size=256, **options)
