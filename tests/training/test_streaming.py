@@ -181,9 +181,11 @@ def run(source, folder, resume=None, *, steps=9, num_workers=0, **trainer):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(fit.callback_metrics), seen
 
 
-def test_resumed_run_of_a_stream_equals_the_uninterrupted_one(parquet, tmp_path):
-    weights, metrics, seen = run(parquet, tmp_path / "whole")
-    again, same_metrics, later = run(parquet, tmp_path / "resumed", tmp_path / "whole" / "step=4.ckpt")
+@pytest.mark.parametrize(("workers", "limit"), [(0, 1.0), (1, 1.0), (1, 4)], ids=["alone", "worker", "between epochs"])
+def test_resumed_run_of_a_stream_equals_the_uninterrupted_one(parquet, tmp_path, workers, limit):
+    options = {"num_workers": workers, "limit_train_batches": limit}
+    weights, metrics, seen = run(parquet, tmp_path / "whole", **options)
+    again, same_metrics, later = run(parquet, tmp_path / "resumed", tmp_path / "whole" / "step=4.ckpt", **options)
     assert seen[4:] == later
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
     assert metrics == same_metrics
