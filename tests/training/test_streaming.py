@@ -181,7 +181,14 @@ def run(source, folder, resume=None, *, steps=9, num_workers=0, **trainer):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(fit.callback_metrics), seen
 
 
-@pytest.mark.parametrize(("workers", "limit"), [(0, 1.0), (1, 1.0), (1, 4)], ids=["alone", "worker", "between epochs"])
+@pytest.mark.parametrize(
+    ("workers", "limit"),
+    [
+        pytest.param(0, 1.0, id="alone"),
+        pytest.param(1, 1.0, id="worker", marks=pytest.mark.slow),
+        pytest.param(1, 4, id="between epochs", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_of_a_stream_equals_the_uninterrupted_one(parquet, tmp_path, workers, limit):
     options = {"num_workers": workers, "limit_train_batches": limit}
     weights, metrics, seen = run(parquet, tmp_path / "whole", **options)
