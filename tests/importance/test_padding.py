@@ -71,3 +71,16 @@ def test_importance_of_a_sublayer_compares_its_input_with_its_output(model_type)
         y = out if branch.scale is None else x + branch.scale * out
         plain = 1 - nn.functional.cosine_similarity(x, y, dim=-1).mean().item()
         assert scores[branch.sublayer] == pytest.approx(plain, abs=2e-6), branch.sublayer
+
+
+def test_importance_of_packed_sequences_leaves_the_padding_at_their_ends_out():
+    case = Case(tiny_model("llama"))
+    lengths = (3, 5)  # of two conversations, then two tokens of padding
+    ids = case.tokens[:1, :8]
+    packed = torch.cat([ids, ids.new_zeros(1, 2)], 1)
+    places = torch.tensor([[*range(lengths[0]), *range(lengths[1]), 0, 0]])
+    scores = ls.estimate_importance(case.model, [{"input_ids": packed, "position_ids": places}])
+    alone = [{"input_ids": part} for part in ids.split(lengths, 1)]
+    expected = ls.estimate_importance(case.model, alone)
+    assert scores.tokens == expected.tokens == sum(lengths)
+    assert scores == pytest.approx(expected, rel=1e-4)

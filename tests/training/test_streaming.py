@@ -89,6 +89,23 @@ def test_stream_of_text_is_packed_like_the_rows_read_at_once(text):
     assert one_pass(data) == expected
 
 
+def test_stream_of_the_hub_holds_out_its_validation_split(monkeypatch):
+    asked = []
+
+    def stream(numbers):
+        return datasets.Dataset.from_list([{"messages": chat_of(number)} for number in numbers]).to_iterable_dataset()
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return {"train": stream(range(10)), "validation": stream(range(20, 30))}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = streamed("hub:me/chats", block_size=256)
+    assert asked == [(("me/chats", None), {"streaming": True})]
+    assert set(one_pass(data)) == written(data, range(10))
+    assert {tuple(map(int, item["input_ids"])) for item in data.val_dataset} == written(data, range(20, 20 + HELD))
+
+
 def test_order_of_a_stream_depends_on_seed_and_pass(parquet):
     def passes(count, **options):
         data = streamed(parquet, block_size=256, **options)
@@ -164,9 +181,18 @@ def run(source, folder, resume=None, *, steps=9, num_workers=0, **trainer):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(fit.callback_metrics), seen
 
 
-def test_resumed_run_of_a_stream_equals_the_uninterrupted_one(parquet, tmp_path):
-    weights, metrics, seen = run(parquet, tmp_path / "whole")
-    again, same_metrics, later = run(parquet, tmp_path / "resumed", tmp_path / "whole" / "step=4.ckpt")
+@pytest.mark.parametrize(
+    ("workers", "limit"),
+    [
+        pytest.param(0, 1.0, id="alone"),
+        pytest.param(1, 1.0, id="worker", marks=pytest.mark.slow),
+        pytest.param(1, 4, id="between epochs", marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_run_of_a_stream_equals_the_uninterrupted_one(parquet, tmp_path, workers, limit):
+    options = {"num_workers": workers, "limit_train_batches": limit}
+    weights, metrics, seen = run(parquet, tmp_path / "whole", **options)
+    again, same_metrics, later = run(parquet, tmp_path / "resumed", tmp_path / "whole" / "step=4.ckpt", **options)
     assert seen[4:] == later
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
     assert metrics == same_metrics

@@ -33,7 +33,7 @@ _HELP = {
 _SECTIONS = {
     "trainer": "where and how it runs (lightning.pytorch.Trainer)",
     "model": "the model (layershed.training.causal_lm.CausalLM)",
-    "data": "the text (layershed.training.text_data.TextData)",
+    "data": "the text or conversations (layershed.training.text_data.TextData)",
 }
 # Options that the help of the commands without training lists. They accept the others too, so that a config of fit
 # works with them.

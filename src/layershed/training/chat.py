@@ -202,7 +202,7 @@ def _written(tokenizer: Any, conversation: Conversation, count: int, *, prompt: 
 def _as_chat_error() -> Iterator[None]:
     try:
         yield
-    except (TemplateError, TypeError) as error:  # TypeError: such as a sum of text and None
+    except (TemplateError, TypeError, ValueError) as error:  # such as a sum of text and None
         raise ChatTemplateError(
             f"the chat template refuses the messages ({error}); change the row or the template"
         ) from error

@@ -40,11 +40,6 @@ class Columns:
     prompt: str = ""
     response: str = ""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The columns that every row must have."""
-        return (self.prompt, self.response) if self.messages is None else (self.messages,)
-
 
 class RowError(ValueError):
     """What is wrong with a row, in a sentence that begins with the row."""

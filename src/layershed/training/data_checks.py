@@ -67,3 +67,24 @@ def batches_of_run(trainer: Any, source: Source) -> int:
     if isinstance(trainer.limit_train_batches, int):
         return int(trainer.limit_train_batches)  # of each epoch; the next one goes on in the stream
     raise DataError(f"{source}: a stream has no end, so the run has none; set trainer.max_steps.")
+
+
+def check_validation(trainer: Any, source: Source, batches: int) -> None:
+    """Refuse an interval of validation that is longer than an epoch; Lightning's own error has no short form.
+
+    Args:
+        trainer: The Trainer.
+        source: The source, for errors.
+        batches: Training batches of an epoch, without the Trainer's limits.
+
+    Raises:
+        DataError: If no validation would run.
+    """
+    every, limit = trainer.val_check_interval, trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
+    if validates and isinstance(every, int) and every > batches:
+        raise DataError(
+            f"{source}: an epoch has {batches} training batches, but val_check_interval={every}; lower it, or set "
+            "trainer.check_val_every_n_epoch to null, which counts the batches of all epochs."
+        )

@@ -12,9 +12,26 @@ from torch import Tensor, nn
 from layershed.discovery.find import find_transformer, predicts_next_token
 from layershed.discovery.probe import evaluating
 from layershed.errors import LayershedError
+from layershed.integration.namespaces import rank_zero_warn
 
 _TOKENS = 6  # of each of the two conversations of the probe
 _NEAR = 1e-3  # times the spread of the logits; a leak is larger, the rounding of float32 smaller
+
+
+def packs(module: nn.Module, where: str) -> bool:
+    """Whether conversations may be packed for a model; says so once if not.
+
+    Args:
+        module: A module that holds a causal language model.
+        where: How the message names the data.
+    """
+    reason = why_not_apart(module)
+    if reason is not None:
+        rank_zero_warn(
+            f"{where}: each conversation is padded to a row of its own, because {type(module).__name__} {reason}. Set "
+            "data.packing to false to do so without this message."
+        )
+    return reason is None
 
 
 def why_not_apart(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from layershed.errors import DataError
 from layershed.extras import needs
 from layershed.integration.lightning_private import epoch_in_progress
-from layershed.integration.namespaces import InheritedDataModule, rank_zero_warn
+from layershed.integration.namespaces import InheritedDataModule
 from layershed.training.as_data_error import UnreadableError, as_data_error
 from layershed.training.chat_rows import ChatRows
 from layershed.training.collate import collate
@@ -25,9 +25,10 @@ from layershed.training.data_checks import (
     check_numbers,
     check_split,
     check_stream,
+    check_validation,
 )
 from layershed.training.epoch_sampler import EpochSampler
-from layershed.training.isolation import why_not_apart
+from layershed.training.isolation import packs
 from layershed.training.row_kinds import rows_of
 from layershed.training.sources import Source, no_progress_bars
 from layershed.training.stream_loader import StreamLoader
@@ -200,7 +201,7 @@ class TextData(InheritedDataModule):
                 one validation sequence.
         """
         if stage == "fit" and self.streaming and self.trainer is not None:
-            batches_of_run(self.trainer, self._source)
+            check_validation(self.trainer, self._source, batches_of_run(self.trainer, self._source))
         if self.train_dataset is not None:
             return
         self.check()
@@ -208,15 +209,19 @@ class TextData(InheritedDataModule):
         rows, train, held_out = self._checked
         if isinstance(rows, ChatRows):
             check_chat_template(self.tokenizer, self._tokenizer_name)
-            rows.packed = self.packing and self._can_pack()
+            known = None if self.trainer is None else self.trainer.lightning_module
+            rows.packed = self.packing and known is not None and packs(known, str(self._source))
+        devices = self._share()["num_replicas"]
         with no_progress_bars():
             if self.streaming:
                 self.train_dataset, self.val_dataset = self._streamed(rows, train, held_out)
             else:
                 made = rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
-                rows.check_size(*made, self.batch_size, self._share()["num_replicas"])
+                rows.check_size(*made, self.batch_size, devices)
                 self.train_dataset, self.val_dataset = made[0].sequences, made[1].sequences
         self._checked = None  # the text is no longer needed
+        if stage == "fit" and self.trainer is not None and not self.streaming:
+            check_validation(self.trainer, self._source, len(self.train_dataset) // (self.batch_size * devices))
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled full batches of this device's share. The state is epoch and position, on every rank."""
@@ -268,18 +273,6 @@ class TextData(InheritedDataModule):
             for index, row in enumerate(islice(train, self.val_rows + 1)):
                 rows.check_row(row, index)
         return rows, train, held_out
-
-    def _can_pack(self) -> bool:
-        if self.trainer is None:
-            return False
-        model = self.trainer.lightning_module
-        reason = why_not_apart(model)
-        if reason is not None:
-            rank_zero_warn(
-                f"{self._source}: each conversation is padded to a row of its own, because {type(model).__name__} "
-                f"{reason}. Set data.packing to false to do so without this message."
-            )
-        return reason is None
 
     def _streamed(self, rows: TextRows | ChatRows, train: Any, held_out: Any) -> tuple[Any, Any]:
         """Endless training sequences, and the held-out ones in memory."""
