@@ -33,7 +33,10 @@ WORDS = [
     "--trainer.val_check_interval=3",
     "--model.warmup_steps=2",
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each run has a directory of its own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # each run has a directory of its own
+    pytest.mark.filterwarnings("ignore:BestCheckpoint. 'runs/version_0/checkpoints/best.ckpt' is gone or no longer"),
+]
 TIMES = ("step_seconds", "tokens_per_second")
 
 
@@ -240,6 +243,34 @@ def test_resumed_run_keeps_the_best_of_before_in_the_same_folder(make_trainer, t
             trainer.save_checkpoint(path)
         seen[name] = torch.load(best.best_model_path, weights_only=True)["global_step"]
     assert seen == {"whole": 6, "cut": 6}
+
+
+def test_run_resumed_in_a_new_folder_takes_the_best_along_unless_the_former_run_went_on(make_trainer, tmp_path):
+    losses, path = [1.0, 0.5, 2.0, 2.5, 2.7, 2.6], tmp_path / "at.ckpt"
+
+    def fit(name, stop, seen, ckpt_path=None):
+        drop, best = SublayerDrop(5, count=1, calibration_batches=1, quality_batches=0), BestCheckpoint()
+        listed = [ExactResume(), drop, best]
+        options = {"name": name, "max_steps": stop, "val_check_interval": 2, "enable_checkpointing": True}
+        trainer = make_trainer(*listed, **options)
+        trainer.fit(Scripted(seen), loader(12), val_loader(), ckpt_path=ckpt_path)
+        return trainer, torch.load(best.best_model_path, weights_only=True)["global_step"], best.best_model_path
+
+    trainer, step, _ = fit("first", 8, losses)
+    trainer.save_checkpoint(path)
+    assert step == 6
+    _, step, file = fit("second", 12, losses[4:], path)
+    assert (step, Path(file).parent) == (6, tmp_path / "second" / "checkpoints")
+    assert [each.name for each in Path(file).parent.iterdir()] == ["best.ckpt"]
+    # the former run has gone on, and its best is of a step that the resumed run has not taken
+    best = tmp_path / "first" / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    next(state for name, state in content["callbacks"].items() if "Best" in name)["best_model_score"] = torch.tensor(
+        1.5
+    )
+    torch.save(content, best)
+    with pytest.warns(UserWarning, match="no longer the best"):
+        assert fit("third", 12, losses[4:], path)[1] == 12
 
 
 def test_ckpt_path_best_evaluates_the_best_checkpoint_of_the_newest_run(runs, capsys, one_parser, own_seed):
