@@ -26,7 +26,7 @@ class BestCheckpoint(InheritedModelCheckpoint):
     Logs: nothing.
     Writes: one file, ``best.ckpt``, beside the other checkpoints. ``--ckpt_path best`` of the command line finds it.
     Checkpoint: the state of ModelCheckpoint, and what was dropped at the best. A run that is resumed in a new folder
-    takes the best file along; if that is gone, or of a later step than the checkpoint, it compares anew, with a warning.
+    takes the best file along; if that is gone, or of a later step than the checkpoint, it warns and compares anew.
 
     Args:
         monitor: What the LightningModule logs in validation.
