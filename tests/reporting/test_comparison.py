@@ -202,10 +202,10 @@ def test_hyperparameters_of_other_projects_are_compared(make_run):
 
 def test_compare_answers_without_importing_torch(make_run, tmp_path):
     runs = [str(make_run(name)) for name in ("runs/a", "runs/b")]
-    code = "import sys; from layershed.cli.main import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    code = "import sys; from layershed.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     words = [sys.executable, "-W", "ignore", "-c", code, "compare", *runs]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
-    assert done.stdout.splitlines()[-1] == "False 0"
+    assert done.stdout.splitlines()[-1] == "0 False"
 
 
 # ---- the page ----
