@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
+from layershed.errors import LayershedError
+from layershed.files.checkpoint_file import read_checkpoint
 from layershed.integration.namespaces import InheritedModelCheckpoint, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of, is_trial
 from layershed.integration.protocols import Drops
@@ -21,7 +26,7 @@ class BestCheckpoint(InheritedModelCheckpoint):
     Logs: nothing.
     Writes: one file, ``best.ckpt``, beside the other checkpoints. ``--ckpt_path best`` of the command line finds it.
     Checkpoint: the state of ModelCheckpoint, and what was dropped at the best. A run that is resumed in a new folder
-    compares anew.
+    takes the best file along; if that is gone, or of a later step than the checkpoint, it warns and compares anew.
 
     Args:
         monitor: What the LightningModule logs in validation.
@@ -40,6 +45,7 @@ class BestCheckpoint(InheritedModelCheckpoint):
             enable_version_counter=False,
         )
         self._dropped: list[str] = []
+        self._fits, self._writes = False, True
         self._passed = ""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +73,44 @@ class BestCheckpoint(InheritedModelCheckpoint):
         """The state of ModelCheckpoint, and what was dropped."""
         return {**super().state_dict(), "dropped": self._dropped}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note whether this is a fit: an evaluation takes no file along."""
+        super().setup(trainer, pl_module, stage)
+        self._fits, self._writes = stage == "fit", trainer.is_global_zero
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore both, and take the best file along into a new folder."""
+        own = {name: value for name, value in state_dict.items() if name != "dropped"}
+        former, folder = own.get("dirpath"), self.dirpath
+        if not self._fits or folder is None or str(former) == str(folder):
+            if self._fits:
+                self._dropped = list(state_dict.get("dropped", []))
+                super().load_state_dict(own)
+            return
+        best = Path(str(own.get("best_model_path") or ""))
+        if not best.name:
+            return
+        if best.name != f"{self.filename}.ckpt" or not self._is_noted(best, own.get("best_model_score")):
+            rank_zero_warn(
+                f"BestCheckpoint: {str(best)!r} is gone or no longer the best of the checkpoint's step, so this run "
+                "compares anew from here on."
+            )
+            return
+        target = Path(str(folder)) / best.name
+        if self._writes:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(f".{target.name}.partial")
+            shutil.copyfile(best, beside)
+            os.replace(beside, target)
+        name = str(target)
+        moved = {"dirpath": folder, "best_model_path": name, "kth_best_model_path": name, "last_model_path": ""}
         self._dropped = list(state_dict.get("dropped", []))
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "dropped"})
+        super().load_state_dict({**own, **moved, "best_k_models": {name: own["best_model_score"]}})
+
+    def _is_noted(self, path: Path, score: Any) -> bool:
+        """Whether a file is the best that a checkpoint notes: the former run may have gone on."""
+        try:
+            noted = read_checkpoint(path, mmap=True)["callbacks"][self.state_key]["best_model_score"]
+        except (OSError, LayershedError, KeyError, TypeError, RuntimeError):
+            return False
+        return noted is not None and score is not None and float(noted) == float(score)

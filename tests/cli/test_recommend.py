@@ -115,6 +115,21 @@ def test_scores_alone_say_that_no_loss_is_known_and_the_command_measures_it(plac
         recommend("runs/version_1", max_loss_increase=0.1)
 
 
+def test_run_that_names_no_saved_model_gets_a_place_for_it(place, capsys):
+    """Of a model from scratch the config alone would give random weights."""
+    folder = Path(edited([3.01, 3.04, 3.3]))
+    for config in (None, (folder / "config.yaml").read_text().replace("pretrained: a model", "pretrained: null")):
+        (folder / "config.yaml").unlink()
+        if config is not None:
+            (folder / "config.yaml").write_text(config)
+        recommend(str(folder))
+        told = capsys.readouterr().out
+        words = command_of(told)
+        assert words[words.index("--model.pretrained") + 1] == "MODEL"
+        assert "put the dense one in the place of MODEL" in told
+        (folder / "config.yaml").touch()
+
+
 BAD = {
     "nothing": ("nope", None, "there is no 'nope'"),
     "folder of something else": ("a model", None, "neither benchmark.json"),

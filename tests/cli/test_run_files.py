@@ -18,6 +18,7 @@ from layershed.cli.step_clock import StepClock
 from layershed.devices import WallClock
 from tests.support.command_line import FILES, FIT, callbacks, run
 from tests.support.runs import Foreign, loader, val_loader
+from tests.support.thinned import one_of, some_of
 
 LOGGER = {"class_path": f"{__name__}.Remembering"}
 DROP = {"start": 5, "count": 1, "calibration_batches": 1, "quality_batches": 1}
@@ -33,7 +34,10 @@ WORDS = [
     "--trainer.val_check_interval=3",
     "--model.warmup_steps=2",
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each run has a directory of its own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # each run has a directory of its own
+    pytest.mark.filterwarnings("ignore:BestCheckpoint. 'runs/version_0/checkpoints/best.ckpt' is gone or no longer"),
+]
 TIMES = ("step_seconds", "tokens_per_second")
 
 
@@ -188,14 +192,14 @@ class Scripted(Foreign):
 BEST = {
     "the lowest loss is before the drop": ([1.0, 0.5, 3.0, 2.5, 2.7, 2.6], [5], 8),
     "the last is the best": ([1.0, 0.5, 3.0, 2.5, 2.4, 2.3], [5], 12),
-    "the drop is at a validation": ([0.1, 2.0, 3.0, 2.5, 2.7, 2.6], [4], 4),
-    "a second round costs more": ([1.0, 0.5, 1.5, 1.6, 3.0, 3.1], [5, 9], 10),
-    "nothing is dropped": ([1.0, 0.5, 3.0, 2.5, 2.7, 2.6], [], 4),
     "the loss is NaN at first": ([1.0, 0.5, float("nan"), 2.5, 2.7, 2.6], [5], 8),
+    "a second round costs more": ([1.0, 0.5, 1.5, 1.6, 3.0, 3.1], [5, 9], 10),
+    "the drop is at a validation": ([0.1, 2.0, 3.0, 2.5, 2.7, 2.6], [4], 4),
+    "nothing is dropped": ([1.0, 0.5, 3.0, 2.5, 2.7, 2.6], [], 4),
 }
 
 
-@pytest.mark.parametrize("case", BEST)
+@pytest.mark.parametrize("case", some_of(BEST, 3))
 def test_best_checkpoint_is_the_best_of_the_model_as_dropped_in_the_end(case, make_trainer, tmp_path):
     losses, steps, expected = BEST[case]
     rounds = {"rounds": len(steps), "every_n_steps": steps[1] - steps[0]} if len(steps) > 1 else {}
@@ -210,7 +214,7 @@ def test_best_checkpoint_is_the_best_of_the_model_as_dropped_in_the_end(case, ma
     assert len((content.get("layershed") or {"dropped": {"drops": []}})["dropped"]["drops"]) == len(steps)
 
 
-@pytest.mark.parametrize("missing", ["validation after the drop", "metric"])
+@pytest.mark.parametrize("missing", one_of(["validation after the drop", "metric"]))
 def test_run_without_a_best_checkpoint_ends_with_a_warning(missing, make_trainer, tmp_path):
     drop = SublayerDrop(4, count=1, calibration_batches=1, quality_batches=0)
     best = BestCheckpoint(monitor="bleu") if missing == "metric" else BestCheckpoint()
@@ -222,6 +226,7 @@ def test_run_without_a_best_checkpoint_ends_with_a_warning(missing, make_trainer
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_resumed_run_keeps_the_best_of_before_in_the_same_folder(make_trainer, tmp_path):
     losses = [1.0, 0.5, 2.0, 2.5, 2.7, 2.6]
@@ -240,6 +245,34 @@ def test_resumed_run_keeps_the_best_of_before_in_the_same_folder(make_trainer, t
             trainer.save_checkpoint(path)
         seen[name] = torch.load(best.best_model_path, weights_only=True)["global_step"]
     assert seen == {"whole": 6, "cut": 6}
+
+
+def test_run_resumed_in_a_new_folder_takes_the_best_along_unless_the_former_run_went_on(make_trainer, tmp_path):
+    losses, path = [1.0, 0.5, 2.0, 2.5, 2.7, 2.6], tmp_path / "at.ckpt"
+
+    def fit(name, stop, seen, ckpt_path=None):
+        drop, best = SublayerDrop(5, count=1, calibration_batches=1, quality_batches=0), BestCheckpoint()
+        listed = [ExactResume(), drop, best]
+        options = {"name": name, "max_steps": stop, "val_check_interval": 2, "enable_checkpointing": True}
+        trainer = make_trainer(*listed, **options)
+        trainer.fit(Scripted(seen), loader(12), val_loader(), ckpt_path=ckpt_path)
+        return trainer, torch.load(best.best_model_path, weights_only=True)["global_step"], best.best_model_path
+
+    trainer, step, _ = fit("first", 8, losses)
+    trainer.save_checkpoint(path)
+    assert step == 6
+    _, step, file = fit("second", 12, losses[4:], path)
+    assert (step, Path(file).parent) == (6, tmp_path / "second" / "checkpoints")
+    assert [each.name for each in Path(file).parent.iterdir()] == ["best.ckpt"]
+    # the former run has gone on, and its best is of a step that the resumed run has not taken
+    best = tmp_path / "first" / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    next(state for name, state in content["callbacks"].items() if "Best" in name)["best_model_score"] = torch.tensor(
+        1.5
+    )
+    torch.save(content, best)
+    with pytest.warns(UserWarning, match="no longer the best"):
+        assert fit("third", 12, losses[4:], path)[1] == 12
 
 
 def test_ckpt_path_best_evaluates_the_best_checkpoint_of_the_newest_run(runs, capsys, one_parser, own_seed):

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -190,6 +192,20 @@ def test_runs_of_other_kinds_stand_beside_a_fit(kind, make_run, tmp_path, capsys
     told = capsys.readouterr().out
     assert kind in told
     assert told.splitlines()[-1].endswith("runs/comparison.html")
+
+
+def test_hyperparameters_of_other_projects_are_compared(make_run):
+    runs = [read_run(make_run(name, config__yaml=None, hparams__yaml=f"lr: {lr}")) for name, lr in (("a", 1), ("b", 2))]
+    assert [(row.label, row.values) for row in compare_runs(runs).sections["Configuration"]] == [("lr", ("1", "2"))]
+    assert not runs[0].notes
+
+
+def test_compare_answers_without_importing_torch(make_run, tmp_path):
+    runs = [str(make_run(name)) for name in ("runs/a", "runs/b")]
+    code = "import sys; from layershed.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    words = [sys.executable, "-W", "ignore", "-c", code, "compare", *runs]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
 
 
 # ---- the page ----

@@ -56,6 +56,15 @@ def test_card_names_base_plan_figures_licence_and_how_to_load(llama, tmp_path):
     assert "mit, as the base says" in card.text
 
 
+def test_card_of_a_quantized_model_counts_unpacked_weights_and_says_how_it_is_quantized(llama, tmp_path):
+    dropped(llama)
+    counted = card_of(ls.save_pretrained(llama, tmp_path / "full")).text.split(" parameters are left")[0]
+    ls.quantize(llama, "nf4")
+    text = card_of(ls.save_pretrained(llama, tmp_path / "nf4")).text
+    assert text.split(" parameters are left")[0].splitlines()[-1] == counted.splitlines()[-1]
+    assert "quantized to nf4" in text
+
+
 def test_folder_without_a_drop_gets_no_card(llama, tmp_path):
     ls.save_pretrained(llama, tmp_path / "out")
     assert not (tmp_path / "out" / "README.md").exists()

@@ -27,6 +27,7 @@ from layershed.planning.recommendation import (
 )
 from layershed.reporting.importance_file import measured_steps, read_importance
 
+_UNKNOWN = "MODEL"
 SWEEP, SCORES = "benchmark.json", "importance.csv"
 _SOURCE = (
     "Knee: where the curve lies furthest below the line from its first to its last point, both axes scaled to [0, 1] "
@@ -90,7 +91,7 @@ def _from_sweep(path: Path, budget: float | None, scope: Scope | None) -> None:
     console.print(f"Fastest decoding {why}: {chosen.scope} {_shown(chosen, dense)}.", highlight=False)
     settings = content.get("settings")
     options = settings if isinstance(settings, Mapping) else {}
-    words = [*_model_words(path, str(content.get("model"))), "--scope", chosen.scope, "--count", str(chosen.count)]
+    words = [*_model_words(path), "--scope", chosen.scope, "--count", str(chosen.count)]
     for option in ("metric", "objective", "batches"):
         if option in options:
             words += [f"--{option}", str(options[option])]
@@ -158,7 +159,7 @@ def _from_scores(path: Path, budget: float | None, scope: Scope | None) -> None:
     if not names:
         raise ResultError(f"recommend: {str(path)!r} has no importances of scope {scope}.")
     found = {name: knee_of_scores(kinds[name]) for name in names}
-    words = [*_model_words(path, "MODEL"), "--counts", str(_around(found, kinds)).replace(" ", "")]
+    words = [*_model_words(path), "--counts", str(_around(found, kinds)).replace(" ", "")]
     words += ["--scopes", f"[{','.join(names)}]", "--metric", metric]
     if budget is not None:
         raise ResultError(
@@ -219,15 +220,17 @@ def _json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _model_words(path: Path, name: str) -> list[str]:
+def _model_words(path: Path) -> list[str]:
     """The options that name model and text as the run's own config does; those at their defaults are left out."""
     try:
         config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
         model, data = dict(config["model"]), dict(config["data"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
-        return ["--model.pretrained", name]
+        return ["--model.pretrained", _UNKNOWN]
     if data.get("tokenizer") == model.get("pretrained"):
         data.pop("tokenizer", None)
+    if model.get("pretrained") is None:  # trained from scratch: its config alone would give random weights
+        model = {"pretrained": _UNKNOWN, "dtype": model.get("dtype")}
     return [*_changed("model", model), *_changed("data", data)]
 
 
@@ -239,7 +242,7 @@ def _changed(section: str, values: Mapping[str, Any]) -> Iterator[str]:
 
     known = signature({"model": CausalLM, "data": TextData}[section]).parameters
     for option, value in values.items():
-        if option in known and option != "optimizer" and value != known[option].default:
+        if option in known and option != "optimizer" and value not in (None, known[option].default):
             yield from (f"--{section}.{option}", value if isinstance(value, str) else json.dumps(value))
 
 
@@ -254,4 +257,6 @@ def _command(name: str, words: Sequence[str]) -> str:
 
 
 def _tell_command(name: str, words: Sequence[str]) -> None:
+    if _UNKNOWN in words:
+        print(f"The run does not name a saved model; put the dense one in the place of {_UNKNOWN}:")
     print(printable(_command(name, words)))

@@ -18,7 +18,7 @@ from layershed.errors import LayershedError, ResultError
 from layershed.formatting import counts_of, short_bytes, short_count, short_number
 from layershed.planning.plan import PLAN_FILE, DropPlan
 
-CONFIG, METRICS, SPEED, QUALITY = "config.yaml", "metrics.csv", "speed.json", "quality.json"
+CONFIG, HPARAMS, METRICS, SPEED, QUALITY = "config.yaml", "hparams.yaml", "metrics.csv", "speed.json", "quality.json"
 BENCHMARK, PREDICTION, IMPORTANCE, REPORT = "benchmark.json", "prediction.json", "importance.csv", "report.html"
 _FILES = (METRICS, SPEED, QUALITY, BENCHMARK, PREDICTION, IMPORTANCE, PLAN_FILE, CONFIG)
 # By callback, the file that a finished run of it has.
@@ -35,7 +35,7 @@ class RunFiles:
     Args:
         folder: The folder.
         kind: ``fit``, ``evaluation``, ``prune``, ``benchmark``, ``score``, ``plan`` or ``unknown``.
-        config: The content of ``config.yaml``; empty if there is none.
+        config: The content of ``config.yaml``, else of ``hparams.yaml``; empty if there is none.
         sections: Figures as texts: by section, then by label.
         curves: Logged values by name.
         drops: The optimizer steps at which it dropped.
@@ -71,8 +71,10 @@ def read_run(folder: Path) -> RunFiles:
         raise ResultError(f"compare: {str(folder)!r} is no folder of a run: it has neither {CONFIG} nor {METRICS}.")
     run = RunFiles(folder)
     run.kind = _kind(folder)
-    with _noting(run, CONFIG):
-        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    # a project without our command line has the hyperparameters of its module at most
+    name = HPARAMS if (folder / HPARAMS).is_file() and not (folder / CONFIG).exists() else CONFIG
+    with _noting(run, name):
+        content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
         run.config = content if isinstance(content, Mapping) else {}
     for name, read in _READERS.items():
         if (folder / name).is_file():

@@ -17,11 +17,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 
 from layershed.formatting import counts_of, printable, short_count, short_number
+from layershed.performance.model_size import weight_sizes
 from layershed.planning.plan import Drop, DropPlan
+from layershed.quantization import quantization_of
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.standalone import MODULE
 from layershed.spellings import PreTrainedConfig
-from layershed.surgery import dropped_parameter_names, dropped_sublayers
+from layershed.surgery import dropped_sublayers
 
 CARD_FILE = "README.md"
 UNKNOWN = "unknown"  # the hub's own word for a licence that nobody knows
@@ -86,8 +88,7 @@ def model_card(
         tags=["layershed", "layer-dropping", *(["custom_code"] if auto_class else [])],
         **of_hub,
     )
-    gone = dropped_parameter_names(transformer)
-    kept = sum(weight.numel() for name, weight in transformer.named_parameters() if name not in gone)
+    quantized = quantization_of(transformer)
     environment = Environment(
         loader=PackageLoader("layershed.saving"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -98,7 +99,8 @@ def model_card(
         base=named,
         kind=type(transformer).__name__,
         counts=counts_of(drop.sublayer for drop in drops),
-        parameters=short_count(kept),
+        parameters=short_count(weight_sizes(transformer).parameters),
+        quantized=None if quantized is None else quantized.mode,
         drops=drops,
         plan=plan,
         figures=dict(figures),
