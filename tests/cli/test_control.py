@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import signal
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class Weights(pl.Callback):
         ENDS.setdefault(str(trainer.default_root_dir), []).append(
             {name: value.clone() for name, value in pl_module.state_dict().items()}
         )
+
+
+class StopsTheControl(pl.Callback):
+    """Ctrl-C in the control's sixth step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if Path(trainer.default_root_dir).name == "control" and batch_idx == 5:
+            raise KeyboardInterrupt
 
 
 WEIGHTS = {"class_path": f"{__name__}.Weights"}
@@ -179,7 +188,37 @@ def test_run_resumed_after_the_drop_without_its_checkpoint_is_refused(there, cap
     Path("moved").mkdir()
     path = next(Path("one_shot/version_0/checkpoints").glob("*step=6.ckpt"))
     content = torch.load(path, weights_only=True)
-    content["callbacks"]["KeepBeforeDrop"]["path"] = str(Path("gone.ckpt").absolute())
+    content["layershed_control"]["path"] = str(Path("gone.ckpt").absolute())
     torch.save(content, "moved/last.ckpt")
     assert run([*words(ONE_SHOT, root="late", control="true"), "--ckpt_path=moved/last.ckpt"]) == 1
     assert "there is no before_drop.ckpt beside the checkpoint" in flat(capsys.readouterr().err)
+
+
+def test_control_of_a_run_that_stopped_early_ends_at_its_last_step(there):
+    stop = of("EarlyStopping", "lightning.pytorch", monitor="val_loss", stopping_threshold=100.0)
+    assert run(words(drop(start=1), stop, root="early", control="true")) == 0
+    assert json.loads(Path("early/version_0/control/control.json").read_text())["end"] == 2
+
+
+def test_stopped_control_leaves_the_run_and_names_the_command(there, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert run(words(ONE_SHOT, {"class_path": f"{__name__}.StopsTheControl"}, root="stopped", control="true")) != 0
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores Ctrl-C from then on
+    out = flat(capsys.readouterr().out)
+    last = Path("stopped/version_0/checkpoints/last.ckpt")
+    assert f"The run itself is complete, the same command and --ckpt_path {last} run it again." in out
+    assert last.is_file()
+    page = (last.parents[1] / "report.html").read_text()
+    assert "not known yet: the control has not ended" in page
+    assert run([*words(ONE_SHOT, root="stopped", control="true"), f"--ckpt_path={last}"]) == 0
+    assert "has not ended" not in Path("stopped/version_1/report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["validate", "score"])
+def test_config_with_a_control_serves_other_commands(there, command):
+    config = Path("one_shot/version_0/config.yaml")
+    assert "control: true" in config.read_text()
+    more = [] if command == "score" else ["--ckpt_path=one_shot/version_0/checkpoints/last.ckpt"]
+    assert run([command, "--config", str(config), *more, "--trainer.default_root_dir=others"]) == 0

@@ -43,6 +43,7 @@ from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import rows_table
 
 BEFORE_DROP = "before_drop.ckpt"
+_KEY = "layershed_control"
 # What the control leaves out and names, and what would write into the run's files or end the control sooner.
 _CHANGES = (SublayerDrop, Quantization, LoRARecovery)
 _LEFT_OUT = (*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor, Checkpoint, EarlyStopping, Timer, StopOnSignal)
@@ -97,14 +98,20 @@ class KeepBeforeDrop(pl.Callback):
         self.path = run_directory(trainer) / "checkpoints" / BEFORE_DROP
         trainer.save_checkpoint(self.path)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the checkpoint is, and how long a step takes."""
-        return {"path": None if self.path is None else os.path.abspath(self.path), "seconds": self.seconds}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note where the checkpoint is, and how long a step takes; not as a state, which every command would miss."""
+        path = None if self.path is None else os.path.abspath(self.path)
+        checkpoint[_KEY] = {"path": path, "seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.path = None if state_dict["path"] is None else Path(state_dict["path"])
-        self.seconds = state_dict["seconds"]
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The inverse of :meth:`on_save_checkpoint`."""
+        noted = checkpoint.get(_KEY) or {"path": None, "seconds": None}
+        self.path = None if noted["path"] is None else Path(noted["path"])
+        self.seconds = noted["seconds"]
 
 
 class EndControl(pl.Callback):
