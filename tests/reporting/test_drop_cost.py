@@ -111,7 +111,7 @@ def test_control_is_read_from_the_rows_of_its_log(run):
 def test_control_within_a_run_goes_first(run):
     inner = run / "control"
     inner.mkdir()
-    (inner / "metrics.csv").write_text("step,val_loss\n19,2.0\n")
+    (inner / "metrics.csv").write_text("step,val_loss\n4,2.5\n19,2.0\n")
     (inner / "control.json").write_text(
         json.dumps({"start": 9, "end": 20, "quality": {"loss": 2.0}, "without": ["SublayerDrop"]})
     )

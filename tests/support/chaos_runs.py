@@ -141,7 +141,7 @@ def segment(module: str, kind: str, folder: Path, kill: Kill | None, tell: Any) 
     torch.set_num_threads(1)
     os.chdir(folder)
     # pictures take most of the time
-    vars(layershed.reporting.html_report)["inline_svg"] = lambda figure, name: ""
+    layershed.reporting.html_report.inline_svg = lambda figure, name: ""  # type: ignore[attr-defined]
     Keep.tell = staticmethod(lambda: tell.send("training"))
     if kill is not None and kill.where != "time":
         _die_while_writing(kill)

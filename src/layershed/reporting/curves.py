@@ -106,9 +106,14 @@ def _leave_out_the_beginning(axes: Axes, record: RunRecord) -> None:
     top = max(later) + 0.08 * (max(later) - min(later))
     if max(later) > min(later) and high - low > _FLAT * (top - low):
         axes.set_ylim(min(later) - 0.08 * (max(later) - min(later)), top)
-        where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        look: dict[str, Any] = {"va": "top", "fontsize": 8, "color": MUTED}
-        axes.annotate("the first losses are above", (0, 1), (6, -4), **where, **look)
+        where: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "va": "top",
+            "fontsize": 8,
+            "color": MUTED,
+        }
+        axes.annotate("the first losses are above", (0, 1), (6, -4), **where)
 
 
 def _curve(axes: Axes, name: str, points: tuple[tuple[int, float], ...], colour: str) -> None:
