@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelSummary, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -36,9 +36,13 @@ from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import rows_table
 
-# What the control leaves out and names, and what would write into the run's files or end the control sooner.
+# What the control leaves out and names, and what would write into the run's files, end the control sooner, or repeat
+# what the run has said.
 _CHANGES = (SublayerDrop, Quantization, LoRARecovery)
-_LEFT_OUT = (*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor, Checkpoint, EarlyStopping, Timer, StopOnSignal)
+_LEFT_OUT = (
+    *(*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor),
+    *(Checkpoint, EarlyStopping, ModelSummary, Timer, StopOnSignal),
+)
 
 
 def prepare_control(trainer: pl.Trainer, control: bool | str | None, dump: Callable[[], str]) -> None:
@@ -122,6 +126,9 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
 
         def _parse_ckpt_path(self) -> None:
             """The config has the checkpoint's options."""
+
+        def before_instantiate_classes(self) -> None:
+            """The config was completed and checked for the run."""
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             """Leave out the drop, and write into the control's folder."""
