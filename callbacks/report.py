@@ -12,7 +12,7 @@ from rich.table import Table
 
 from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
-from layershed.errors import ControlError, ScheduleError
+from layershed.errors import ScheduleError
 from layershed.integration.course import Course
 from layershed.integration.facts import config_of, facts_of, usage_of
 from layershed.integration.gathered import (
@@ -201,18 +201,20 @@ class Report(Callback):
             with self._watcher.leaving_out("the table"):
                 _tell(summary_table(self._page[0]), self._page[1])
 
-    def tell_control(self) -> None:
-        """After the run: complete the page with the control in the run's own directory, and print what it tells."""
+    def tell_control(self) -> bool:
+        """After the run: complete the page with the control in the run's own directory, and print what it tells.
+
+        Returns:
+            False if the page was not written in this process, as with ddp_spawn.
+        """
         if self._page is None:
-            raise ControlError(
-                "Report: the run was in another process, and its page cannot be completed. Give the control to the "
-                "next run, as Report(control=...)."
-            )
+            return False
         record, path = self._page
         control = read_control(path.parent / CONTROL_FOLDER, self.train_loss, self.val_loss)
         record = replace(record, control=control, control_pending=False)
         self._page = record, write_report(record, path)
         _tell(rows_table("", cost_rows(record)), path)
+        return True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the hooks of a module that is in its original state, after an error too."""

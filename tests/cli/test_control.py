@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import signal
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from tests.support.command_line import FIT, callbacks, run
 from tests.support.runs import same
 from tests.support.small_world import TEXT
-from tests.support.thinned import some_of
+from tests.support.thinned import one_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_parser"),
@@ -39,6 +40,14 @@ class Weights(pl.Callback):
         ENDS.setdefault(str(trainer.default_root_dir), []).append(
             {name: value.clone() for name, value in pl_module.state_dict().items()}
         )
+
+
+class StopsTheControl(pl.Callback):
+    """Ctrl-C in the control's sixth step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if Path(trainer.default_root_dir).name == "control" and batch_idx == 5:
+            raise KeyboardInterrupt
 
 
 WEIGHTS = {"class_path": f"{__name__}.Weights"}
@@ -66,38 +75,46 @@ def flat(text):
 ONE_SHOT, ROUNDS, AT_ONCE = drop(scope="attention"), drop(start=2, count=1, every_n_steps=2, rounds=3), drop(start=1)
 
 
+RUNS = {"dense": [], "one_shot": [ONE_SHOT], "rounds": [ROUNDS, SPEED], "at_once": [AT_ONCE]}
+
+
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """A folder with a dense run, and three runs with a drop and a control; what each printed, by its name."""
+    """A folder; called with the name of a run, it makes the run once, and gives what it printed."""
     folder, out = tmp_path_factory.mktemp("control"), {}
     ENDS.clear()
+
+    def printed_by(root):
+        if root not in out:
+            with redirect_stdout(io.StringIO()) as printed:
+                assert run(words(*RUNS[root], root=root, control="true" if RUNS[root] else None)) == 0
+            out[root] = printed.getvalue()
+        return out[root]
+
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]), chdir(folder):
         for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             patch.setenv(name, "0")
         Path("text.txt").write_text(TEXT)
-        runs = {"dense": [], "one_shot": [ONE_SHOT], "rounds": [ROUNDS, SPEED], "at_once": [AT_ONCE]}
-        for root, entries in runs.items():
-            with redirect_stdout(io.StringIO()) as printed:
-                assert run(words(*entries, root=root, control="true" if entries else None)) == 0
-            out[root] = printed.getvalue()
-        yield out
+        printed_by("dense")
+        printed_by("one_shot")
+        yield printed_by
 
 
-@pytest.mark.parametrize(("root", "start"), [("one_shot", 4), ("rounds", 1), ("at_once", 0)])
+@pytest.mark.parametrize(("root", "start"), one_of([("one_shot", 4), ("rounds", 1), ("at_once", 0)]))
 def test_control_equals_the_run_without_a_drop_bit_for_bit(there, root, start):
-    control = Path(root) / "version_0" / "control"
+    printed, control = there(root), Path(root) / "version_0" / "control"
     (dense,), (dropped,), (own,) = ENDS["dense"], ENDS[root], ENDS[str(control)]
     assert same(own, dense)
     assert not same(own, dropped)
     for name in ("train_loss", "val_loss"):
         assert rows(control, name) == rows("dense/version_0", name)
-    assert f"Control: steps {start + 1} to 8 again without SublayerDrop" in there[root]
-    assert f"({8 - start} of 8, about {100 * (8 - start) / 8:.0f} % more time)" in there[root]
+    assert f"Control: steps {start + 1} to 8 again without SublayerDrop" in printed
+    assert f"({8 - start} of 8, about {100 * (8 - start) / 8:.0f} % more time)" in printed
     assert not list(control.rglob("*.ckpt"))
 
 
 def test_report_tells_the_cost_against_the_control(there):
-    folder, out = Path("one_shot/version_0"), flat(there["one_shot"])
+    folder, out = Path("one_shot/version_0"), flat(there("one_shot"))
     result = json.loads((folder / "control" / "control.json").read_text())
     losses = rows("dense/version_0", "val_loss")
     assert result["quality"]["loss"] == pytest.approx(losses[7], rel=1e-5)  # one batch, and its own formula
@@ -108,11 +125,17 @@ def test_report_tells_the_cost_against_the_control(there):
     assert out.count("Cost of the drop") == 2, "first that the control has not ended, then what it tells"
     assert "not known yet: the control has not ended" in out
     page = (folder / "report.html").read_text()
-    assert cost in page
+    assert cost.replace(" -", " \N{MINUS SIGN}") in page
     assert "has not ended" not in page
+
+
+@pytest.mark.slow
+def test_report_tells_the_sdr_against_the_control(there):
+    assert "SDR against the control" in there("rounds")
     assert "SDR against the control" in Path("rounds/version_0/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_finished_run_serves_as_control(there, capsys):
     """The dense run by the loss of the last common validation, or the control that another run has."""
     for control, known in (("dense/version_0", "val"), ("one_shot/version_0", "quality")):
@@ -155,13 +178,14 @@ def test_run_with_a_drop_is_no_control(there, capsys):
     assert "this run drops sublayers itself" in flat(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_other_differences_of_a_control_are_said(there, capsys):
     with pytest.warns(UserWarning, match=r"trainer.gradient_clip_val: 1.0, control None"):
         assert run([*words(ONE_SHOT, root="said", control="dense/version_0"), "--trainer.gradient_clip_val=1.0"]) == 0
     assert "but trainer.gradient_clip_val: 1.0, control None" in flat(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("at", some_of([8, 3, 6, 4], 2))
+@pytest.mark.parametrize("at", one_of([8, 3, 6, 4]))
 def test_resumed_run_has_the_same_control(there, at, capsys):
     """Cut before the checkpoint of the control, at it, after the drop, and at the end."""
     path = next(Path("one_shot/version_0/checkpoints").glob(f"*step={at}.ckpt"))
@@ -177,7 +201,39 @@ def test_run_resumed_after_the_drop_without_its_checkpoint_is_refused(there, cap
     Path("moved").mkdir()
     path = next(Path("one_shot/version_0/checkpoints").glob("*step=6.ckpt"))
     content = torch.load(path, weights_only=True)
-    content["callbacks"]["KeepBeforeDrop"]["path"] = str(Path("gone.ckpt").absolute())
+    content["layershed_control"]["path"] = str(Path("gone.ckpt").absolute())
     torch.save(content, "moved/last.ckpt")
     assert run([*words(ONE_SHOT, root="late", control="true"), "--ckpt_path=moved/last.ckpt"]) == 1
     assert "there is no before_drop.ckpt beside the checkpoint" in flat(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_control_of_a_run_that_stopped_early_ends_at_its_last_step(there):
+    stop = of("EarlyStopping", "lightning.pytorch", monitor="val_loss", stopping_threshold=100.0)
+    assert run(words(drop(start=1), stop, root="early", control="true")) == 0
+    assert json.loads(Path("early/version_0/control/control.json").read_text())["end"] == 2
+
+
+@pytest.mark.slow
+def test_stopped_control_leaves_the_run_and_names_the_command(there, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert run(words(ONE_SHOT, {"class_path": f"{__name__}.StopsTheControl"}, root="stopped", control="true")) != 0
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores Ctrl-C from then on
+    out = flat(capsys.readouterr().out)
+    last = Path("stopped/version_0/checkpoints/last.ckpt")
+    assert f"The run itself is complete, the same command and --ckpt_path {last} run it again." in out
+    assert last.is_file()
+    page = (last.parents[1] / "report.html").read_text()
+    assert "not known yet: the control has not ended" in page
+    assert run([*words(ONE_SHOT, root="stopped", control="true"), f"--ckpt_path={last}"]) == 0
+    assert "has not ended" not in Path("stopped/version_1/report.html").read_text()
+
+
+@pytest.mark.parametrize("command", one_of(["validate", "score"]))
+def test_config_with_a_control_serves_other_commands(there, command):
+    config = Path("one_shot/version_0/config.yaml")
+    assert "control: true" in config.read_text()
+    more = [] if command == "score" else ["--ckpt_path=one_shot/version_0/checkpoints/last.ckpt"]
+    assert run([command, "--config", str(config), *more, "--trainer.default_root_dir=others"]) == 0

@@ -13,6 +13,7 @@ from layershed.quality import OwnQuality, Quality
 from layershed.reporting.control import differences, find_control, read_control
 from layershed.reporting.drop_cost import PENDING, UNKNOWN, cost_rows
 from layershed.reporting.record import Control, LossPoint, RunRecord
+from layershed.reporting.summary import summary_rows
 from tests.support.measured import SPEED
 
 PLAN = DropPlan((Drop(Sublayer(1, "mlp", "h.1.mlp"), 0.01, 120),), scope="mlp", metric="cosine")
@@ -86,6 +87,16 @@ def test_own_metrics_and_doubts_are_shown_without_control_codes():
     )
 
 
+def test_metrics_of_the_validation_stand_beside_those_of_the_control():
+    record = replace(RECORD, metrics={"val_f1": (0.8, 0.7), "val_x": (None, 1.0)})
+    other = replace(CONTROL, metrics={"val_f1": 0.75})
+    found = dict(summary_rows(replace(record, control=other)))
+    assert found["val_f1 in validation"] == "0.8000 before the drop, 0.7000 at the end, 0.7500 of the control"
+    assert found["val_x in validation"] == "1.0000 at the end"
+    apart = dict(summary_rows(replace(record, control=replace(other, end=150))))
+    assert apart["val_f1 in validation"] == "0.8000 before the drop, 0.7000 at the end"
+
+
 # Reading a control
 
 
@@ -111,7 +122,7 @@ def test_control_is_read_from_the_rows_of_its_log(run):
 def test_control_within_a_run_goes_first(run):
     inner = run / "control"
     inner.mkdir()
-    (inner / "metrics.csv").write_text("step,val_loss\n19,2.0\n")
+    (inner / "metrics.csv").write_text("step,val_loss\n4,2.5\n19,2.0\n")
     (inner / "control.json").write_text(
         json.dumps({"start": 9, "end": 20, "quality": {"loss": 2.0}, "without": ["SublayerDrop"]})
     )

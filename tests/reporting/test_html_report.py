@@ -174,7 +174,7 @@ def test_summary_has_a_row_for_each_round(record):
     assert [label for label, _ in rows if label.startswith("SDR")] == ["SDR at the end"]
 
 
-def test_page_has_a_table_of_rounds(record, tmp_path):
+def test_page_has_a_table_of_rounds(unpainted, record, tmp_path):
     text = write_report(in_rounds(record), tmp_path / "r.html").read_text(encoding="utf-8")
     table = text[text.index('id="rounds"') : text.index('id="course"')]
     cells = [re.sub("<[^>]*>", "", row).split("\n") for row in re.findall("<t[hd][^>]*>.*?</t[hd]>", table)]
@@ -376,7 +376,7 @@ def test_heatmap_of_a_long_run_keeps_the_columns_next_to_a_drop():
     assert [whole[step] for step in steps] == values[0].tolist()
 
 
-def test_page_gives_the_number_of_measurements_and_not_of_columns(tmp_path):
+def test_page_gives_the_number_of_measurements_and_not_of_columns(unpainted, tmp_path):
     record = RunRecord("m", importance=make_points(), measured={"cosine": 20_000})
     page = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "measured 20000 times from step 40 to step 200" in page
@@ -488,7 +488,7 @@ def test_loss_axis_is_named_by_the_record(record):
         assert course_figure(replace(record, loss_label=label)).axes[0].get_ylabel() == label
 
 
-def test_page_of_a_single_measurement_has_no_training_in_its_heading(tmp_path):
+def test_page_of_a_single_measurement_has_no_training_in_its_heading(unpainted, tmp_path):
     points = (ImportancePoint(0, 0, "mlp", "cosine", 0.1),)
     page = write_report(RunRecord("m", importance=points), tmp_path / "report.html").read_text(encoding="utf-8")
     assert headings(page)[1] == "Importance"
@@ -526,7 +526,7 @@ def test_page_has_every_section(page, record):
 
 @pytest.mark.default_cases(1)
 @pytest.mark.parametrize("missing", HEADINGS)
-def test_missing_section_of_the_page_is_one_sentence(record, tmp_path, missing):
+def test_missing_section_of_the_page_is_one_sentence(unpainted, record, tmp_path, missing):
     importance = tuple(point for point in record.importance if point.block == 0)  # fewer points draw faster
     kept = {"importance": importance, "losses": record.losses[:1]}
     nothing = {"importance": (), "losses": (), "speed": None, "plan": None}
@@ -570,7 +570,7 @@ def test_page_is_accessible(page):
     assert all(attributes.get("aria-labelledby") in ids for attributes in elements.of("section"))
 
 
-def test_plan_table_keeps_the_order_and_marks_unknown_fields(tmp_path):
+def test_plan_table_keeps_the_order_and_marks_unknown_fields(unpainted, tmp_path):
     drops = (Drop(Sublayer(7, "mlp", "h.7.mlp"), 0.01234, 1200), Drop(Sublayer(3, "attention", "h.3.attn")))
     text = write_report(RunRecord("m", plan=DropPlan(drops)), tmp_path / "r.html").read_text()
     body = text[text.index('id="plan"') :]
@@ -579,7 +579,34 @@ def test_plan_table_keeps_the_order_and_marks_unknown_fields(tmp_path):
     assert "Chosen by hand." in body
 
 
-def test_page_has_one_heatmap_for_each_metric(tmp_path):
+@pytest.mark.parametrize(
+    ("scope", "dropped", "panels"),
+    [
+        ("joint", [("attention", 0), ("mlp", 1)], {"Attention", "MLP"}),
+        ("mlp", [("mlp", 1)], {"MLP"}),
+        ("block", [("attention", 1), ("mlp", 1)], {"Whole block"}),
+    ],
+)
+def test_page_shows_dropped_sublayers_beside_those_that_stayed(tmp_path, scope, dropped, panels):
+    """Of an earlier round the plan has the score; the rest is from the last round."""
+    kinds = ("attention", "mlp", "block")
+    scores = tuple(
+        ImportancePoint(9, b, k, "cosine", 0.1 + b) for k in kinds for b in range(3) if (k, b) not in dropped
+    )
+    drops = tuple(Drop(Sublayer(block, kind, f"h.{block}.{kind}"), 0.0625, 9) for kind, block in dropped)
+    record = RunRecord("m", plan=DropPlan(drops, scope=scope, metric="cosine"), scores=scores)
+    text = write_report(record, tmp_path / "r.html").read_text(encoding="utf-8")
+    titles = set(re.findall(r"<title>(block \d, [^<]*)</title>", text))
+    shown = {"attention": "Attention", "mlp": "MLP", "block": "Whole block"}
+    gone = {("block", block) for _, block in dropped} if scope == "block" else set(dropped)
+    assert {title.split(": ")[0].split(", ")[1] for title in titles} == panels
+    assert {title for title in titles if title.endswith(", dropped")} == {
+        f"block {block}, {shown[kind]}: 0.0625, dropped" for kind, block in gone
+    }
+    assert f"block 2, {max(panels)}: 2.10" in titles
+
+
+def test_page_has_one_heatmap_for_each_metric(unpainted, tmp_path):
     points = [ImportancePoint(1, 0, "mlp", metric, 0.1) for metric in ("cosine", "angular")]
     text = write_report(RunRecord("m", tuple(points)), tmp_path / "r.html").read_text()
     assert re.findall(r"Metric: (\w+)\.", text) == ["cosine", "angular"]

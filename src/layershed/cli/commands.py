@@ -16,7 +16,7 @@ PURPOSES = {
     "validate": "Measure loss and perplexity on the held-out text; --ckpt_path takes a checkpoint of fit.",
     "test": "The same as validate, under the names test_loss and test_perplexity.",
     "predict": "Continue the held-out text with the model, into predictions.jsonl; or write its logits.",
-    "score": "Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.",
+    "score": "Measure the importance of every sublayer of a pretrained model: a table and bars, no training.",
     "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
     "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
     "generate": "Continue or answer prompts by a dropped model, with the dense one beside it if asked.",

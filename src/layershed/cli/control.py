@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelSummary, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -23,18 +19,16 @@ from rich.console import Console
 
 from layershed.callbacks import Export, LoRARecovery, Quantization, RedundancyMonitor, SpeedMonitor, SublayerDrop
 from layershed.callbacks.report import Report
+from layershed.cli.control_callbacks import BEFORE_DROP, EndControl, KeepBeforeDrop
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.errors import ControlError
-from layershed.files.atomic import write_text
-from layershed.integration.measurements import logged_quality, validation_quality
+from layershed.integration.measurements import logged_quality
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import run_directory
-from layershed.integration.watching import Watcher
 from layershed.reporting.control import (
     CONTROL_FILE,
     CONTROL_FOLDER,
     METRICS_FILE,
-    ControlResult,
     differences,
     read_control,
 )
@@ -42,98 +36,13 @@ from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import rows_table
 
-BEFORE_DROP = "before_drop.ckpt"
-# What the control leaves out and names, and what would write into the run's files or end the control sooner.
+# What the control leaves out and names, and what would write into the run's files, end the control sooner, or repeat
+# what the run has said.
 _CHANGES = (SublayerDrop, Quantization, LoRARecovery)
-_LEFT_OUT = (*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor, Checkpoint, EarlyStopping, Timer, StopOnSignal)
-
-
-class KeepBeforeDrop(pl.Callback):
-    """Saves ``checkpoints/before_drop.ckpt`` one step before the first drop; the control begins there.
-
-    A control of a drop at the first step begins at the beginning, and needs no checkpoint. A run that is resumed after
-    the drop takes the checkpoint of its former part.
-
-    Args:
-        first: The step of the first drop.
-
-    Raises:
-        ControlError: Before training, if the run is resumed after the drop and there is no checkpoint from before.
-    """
-
-    def __init__(self, first: int) -> None:
-        self.start = first - 1
-        self.path: Path | None = None
-        self.seconds: float | None = None  # per dense step
-        self._began: tuple[int, float] | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the checkpoint of a run that is resumed after the drop."""
-        step, resumed = trainer.global_step, trainer.ckpt_path
-        if step == self.start:
-            self.path = None if resumed is None else Path(str(resumed))
-        elif step > self.start > 0:
-            beside = [] if resumed is None else [Path(str(resumed)).with_name(BEFORE_DROP)]
-            found = [path for path in [*filter(None, [self.path]), *beside] if path.exists()]
-            if not found:
-                raise ControlError(
-                    f"control=true: the run is resumed at step {step}, after the drop at step {self.start + 1}, and "
-                    f"there is no {BEFORE_DROP} beside the checkpoint. Resume one from before the drop, or give a "
-                    "finished control by --control RUN."
-                )
-            self.path = found[0]
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Begin to measure the time of a step, after the first one."""
-        if self._began is None and trainer.global_step > 0:
-            self._began = trainer.global_step, time.monotonic()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Save the checkpoint."""
-        if trainer.global_step != self.start or self.path is not None:
-            return
-        if self._began is not None and trainer.global_step > self._began[0]:
-            self.seconds = (time.monotonic() - self._began[1]) / (trainer.global_step - self._began[0])
-        self.path = run_directory(trainer) / "checkpoints" / BEFORE_DROP
-        trainer.save_checkpoint(self.path)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the checkpoint is, and how long a step takes."""
-        return {"path": None if self.path is None else os.path.abspath(self.path), "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.path = None if state_dict["path"] is None else Path(state_dict["path"])
-        self.seconds = state_dict["seconds"]
-
-
-class EndControl(pl.Callback):
-    """Ends the control at the run's last step, measures its quality there, and writes ``control.json``.
-
-    Args:
-        drop: The SublayerDrop of the run, which says how to measure.
-        start: The step at which the control begins.
-        end: The run's last step.
-        without: Names of the callbacks that the control left out.
-    """
-
-    def __init__(self, drop: SublayerDrop, start: int, end: int, without: Iterable[str]) -> None:
-        self.wanted = drop.quality_batches, drop.quality_metric, drop.transformer
-        self.start, self.end, self.without = start, end, tuple(without)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop where an early stop ended the run."""
-        if trainer.global_step >= self.end:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the quality as SublayerDrop does at the end."""
-        quality = validation_quality(trainer, pl_module, *self.wanted, Watcher("The control"))
-        values = {} if quality is None else dict(quality.values)
-        folder = run_directory(trainer)
-        if trainer.is_global_zero:
-            result = ControlResult(self.start, trainer.global_step, values, self.without)
-            write_text(folder / CONTROL_FILE, json.dumps(asdict(result), indent=2) + "\n")
+_LEFT_OUT = (
+    *(*_CHANGES, SpeedMonitor, Export, Report, RedundancyMonitor),
+    *(Checkpoint, EarlyStopping, ModelSummary, Timer, StopOnSignal),
+)
 
 
 def prepare_control(trainer: pl.Trainer, control: bool | str | None, dump: Callable[[], str]) -> None:
@@ -183,7 +92,7 @@ def dropping(trainer: pl.Trainer) -> SublayerDrop:
     return found
 
 
-def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], LightningCLI]) -> pl.Trainer:
+def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], LightningCLI]) -> pl.Trainer | None:
     """Run the same steps without the drop in the folder ``control`` of the run directory, and tell what the drop cost.
 
     Args:
@@ -191,10 +100,13 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
         start: Starts a command line of the given class with a parsed config.
 
     Returns:
-        The control's Trainer.
+        The control's Trainer; None if the run ended before the drop.
     """
     trainer: pl.Trainer = cli.trainer
     callbacks, drop = callbacks_of(trainer), dropping(trainer)
+    if trainer.global_step < drop.first_step:
+        _say(f"note: the run ended at step {trainer.global_step}, before the drop, so there is no control")
+        return None
     kept = next(each for each in callbacks if isinstance(each, KeepBeforeDrop))
     folder = run_directory(trainer) / CONTROL_FOLDER
     first, last = (0 if kept.path is None else kept.start), trainer.global_step
@@ -214,6 +126,9 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
 
         def _parse_ckpt_path(self) -> None:
             """The config has the checkpoint's options."""
+
+        def before_instantiate_classes(self) -> None:
+            """The config was completed and checked for the run."""
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             """Leave out the drop, and write into the control's folder."""
@@ -237,8 +152,8 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
 
 def _tell(trainer: pl.Trainer, folder: Path) -> None:
     """Complete the report, and print the rows about the control."""
-    for report in (each for each in callbacks_of(trainer) if isinstance(each, Report)):
-        report.tell_control()
+    reports = [each for each in callbacks_of(trainer) if isinstance(each, Report)]
+    if sum(report.tell_control() for report in reports):
         return
     control, quality = read_control(folder), logged_quality(trainer, "end")
     ends = {} if quality is None else {"end": quality}

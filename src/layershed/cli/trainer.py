@@ -31,7 +31,7 @@ class Trainer(RunTrainer):
     def score(
         self, model: CausalLM, datamodule: TextData, metric: str = "cosine", batches: int = 16
     ) -> ImportanceScores:
-        """Measure the importance of every sublayer of a pretrained model: a table and a heat map, no training.
+        """Measure the importance of every sublayer of a pretrained model: a table and bars, no training.
 
         Writes ``importance.csv`` and ``importance.png`` into the run directory.
 

@@ -94,7 +94,8 @@ def read_control(folder: str | Path, train_loss: str = "train_loss", val_loss: s
         end=last if result is None else result.end,
         quality={} if result is None else result.quality,
         without=() if result is None else result.without,
-        losses=losses,
+        # a log may also hold the steps before it, which are the run's own
+        losses=tuple(point for point in losses if result is None or point.step >= result.start),
         metrics={name: value for name, value in metrics.items() if name not in ("step", "epoch", val_loss)},
     )
 

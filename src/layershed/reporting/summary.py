@@ -34,7 +34,10 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     around = {name for quality in record.quality.values() for name in quality.values}
     around |= {"val_loss", "val/loss"} if "loss" in around else set()
     metrics = {name: values for name, values in record.metrics.items() if name not in around}
-    rows += [(f"{printable(name)} in validation", _validated(*values)) for name, values in metrics.items()]
+    same = record.control.metrics if record.control is not None and record.control.end == record.steps else {}
+    rows += [
+        (f"{printable(name)} in validation", _validated(*values, same.get(name))) for name, values in metrics.items()
+    ]
     if record.plan:
         rows.append(("Sublayers dropped", counts_of(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
@@ -101,8 +104,10 @@ def round_values(each: DropRound) -> dict[str, str]:
     return {printable(name): f"{before[name]:.4f} -> {after[name]:.4f}" for name in before if name in after}
 
 
-def _validated(before: float | None, last: float) -> str:
-    return f"{last:.4f} at the end" if before is None else f"{before:.4f} before the drop, {last:.4f} at the end"
+def _validated(before: float | None, last: float, control: float | None) -> str:
+    parts = [] if before is None else [f"{before:.4f} before the drop"]
+    parts += [f"{last:.4f} at the end", *([] if control is None else [f"{control:.4f} of the control"])]
+    return ", ".join(parts)
 
 
 def _quality_rows(quality: Quality | OwnQuality, moment: str) -> list[tuple[str, str]]:
