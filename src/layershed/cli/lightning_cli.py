@@ -82,7 +82,7 @@ class LayershedCLI(LightningCLI):
             )
         alone = command in COMMANDS and args[:1] == [command] and not config.get("config")
         if path in ("last", "best"):
-            found = resolve_last(command, config.trainer, path, below=alone)
+            found = resolve_last(command, config.trainer, path, below=alone or command == "generate")
             config.ckpt_path = None if found is None else str(found)
         elif path and path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
             try:
