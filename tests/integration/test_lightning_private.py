@@ -323,6 +323,13 @@ def test_announced_validation_is_run_when_lightning_resumes(make_trainer, tmp_pa
     assert steps == {False: [2 * EPOCH], True: [EPOCH, 2 * EPOCH]}
 
 
+def test_saved_fit_loop_holds_the_positions_of_the_loaders(make_trainer, tmp_path):
+    fit_foreign(make_trainer(Save(tmp_path / "at.ckpt", 2), max_steps=3), train=stateful())
+    state = private.saved_fit_loop(torch.load(tmp_path / "at.ckpt", weights_only=True))
+    assert len(state["combined_loader"]) == 1
+    assert private.saved_fit_loop({"state_dict": {}}) == {}
+
+
 def test_forget_validation_clears_the_loops_record(asked):
     def ask(trainer):
         loop = trainer.fit_loop.epoch_loop

@@ -39,6 +39,7 @@ from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
 _CHECKPOINT_WORDS = ("hpc", "registry")
+_LIMITS = {"test": "limit_test_batches", "predict": "limit_predict_batches"}
 
 
 class LayershedCLI(LightningCLI):
@@ -120,8 +121,9 @@ class LayershedCLI(LightningCLI):
         if self.subcommand == "fit":
             for note in check_steps(config.trainer):
                 rank_zero_only(print)(f"note: {note}")
-        if self.subcommand in ("test", "predict") and config.trainer[f"limit_{self.subcommand}_batches"] is None:
-            config.trainer[f"limit_{self.subcommand}_batches"] = config.trainer.limit_val_batches  # the same text
+        limit = _LIMITS.get(self.subcommand)
+        if limit is not None and config.trainer[limit] is None:
+            config.trainer[limit] = config.trainer.limit_val_batches  # the same text
         if self.subcommand == "plan":
             config.data.source, config.data.tokenizer = "pydoc", None  # plan needs no text
         elif config.data.tokenizer is None:

@@ -8,7 +8,7 @@ such a name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from layershed.integration.namespaces import (
     EarlyStopping,
@@ -48,8 +48,7 @@ def saves_shards(strategy: Any) -> bool:
 
 def tensor_parallel_size(strategy: Any) -> int | str:
     """``ModelParallelStrategy(tensor_parallel_size=...)``, which it keeps under a private name."""
-    size: int | str = strategy._tensor_parallel_size
-    return size
+    return cast("int | str", strategy._tensor_parallel_size)
 
 
 def raw_optimizer(optimizer: Any) -> Any:
@@ -135,6 +134,11 @@ def train_loaders(trainer: Trainer) -> list[Any]:
 def is_stateful(loader: object) -> bool:
     """Whether Lightning saves and restores a loader's position: it has state_dict and load_state_dict."""
     return isinstance(loader, _Stateful)
+
+
+def saved_fit_loop(checkpoint: dict[str, Any]) -> Any:
+    """The state of the fit loop in a checkpoint; ``combined_loader`` in it holds the loaders' positions of rank 0."""
+    return checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
 
 
 def set_up_resumed_train_loader(trainer: Trainer) -> None:
@@ -296,22 +300,18 @@ def supports_exact_resume(trainer: Trainer | None = None) -> bool:
 
 def nothing_left_to_train(trainer: Trainer) -> bool:
     """Whether a resumed fit has reached its limit: Lightning would then end neither the epoch nor the run."""
-    loop = trainer.fit_loop
-    return bool(loop.restarting and loop.max_batches and loop.done)
+    return bool(trainer.fit_loop.restarting and trainer.fit_loop.max_batches and trainer.fit_loop.done)
 
 
 def resumes_training(trainer: Trainer) -> bool:
     """Whether a resumed fit has batches left to train on."""
-    loop = trainer.fit_loop
-    return bool(loop.restarting and not loop.skip)
+    return bool(trainer.fit_loop.restarting and not trainer.fit_loop.skip)
 
 
 def end_fit(trainer: Trainer, *, advances: bool) -> None:
     """The end of the epoch and of training, with their hooks, for a fit that has nothing left to train.
 
-    Args:
-        trainer: The Trainer, after ``fit_loop.on_run_start``.
-        advances: Whether the epoch loop has something left to do, such as a validation.
+    Call it after ``fit_loop.on_run_start``. The epoch loop ``advances`` if a validation is left, for example.
     """
     loop: Any = trainer.fit_loop
     if advances:

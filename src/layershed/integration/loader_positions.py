@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from layershed.integration.lightning_private import saved_fit_loop
 from layershed.integration.namespaces import Trainer
 from layershed.integration.rng import of_every_rank
 
@@ -13,7 +14,7 @@ POSITIONS_KEY = "layershed_positions"
 
 def note_positions(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Save in a checkpoint the positions of all ranks, if they differ; call it on every rank of a fit."""
-    every = of_every_rank(_of_fit_loop(checkpoint).get("combined_loader"), trainer)
+    every = of_every_rank(saved_fit_loop(checkpoint).get("combined_loader"), trainer)
     if len({pickle.dumps(position) for position in every}) > 1:
         checkpoint[POSITIONS_KEY] = every
 
@@ -25,10 +26,4 @@ def take_up_positions(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """
     every = checkpoint.get(POSITIONS_KEY, ())
     if len(every) == trainer.world_size:
-        _of_fit_loop(checkpoint)["combined_loader"] = every[trainer.global_rank]
-
-
-def _of_fit_loop(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What Lightning saves of the fit loop."""
-    found: dict[str, Any] = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-    return found
+        saved_fit_loop(checkpoint)["combined_loader"] = every[trainer.global_rank]
