@@ -114,15 +114,17 @@ def test_missing_callback_that_is_not_restored_is_still_named():
         with quiet(evaluating=True):
             for listed in (
                 "'SublayerDrop'",
+                "'EarlyStopping', 'FitBar'",
                 "'Report', \"ModelCheckpoint{'monitor': None}\"",
+                "'StochasticWeightAveraging'",
                 "'Report', 'EMA'",
                 "'EMA'",
             ):
                 warnings.warn(asks.format(listed), stacklevel=1)
-        assert [str(warning.message)[-7:] for warning in caught] == ["'EMA'].", "'EMA']."]
+        assert [str(warning.message)[-7:] for warning in caught] == ["ging'].", "'EMA'].", "'EMA']."]
         with quiet():
             warnings.warn(asks.format("'SublayerDrop'"), stacklevel=1)
-    assert len(caught) == 3, "fit resumes their state"
+    assert len(caught) == 4, "fit resumes their state"
 
 
 def test_predict_writes_the_greedy_continuation_of_the_dropped_model(after_fit, capsys):
