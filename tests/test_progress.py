@@ -5,7 +5,9 @@ import torch
 
 import layershed as ls
 from layershed.importance.tracker import estimate_importance
-from layershed.performance.latency import measure_latency
+from layershed.performance.latency import Latency, measure_latency
+from layershed.performance.speedup_target import _Search
+from layershed.planning.plan import Drop, Sublayer
 from layershed.progress import least, listening, track
 from layershed.quality import evaluate_quality
 from layershed.training.causal_lm import CausalLM
@@ -60,11 +62,29 @@ def test_search_for_a_speedup_tells_its_tries(model, told):
     finally:
         ls.restore(model)
     tries = [(done, total) for what, done, total in told if what == "Searching a speedup of 1.0001"]
-    assert tries[0] == (0, None)
-    assert tries[-1] == (None, None)
+    total = tries[0][1]
+    assert {each for _, each in tries} == {total}
+    assert total is not None
+    assert [tries[0][0], tries[-1][0]] == [0, None]
     assert [done for done, _ in tries[:-1]] == list(range(len(tries) - 1))
     speeds = [done for what, done, _ in told if what == "Measuring speed" and done == 0]
     assert len(speeds) >= len(tries) - 2 >= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30, 160])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99, 1.5])
+@pytest.mark.parametrize("honest", [0.2, 1.0, 3.0])
+def test_search_takes_at_most_as_many_tries_as_it_says(count, share, honest):
+    ranked = [(Drop(Sublayer(block, "mlp", f"{block}")),) for block in range(count)]
+    latency = Latency({group[0].sublayer: 0.5 / count for group in ranked}, 1.0)
+    # each group really saves another share of the time than was predicted
+    speedups = [1 / (1 - min(0.9, 0.5 * honest * number / count)) for number in range(count + 1)]
+    search = _Search(latency, (), ranked, 1 + share * (speedups[-1] - 1))
+    tries = 0
+    while (number := search.next_number()) is not None:
+        tries += 1
+        search.learn(number, speedups[number])
+    assert 1 <= tries <= search.most
 
 
 def test_innermost_listener_is_told_and_none_after_it():

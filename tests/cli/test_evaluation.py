@@ -86,7 +86,7 @@ def test_last_without_a_config_gives_the_figure_of_the_report(command, after_fit
 
 def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     told, _ = told_by(capsys, "validate", "--ckpt_path=last", "--trainer.limit_val_batches=1")
-    assert "on 1 batches of the held-out text (trainer.limit_val_batches=1); the losses in the report" in told
+    assert "on 1 batch of the held-out text (trainer.limit_val_batches=1); the losses in the report" in told
     assert f"over the first {BATCHES}, so they differ" in told
 
 
@@ -114,15 +114,17 @@ def test_missing_callback_that_is_not_restored_is_still_named():
         with quiet(evaluating=True):
             for listed in (
                 "'SublayerDrop'",
+                "'EarlyStopping', 'FitBar'",
                 "'Report', \"ModelCheckpoint{'monitor': None}\"",
+                "'StochasticWeightAveraging'",
                 "'Report', 'EMA'",
                 "'EMA'",
             ):
                 warnings.warn(asks.format(listed), stacklevel=1)
-        assert [str(warning.message)[-7:] for warning in caught] == ["'EMA'].", "'EMA']."]
+        assert [str(warning.message)[-7:] for warning in caught] == ["ging'].", "'EMA'].", "'EMA']."]
         with quiet():
             warnings.warn(asks.format("'SublayerDrop'"), stacklevel=1)
-    assert len(caught) == 3, "fit resumes their state"
+    assert len(caught) == 4, "fit resumes their state"
 
 
 def test_predict_writes_the_greedy_continuation_of_the_dropped_model(after_fit, capsys):
@@ -163,6 +165,15 @@ def test_predict_writes_logits_on_request(after_fit, capsys):
 def test_predict_refuses_numbers_out_of_range(words, said, after_fit, capsys):
     assert run(["predict", "--ckpt_path=last", *words]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_folder_given_as_a_checkpoint_is_answered_with_what_to_give(after_fit, capsys):
+    ls.save_pretrained(CausalLM(config=TINY).model, "saved")
+    for folder in (LAST.parents[1], LAST.parent):
+        assert run(["validate", f"--ckpt_path={folder}"]) == 1
+        assert f"Give one in it, such as {LAST}." in capsys.readouterr().err
+    assert run(["validate", "--ckpt_path=saved"]) == 1
+    assert "give --model.pretrained saved." in capsys.readouterr().err
 
 
 def test_random_weights_are_named_as_such():

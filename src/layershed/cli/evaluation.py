@@ -65,7 +65,7 @@ class EvaluatedModel(Callback):
         number, given = sum(batches), getattr(trainer, option)
         limit = "" if isinstance(given, float) and given == 1 else f" (trainer.{option}={given})"
         compared = "" if option == "limit_predict_batches" else self._as_reported(number)
-        print(f"on {number} batches of the held-out text{limit}{compared}")
+        print(f"on {number} batch{'es' * (number != 1)} of the held-out text{limit}{compared}")
 
     def _as_reported(self, number: int | float) -> str:
         reported = None if self.checkpoint is None else reported_batches(config_of_run(self.checkpoint))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning_utilities.core.rank_zero as rank_zero_module
+from lightning.pytorch.callbacks import Callback
 from transformers.utils import logging as transformers_logging
 
 from layershed import callbacks
@@ -41,10 +42,8 @@ _CHATTER = (
 )
 
 
-# Callbacks whose state an evaluation does not need: the module's own hooks bring it into the state of the checkpoint.
-_NOT_NEEDED = "|".join([*callbacks.__all__, "ModelCheckpoint", "EarlyStopping", "FitBar", "StopOnSignal"])
-_ONE = rf"""(?:'(?:{_NOT_NEEDED})'|"(?:{_NOT_NEEDED})(?:{{[^"]*}})?")"""
-_RESTORED_ANYWAY = rf"(?s).*Please add the following callbacks: \[{_ONE}(?:, {_ONE})*\]"
+# Lightning's callbacks with weights of their own, which an evaluation needs.
+_WITH_WEIGHTS = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
 
 @contextmanager
@@ -64,8 +63,9 @@ def quiet(*, evaluating: bool = False) -> Iterator[None]:
             log.addFilter(_worth_saying)
         warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
         if evaluating:
-            warnings.filterwarnings("ignore", message=_RESTORED_ANYWAY)
-            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+            warnings.filterwarnings("ignore", message=_restored_anyway())
+        # every run of the command line has a folder of its own, also a resumed one
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
         # a small machine gains nothing from more loader processes
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # a stream's length is that of the run
@@ -85,3 +85,21 @@ def quiet(*, evaluating: bool = False) -> Iterator[None]:
 
 def _worth_saying(record: logging.LogRecord) -> bool:
     return not any(chatter in record.getMessage() for chatter in _CHATTER)
+
+
+def _restored_anyway() -> str:
+    """Matches Lightning's request for callbacks none of which an evaluation needs.
+
+    The module's own hooks bring it into the state of the checkpoint. A stranger's callback may hold weights.
+    """
+    theirs = [kind for kind in _subclasses(Callback) if kind.__module__.startswith(("layershed.", "lightning."))]
+    known = {*callbacks.__all__, *(kind.__name__ for kind in theirs)} - {*_WITH_WEIGHTS}
+    names = "|".join(sorted(known))
+    one = rf"""(?:'(?:{names})'|"(?:{names})(?:{{[^"]*}})?")"""
+    return rf"(?s).*Please add the following callbacks: \[{one}(?:, {one})*\]"
+
+
+def _subclasses(kind: type[Callback]) -> Iterator[type[Callback]]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _subclasses(inner)

@@ -177,11 +177,15 @@ def refuse_folder(path: Path) -> None:
     Raises:
         CheckpointError: If it is a folder.
     """
-    if path.is_dir():
-        raise CheckpointError(
-            f"ckpt_path={str(path)!r}: it is a folder, but a checkpoint file is needed. Read a folder of shards under "
-            "ModelParallelStrategy, or with layershed.load_checkpoint(module, path)."
-        )
+    if not path.is_dir():
+        return
+    advice = "Read a folder of shards under ModelParallelStrategy, or with layershed.load_checkpoint(module, path)."
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if there := sorted(inside.glob("*.ckpt"), key=lambda file: (file.stem == "last", file.name)):
+        advice = f"Give one in it, such as {there[-1]}."
+    elif (path / "config.json").is_file():
+        advice = f"It holds a saved model: give --model.pretrained {path}."
+    raise CheckpointError(f"ckpt_path={str(path)!r}: it is a folder, but a checkpoint file is needed. {advice}")
 
 
 def _torn_file(path: Path) -> str | None:

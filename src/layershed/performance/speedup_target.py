@@ -89,7 +89,7 @@ def drop_to_speedup(
     reports: dict[int, SpeedReport] = {}
     ceilings = measure_ceilings(transformer.device, transformer.dtype)
     try:
-        for number in track(iter(search.next_number, None), f"Searching a speedup of {target_speedup:g}"):
+        for number in track(iter(search.next_number, None), f"Searching a speedup of {target_speedup:g}", search.most):
             _bypass_first(transformer, ranked, number)
             reports[number] = agree(measure_speed(transformer, ceilings=ceilings, **asdict(settings)))
             search.learn(number, reports[number].phases[phase].speedup.median)
@@ -207,6 +207,11 @@ class _Search:
             self._gained.append(latency.total / max(left, 1e-3 * latency.total) - 1)
         self._factor, self._measured = 1.0, 0
         self._confirmed = False
+
+    @property
+    def most(self) -> int:
+        """How many tries it takes at most, unless one succeeds by chance: guesses, halvings, a second try."""
+        return min(_GUESSES + math.ceil(math.log2(self.count + 2)) + 1, self.count + 2)
 
     def next_number(self) -> int | None:
         """Return the next number to try; None at the end of the search."""
