@@ -238,6 +238,14 @@ class Report(Callback):
         kept = state_dict.get("metrics", {})  # checkpoints of earlier versions have none
         self._metrics = {name: (before, last) for name, (before, last) in kept.items()}
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save throughput and duration."""
+        self._course.save_times(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore throughput and duration."""
+        self._course.load_times(checkpoint)
+
     def _note_quality(self, trainer: Trainer) -> None:
         """Note the quality that SublayerDrop logged, and add its loss to the curve."""
         for when in ("before", "after", "end"):

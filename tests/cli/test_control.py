@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
@@ -237,3 +239,19 @@ def test_config_with_a_control_serves_other_commands(there, command):
     assert "control: true" in config.read_text()
     more = [] if command == "score" else ["--ckpt_path=one_shot/version_0/checkpoints/last.ckpt"]
     assert run([command, "--config", str(config), *more, "--trainer.default_root_dir=others"]) == 0
+
+
+@pytest.mark.slow
+def test_control_of_two_ranks_equals_their_run_without_a_drop(there):
+    """In processes of their own, as DDP starts them: the last losses are equal to the last bit."""
+    program = Path(__file__).parents[2] / "train.py"
+    for root, entries in (("ranks_dense", []), ("ranks", [ONE_SHOT])):
+        given = words(*entries, root=root, control="true" if entries else None)
+        Path(f"{root}.yaml").write_text(callbacks(*entries, REPORT))
+        given += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+        subprocess.run([sys.executable, str(program), *given], check=True, timeout=300)
+    control, whole = (rows(place, "val_loss") for place in ("ranks/version_0/control", "ranks_dense/version_0"))
+    assert control
+    assert control.items() <= whole.items()
+    assert control[7] == whole[7]
+    assert "Cost of the drop" in Path("ranks/version_0/report.html").read_text()

@@ -16,6 +16,7 @@ from layershed.reporting.downsampling import ThinnedCurve
 from layershed.reporting.record import LossPoint
 
 # own: the module's own validations; val: also the qualities around a drop
+_TIMES = "layershed_times"
 CURVES = ("train", "val", "own", "lr", "throughput")
 
 
@@ -125,13 +126,23 @@ class Course:
         return () if self.quantized is None else ((self.quantized, "quantized"),)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state as primitives."""
-        curves = {name: curve.state_dict() for name, curve in self.curves.items()}
-        return {"losses": curves, "quantized": self.quantized, "seconds": self.elapsed}
+        """What is the same in every run of the same config, as primitives."""
+        curves = {name: curve.state_dict() for name, curve in self.curves.items() if name != "throughput"}
+        return {"losses": curves, "quantized": self.quantized}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; checkpoints of earlier versions have fewer curves."""
         for name, curve in self.curves.items():
             if name in state["losses"]:
                 curve.load_state_dict(state["losses"][name])
-        self.quantized, self.seconds = state.get("quantized"), state.get("seconds", 0.0)
+        self.quantized = state.get("quantized")
+
+    def save_times(self, checkpoint: dict[str, Any]) -> None:
+        """Note throughput and duration in a checkpoint, apart from the state: no two runs have the same."""
+        checkpoint[_TIMES] = {"throughput": self.curves["throughput"].state_dict(), "seconds": self.elapsed}
+
+    def load_times(self, checkpoint: dict[str, Any]) -> None:
+        """The inverse of :meth:`save_times`."""
+        if noted := checkpoint.get(_TIMES):
+            self.curves["throughput"].load_state_dict(noted["throughput"])
+            self.seconds = noted["seconds"]
