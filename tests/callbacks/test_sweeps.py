@@ -10,7 +10,6 @@ from layershed.callbacks import RedundancyMonitor, Report, SpeedMonitor, Sublaye
 from layershed.surgery import bypassed_sublayers
 from tests.support.runs import Foreign, Interrupt, Interrupted, Save, fit_foreign, loader, same, val_loader
 from tests.support.thinned import one_of
-from tests.support.untimed import untimed
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 
@@ -41,7 +40,7 @@ def sweep(make_trainer, own, name, **settings):
         "rows": rows,
         "dense": speed._dense_quality,
         "measured": [sublayer.name for sublayer in speed._measured],
-        "report": untimed(report.state_dict()),
+        "report": report.state_dict(),
     }
 
 

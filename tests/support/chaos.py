@@ -19,7 +19,6 @@ import torch
 
 from tests.support.chaos_runs import KINDS, MODULES, RESULT, SAVE_EVERY, STEPS, Kill, segment
 from tests.support.forked import fork_server
-from tests.support.untimed import untimed
 
 PLACES = ("middle", "fsync", "replace", "after")
 WRITES = 2 * (STEPS // SAVE_EVERY)  # the numbered checkpoint and last.ckpt, each time
@@ -100,8 +99,6 @@ def compare(whole: Path, killed: Path) -> list[str]:
     """What is not the same, in words; nothing if everything is."""
     results = [torch.load(folder / RESULT, weights_only=True) for folder in (whole, killed)]
     logs = [Path(result.pop("logs")) for result in results]
-    for states in (result["callbacks"] for result in results):
-        states.update({name: untimed(state) for name, state in states.items() if name == "Report"})
     found = list(differences(*results))
     for name in FILES:
         texts = [(folder / name).read_bytes() if (folder / name).exists() else None for folder in logs]

@@ -121,7 +121,7 @@ class LayershedCLI(LightningCLI):
         if self.subcommand == "fit":
             for note in check_steps(config.trainer):
                 rank_zero_only(print)(f"note: {note}")
-        limit = _LIMITS.get(self.subcommand)
+        limit = _LIMITS.get(str(self.subcommand))
         if limit is not None and config.trainer[limit] is None:
             config.trainer[limit] = config.trainer.limit_val_batches  # the same text
         if self.subcommand == "plan":
