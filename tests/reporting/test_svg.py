@@ -29,7 +29,9 @@ POINTS = [
     for block in range(3)
 ]
 PLAN = DropPlan((Drop(Sublayer(1, "mlp", "h.1.mlp"), 0.02, 2),), scope="mlp", metric="cosine")
-TEMPLATE = (Path(reporting.__file__).parent / "templates" / "report.html").read_text()
+STYLE = "".join(
+    (Path(reporting.__file__).parent / "templates" / name).read_text() for name in ("page.css", "report.css")
+)
 
 
 def hovering(figure):
@@ -57,8 +59,8 @@ def test_pictures_have_only_colours_of_the_page_or_of_data():
         text = inline_svg(figure, "x")
         assert not set(re.findall(r"#[0-9a-f]{6}\b", text)) - data
         for name in set(re.findall(r"var\(--([a-z-]+)\)", text)):
-            assert TEMPLATE.count(f"--{name}: #") == 3, f"{name} has a light, a dark and a printed colour"
-    assert set(ADAPTIVE.values()) <= set(re.findall(r"--([a-z-]+):", TEMPLATE))
+            assert STYLE.count(f"--{name}: #") == 3, f"{name} has a light, a dark and a printed colour"
+    assert set(ADAPTIVE.values()) <= set(re.findall(r"--([a-z-]+):", STYLE))
 
 
 def test_texts_of_a_picture_stay_text_and_are_escaped():
