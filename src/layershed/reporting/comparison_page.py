@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
 from layershed.errors import ResultError
-from layershed.files.atomic import as_export_error, write_text
 from layershed.formatting import printable
 from layershed.reporting.comparison import Comparison
+from layershed.reporting.page import page_environment, write_page
 from layershed.reporting.run_files import Curve, RunFiles
 
 GENERATOR = "layershed compare"
@@ -71,13 +70,7 @@ def write_comparison(comparison: Comparison, runs: Sequence[RunFiles], path: Pat
         ExportError: If nothing can be written there.
     """
     check_page(path)
-    environment = Environment(
-        loader=PackageLoader("layershed.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     charts = []
     for metric, title in _CHARTS.items():
         curves = [run.curves.get(metric, ()) for run in runs]
@@ -100,10 +93,7 @@ def write_comparison(comparison: Comparison, runs: Sequence[RunFiles], path: Pat
         without_config=comparison.without_config,
         charts=charts,
     )
-    with as_export_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, html)
-    return path
+    return write_page(path, html)
 
 
 def check_page(path: Path) -> None:

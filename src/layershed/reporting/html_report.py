@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from layershed.files.atomic import as_export_error, write_text
 from layershed.formatting import counts_of, printable, short_importance, short_number
 from layershed.performance.speed_report import MeasuredSpeed
 from layershed.planning.plan import DropPlan
 from layershed.reporting.bars import importance_bars, speed_figure
 from layershed.reporting.curves import course_figure
 from layershed.reporting.figures import importance_heatmap
+from layershed.reporting.page import page_environment, write_page
 from layershed.reporting.record import PANELS, ImportancePoint, RunRecord
 from layershed.reporting.summary import round_values, summary_rows
 from layershed.reporting.svg import inline_svg
@@ -35,13 +34,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         The path.
     """
     path = Path(path)
-    environment = Environment(
-        loader=PackageLoader("layershed.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(typeset=_typeset, number=short_number, importance=short_importance, printable=_lines)
     paint = _Painter()
     html = environment.get_template("report.html").render(
@@ -63,10 +56,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         usage=record.usage,
         panels=PANELS,
     )
-    with as_export_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, html)
-    return path
+    return write_page(path, html)
 
 
 @dataclass(frozen=True)
