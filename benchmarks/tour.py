@@ -55,14 +55,17 @@ STOPS = (
     ),
     Stop(
         "The same, shorter",
-        "python train.py fit --config configs/quickstart.yaml --trainer.max_steps 100 --trainer.callbacks.drop.start 60"
-        " --trainer.callbacks.best.every_n_train_steps 50",
+        "python train.py fit --config configs/quickstart.yaml --trainer.max_steps 100 --trainer.callbacks.drop.start 60",
         sentence="Every option of a config has a name on the command line, those of callbacks included.",
     ),
     Stop("Evaluate what the run left", f"python train.py test --ckpt_path {RUN}/checkpoints/last.ckpt"),
-    Stop("Let it write", f'python train.py generate --model.pretrained {RUN}/pruned --prompt "The list is" --dense'),
+    Stop(
+        "Let it write, the dense model beside it",
+        f'python train.py generate --model.pretrained {RUN}/checkpoints/last.ckpt --prompt "The list is" --dense',
+    ),
     Stop("Two runs side by side", "python train.py compare runs/quickstart/version_0 runs/quickstart/version_1"),
     Stop("How redundant is each sublayer?", f"python train.py score --model.pretrained {RUN}/pruned"),
+    Stop("How many to drop?", "python train.py recommend runs/version_0"),
     Stop("What would a drop gain?", "python train.py plan --model.pretrained configs/models/llama-2-70b --count 32"),
     Stop("Recover a chat model", "python train.py fit --config configs/chat_recovery.yaml"),
 )
@@ -98,7 +101,7 @@ def photograph(page: Path, name: str, *, width: int = 1100, dark: bool = False) 
     if browser is None:
         raise RuntimeError("The pictures need chromium. Install it.")
     PICTURES.mkdir(exist_ok=True)
-    flags = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},1600"]
+    flags = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},2400"]
     if dark:
         flags.append("--blink-settings=preferredColorScheme=0")
     picture = PICTURES / f"{name}.png"
