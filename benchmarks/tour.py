@@ -55,7 +55,8 @@ STOPS = (
     ),
     Stop(
         "The same, shorter",
-        "python train.py fit --config configs/quickstart.yaml --trainer.max_steps 100 --trainer.callbacks.drop.start 60",
+        "python train.py fit --config configs/quickstart.yaml --trainer.max_steps 100"
+        " --trainer.callbacks.drop.start 60",
         sentence="Every option of a config has a name on the command line, those of callbacks included.",
     ),
     Stop("Evaluate what the run left", f"python train.py test --ckpt_path {RUN}/checkpoints/last.ckpt"),
