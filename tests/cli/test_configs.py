@@ -347,8 +347,8 @@ def real_defaults(key, owner):
         default = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters[name].default
         return [list(default) if isinstance(default, tuple) else default]
     section = key.partition(".")[0]
-    if section == "seed_everything":
-        return [0]
+    if section in ("seed_everything", "control"):
+        return [{"seed_everything": 0, "control": False}[section]]
     if section == "trainer":
         lightning, ours = (inspect.signature(kind.__init__).parameters for kind in (pl.Trainer, Trainer))
         return [{**lightning, **ours}[name].default, getattr(fresh_trainer(), name, ...)]

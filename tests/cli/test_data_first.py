@@ -35,15 +35,23 @@ def test_wrong_row_is_named_before_the_model_is_built(no_model, capsys, command)
 def test_missing_chat_template_is_said_before_the_model_is_built(monkeypatch, capsys, template):
     write([{"messages": chat_of(number)} for number in range(9)])
     fast_tokenizer(template).save_pretrained("folder")
+    Path("tiny.yaml").write_text(json.dumps({"model": {"config": {**TINY, "vocab_size": 260}}}))
+    words = [
+        "fit",
+        "--config=tiny.yaml",
+        "--data.source=chats.jsonl",
+        "--data.tokenizer=folder",
+        "--data.block_size=64",
+    ]
     built = []
     monkeypatch.setattr("layershed.training.causal_lm.build_model", lambda *_: built.append(1) or pytest.skip("built"))
     if template is None:
-        assert main(["fit", "--data.source=chats.jsonl", "--data.tokenizer=folder"]) == 1
+        assert main(words) == 1
         assert "'folder' has no chat template" in capsys.readouterr().err
         assert not built
     else:
         with pytest.raises(pytest.skip.Exception, match="built"):
-            main(["fit", "--data.source=chats.jsonl", "--data.tokenizer=folder"])
+            main(words)
 
 
 def test_rows_that_were_checked_are_not_read_again(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 import layershed as ls
 import layershed.performance.speed
 from layershed.callbacks import (
+    BestCheckpoint,
     ExactResume,
     Export,
     LoRARecovery,
@@ -37,6 +38,7 @@ def callbacks(**drop):
         SpeedMonitor(prompt_tokens=8, new_tokens=2, runs=1),
         Export(),
         Report(every_n_steps=2),
+        BestCheckpoint(),
         ExactResume(),
     ]
 
@@ -54,6 +56,7 @@ class OwnTransfer(Foreign):
 
 def run(folder, *more, module=None, device=SIM, ckpt_path=None, own=None, **settings):
     """A fit; returns its trainer and module."""
+    settings = {"enable_checkpointing": own is None, **settings}
     trainer = make_trainer(folder, *(callbacks() if own is None else own), *more, device=device, **settings)
     module = module or Foreign(**LAYERS)
     torch.manual_seed(7)
