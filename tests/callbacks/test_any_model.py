@@ -265,6 +265,7 @@ def test_length_without_effect_gives_one_warning(make_trainer, adapter, name, le
     assert trainer.callback_metrics[f"speed/forward_{speed.report.forward.unit}"] == speed.report.units
 
 
+@pytest.mark.slow
 def test_default_lengths_fit_into_a_short_causal_model(make_trainer):
     speed = SpeedMonitor(runs=1)
     fit_foreign(make_trainer(SublayerDrop(2, count=1), speed, max_steps=3), max_position_embeddings=40)

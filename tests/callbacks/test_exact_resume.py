@@ -649,6 +649,7 @@ def test_run_resumed_in_a_copied_moved_or_linked_directory_keeps_its_rows(fit, t
     assert fit(name="elsewhere", ckpt_path=path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:'set_vital' is deprecated")
 @pytest.mark.filterwarnings("ignore:RedundancyMonitor. neither .* holds what was measured before")
 def test_rows_of_another_run_in_a_copied_directory_are_warned_of(fit, tmp_path):

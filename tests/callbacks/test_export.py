@@ -208,9 +208,9 @@ def whole_recipe(quantized):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("quantized", one_of(["before", "end"]))
+@pytest.mark.parametrize(("quantized", "cuts"), one_of([("before", (4,)), ("before", (7,)), ("end", (4, 7))]))
 def test_export_after_drop_quantization_lora_and_distillation_equals_training(
-    make_trainer, tmp_path, text_data, unpainted, quantized
+    make_trainer, tmp_path, text_data, unpainted, quantized, cuts
 ):
     """Killed between the rounds, with adapters in and the teacher on, and after both."""
 
@@ -238,7 +238,7 @@ def test_export_after_drop_quantization_lora_and_distillation_equals_training(
     assert {"recovery/trainable_parameters", "quantization/bytes", "drop/loss_end"} <= metrics.keys()
 
     state, importance = state_of(trainer, module), (folder / "importance.csv").read_text()
-    for cut in (4, 7):
+    for cut in cuts:
         with pytest.raises(Interrupted):
             run(f"killed-{cut}", Interrupt(cut))
         again, resumed, own = run(f"resumed-{cut}", ckpt_path=tmp_path / f"killed-{cut}-ckpt" / "last.ckpt")

@@ -44,7 +44,7 @@ def sweep(make_trainer, own, name, **settings):
     }
 
 
-MODELS = [{}, {"num_hidden_layers": 6}, {"num_hidden_layers": 3}]
+MODELS = [{"num_hidden_layers": 6}, {"num_hidden_layers": 3}]
 
 
 @pytest.mark.parametrize("calibrate_on", one_of(["running", "val"]))

@@ -142,6 +142,7 @@ SAMPLED = {
 }
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("case", some_of(SAMPLED, 3))
 def test_sampling_options_are_those_of_transformers(case, place):
     options = SAMPLED[case]

@@ -47,6 +47,7 @@ WRONG = {
 }
 
 
+@pytest.mark.default_cases(9)
 @pytest.mark.parametrize("command", ["fit", "validate", "score"])
 @pytest.mark.parametrize("case", list(WRONG))
 def test_wrong_text_is_refused_before_the_model_is_built(command, case, saved, no_model, capsys, monkeypatch):

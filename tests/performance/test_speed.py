@@ -264,7 +264,7 @@ def test_speed_measurement_turns_adapters_off_on_both_sides(dropped):
 
 
 def test_compiled_model_is_measured_compiled_and_stays_compiled():
-    dropped = build_model(num_hidden_layers=2)
+    dropped = build_model(num_hidden_layers=1)
     bypass(dropped, find_sublayers(dropped)[1:2])
     tokens = torch.arange(3, 9)[None]
     with torch.no_grad():
