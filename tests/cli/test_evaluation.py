@@ -89,6 +89,31 @@ def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     assert f"over the first {BATCHES}, so they differ" in told
 
 
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ("--data.source=other.txt", "data.source"),
+        ("--data.batch_size=1", "data.batch_size"),
+        ("--data.block_size=8", "data.block_size"),
+        ("--trainer.precision=bf16-true", "trainer.precision"),
+    ],
+)
+def test_losses_of_other_text_than_in_the_report_are_never_said_to_be_the_same(word, other, after_fit, capsys):
+    """Also on as many batches as the report has."""
+    Path("other.txt").write_text(TEXT.replace("is not", "is"))
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last", word)
+    assert f"on {BATCHES} batches of the held-out text" in told
+    assert f"the losses in the report of the run have another {other}, so they differ" in told
+    assert "the same" not in told
+
+
+def test_options_of_training_alone_leave_the_losses_those_of_the_report(after_fit, capsys):
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last", "--data.max_tokens=256", "--data.shuffle_rows=5")
+    assert "the same as the losses in the report of the run" in told
+    loss = float(re.search(r"val_loss ([\d.]+)", told)[1])
+    assert loss == pytest.approx(after_fit, abs=1e-4)
+
+
 def test_config_on_the_command_line_decides_the_text(after_fit, capsys):
     words = ["--config=fit.yaml", model_of(**TINY), *DATA, f"--ckpt_path={LAST}"]
     told, _ = told_by(capsys, "validate", *words)
