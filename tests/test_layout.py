@@ -26,6 +26,7 @@ ROOMS = [
     "dropped_config",
     "surgery",
     "quality",
+    "continuation",
     "importance",
     "recovery",
     "drop",

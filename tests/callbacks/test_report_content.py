@@ -1,6 +1,7 @@
 """What Report gathers for its page beside losses and the drop: its course, samples of text, how it ran, a control."""
 
 import csv
+import json
 import re
 import time
 from importlib import metadata
@@ -15,7 +16,13 @@ from layershed.callbacks import ExactResume, Export, RedundancyMonitor, Report, 
 from layershed.errors import ControlError, ScheduleError
 from layershed.integration import course
 from layershed.reporting import html_report
+from layershed.training.causal_lm import CausalLM
+from layershed.training.chat import prompt_ids
+from layershed.training.conversations import Conversation
+from layershed.training.text_data import TextData
+from tests.support.chats import chat_of
 from tests.support.runs import Foreign, Save, causal_lm, fit_foreign, same
+from tests.support.small_world import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +100,22 @@ def test_samples_are_the_greedy_text_before_the_drop_and_at_the_end(sampled):
     assert [(s.prompt, s.dense, s.dropped) for s in record.samples] == list(zip(*texts, strict=True))
     assert len({sample.dropped for sample in record.samples}) == 2
     assert all(sample.dense != sample.dropped for sample in record.samples)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_of_conversations_go_on_from_one_conversation_each(packing, make_trainer, records, tmp_path):
+    """Each prompt is what the template writes before an answer: nothing of another conversation precedes it."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat_of(number)}) + "\n" for number in range(12)))
+    data = TextData(str(path), block_size=160, batch_size=2, val_fraction=0.5, packing=packing)
+    report, module = Report(samples=3), CausalLM(config={**TINY, "max_position_embeddings": 160})
+    trainer = make_trainer(SublayerDrop(2, count=1, quality_batches=1), report, max_steps=3, max_epochs=-1)
+    trainer.fit(module, datamodule=data)
+    chats = (Conversation(chat_of(number)[:-1]) for number in range(12))
+    asked = {data.tokenizer.decode(prompt_ids(data.tokenizer, chat), skip_special_tokens=True) for chat in chats}
+    prompts = [sample.prompt for sample in records[-1].samples]
+    assert len(prompts) == (3 if packing else 2), "of the first batch"
+    assert set(prompts) <= asked
 
 
 def test_importances_and_samples_of_a_resumed_run_are_those_of_the_uninterrupted_one(sampled, tmp_path):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import layershed as ls
 from layershed.cli.evaluation import evaluated, reported_batches
-from layershed.cli.predictions import continuations
 from layershed.cli.quiet import quiet
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
@@ -90,6 +89,31 @@ def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     assert f"over the first {BATCHES}, so they differ" in told
 
 
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ("--data.source=other.txt", "data.source"),
+        ("--data.batch_size=1", "data.batch_size"),
+        ("--data.block_size=8", "data.block_size"),
+        ("--trainer.precision=bf16-true", "trainer.precision"),
+    ],
+)
+def test_losses_of_other_text_than_in_the_report_are_never_said_to_be_the_same(word, other, after_fit, capsys):
+    """Also on as many batches as the report has."""
+    Path("other.txt").write_text(TEXT.replace("is not", "is"))
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last", word)
+    assert f"on {BATCHES} batches of the held-out text" in told
+    assert f"the losses in the report of the run have another {other}, so they differ" in told
+    assert "the same" not in told
+
+
+def test_options_of_training_alone_leave_the_losses_those_of_the_report(after_fit, capsys):
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last", "--data.max_tokens=256", "--data.shuffle_rows=5")
+    assert "the same as the losses in the report of the run" in told
+    loss = float(re.search(r"val_loss ([\d.]+)", told)[1])
+    assert loss == pytest.approx(after_fit, abs=1e-4)
+
+
 def test_config_on_the_command_line_decides_the_text(after_fit, capsys):
     words = ["--config=fit.yaml", model_of(**TINY), *DATA, f"--ckpt_path={LAST}"]
     told, _ = told_by(capsys, "validate", *words)
@@ -160,7 +184,7 @@ def test_predict_writes_logits_on_request(after_fit, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--new_tokens=0"], "new_tokens=0"), (["--prompt_tokens=99"], "16 tokens")]
+    ("words", "said"), [(["--new_tokens=0"], "new_tokens=0"), (["--prompt_tokens=16"], "16 tokens")]
 )
 def test_predict_refuses_numbers_out_of_range(words, said, after_fit, capsys):
     assert run(["predict", "--ckpt_path=last", *words]) == 1
@@ -192,12 +216,3 @@ def test_number_of_reported_batches_is_read_from_either_form_of_a_config():
     for callbacks in (None, other, [other], {"a": other, "b": None}):
         assert reported_batches({"trainer": {"callbacks": callbacks}}) is None
     assert reported_batches(None) is None
-
-
-def test_continuation_of_one_row_does_not_depend_on_the_others():
-    torch.manual_seed(0)
-    model = CausalLM(config=TINY).model.eval()
-    ids = torch.randint(3, 250, (3, 8))
-    together = continuations(model, ids, 6, 4)
-    alone = [continuations(model, ids[i : i + 1], 6, 4)[0] for i in range(3)]
-    assert all(torch.equal(row[: len(single)], single) for row, single in zip(together, alone, strict=True))

@@ -242,6 +242,30 @@ def test_bad_row_in_mid_stream_is_left_out_with_one_warning(tmp_path):
     assert set(found) == written(data, [4, 5, 6, 7, 9, 11])
 
 
+def test_text_of_another_type_in_mid_stream_is_left_out_with_one_warning(monkeypatch):
+    """As a row that is no conversation is; the sequences are those of the stream without it."""
+
+    def one(rows):
+        load = datasets.IterableDataset.from_generator(lambda: iter([{"text": text} for text in rows]))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": load})
+        return streamed("hub:me/text", block_size=16, val_rows=2, shuffle_rows=1)
+
+    texts = [f"{number} is not {number + 1}, and never will be." for number in range(8)]
+    expected = one_pass(one(texts))
+    with pytest.warns(UserWarning, match=r"row 6: the column 'text' must hold text.* is left out") as told:
+        found = one_pass(one([*texts[:5], 3, texts[5], ["a"], *texts[6:]]))
+    assert len(told) == 1
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "text"])
+def test_stream_whose_rows_are_all_held_out_is_refused_before_there_is_a_model(request, kind):
+    source = request.getfixturevalue(kind)
+    TextData(source, streaming=True, val_rows=ROWS - 1).check()
+    with pytest.raises(DataError, match=rf"has {ROWS} rows, and the first {ROWS} are held out .* lower val_rows"):
+        TextData(source, streaming=True, val_rows=ROWS).check()
+
+
 def test_stream_without_sequences_is_an_error_and_no_endless_loop(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "much text " * 10}) + "\n" for _ in range(4)) + '{"text": "x"}\n')

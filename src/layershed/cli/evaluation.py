@@ -20,6 +20,7 @@ from layershed.surgery import dropped_sublayers
 
 COMMANDS = ("validate", "test", "predict")
 _OF_TRAINER = ("limit_val_batches", "precision")  # what decides the figure
+_OF_TRAINING = ("max_tokens", "num_workers", "shuffle_rows")  # options of the text that do not touch what is held out
 
 
 class EvaluatedModel(Callback):
@@ -30,10 +31,11 @@ class EvaluatedModel(Callback):
 
     Args:
         checkpoint: The checkpoint whose weights are evaluated; None for those that the model was built with.
+        options: What they are evaluated on: the sections ``data`` and ``trainer`` of a config.
     """
 
-    def __init__(self, checkpoint: Path | None) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path | None, options: Mapping[str, Any]) -> None:
+        self.checkpoint, self.options = checkpoint, options
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is evaluated."""
@@ -68,12 +70,34 @@ class EvaluatedModel(Callback):
         print(f"on {number} batch{'es' * (number != 1)} of the held-out text{limit}{compared}")
 
     def _as_reported(self, number: int | float) -> str:
-        reported = None if self.checkpoint is None else reported_batches(config_of_run(self.checkpoint))
-        if reported is None:
+        config = None if self.checkpoint is None else config_of_run(self.checkpoint)
+        reported = reported_batches(config)
+        if config is None or reported is None:
             return ""
+        if other := other_options(config, self.options):
+            return f"; the losses in the report of the run have another {', another '.join(other)}, so they differ"
         if reported == number:
             return ", the same as the losses in the report of the run"
         return f"; the losses in the report of the run are over the first {reported}, so they differ"
+
+
+def other_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Names of the options that decide the losses of held-out text and differ, such as ``data.source``.
+
+    Args:
+        config: The config of a run. An option that it does not hold is not compared: an older version wrote it.
+        given: The sections ``data`` and ``trainer`` of another, as far as they count.
+    """
+    return [
+        f"{section}.{name}"
+        for section, options in given.items()
+        for name, value in options.items()
+        if name in config[section] and name not in _OF_TRAINING and _plain(config[section][name]) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def evaluated(module: LightningModule, noted: Mapping[str, Any]) -> str:

@@ -148,7 +148,8 @@ class LayershedCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add a bar and a line about the model; to ``fit`` a checkpoint if stopped, exact resuming, time and rate."""
         config = self.config_init[self.subcommand]
-        listed = with_own(config.trainer, self.subcommand, config.get("ckpt_path"))
+        text = self.config[self.subcommand].data.as_dict()
+        listed = with_own(config.trainer, self.subcommand, config.get("ckpt_path"), text)
         return super().instantiate_trainer(**kwargs, callbacks=listed)
 
     def before_fit(self) -> None:

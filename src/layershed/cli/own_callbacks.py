@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from layershed.cli.step_clock import StepClock
 from layershed.cli.stop_on_signal import StopOnSignal
 
 
-def with_own(trainer: Any, command: str | None, checkpoint: str | None) -> list[Callback]:
+def with_own(
+    trainer: Any, command: str | None, checkpoint: str | None, text: Mapping[str, Any] | None = None
+) -> list[Callback]:
     """The callbacks of a config and those of the command line, in order.
 
     Every command has a bar and a line about the model, unless the config has its own or wants none. ``fit`` resumes
@@ -27,6 +30,7 @@ def with_own(trainer: Any, command: str | None, checkpoint: str | None) -> list[
         trainer: Config of the Trainer, its callbacks built.
         command: The command.
         checkpoint: Path of the checkpoint to evaluate.
+        text: Options of the text to evaluate it on.
     """
     listed = as_list(trainer.get("callbacks"))
 
@@ -44,5 +48,6 @@ def with_own(trainer: Any, command: str | None, checkpoint: str | None) -> list[
         return [StepClock(), *listed, *exact, *rates, StopOnSignal()]
     if command in COMMANDS:
         path = Path(checkpoint or "")
-        listed.append(EvaluatedModel(path if path.is_file() else None))
+        options = {"data": dict(text or {}), "trainer": {"precision": trainer.get("precision")}}
+        listed.append(EvaluatedModel(path if path.is_file() else None, options))
     return listed

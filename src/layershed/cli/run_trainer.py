@@ -63,16 +63,16 @@ class RunTrainer(pl.Trainer):
         prompt_tokens: int | None = None,
         new_tokens: int = 32,
     ) -> None:
-        """Continue the held-out text with a model, or write its logits.
+        """Continue the held-out texts and conversations with a model, or write its logits.
 
         Writes ``predictions.jsonl``, or the folder ``logits``, into the run directory.
 
         Args:
             model: The model.
-            datamodule: The text; the beginning of every held-out sequence is continued.
+            datamodule: The text; every held-out sequence is continued, of a conversation the last answer is written.
             ckpt_path: A checkpoint of fit. It also sets the options of the model.
-            what: text (the most likely continuation of each sequence) or logits (of every position).
-            prompt_tokens: Tokens of each sequence to continue; null for half of it.
+            what: text (the most likely continuation of each text or conversation) or logits (of every position).
+            prompt_tokens: Tokens of each to continue; null for half of a text, and for all before the last answer.
             new_tokens: Tokens to generate.
 
         Raises:

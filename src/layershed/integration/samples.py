@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from layershed.batches import as_inputs, device_of
+from layershed.batches import as_inputs
+from layershed.continuation import greedy_continuations, passages_in
 from layershed.discovery.find import find_transformer, predicts_next_token
-from layershed.discovery.probe import evaluating
 from layershed.integration.loaders import validation_batches
 from layershed.integration.namespaces import DDPStrategy, LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
@@ -46,12 +47,9 @@ class Samples:
         inputs = as_inputs(first)
         if writer is None or inputs is None or not isinstance(inputs.get("input_ids"), Tensor):
             return
-        ids, (model, tokenizer) = inputs["input_ids"], writer
-        length = min(_length(tokenizer), ids.shape[1] // 2)
-        mask = inputs.get("attention_mask")
-        whole = [row for row in range(len(ids)) if not isinstance(mask, Tensor) or bool(mask[row, :length].all())]
-        if length and whole:
-            self.prompts = ids[whole[: self.number], :length].tolist()
+        model, tokenizer = writer
+        self.prompts = _prompts(inputs, model, tokenizer)[: self.number]
+        if self.prompts:
             self.dense = _written(trainer, model, tokenizer, self.prompts)
 
     def samples(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Sample, ...]:
@@ -91,22 +89,24 @@ def _length(tokenizer: Any) -> int:
     return _TOKENS[len(tokenizer) <= _BYTES] if hasattr(tokenizer, "__len__") else _TOKENS[False]
 
 
+def _prompts(inputs: Mapping[str, Any], model: Any, tokenizer: Any) -> list[list[int]]:
+    """Beginnings of the texts of a batch, or its conversations without their last answers."""
+    length, most = _length(tokenizer), _most(model)
+    cuts = [(one.ids, one.begin if one.answered else min(length, one.begin)) for one in passages_in(inputs)]
+    return [ids[:cut] for ids, cut in cuts if cut < most]
+
+
+def _most(model: Any) -> float:
+    """Number of positions of a model."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def _written(trainer: Trainer, model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """The continuations, by the most likely next token."""
-    ids = torch.tensor(prompts, device=device_of(model))  # (prompts, tokens)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    new = min(_length(tokenizer), ids.shape[1], *([] if most is None else [most - ids.shape[1]]))
-    padding = getattr(tokenizer, "pad_token_id", None)
-    with evaluating(model), torch.no_grad(), trainer.precision_plugin.forward_context():
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0 if padding is None else padding,
-        )
-    return [_text(tokenizer, row) for row in found[:, ids.shape[1] :].tolist()]
+    longest = max(map(len, prompts))
+    new = int(min(_length(tokenizer), longest, _most(model) - longest))
+    with trainer.precision_plugin.forward_context():
+        return [_text(tokenizer, row) for row in greedy_continuations(model, prompts, new)]
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

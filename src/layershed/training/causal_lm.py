@@ -21,6 +21,7 @@ from layershed.recovery.distillation import Distillation, check_teacher, self_di
 from layershed.saving.checkpoint import apply_structure, write_structure
 from layershed.saving.load_model import build_model
 from layershed.spellings import recompute_activations
+from layershed.training.collate import without_labels
 from layershed.training.lr_schedule import Schedule, share_of_peak
 
 # as Lightning's command line reads it; its own name for it would import the command line
@@ -74,7 +75,7 @@ class CausalLM(InheritedModule):
         if warmup_steps < 0:
             raise ScheduleError(f"CausalLM(warmup_steps={warmup_steps}): warmup_steps must be at least 0.")
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.predicted: Callable[[nn.Module, Any], Tensor] | None = None  # what predict_step makes of a batch
+        self.predicted: Callable[[nn.Module, Any], Any] | None = None  # what predict_step makes of a batch
         self._total_steps = math.inf  # until training starts; the first learning rate does not depend on it
         # transformers loads a folder in eval mode, and Lightning does not change the mode of a module
         self.model = build_model(pretrained, config, getattr(torch, dtype)).train()
@@ -117,11 +118,11 @@ class CausalLM(InheritedModule):
         """Log loss and perplexity of a test batch."""
         self._evaluate(batch, "test", self.test_perplexity)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         """What ``predicted`` makes of the batch; else the most likely next token at each position, (batch, tokens)."""
         if self.predicted is not None:
             return self.predicted(self.model, batch)
-        return self.model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
+        return self.model(**without_labels(batch), use_cache=False).logits.argmax(-1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer of the trainable parameters and its schedule per step."""

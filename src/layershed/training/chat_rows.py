@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -14,6 +13,7 @@ from layershed.errors import ChatTemplateError, DataError
 from layershed.integration.namespaces import rank_zero_warn
 from layershed.training.chat import encode_conversation, shorten
 from layershed.training.conversations import Columns, Conversation, RowError, conversation_of
+from layershed.training.left_out import LeftOutRows
 from layershed.training.packing import Made, pack_conversations, split_documents
 from layershed.training.sources import Source
 from layershed.training.tokenizer import padding_id
@@ -51,7 +51,7 @@ class ChatRows:
     ) -> None:
         self.source, self.columns, self.block_size = source, columns, block_size
         self.val_fraction, self.seed, self.mask_prompts = val_fraction, seed, mask_prompts
-        self.packed = self._warned = False
+        self.packed, self._left_out = False, LeftOutRows()
 
     def check(self, rows: Any) -> Any:
         """The rows of a data set, after every one was read.
@@ -129,9 +129,7 @@ class ChatRows:
             try:
                 pair, _ = self._encode(tokenizer, row, index)
             except DataError as error:
-                if not self._warned:
-                    warnings.warn(f"{error} The row is left out, and so are later rows like it.", stacklevel=2)
-                self._warned = True
+                self._left_out.tell(error)
                 continue
             pairs.append(pair)
         return self._laid_out(tokenizer, pairs), []

@@ -33,3 +33,8 @@ def collate(items: Sequence[Mapping[str, Any]], padding: int) -> dict[str, Tenso
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     }
+
+
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model reads of a batch to predict: the token ids, with the positions or the mask that keep rows apart."""
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -52,6 +52,24 @@ def check_stream(num_workers: int, max_tokens: int | None) -> None:
         )
 
 
+def check_rows_left(source: Source, count: int, held: int) -> None:
+    """Refuse a stream whose rows are all held out.
+
+    Args:
+        source: The source, for errors.
+        count: Rows of the stream, counted up to one more than ``held``.
+        held: First rows that are held out.
+
+    Raises:
+        DataError: If no row is left for training.
+    """
+    if count <= held:
+        raise DataError(
+            f"{source}: the stream has {count} rows, and the first {held} are held out (val_rows), so none is left for "
+            "training; lower val_rows, or give more rows."
+        )
+
+
 def batches_of_run(trainer: Any, source: Source) -> int:
     """Number of batches that a run takes from a stream, at most: its first epoch is as long as the run.
 

@@ -23,6 +23,7 @@ from layershed.training.data_checks import (
     batches_of_run,
     check_files,
     check_numbers,
+    check_rows_left,
     check_split,
     check_stream,
     check_validation,
@@ -270,8 +271,10 @@ class TextData(InheritedDataModule):
         if not source.streaming:
             return rows, rows.check(train), None if held_out is None else rows.check(held_out)
         with as_data_error(f"{source}: the rows could not be read"):
-            for index, row in enumerate(islice(train, self.val_rows + 1)):
-                rows.check_row(row, index)
+            first = list(islice(train, self.val_rows + 1))
+        for index, row in enumerate(first):
+            rows.check_row(row, index)
+        check_rows_left(source, len(first), self.val_rows if held_out is None else 0)
         return rows, train, held_out
 
     def _streamed(self, rows: TextRows | ChatRows, train: Any, held_out: Any) -> tuple[Any, Any]:

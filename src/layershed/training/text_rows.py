@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layershed.errors import DataError
+from layershed.training.left_out import LeftOutRows
 from layershed.training.packing import Made, Packer, held_out_count, split_documents
 from layershed.training.sources import Source
 
@@ -26,6 +27,7 @@ class TextRows:
     def __init__(self, source: Source, column: str, block_size: int, val_fraction: float, seed: int) -> None:
         self.source, self.column, self.block_size = source, column, block_size
         self.val_fraction, self.seed = val_fraction, seed
+        self._left_out = LeftOutRows()
 
     def check(self, rows: Any) -> Any:
         """The rows of a data set that hold text, reduced to the text column.
@@ -100,15 +102,23 @@ class TextRows:
     ) -> tuple[list[dict[str, list[int]]], list[int]]:
         """The sequences that some streamed rows complete, and the tokens that are left.
 
+        A row whose text is something else is left out, with one warning: a long run does not end because of it.
+
         Args:
             tokenizer: The tokenizer.
             rows: Rows and their indices in the stream.
             rest: The tokens that the rows before them left.
         """
+        texts = []
         for index, row in rows:
-            self.check_row(row, index)
+            try:
+                self.check_row(row, index)
+            except DataError as error:
+                self._left_out.tell(error)
+                continue
+            if (row.get(self.column) or "").strip():
+                texts.append(row[self.column])
         packer = Packer(tokenizer, self.block_size, rest=rest)
-        texts = [row[self.column] for _, row in rows if (row.get(self.column) or "").strip()]
         packed = packer(texts)["input_ids"] if texts else []
         return [{"input_ids": ids} for ids in packed], packer.rest
 
