@@ -182,10 +182,28 @@ def test_damaged_control_is_one_sentence(run, file, text):
 
 
 def test_only_the_drop_may_differ(run):
-    own = {"seed_everything": 0, "data": {"source": "a", "new": 1}, "model": {"dtype": "bfloat16"}}
-    own["trainer"] = {"max_steps": 20, "callbacks": ["y", "z"], "default_root_dir": "elsewhere"}
-    assert differences(own, run) == ["data.new: 1, control None", "model.dtype: bfloat16, control float32"]
-    with pytest.raises(ControlError, match=r"data\.source: b, control a"):
-        differences({**own, "data": {"source": "b"}}, run)
+    own = {"seed_everything": 0, "data": {"source": "a", "new": 1}, "model": {"dtype": "float32", "distillation": "x"}}
+    own["trainer"] = {"max_steps": 20, "callbacks": ["y", "z"], "default_root_dir": "elsewhere", "devices": 1}
+    assert differences(own, run) == ["data.new: 1, control None", "trainer.devices: 1, control None"]
     (run / "config.yaml").unlink()
     assert "no config.yaml" in differences(own, run)[0]
+
+
+ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "own", "theirs", "told"),
+    [
+        ("data", "source", "b", "a", "data.source: b, control a"),
+        ("model", "dtype", "bfloat16", "float32", "model.dtype: bfloat16, control float32"),
+        ("model", "optimizer", ADAM, {**ADAM, "init_args": {"lr": 0.2}}, "model.optimizer.init_args.lr: 0.1, control"),
+        ("model", "lr_schedule", ADAM, None, "model.lr_schedule.class_path: torch.optim.AdamW, control None"),
+        ("trainer", "accumulate_grad_batches", 2, 1, "trainer.accumulate_grad_batches: 2, control 1"),
+        ("trainer", "precision", "bf16-mixed", "32-true", "trainer.precision: bf16-mixed, control 32-true"),
+    ],
+)
+def test_control_that_trained_otherwise_is_refused(run, section, option, own, theirs, told):
+    (run / "config.yaml").write_text(yaml.safe_dump({section: {option: theirs}}))
+    with pytest.raises(ControlError, match=told):
+        differences({section: {option: own}}, run)

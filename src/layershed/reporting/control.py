@@ -19,7 +19,10 @@ from layershed.reporting.record import Control, LossPoint
 CONTROL_FOLDER = "control"
 CONTROL_FILE = "control.json"
 # What must be equal in both runs: else the difference is not the drop's.
-_EQUAL = ("seed_everything", "data", "trainer.max_steps", "trainer.max_epochs")
+_EQUAL = (
+    *("seed_everything", "data", "model"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.precision"),
+)
 # What may differ between a run with a drop and one without it.
 _FREE = (
     *("trainer.callbacks", "trainer.default_root_dir", "trainer.logger"),
@@ -108,7 +111,7 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
         folder: The run directory of the control.
 
     Raises:
-        ControlError: If the seed, the data or the number of steps differ.
+        ControlError: If the seed, the data, the model, its training or the number of steps differ.
     """
     path = find_control(folder)
     places = [path, path.parent] if path.name == CONTROL_FOLDER else [path]
@@ -124,12 +127,12 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
     unlike = [name for name in names if mine.get(name) != other.get(name)]
     told = {name: f"{name}: {mine.get(name)}, control {other.get(name)}" for name in unlike}
     # an option that only one version of layershed has is said alone
-    known = [name for name in unlike if name in mine and name in other]
+    known = [name for name in unlike if _has(mine, name) and _has(other, name)]
     grave = [told[name] for name in known if any(_within(name, equal) for equal in _EQUAL)]
     if grave:
         raise ControlError(
             f"control={str(folder)!r}: it differs from this run in more than the drop ({'; '.join(grave)}). Give a run "
-            "with the same seed, data and steps, or --control true."
+            "with the same seed, data, model, optimizer and steps, or --control true."
         )
     return list(told.values())
 
@@ -149,6 +152,11 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
     elif prefix:
         yield prefix.removesuffix("."), config
+
+
+def _has(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a flat config has an option: with a value, or a part of it, or null instead of a class with options."""
+    return any(_within(name, own) or _within(own, name) for own in config)
 
 
 def _within(name: str, option: str) -> bool:
