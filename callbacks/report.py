@@ -19,7 +19,6 @@ from layershed.integration.gathered import (
     changes_of,
     lora_events,
     loss_label,
-    own_metrics,
     rounds_of,
     scores_of,
     sdr_of,
@@ -41,6 +40,7 @@ from layershed.integration.run import (
     run_directory,
 )
 from layershed.integration.samples import Samples
+from layershed.integration.validated_metrics import ValidatedMetrics
 from layershed.integration.watching import Watcher
 from layershed.performance.speed_report import MeasuredSpeed, report_from
 from layershed.quality import OwnQuality, Quality
@@ -110,8 +110,7 @@ class Report(Callback):
         self._watcher = Watcher("Report")
         self._course, self._samples = Course(), Samples(samples)
         self._quality: dict[str, Quality | OwnQuality] = {}
-        self._metrics: dict[str, tuple[float | None, float]] = {}
-        self._earlier: dict[str, Any] = {}  # the metrics when a validation began
+        self._metrics = ValidatedMetrics(val_loss)
         self._page: tuple[RunRecord, Path] | None = None
         self._printed = True
         self._stale: set[tuple[str, int]] = set()
@@ -123,7 +122,7 @@ class Report(Callback):
             self._watcher.forget()
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads the checkpoint's state later
             self._course, self._samples = Course(), Samples(self.samples)
-            self._quality, self._metrics = {}, {}
+            self._quality, self._metrics = {}, ValidatedMetrics(self.val_loss)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the files of an earlier run in the directory: this run's report leaves them out."""
@@ -166,7 +165,7 @@ class Report(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which metrics there are before the validation."""
-        self._earlier = dict(trainer.callback_metrics)
+        self._metrics.validation_begins(trainer)
         self._course.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,10 +178,7 @@ class Report(Callback):
             with self._watcher.leaving_out("a validation loss"):
                 self._course.validation(trainer.global_step, loss.item())
         with self._watcher.leaving_out("a metric of the validation"):
-            dropped = bool(current_drop(pl_module))
-            for name, value in own_metrics(self._earlier, trainer, self.val_loss).items():
-                before, _ = self._metrics.get(name, (None, value))
-                self._metrics[name] = (before if dropped else value), value
+            self._metrics.validation_ends(trainer, dropped=bool(current_drop(pl_module)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page; :meth:`teardown` prints the table."""
@@ -226,7 +222,7 @@ class Report(Callback):
             **self._course.state_dict(),
             "samples": self._samples.state_dict(),
             "quality": quality_state(self._quality),
-            "metrics": {name: list(values) for name, values in self._metrics.items()},
+            "metrics": self._metrics.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,8 +231,7 @@ class Report(Callback):
         if "samples" in state_dict:  # checkpoints of earlier versions have none
             self._samples.load_state_dict(state_dict["samples"])
         self._quality = quality_from(state_dict["quality"])
-        kept = state_dict.get("metrics", {})  # checkpoints of earlier versions have none
-        self._metrics = {name: (before, last) for name, (before, last) in kept.items()}
+        self._metrics.load_state(state_dict.get("metrics", {}))  # checkpoints of earlier versions have none
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save throughput and duration."""
@@ -291,7 +286,7 @@ class Report(Callback):
             config, usage = config_of(trainer, pl_module, directory), usage_of(trainer, directory)
         with self._watcher.leaving_out(_SAMPLES):
             samples = self._samples.samples(trainer, pl_module)
-        dropped, control = bool(plan), None
+        control = None
         if isinstance(self.control, str | Path):
             with self._watcher.leaving_out("the control"):
                 control = read_control(self.control, self.train_loss, self.val_loss)
@@ -306,7 +301,7 @@ class Report(Callback):
             measured={metric: len(steps) for metric, steps in measured.items()},
             sdr=sdr_of(trainer, rounds),
             rounds=rounds if len(rounds) > 1 else (),
-            metrics={name: (before if dropped else None, last) for name, (before, last) in self._metrics.items()},
+            metrics=self._metrics.points(dropped=bool(plan)),
             changes=changes,
             loss_label=loss_label(pl_module),
             steps=trainer.global_step,

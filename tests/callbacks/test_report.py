@@ -257,7 +257,7 @@ def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_tra
         assert shown == re.sub("^-", "\N{MINUS SIGN}", str(sdr))
     assert "val_score before the drop" not in table
     assert table["val_score before the first round"] == "0.9700"
-    assert table["val_other in validation"] == "1.9800 before the drop, 1.9200 at the end"
+    assert table["val_other in validation"] == "1.9800 before the drop (step 2), 1.9200 at the end"
     assert not any("train_score" in label or "val_score in" in label for label in table)
     if order == 1:  # else the callbacks end in the other order
         end = trainer.callback_metrics["speed/sdr_end"].item()

@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer
 from layershed.cli import trainer as running
 from layershed.cli.recommend import recommend
 from layershed.errors import ResultError
-from layershed.planning.plan import DropPlan
+from layershed.planning.plan import Drop, DropPlan, Sublayer
 from tests.support.command_line import DATA, FILES, SPEED, TRAINER, run
 from tests.support.models import build_model
 from tests.support.small_world import TINY
@@ -113,6 +113,40 @@ def test_scores_alone_say_that_no_loss_is_known_and_the_command_measures_it(plac
         ResultError, match=r"within max_loss_increase=0.1. Measure losses first: python train.py benchmark"
     ):
         recommend("runs/version_1", max_loss_increase=0.1)
+
+
+def fitted(steps, drop=6):
+    """The importances of a fit: attention 2 of 3 is far more important, until it is the dropped one at step 6."""
+    folder = Path("runs/fitted")
+    folder.mkdir(exist_ok=True)
+    rows = [f"{step},{block},attention,cosine,{value}" for step, values in steps.items() for block, value in values]
+    (folder / "importance.csv").write_text("\n".join(["step,block,kind,metric,value", *rows]) + "\n")
+    plan = DropPlan((Drop(Sublayer(0, "attention", "a.0"), 0.1, drop),), scope="attention", metric="cosine")
+    (folder / "drop_plan.json").write_text(plan.to_json())
+    return str(folder)
+
+
+WHOLE, LEFT = list(enumerate((0.1, 0.11, 0.12, 0.9))), [(1, 0.3), (2, 0.5), (3, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "used"),
+    [
+        ({2: LEFT, 4: WHOLE, 8: LEFT}, 4),
+        ({4: LEFT, 6: WHOLE, 8: LEFT}, 6),  # RedundancyMonitor is listed before SublayerDrop
+        ({4: WHOLE, 6: LEFT, 8: LEFT}, 4),  # after it
+    ],
+)
+def test_fit_that_dropped_is_judged_by_its_last_importances_of_the_dense_model(place, steps, used, capsys):
+    recommend(fitted(steps))
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"cosine, step {used}, the last of the dense model; the run drops at step 6" in told
+    assert "attention 4 3: importance up to 0.12; the next has 0.9" in told
+
+
+def test_fit_without_importances_of_the_dense_model_is_refused(place):
+    with pytest.raises(ResultError, match="no importance from before the drop at step 6"):
+        recommend(fitted({6: LEFT, 8: LEFT}))
 
 
 def test_run_that_names_no_saved_model_gets_a_place_for_it(place, capsys):

@@ -141,6 +141,13 @@ def test_finished_run_shows_losses_tasks_speed_and_sdr(make_run):
     assert run.sections["Size"] == {"Parameters": "1,000"}
 
 
+def test_curves_and_drops_count_the_steps_alike(make_run):
+    """Lightning's rows begin at 0 and have the epoch; those of a drop at step 5 are of step 5, as its plan says."""
+    run = read_run(make_run("run", metrics="step,epoch,val_loss,drop/loss_after\n4,0,4.5,\n5,,,4.6\n9,0,4.25,\n"))
+    assert run.curves == {"val_loss": ((5, 4.5), (10, 4.25)), "drop/loss_after": ((5, 4.6),)}
+    assert run.drops == (5,)
+
+
 UNFINISHED = {
     "interrupted": (
         {"metrics": ROWS + "0,5,,,,,,,,\n", "report__html": None},

@@ -12,12 +12,13 @@ from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.control import differences, find_control, read_control
 from layershed.reporting.drop_cost import PENDING, UNKNOWN, cost_rows
-from layershed.reporting.record import Control, LossPoint, RunRecord
+from layershed.reporting.record import Control, LossPoint, MetricPoint, RunRecord
 from layershed.reporting.summary import summary_rows
 from tests.support.measured import SPEED
 
 PLAN = DropPlan((Drop(Sublayer(1, "mlp", "h.1.mlp"), 0.01, 120),), scope="mlp", metric="cosine")
 RECORD = RunRecord("m", plan=PLAN, quality={"end": Quality(2.91, 0.44, 99)}, steps=200, validations=((150, 3.0),))
+APART = "not known: the control and this run have no validation at the same step after the drop"
 CONTROL = Control("runs/c", 200, 119, {"loss": 2.8801, "accuracy": 0.4436})
 
 
@@ -64,16 +65,37 @@ def test_nothing_is_said_where_nothing_was_dropped_measured_or_trained_since(cha
 def test_another_run_is_compared_by_the_last_common_validation():
     losses = tuple(LossPoint(step, "val", loss) for step, loss in ((100, 3.5), (150, 2.9), (200, 2.8)))
     other = Control("runs/d", 200, losses=(*losses, LossPoint(150, "train", 9.0)))
-    assert rows(control=other)["Cost of the drop"] == "+0.1000 loss after the same 200 steps"
+    assert rows(control=other)["Cost of the drop"] == "+0.1000 loss after the same 150 steps"
     apart = replace(other, losses=losses[:1])
-    assert rows(control=apart) == {
-        "Cost of the drop": "not known: the control and this run have no validation at the same step"
-    }
+    assert rows(control=apart) == {"Cost of the drop": APART}
 
 
-def test_control_of_another_length_is_not_compared():
-    assert rows(control=replace(CONTROL, end=150)) == {
-        "Cost of the drop": "not known: the control ended at step 150, this run at step 200"
+@pytest.mark.parametrize(
+    ("validations", "cost"), [(((150, 2.9),), "+0.1000 loss after the same 31 steps"), ((), APART)]
+)
+def test_control_of_another_length_is_compared_by_the_last_common_validation_alone(validations, cost):
+    losses = tuple(LossPoint(step, "val", loss) for step, loss in validations)
+    assert rows(control=replace(CONTROL, end=150, losses=losses))["Cost of the drop"] == cost
+
+
+def test_common_validation_before_the_last_drop_tells_nothing():
+    own = ((100, 3.5), (110, 3.4))
+    other = Control("runs/d", 200, losses=tuple(LossPoint(step, "val", loss) for step, loss in own))
+    assert rows(control=other, validations=own) == {"Cost of the drop": APART}
+    at_the_drop = replace(other, losses=(*other.losses, LossPoint(120, "val", 3.3)))  # validation follows the drop
+    assert rows(control=at_the_drop, validations=(*own, (120, 3.4)))["Cost of the drop"] == (
+        "+0.1000 loss after the same 120 steps"
+    )
+
+
+def test_finished_run_without_a_row_at_its_last_step_is_compared(run):
+    """Of 25 steps, with rows every 10: the last validation that both have is that of step 20."""
+    record = replace(
+        RECORD, plan=DropPlan((Drop(Sublayer(1, "mlp", "h.1.mlp"), 0.01, 5),)), steps=25, validations=((20, 2.5),)
+    )
+    assert dict(cost_rows(replace(record, control=read_control(run)))) == {
+        "Control, without the drop": "validation loss 2.4000 at step 20",
+        "Cost of the drop": "+0.1000 loss after the same 20 steps",
     }
 
 
@@ -88,13 +110,18 @@ def test_own_metrics_and_doubts_are_shown_without_control_codes():
 
 
 def test_metrics_of_the_validation_stand_beside_those_of_the_control():
-    record = replace(RECORD, metrics={"val_f1": (0.8, 0.7), "val_x": (None, 1.0)})
-    other = replace(CONTROL, metrics={"val_f1": 0.75})
+    record = replace(
+        RECORD,
+        metrics={"val_f1": (MetricPoint(100, 0.8), MetricPoint(150, 0.7)), "val_x": (None, MetricPoint(200, 1.0))},
+    )
+    other = replace(CONTROL, metrics={"val_f1": {100: 0.9, 150: 0.75, 200: 0.1}})
     found = dict(summary_rows(replace(record, control=other)))
-    assert found["val_f1 in validation"] == "0.8000 before the drop, 0.7000 at the end, 0.7500 of the control"
+    assert (
+        found["val_f1 in validation"] == "0.8000 before the drop (step 100), 0.7000 at step 150, 0.7500 of the control"
+    )
     assert found["val_x in validation"] == "1.0000 at the end"
-    apart = dict(summary_rows(replace(record, control=replace(other, end=150))))
-    assert apart["val_f1 in validation"] == "0.8000 before the drop, 0.7000 at the end"
+    apart = dict(summary_rows(replace(record, control=replace(other, metrics={"val_f1": {140: 0.75}}))))
+    assert apart["val_f1 in validation"] == "0.8000 before the drop (step 100), 0.7000 at step 150"
 
 
 # Reading a control
@@ -113,9 +140,14 @@ def run(tmp_path):
 
 def test_control_is_read_from_the_rows_of_its_log(run):
     control = read_control(run)
-    losses = [(10, "train", 3.0), (10, "val", 2.9), (20, "train", 2.5), (20, "val", 2.4)]
+    losses = [(10, "train", 3.0), (20, "train", 2.5), (10, "val", 2.9), (20, "val", 2.4)]
     assert [(p.step, p.split, p.loss) for p in control.losses] == losses
-    assert (control.start, control.end, control.quality, control.metrics) == (None, 20, {}, {"val_f1": 0.6})
+    assert (control.start, control.end, control.quality, control.metrics) == (
+        None,
+        20,
+        {},
+        {"val_f1": {10: 0.5, 20: 0.6}},
+    )
     assert read_control(run, "other", "val_f1").losses[0] == LossPoint(10, "val", 0.5)
 
 
@@ -150,10 +182,28 @@ def test_damaged_control_is_one_sentence(run, file, text):
 
 
 def test_only_the_drop_may_differ(run):
-    own = {"seed_everything": 0, "data": {"source": "a", "new": 1}, "model": {"dtype": "bfloat16"}}
-    own["trainer"] = {"max_steps": 20, "callbacks": ["y", "z"], "default_root_dir": "elsewhere"}
-    assert differences(own, run) == ["data.new: 1, control None", "model.dtype: bfloat16, control float32"]
-    with pytest.raises(ControlError, match=r"data\.source: b, control a"):
-        differences({**own, "data": {"source": "b"}}, run)
+    own = {"seed_everything": 0, "data": {"source": "a", "new": 1}, "model": {"dtype": "float32", "distillation": "x"}}
+    own["trainer"] = {"max_steps": 20, "callbacks": ["y", "z"], "default_root_dir": "elsewhere", "devices": 1}
+    assert differences(own, run) == ["data.new: 1, control None", "trainer.devices: 1, control None"]
     (run / "config.yaml").unlink()
     assert "no config.yaml" in differences(own, run)[0]
+
+
+ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "own", "theirs", "told"),
+    [
+        ("data", "source", "b", "a", "data.source: b, control a"),
+        ("model", "dtype", "bfloat16", "float32", "model.dtype: bfloat16, control float32"),
+        ("model", "optimizer", ADAM, {**ADAM, "init_args": {"lr": 0.2}}, "model.optimizer.init_args.lr: 0.1, control"),
+        ("model", "lr_schedule", ADAM, None, "model.lr_schedule.class_path: torch.optim.AdamW, control None"),
+        ("trainer", "accumulate_grad_batches", 2, 1, "trainer.accumulate_grad_batches: 2, control 1"),
+        ("trainer", "precision", "bf16-mixed", "32-true", "trainer.precision: bf16-mixed, control 32-true"),
+    ],
+)
+def test_control_that_trained_otherwise_is_refused(run, section, option, own, theirs, told):
+    (run / "config.yaml").write_text(yaml.safe_dump({section: {option: theirs}}))
+    with pytest.raises(ControlError, match=told):
+        differences({section: {option: own}}, run)

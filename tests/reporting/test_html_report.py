@@ -29,7 +29,7 @@ from layershed.reporting.curves import course_figure
 from layershed.reporting.figures import importance_heatmap
 from layershed.reporting.html_report import write_report
 from layershed.reporting.importance_file import measured_steps, read_importance
-from layershed.reporting.record import DropRound, ImportancePoint, LossPoint, RunRecord
+from layershed.reporting.record import DropRound, ImportancePoint, LossPoint, MetricPoint, RunRecord
 from layershed.reporting.summary import summary_rows, summary_table
 
 STEPS = range(40, 201, 40)
@@ -190,11 +190,15 @@ def test_page_has_a_table_of_rounds(unpainted, record, tmp_path):
 def test_summary_tells_own_metrics_and_other_changes(record):
     more = replace(
         record,
-        metrics={"val_f1": (0.8, 0.75), "val_\x07auc": (None, 0.9)},
+        metrics={
+            "val_f1": (MetricPoint(100, 0.8), MetricPoint(190, 0.75)),
+            "val_\x07auc": (None, MetricPoint(200, 0.9)),
+        },
+        steps=200,
         changes=(("Quantized weights", "nf4, 4 bits, 9.6 MB -> 3.1 MB"),),
     )
     rows = dict(summary_rows(more))
-    assert rows["val_f1 in validation"] == "0.8000 before the drop, 0.7500 at the end"
+    assert rows["val_f1 in validation"] == "0.8000 before the drop (step 100), 0.7500 at step 190"
     assert rows["val_?auc in validation"] == "0.9000 at the end"
     assert rows["Quantized weights"] == "nf4, 4 bits, 9.6 MB -> 3.1 MB"
 

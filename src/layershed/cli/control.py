@@ -28,11 +28,11 @@ from layershed.integration.run import run_directory
 from layershed.reporting.control import (
     CONTROL_FILE,
     CONTROL_FOLDER,
-    METRICS_FILE,
     differences,
     read_control,
 )
 from layershed.reporting.drop_cost import cost_rows
+from layershed.reporting.metrics_file import METRICS_FILE
 from layershed.reporting.record import RunRecord
 from layershed.reporting.summary import rows_table
 

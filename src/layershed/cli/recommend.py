@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.cli.commands import PROGRAM
-from layershed.errors import DataError, ResultError
+from layershed.errors import DataError, PlanError, ResultError
 from layershed.formatting import printable
-from layershed.planning.plan import KINDS, SCOPES, Scope
+from layershed.planning.plan import KINDS, PLAN_FILE, SCOPES, DropPlan, Scope
 from layershed.planning.recommendation import (
     MeasuredCount,
     fastest,
@@ -26,6 +26,7 @@ from layershed.planning.recommendation import (
     largest_within,
 )
 from layershed.reporting.importance_file import measured_steps, read_importance
+from layershed.reporting.record import ImportancePoint, drop_steps
 
 _UNKNOWN = "MODEL"
 SWEEP, SCORES = "benchmark.json", "importance.csv"
@@ -145,13 +146,7 @@ def _within_cell(found: MeasuredCount | None, own: Sequence[MeasuredCount], dens
 
 
 def _from_scores(path: Path, budget: float | None, scope: Scope | None) -> None:
-    try:
-        last = {metric: {steps[-1]} for metric, steps in measured_steps(path).items() if steps}
-        points = read_importance(path, last)
-    except DataError as error:
-        raise ResultError(f"recommend: {error}") from None
-    if not points:
-        raise ResultError(f"recommend: {str(path)!r} holds no importance.")
+    points, drop = _dense_importances(path)
     metric = points[-1].metric
     kinds = {kind: [p.value for p in points if p.kind == kind and p.metric == metric] for kind in (*KINDS, "block")}
     kinds["joint"] = [value for kind in KINDS for value in kinds[kind]]
@@ -167,8 +162,9 @@ def _from_scores(path: Path, budget: float | None, scope: Scope | None) -> None:
             f"max_loss_increase={budget:g}. Measure losses first: {_command('benchmark', words)}"
         )
     console = _console()
-    step = max(last[metric])
+    step = points[-1].step
     when = f", step {step:,}" if step else ""
+    when += "" if drop is None else f", the last of the dense model; the run drops at step {drop:,}"
     table = Table(title=Text(printable(f"{path}: {metric}{when}")), box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("scope", "of", "knee of the sorted importances"):
         table.add_column(column)
@@ -183,6 +179,36 @@ def _from_scores(path: Path, budget: float | None, scope: Scope | None) -> None:
     console.print(_SOURCE, highlight=False)
     console.print("Importances alone do not tell the loss of a drop. This measures it:", highlight=False)
     _tell_command("benchmark", words)
+
+
+def _dense_importances(path: Path) -> tuple[tuple[ImportancePoint, ...], int | None]:
+    """The last importances of the dense model, and the step of the first drop if there is one.
+
+    RedundancyMonitor writes those of the drop's own step with or without the dropped sublayers: if it is listed before
+    SublayerDrop or after it.
+
+    Raises:
+        ResultError: If there are none, or a file is damaged.
+    """
+    try:
+        steps = measured_steps(path)
+        plan = DropPlan.load(path.parent / PLAN_FILE) if (path.parent / PLAN_FILE).is_file() else None
+        first = min(drop_steps(plan), default=None)
+        gone = {} if plan is None else {(d.sublayer.block, d.sublayer.kind): d.step for d in plan.drops}
+        last: dict[str, set[int]] = {}
+        for metric, own in steps.items():
+            for step in reversed(own if first is None else [step for step in own if step <= first]):
+                measured = {(p.block, p.kind) for p in read_importance(path, {metric: {step}})}
+                if step != first or measured >= {each for each, when in gone.items() if when == first}:
+                    last[metric] = {step}
+                    break
+        points = read_importance(path, last)
+    except (DataError, PlanError) as error:
+        raise ResultError(f"recommend: {error}") from None
+    if not points:
+        before = "" if first is None else f" from before the drop at step {first:,}"
+        raise ResultError(f"recommend: {str(path)!r} holds no importance{before}. Give the folder of a score.")
+    return points, first
 
 
 def _around(found: Mapping[Scope, int | None], kinds: Mapping[str, Sequence[float]]) -> list[int]:

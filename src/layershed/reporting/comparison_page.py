@@ -11,8 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from layershed.errors import ResultError
 from layershed.formatting import printable
 from layershed.reporting.comparison import Comparison
+from layershed.reporting.metrics_file import Curve
 from layershed.reporting.page import page_environment, write_page
-from layershed.reporting.run_files import Curve, RunFiles
+from layershed.reporting.run_files import RunFiles
 
 GENERATOR = "layershed compare"
 _CHARTS = {"val_loss": "Validation loss", "train_loss": "Training loss"}

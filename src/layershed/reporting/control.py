@@ -13,13 +13,16 @@ import yaml
 
 from layershed.errors import ControlError
 from layershed.planning.plan import PLAN_FILE
+from layershed.reporting.metrics_file import METRICS_FILE, read_metrics
 from layershed.reporting.record import Control, LossPoint
 
 CONTROL_FOLDER = "control"
 CONTROL_FILE = "control.json"
-METRICS_FILE = "metrics.csv"
 # What must be equal in both runs: else the difference is not the drop's.
-_EQUAL = ("seed_everything", "data", "trainer.max_steps", "trainer.max_epochs")
+_EQUAL = (
+    *("seed_everything", "data", "model"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.precision"),
+)
 # What may differ between a run with a drop and one without it.
 _FREE = (
     *("trainer.callbacks", "trainer.default_root_dir", "trainer.logger"),
@@ -79,24 +82,24 @@ def read_control(folder: str | Path, train_loss: str = "train_loss", val_loss: s
     path = find_control(folder)
     try:
         result = _result(path)
-        with open(path / METRICS_FILE, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        losses = tuple(_losses(rows, {"train": train_loss, "val": val_loss}))
-        last = max((int(float(row["step"])) + 1 for row in rows if row.get(val_loss) or row.get(train_loss)), default=0)
-        metrics = {name: float(value) for row in rows if row.get(val_loss) for name, value in row.items() if value}
+        curves = read_metrics(path / METRICS_FILE)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ControlError(
             f"control={str(folder)!r}: {path} cannot be read ({error}). Run the control again."
         ) from None
+    names = {"train": train_loss, "val": val_loss}
+    losses = [LossPoint(step, split, loss) for split, name in names.items() for step, loss in curves.pop(name, ())]
+    validated = {point.step for point in losses if point.split == "val"}
+    others = {name: {step: value for step, value in curve if step in validated} for name, curve in curves.items()}
     return Control(
         folder=str(folder),
         start=None if result is None else result.start,
-        end=last if result is None else result.end,
+        end=max((point.step for point in losses), default=0) if result is None else result.end,
         quality={} if result is None else result.quality,
         without=() if result is None else result.without,
         # a log may also hold the steps before it, which are the run's own
         losses=tuple(point for point in losses if result is None or point.step >= result.start),
-        metrics={name: value for name, value in metrics.items() if name not in ("step", "epoch", val_loss)},
+        metrics={name: values for name, values in others.items() if values},
     )
 
 
@@ -108,7 +111,7 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
         folder: The run directory of the control.
 
     Raises:
-        ControlError: If the seed, the data or the number of steps differ.
+        ControlError: If the seed, the data, the model, its training or the number of steps differ.
     """
     path = find_control(folder)
     places = [path, path.parent] if path.name == CONTROL_FOLDER else [path]
@@ -124,12 +127,12 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
     unlike = [name for name in names if mine.get(name) != other.get(name)]
     told = {name: f"{name}: {mine.get(name)}, control {other.get(name)}" for name in unlike}
     # an option that only one version of layershed has is said alone
-    known = [name for name in unlike if name in mine and name in other]
+    known = [name for name in unlike if _has(mine, name) and _has(other, name)]
     grave = [told[name] for name in known if any(_within(name, equal) for equal in _EQUAL)]
     if grave:
         raise ControlError(
             f"control={str(folder)!r}: it differs from this run in more than the drop ({'; '.join(grave)}). Give a run "
-            "with the same seed, data and steps, or --control true."
+            "with the same seed, data, model, optimizer and steps, or --control true."
         )
     return list(told.values())
 
@@ -143,19 +146,17 @@ def _result(path: Path) -> ControlResult | None:
     return ControlResult(int(content["start"]), int(content["end"]), quality, tuple(map(str, content["without"])))
 
 
-def _losses(rows: list[dict[str, str]], names: Mapping[str, str]) -> Iterator[LossPoint]:
-    for row in rows:
-        for split, name in names.items():
-            if row.get(name):  # Lightning counts the rows from 0
-                yield LossPoint(int(float(row["step"])) + 1, split, float(row[name]))
-
-
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(config, Mapping) and config:
         for name, value in config.items():
             yield from _flat(value, f"{prefix}{name}.")
     elif prefix:
         yield prefix.removesuffix("."), config
+
+
+def _has(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a flat config has an option: with a value, or a part of it, or null instead of a class with options."""
+    return any(_within(name, own) or _within(own, name) for own in config)
 
 
 def _within(name: str, option: str) -> bool:

@@ -29,34 +29,33 @@ def cost_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield LABEL, UNKNOWN
 
 
-def qualities_at_the_end(record: RunRecord) -> dict[str, tuple[float, float]]:
-    """Each quality at the end, of the control and of this run, by name.
+def compared_qualities(record: RunRecord, control: Control) -> tuple[int, dict[str, tuple[float, float]]]:
+    """The last step at which both have a quality, and each quality of the control and of this run there, by name.
 
-    A control of ``train.py fit --control true`` measures the same batches as SublayerDrop. Of another run it is the
-    loss of the last validation that both have.
+    At the end, a control of ``train.py fit --control true`` measures the same batches as SublayerDrop. Otherwise it is
+    the loss of the last validation that both have. One before the drop tells nothing. Empty if there is none.
     """
-    control = record.control
-    if control is None or control.end != record.steps:
-        return {}
     end = record.quality.get("end")
-    if end is not None and control.quality:
-        return {name: (control.quality[name], value) for name, value in end.values.items() if name in control.quality}
+    if end is not None and control.end == record.steps:
+        both = {name: (control.quality[name], value) for name, value in end.values.items() if name in control.quality}
+        if both:
+            return control.end, both
     theirs = {point.step: point.loss for point in control.losses if point.split == "val"}
-    own = {step: loss for step, loss in record.validations if step in theirs}
-    return {"loss": (theirs[max(own)], own[max(own)])} if own else {}
+    since = max(drop_steps(record.plan), default=0)
+    own = {step: loss for step, loss in record.validations if step in theirs and step >= since}
+    step = max(own, default=0)
+    return step, ({"loss": (theirs[step], own[step])} if own else {})
 
 
 def _control_rows(record: RunRecord, control: Control) -> Iterator[tuple[str, str]]:
-    found = qualities_at_the_end(record)
+    step, found = compared_qualities(record, control)
     if not found:
-        reason = f"the control ended at step {control.end:,}, this run at step {record.steps or 0:,}"
-        if control.end == record.steps:
-            reason = "the control and this run have no validation at the same step"
-        yield LABEL, f"not known: {reason}"
+        yield LABEL, "not known: the control and this run have no validation at the same step after the drop"
         return
     theirs, own = ({name: pair[side] for name, pair in found.items()} for side in (0, 1))
-    yield "Control, without the drop", ", ".join(_quality(name, value) for name, value in theirs.items())
-    which = f"after the same {control.end - (control.start or 0):,} steps"
+    when = "" if step == record.steps else f" at step {step:,}"
+    yield "Control, without the drop", ", ".join(_quality(name, value) for name, value in theirs.items()) + when
+    which = f"after the same {step - (control.start or 0):,} steps"
     doubts = f" (but {'; '.join(map(printable, control.doubts))})" if control.doubts else ""
     yield LABEL, f"{', '.join(_change(name, *pair) for name, pair in found.items())} {which}{doubts}"
     if (sdr := _sdr(record, theirs, own)) is not None:

@@ -48,6 +48,19 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
+class MetricPoint:
+    """What a validation logged under one name.
+
+    Args:
+        step: The optimizer step of the validation.
+        value: The value.
+    """
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """What a causal language model wrote after a prompt, greedily.
 
@@ -83,11 +96,11 @@ class Control:
 
     Args:
         folder: Its run directory, as it was given.
-        end: Its last step.
+        end: Its last step; of another run the last step of which its log has a loss.
         start: The step of the checkpoint that it began from; None for a run from the beginning.
         quality: The quality at its end on SublayerDrop's batches, by name; empty for another run.
         losses: Its losses.
-        metrics: What else it logged in its last validation, by name.
+        metrics: What else it logged in its validations: by name, then by step.
         without: The callbacks that it left out.
         doubts: What else differs from the run, in words.
     """
@@ -97,7 +110,7 @@ class Control:
     start: int | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
     losses: tuple[LossPoint, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
 
@@ -116,7 +129,7 @@ class RunRecord:
         measured: How often importance was measured, by metric, where ``importance`` does not hold all of it.
         sdr: The SDR by moment: ``"after"`` the drop, at the ``"end"``, or at the last ``"validation"``.
         rounds: The rounds of an iterative schedule.
-        metrics: What the module logs in validation, by name: the last value before the drop, if any, and the last.
+        metrics: What the module logs in validation, by name: the last before the drop, if any, and the last.
         changes: What else changed the model, as rows of the table: quantization, LoRA, the exported folder.
         loss_label: Name of the loss, with its unit.
         steps: The last step; None outside training.
@@ -141,7 +154,7 @@ class RunRecord:
     measured: Mapping[str, int] = field(default_factory=dict)
     sdr: Mapping[str, Degradation] = field(default_factory=dict)
     rounds: tuple[DropRound, ...] = ()
-    metrics: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
+    metrics: Mapping[str, tuple[MetricPoint | None, MetricPoint]] = field(default_factory=dict)
     changes: tuple[tuple[str, str], ...] = ()
     loss_label: str = "loss (nats per token)"
     steps: int | None = None

@@ -17,15 +17,16 @@ import yaml
 from layershed.errors import LayershedError, ResultError
 from layershed.formatting import counts_of, short_bytes, short_count, short_number
 from layershed.planning.plan import PLAN_FILE, DropPlan
+from layershed.reporting.metrics_file import METRICS_FILE as METRICS
+from layershed.reporting.metrics_file import Curve, read_metrics
 
-CONFIG, HPARAMS, METRICS, SPEED, QUALITY = "config.yaml", "hparams.yaml", "metrics.csv", "speed.json", "quality.json"
+CONFIG, HPARAMS, SPEED, QUALITY = "config.yaml", "hparams.yaml", "speed.json", "quality.json"
 BENCHMARK, PREDICTION, IMPORTANCE, REPORT = "benchmark.json", "prediction.json", "importance.csv", "report.html"
 _FILES = (METRICS, SPEED, QUALITY, BENCHMARK, PREDICTION, IMPORTANCE, PLAN_FILE, CONFIG)
 # By callback, the file that a finished run of it has.
 _WRITES = {"SublayerDrop": PLAN_FILE, "SpeedMonitor": SPEED, "RedundancyMonitor": IMPORTANCE, "Report": REPORT}
 _OURS = ("drop/", "speed/", "importance", "recovery/", "quantization/", "lr-", "train_", "test_", "hp_metric")
 _NO_METRIC = {"step", "epoch", "step_seconds", "tokens_per_second", "teacher_seconds", "val_loss"}
-Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _note_end(run: RunFiles, *, interrupted: bool) -> None:
     trainer = run.config.get("trainer")
     options = trainer if isinstance(trainer, Mapping) else {}
     wanted, every = options.get("max_steps"), options.get("log_every_n_steps")
-    steps = [points[-1][0] + 1 for points in run.curves.values() if points]
+    steps = [points[-1][0] for points in run.curves.values() if points]
     if not steps or not isinstance(wanted, int) or wanted < 1:
         if interrupted:
             run.notes.append("did not finish")
@@ -164,7 +165,7 @@ def _note_end(run: RunFiles, *, interrupted: bool) -> None:
 
 
 def _metrics(run: RunFiles, path: Path) -> None:
-    columns = _columns(path)
+    columns = read_metrics(path)
     finite = {name: tuple(point for point in points if math.isfinite(point[1])) for name, points in columns.items()}
     run.curves = {name: points for name, points in finite.items() if points}
     first = {name: points[0][1] for name, points in run.curves.items()}
@@ -192,18 +193,6 @@ def _note_quality(run: RunFiles, first: Mapping[str, float], last: Mapping[str, 
     for name in ("train_loss", "val_loss", "test_loss"):
         if name in last:
             run.note("Quality", f"Last {name}", f"{last[name]:.4f}")
-
-
-def _columns(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The steps and values of each column."""
-    columns: dict[str, list[tuple[int, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            step = row.pop("step", None)
-            for name, text in row.items() if step else ():
-                if name and isinstance(text, str) and text and name != "epoch":
-                    columns.setdefault(name, []).append((int(float(step or 0)), float(text)))
-    return columns
 
 
 def _plan(run: RunFiles, path: Path) -> None:

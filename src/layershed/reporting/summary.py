@@ -11,7 +11,7 @@ from rich.text import Text
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.drop_cost import cost_rows
-from layershed.reporting.record import DropRound, RunRecord
+from layershed.reporting.record import DropRound, MetricPoint, RunRecord
 
 _MOMENTS = {"before": "before the drop", "after": "right after the drop", "end": "at the end"}
 _SDR = {"after": "right after the drop", "validation": "at the last validation", "end": "at the end"}
@@ -34,9 +34,13 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     around = {name for quality in record.quality.values() for name in quality.values}
     around |= {"val_loss", "val/loss"} if "loss" in around else set()
     metrics = {name: values for name, values in record.metrics.items() if name not in around}
-    same = record.control.metrics if record.control is not None and record.control.end == record.steps else {}
+    theirs = {} if record.control is None else record.control.metrics
     rows += [
-        (f"{printable(name)} in validation", _validated(*values, same.get(name))) for name, values in metrics.items()
+        (
+            f"{printable(name)} in validation",
+            _validated(before, last, theirs.get(name, {}).get(last.step), record.steps),
+        )
+        for name, (before, last) in metrics.items()
     ]
     if record.plan:
         rows.append(("Sublayers dropped", counts_of(record.plan)))
@@ -104,9 +108,11 @@ def round_values(each: DropRound) -> dict[str, str]:
     return {printable(name): f"{before[name]:.4f} -> {after[name]:.4f}" for name in before if name in after}
 
 
-def _validated(before: float | None, last: float, control: float | None) -> str:
-    parts = [] if before is None else [f"{before:.4f} before the drop"]
-    parts += [f"{last:.4f} at the end", *([] if control is None else [f"{control:.4f} of the control"])]
+def _validated(before: MetricPoint | None, last: MetricPoint, control: float | None, end: int | None) -> str:
+    """With the step: the last validation may be long before the drop, or before the end."""
+    when = "at the end" if last.step == end else f"at step {last.step:,}"
+    parts = [] if before is None else [f"{before.value:.4f} before the drop (step {before.step:,})"]
+    parts += [f"{last.value:.4f} {when}", *([] if control is None else [f"{control:.4f} of the control"])]
     return ", ".join(parts)
 
 
