@@ -80,7 +80,7 @@ class FitBar(RichProgressBar):
             self._initialize_train_progress_bar_id()
         self._pace.note(trainer.global_step)
         if self.progress is not None and self.train_progress_bar_id is not None:
-            left = self._pace.left(last_step(trainer))
+            left: Any = self._pace.left(last_step(trainer))
             self.progress.update(self.train_progress_bar_id, **{_LEFT: left})
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)
