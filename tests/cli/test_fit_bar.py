@@ -31,9 +31,12 @@ def plain(text):
 
 def test_bar_counts_the_steps_of_all_epochs_and_the_drop_has_one_line_under_it(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     fit()
     told = plain(capsys.readouterr().out)
+    names = {name.strip() for name in re.findall(r"[\r\n]([A-Z][\w… ]*?) [━╸╺]", told)}
+    assert {"Training", "Epoch 2", "Quality"} <= names
+    assert max(map(len, names - {"Sanity Checking"})) <= len("Validation"), "wider would break a row with metrics"
     counts = re.findall(r"(\d+)/(\d+) +(?:in|\d:)[^\r\n]*train_loss", told)
     assert {total for _, total in counts} == {"6"}, "the steps, not the batches of an epoch"
     assert counts[-1][0] == "6"

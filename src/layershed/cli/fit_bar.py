@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -118,7 +119,10 @@ class FitBar(RichProgressBar):
         if self.progress is None:
             return
         if what not in self._works:
-            self._works[what] = self._add_task(total or math.inf, what)
+            # no wider than the names of Lightning's rows: on 80 columns, the metrics would break the row in two
+            name = what.removeprefix("Measuring ").capitalize()
+            name = textwrap.shorten(name, len(self.validation_description), placeholder="…")
+            self._works[what] = self._add_task(total or math.inf, name)
         self.progress.update(self._works[what], completed=done or 0, visible=done is not None, refresh=True)
         if done is None:
             del self._works[what]
