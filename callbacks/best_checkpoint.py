@@ -19,8 +19,10 @@ class BestCheckpoint(InheritedModelCheckpoint):
     """A ModelCheckpoint for runs that drop: the best is the best of the model as it is dropped in the end.
 
     Before a drop the loss is lower, so an ordinary ModelCheckpoint would keep the dense model. This one keeps nothing
-    before the first drop, and each round of drops starts the comparison anew. Without SublayerDrop it keeps the best of
-    the whole run.
+    before the first drop. The first validation after each round of drops starts the comparison anew and replaces the
+    file. If no validation with the metric follows the last round, the file stays that of a less dropped model: the run
+    ends with a warning that says so, and ``best_model_path`` is empty. Without SublayerDrop it keeps the best of the
+    whole run.
 
     Hooks: saves in ``on_validation_end``.
     Logs: nothing.
@@ -57,17 +59,26 @@ class BestCheckpoint(InheritedModelCheckpoint):
             self._passed = f"no validation after the drop logged {self.monitor!r}"
             return
         if dropped != self._dropped:
-            fresh = BestCheckpoint(str(self.monitor), "min" if self.mode == "min" else "max")
-            for name in ("best_k_models", "best_model_score", "best_model_path", "kth_best_model_path", "kth_value"):
-                setattr(self, name, getattr(fresh, name))
-            self._dropped = dropped
+            self._compare_anew(dropped)
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was saved."""
-        if not self.best_model_path and not is_trial(trainer):
+        """Warn if nothing was saved, or nothing of the model as it is dropped now."""
+        if is_trial(trainer):
+            return
+        advice = "Validate after the drop (val_check_interval)."
+        if not self.best_model_path:
             why = self._passed or "there was no validation after the drop"
-            rank_zero_warn(f"BestCheckpoint saved nothing: {why}. Validate after the drop (val_check_interval).")
+            rank_zero_warn(f"BestCheckpoint saved nothing: {why}. {advice}")
+            return
+        now = [sublayer.name for sublayer in current_drop(pl_module)]
+        if now != self._dropped:
+            why = self._passed or "there was no validation after the last drop"
+            rank_zero_warn(
+                f"BestCheckpoint: {str(self.best_model_path)!r} is not of the model at the end, as {why} (dropped "
+                f"sublayers: {len(self._dropped)} in the file, {len(now)} at the end). {advice}"
+            )
+            self._compare_anew(now)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of ModelCheckpoint, and what was dropped."""
@@ -106,6 +117,13 @@ class BestCheckpoint(InheritedModelCheckpoint):
         moved = {"dirpath": folder, "best_model_path": name, "kth_best_model_path": name, "last_model_path": ""}
         self._dropped = list(state_dict.get("dropped", []))
         super().load_state_dict({**own, **moved, "best_k_models": {name: own["best_model_score"]}})
+
+    def _compare_anew(self, dropped: list[str]) -> None:
+        """Forget the scores and the file of a model that was dropped otherwise; the next best overwrites the file."""
+        fresh = BestCheckpoint(str(self.monitor), "min" if self.mode == "min" else "max")
+        for name in ("best_k_models", "best_model_score", "best_model_path", "kth_best_model_path", "kth_value"):
+            setattr(self, name, getattr(fresh, name))
+        self._dropped = dropped
 
     def _is_noted(self, path: Path, score: Any) -> bool:
         """Whether a file is the best that a checkpoint notes: the former run may have gone on."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.callbacks import TQDMProgressBar
 
 from layershed.cli import fit_bar
 from layershed.cli.fit_bar import last_step
@@ -13,6 +12,7 @@ from layershed.integration.telling import drop_line
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import OwnQuality, Quality
 from tests.support.command_line import DROPPING, FIT, callbacks, run
+from tests.support.runs import Foreign, loader, val_loader
 
 pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
@@ -31,9 +31,12 @@ def plain(text):
 
 def test_bar_counts_the_steps_of_all_epochs_and_the_drop_has_one_line_under_it(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     fit()
     told = plain(capsys.readouterr().out)
+    names = {name.strip() for name in re.findall(r"[\r\n]([A-Z][\w… ]*?) [━╸╺]", told)}
+    assert {"Training", "Epoch 2", "Quality"} <= names
+    assert max(map(len, names - {"Sanity Checking"})) <= len("Validation"), "wider would break a row with metrics"
     counts = re.findall(r"(\d+)/(\d+) +(?:in|\d:)[^\r\n]*train_loss", told)
     assert {total for _, total in counts} == {"6"}, "the steps, not the batches of an epoch"
     assert counts[-1][0] == "6"
@@ -96,4 +99,66 @@ def test_line_of_a_large_drop_gives_numbers_only():
 def test_last_step_of_a_run_without_an_end_is_unknown():
     trainer = pl.Trainer(max_steps=-1, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu")
     assert last_step(trainer) == float("inf")
-    assert TQDMProgressBar is not fit_bar.FitBar
+
+
+class Clock:
+    """Time that passes only when it is said."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Works(pl.Callback):
+    """A step takes a second, a validation four, and the work of a callback after the given steps 500 seconds."""
+
+    def __init__(self, clock, steps):
+        self.clock, self.steps = clock, steps
+
+    def on_train_batch_start(self, *_):
+        self.clock.now += 1
+
+    def on_validation_batch_end(self, *_):
+        self.clock.now += 4
+
+    def on_train_batch_end(self, trainer, *_):
+        self.clock.now += 500 * (trainer.global_step in self.steps)
+
+
+class Look(pl.Callback):
+    """Keeps what the bar's column shows after each step; the terminal is drawn only now and then."""
+
+    def __init__(self):
+        self.shown = {}
+
+    def on_train_batch_end(self, trainer, *_):
+        bar = trainer.progress_bar_callback
+        for task in bar.progress.tasks if bar.progress else ():
+            if task.id == bar.train_progress_bar_id:
+                self.shown[trainer.global_step] = fit_bar._Left().render(task).plain
+
+
+@pytest.mark.parametrize(("where", "order"), [("terminal", "before the bar"), ("file", "after the bar")])
+def test_time_left_counts_steps_and_validations_and_no_single_work_of_a_callback(where, order, monkeypatch, capsys):
+    if where == "terminal":
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "100")
+    clock = Clock()
+    monkeypatch.setattr(fit_bar, "time", clock)
+    monkeypatch.setattr(fit_bar, "_SILENCE", 0.0)
+    listed, look = [Works(clock, {4}), fit_bar.FitBar()], Look()
+    if order == "after the bar":
+        listed.reverse()
+    # validations of one batch after steps 5, 10 and 15
+    limits = {"max_steps": 20, "val_check_interval": 5, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    without = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[*listed, look], log_every_n_steps=1, **limits, **without)
+    trainer.fit(Foreign(), loader(20), val_loader())
+    left = look.shown
+    if where == "file":
+        told = capsys.readouterr().out
+        left = {int(step): line for step, line in re.findall(r"step (\d+)/20.*, (\d:\d\d:\d\d left)", told)}
+    steps = {3: 17, 4: 16, 6: 14 * (1 + 4 / 6), 11: 9 * (1 + 8 / 11), 19: 1 + 12 / 19}
+    assert {step: left.get(step) for step in steps} == {s: f"0:00:{round(took):02d} left" for s, took in steps.items()}

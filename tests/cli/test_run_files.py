@@ -226,6 +226,23 @@ def test_run_without_a_best_checkpoint_ends_with_a_warning(missing, make_trainer
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize(("stop", "stale"), [(8, True), (9, False)])
+def test_best_of_a_less_dropped_model_is_said_at_the_end(stop, stale, make_trainer, recwarn):
+    drop = SublayerDrop(4, count=1, calibration_batches=1, quality_batches=0, rounds=2, every_n_steps=3)
+    best = BestCheckpoint()
+    trainer = make_trainer(drop, best, max_steps=stop, val_check_interval=3, enable_checkpointing=True)
+    trainer.fit(Scripted([0.5, 1.5, 3.0]), loader(12), val_loader())
+    told = [str(warning.message) for warning in recwarn if "BestCheckpoint" in str(warning.message)]
+    path = Path(trainer.checkpoint_callbacks[0].dirpath) / "best.ckpt"
+    kept = torch.load(path, weights_only=True)
+    assert (kept["global_step"], len(kept["layershed"]["dropped"]["drops"])) == ((6, 1) if stale else (9, 2))
+    assert len(told) == stale
+    assert best.best_model_path == ("" if stale else str(path))
+    if stale:
+        assert f"{str(path)!r} is not of the model at the end, as there was no validation after the last" in told[0]
+        assert "1 in the file, 2 at the end" in told[0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_resumed_run_keeps_the_best_of_before_in_the_same_folder(make_trainer, tmp_path):

@@ -71,7 +71,7 @@ class KeepBeforeDrop(pl.Callback):
         if self._began is not None and trainer.global_step > self._began[0]:
             self.seconds = (time.monotonic() - self._began[1]) / (trainer.global_step - self._began[0])
         self.path = run_directory(trainer) / "checkpoints" / BEFORE_DROP
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

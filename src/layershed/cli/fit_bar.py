@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
+from collections import deque
 from contextlib import ExitStack
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +20,8 @@ from rich.text import Text
 from layershed.progress import listening
 
 _SILENCE = 30.0  # seconds between two plain lines
+_STEPS = 50  # of which the median is taken
+_LEFT = "seconds_left"  # field of the bar of training
 
 
 class FitBar(RichProgressBar):
@@ -30,7 +35,7 @@ class FitBar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10)
-        self._began, self._first, self._told = 0.0, 0, 0.0
+        self._pace, self._told = _Pace(0), 0.0
         self._open, self._works = ExitStack(), dict[str, TaskID]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,8 +50,18 @@ class FitBar(RichProgressBar):
         super().on_train_start(trainer, pl_module)
         if not self.is_disabled:
             self._open.enter_context(listening(self._show))
-        self._began = self._told = time.monotonic()
-        self._first = trainer.global_step
+        self._told = time.monotonic()
+        self._pace = _Pace(trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Its time is no time of steps."""
+        super().on_validation_start(trainer, pl_module)
+        self._pace.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on."""
+        super().on_validation_end(trainer, pl_module)
+        self._pace.go_on()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the one bar of all epochs."""
@@ -64,6 +79,10 @@ class FitBar(RichProgressBar):
         """Count the steps; after a silent half minute without a bar, print a line."""
         if self.train_progress_bar_id is None and not self.is_disabled:
             self._initialize_train_progress_bar_id()
+        self._pace.note(trainer.global_step)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            left: Any = self._pace.left(last_step(trainer))
+            self.progress.update(self.train_progress_bar_id, **{_LEFT: left})
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)
         if self.is_disabled and trainer.is_global_zero and time.monotonic() - self._told >= _SILENCE:
@@ -100,7 +119,10 @@ class FitBar(RichProgressBar):
         if self.progress is None:
             return
         if what not in self._works:
-            self._works[what] = self._add_task(total or math.inf, what)
+            # no wider than the names of Lightning's rows: on 80 columns, the metrics would break the row in two
+            name = what.removeprefix("Measuring ").capitalize()
+            name = textwrap.shorten(name, len(self.validation_description), placeholder="…")
+            self._works[what] = self._add_task(total or math.inf, name)
         self.progress.update(self._works[what], completed=done or 0, visible=done is not None, refresh=True)
         if done is None:
             del self._works[what]
@@ -110,14 +132,53 @@ class FitBar(RichProgressBar):
         metrics = [f"{name} {value:.4g}" for name, value in self.get_metrics(trainer, pl_module).items()]
         if not math.isfinite(last):
             return ", ".join([f"step {done}", *metrics])
-        each = (time.monotonic() - self._began) / max(1, done - self._first)
-        return ", ".join([f"step {done}/{last:.0f}", *metrics, f"{_clock(each * (last - done))} left"])
+        left = self._pace.left(last)
+        return ", ".join([f"step {done}/{last:.0f}", *metrics, *([] if left is None else [f"{_clock(left)} left"])])
 
 
 def last_step(trainer: Trainer) -> float:
     """The optimizer step at which a run ends; infinite if it is unknown. Call it once training has begun."""
     known = trainer.estimated_stepping_batches
     return float(known) if not isinstance(known, int) or known > 0 else math.inf
+
+
+class _Pace:
+    """How long the rest of a run takes: the steps by the median of the last ones, the validations by their share.
+
+    The median leaves out a step in which a callback works: the drop, the measuring of speed, a checkpoint.
+
+    Args:
+        step: The optimizer step at which the count begins.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._first = self._step = step
+        self._since = self._paused = time.monotonic()
+        self._validating = self._validated = 0.0  # in this step, and in all
+        self._each = deque[float](maxlen=_STEPS)
+
+    def pause(self) -> None:
+        """A validation begins."""
+        self._paused = time.monotonic()
+
+    def go_on(self) -> None:
+        """A validation ends."""
+        took = time.monotonic() - self._paused
+        self._validating += took
+        self._validated += took
+
+    def note(self, step: int) -> None:
+        """A batch has ended at this optimizer step."""
+        if step > self._step:
+            now = time.monotonic()
+            self._each.append((now - self._since - self._validating) / (step - self._step))
+            self._step, self._since, self._validating = step, now, 0.0
+
+    def left(self, last: float) -> float | None:
+        """Seconds to the last step; None if it, or the pace, is unknown."""
+        if not self._each or not math.isfinite(last):
+            return None
+        return (median(self._each) + self._validated / (self._step - self._first)) * (last - self._step)
 
 
 class _Steps(ProgressColumn):
@@ -129,7 +190,7 @@ class _Steps(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """Time left at the speed of the last steps; the time taken if the total is unknown, or at the end."""
+    """Time left, by the pace of the steps in training; the time taken if the total is unknown, or at the end."""
 
     max_refresh = 0.5
 
@@ -137,7 +198,8 @@ class _Left(ProgressColumn):
         if task.finished or task.total is None or not math.isfinite(task.total):
             taken = task.finished_time if task.finished else task.elapsed
             return Text(f"in {_clock(taken or 0)}", style="dim")
-        return Text("" if task.time_remaining is None else f"{_clock(task.time_remaining)} left", style="dim")
+        left = task.fields.get(_LEFT, task.time_remaining)
+        return Text("" if left is None else f"{_clock(left)} left", style="dim")
 
 
 def _clock(seconds: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import lightning_utilities.core.rank_zero as rank_zero_module
 from lightning.pytorch.callbacks import Callback
@@ -32,8 +34,10 @@ _CHATTER = (
     "Failed to load CPU gemm_4bit_forward",
     "MatMul8bitLt: inputs will be cast",
     "Restoring states from the checkpoint",
+    "Restored all states from the checkpoint",
     "Loaded model weights from the checkpoint",
     "Trainer already configured with model summary callbacks",
+    "Detected KeyboardInterrupt",
     "`Trainer.fit` stopped: `max_steps=",
     "`Trainer.fit` stopped: `max_epochs=",
     # layershed raises an error with the same content
@@ -48,7 +52,7 @@ _WITH_WEIGHTS = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAvera
 
 @contextmanager
 def quiet(*, evaluating: bool = False) -> Iterator[None]:
-    """Hide the messages of other libraries, and restore their settings afterwards.
+    """Hide the messages of other libraries, show warnings in one plain line, and restore all settings afterwards.
 
     Args:
         evaluating: Whether no training follows, so that the state of callbacks in a checkpoint does not matter.
@@ -56,7 +60,9 @@ def quiet(*, evaluating: bool = False) -> Iterator[None]:
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     # Lightning's two packages share one log, under the name of the one that was imported last
     logs = [rank_zero_module.log, *(logging.getLogger(name) for name in LOGS)]
+    former = warnings.formatwarning
     with warnings.catch_warnings():
+        warnings.formatwarning = partial(_plain, former)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         for log in logs:
@@ -76,11 +82,20 @@ def quiet(*, evaluating: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            warnings.formatwarning = former
             for log in logs:
                 log.removeFilter(_worth_saying)
             transformers_logging.set_verbosity(verbosity)
             if bars:
                 transformers_logging.enable_progress_bar()
+
+
+def _plain(
+    former: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any, **line: Any
+) -> str:
+    """A warning to the user, without a file and a line of source that they did not write."""
+    plain = issubclass(category, UserWarning)
+    return f"warning: {message}\n" if plain else former(message, category, *place, **line)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -51,7 +51,7 @@ class StopOnSignal(pl.Callback):
         if self._signum:
             signum, path = self._signum, _folder(trainer) / "last.ckpt"
             self._give_back()
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             raise Stopped(signum, trainer.global_step, path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
