@@ -94,7 +94,6 @@ def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     [
         ("--data.source=other.txt", "data.source"),
         ("--data.batch_size=1", "data.batch_size"),
-        ("--data.block_size=8", "data.block_size"),
         ("--trainer.precision=bf16-true", "trainer.precision"),
     ],
 )
