@@ -94,7 +94,6 @@ def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     [
         ("--data.source=other.txt", "data.source"),
         ("--data.batch_size=1", "data.batch_size"),
-        ("--data.block_size=8", "data.block_size"),
         ("--trainer.precision=bf16-true", "trainer.precision"),
     ],
 )
@@ -112,6 +111,25 @@ def test_options_of_training_alone_leave_the_losses_those_of_the_report(after_fi
     assert "the same as the losses in the report of the run" in told
     loss = float(re.search(r"val_loss ([\d.]+)", told)[1])
     assert loss == pytest.approx(after_fit, abs=1e-4)
+
+
+def test_checkpoint_before_the_end_of_its_run_is_said_to_be_one(after_fit, capsys):
+    checkpoint = torch.load(LAST, weights_only=True)
+    torch.save({**checkpoint, "global_step": 2}, LAST)
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last")
+    assert "; this checkpoint is of step 2 of 3, so its losses are not those at the end" in told
+
+
+def test_run_that_asks_for_more_batches_than_there_are_has_measured_all_of_them(after_fit, capsys):
+    number = len(TextData("text.txt", block_size=16, batch_size=2, max_tokens=512).val_dataloader())
+    path = LAST.parents[1] / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["callbacks"]["drop"]["init_args"]["quality_batches"] = 2 * number
+    config["trainer"]["limit_val_batches"] = 3 * number
+    path.write_text(yaml.safe_dump(config))
+    told, _ = told_by(capsys, "validate", "--ckpt_path=last")
+    assert f"on {number} batches" in told
+    assert "the same as the losses in the report of the run" in told
 
 
 def test_config_on_the_command_line_decides_the_text(after_fit, capsys):

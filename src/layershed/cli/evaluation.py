@@ -39,15 +39,15 @@ class EvaluatedModel(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is evaluated."""
-        self._tell(trainer, pl_module, "limit_val_batches", trainer.num_val_batches)
+        self._tell(trainer, pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is evaluated."""
-        self._tell(trainer, pl_module, "limit_test_batches", trainer.num_test_batches)
+        self._tell(trainer, pl_module, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is evaluated."""
-        self._tell(trainer, pl_module, "limit_predict_batches", trainer.num_predict_batches)
+        self._tell(trainer, pl_module, "predict")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics."""
@@ -58,26 +58,32 @@ class EvaluatedModel(Callback):
         """Print the metrics."""
         self.on_validation_end(trainer, pl_module)
 
-    def _tell(self, trainer: Trainer, pl_module: LightningModule, option: str, batches: list[int | float]) -> None:
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
             return
         noted = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, mmap=True)
         where = f" ({self.checkpoint})" if self.checkpoint else ""
         print(f"evaluating {evaluated(pl_module, noted)}{where}")
-        number, given = sum(batches), getattr(trainer, option)
+        option = f"limit_{stage}_batches"
+        number, given = sum(getattr(trainer, f"num_{stage}_batches")), getattr(trainer, option)
         limit = "" if isinstance(given, float) and given == 1 else f" (trainer.{option}={given})"
-        compared = "" if option == "limit_predict_batches" else self._as_reported(number)
+        loader = getattr(trainer, f"{stage}_dataloaders")
+        compared = "" if stage == "predict" else self._as_reported(number, len(loader), noted.get("global_step", 0))
         print(f"on {number} batch{'es' * (number != 1)} of the held-out text{limit}{compared}")
 
-    def _as_reported(self, number: int | float) -> str:
+    def _as_reported(self, number: int | float, available: int, step: int) -> str:
         config = None if self.checkpoint is None else config_of_run(self.checkpoint)
         reported = reported_batches(config)
         if config is None or reported is None:
             return ""
         if other := other_options(config, self.options):
             return f"; the losses in the report of the run have another {', another '.join(other)}, so they differ"
+        reported = min(reported, available)  # a run measures on what there is
         if reported == number:
-            return ", the same as the losses in the report of the run"
+            steps = config["trainer"].get("max_steps")
+            earlier = isinstance(steps, int) and 0 < step < steps
+            of_step = f"; this checkpoint is of step {step} of {steps}, so its losses are not those at the end"
+            return f", the same as the losses in the report of the run{of_step * earlier}"
         return f"; the losses in the report of the run are over the first {reported}, so they differ"
 
 

@@ -45,7 +45,8 @@ class Samples:
         first = None if batches is None else next(batches, None)
         writer = _writer(trainer, pl_module)
         inputs = as_inputs(first)
-        if writer is None or inputs is None or not isinstance(inputs.get("input_ids"), Tensor):
+        ids = None if inputs is None else inputs.get("input_ids")
+        if writer is None or inputs is None or not isinstance(ids, Tensor) or ids.ndim != 2:
             return
         model, tokenizer = writer
         self.prompts = _prompts(inputs, model, tokenizer)[: self.number]
