@@ -13,7 +13,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 
+from layershed.cli.control import without_left_out
 from tests.support.command_line import FIT, callbacks, run
 from tests.support.runs import same
 from tests.support.small_world import TEXT
@@ -77,6 +79,13 @@ def flat(text):
 ONE_SHOT, ROUNDS, AT_ONCE = drop(scope="attention"), drop(start=2, count=1, every_n_steps=2, rounds=3), drop(start=1)
 
 
+@pytest.mark.parametrize("given", ["listed", "named", "one"])
+def test_saved_config_of_a_control_is_without_what_it_left_out(given):
+    entries = {"listed": [ONE_SHOT, WEIGHTS, None], "named": {"drop": ONE_SHOT, "w": WEIGHTS}, "one": WEIGHTS}
+    kept = {"named": {"w": WEIGHTS}}.get(given, [WEIGHTS])
+    assert without_left_out(entries[given]) == kept
+
+
 RUNS = {"dense": [], "one_shot": [ONE_SHOT], "rounds": [ROUNDS, SPEED], "at_once": [AT_ONCE]}
 
 
@@ -113,6 +122,9 @@ def test_control_equals_the_run_without_a_drop_bit_for_bit(there, root, start):
     assert f"Control: steps {start + 1} to 8 again without SublayerDrop" in printed
     assert f"({8 - start} of 8, about {100 * (8 - start) / 8:.0f} % more time)" in printed
     assert not list(control.rglob("*.ckpt"))
+    saved = yaml.safe_load((control / "config.yaml").read_text())
+    assert [entry["class_path"] for entry in saved["trainer"]["callbacks"]] == [WEIGHTS["class_path"]]
+    assert saved["control"] is False
 
 
 def test_report_tells_the_cost_against_the_control(there):

@@ -153,6 +153,7 @@ UNFINISHED = {
         {"metrics": ROWS + "0,5,,,,,,,,\n", "report__html": None},
         ["has no report.html", "was interrupted: its last row is of step 1 of 10"],
     ),
+    "stopped after its last step": ({"report__html": None}, ["has no report.html"]),
     "stopped early": ({"metrics": ROWS + "3,5,,,,,,,,\n"}, ["ended early: its last row is of step 4 of 10"]),
     "without speed": ({"speed__json": None}, ["has no speed.json"]),
     "damaged speed": ({"speed__json": "{"}, ["speed.json cannot be read (JSONDecodeError"]),
@@ -171,6 +172,7 @@ def test_unfinished_or_damaged_run_is_shown_with_what_it_has(case, make_run):
     assert run.kind == "fit"
     assert len([note for note in run.notes if note.startswith(notes[0])]) == 1
     assert all(any(note.startswith(each) for note in run.notes) for each in notes)
+    assert not any("of step 10 of 10" in note for note in run.notes)
     table = compare_runs([run, read_run(make_run("other"))])
     assert table.notes[table.names[0]] == tuple(run.notes)
     assert table.without_config == ((table.names[0],) if "config" in case else ())
@@ -199,6 +201,20 @@ def test_runs_of_other_kinds_stand_beside_a_fit(kind, make_run, tmp_path, capsys
     told = capsys.readouterr().out
     assert kind in told
     assert told.splitlines()[-1].endswith("runs/comparison.html")
+
+
+def test_control_of_a_run_is_finished_and_differs_in_the_drop(make_run):
+    """Its config is without what it left out; older ones still list it."""
+    result = {"start": 4, "end": 10, "quality": {"loss": 4.1, "accuracy": 0.2}, "without": ["SublayerDrop"]}
+    files = {"drop_plan__json": None, "speed__json": None, "report__html": None, "control__json": json.dumps(result)}
+    run = read_run(make_run("run"))
+    for name, own, differing in (("run/control", config(), 3), ("run/older", config(DROP, SPEED, REPORT), 0)):
+        control = read_run(make_run(name, own=own, metrics="step,train_loss\n9,4\n", **files))
+        assert (control.kind, control.notes) == ("control", [])
+        assert control.sections["Drop"] == {"Control": "steps 5 to 10 without SublayerDrop"}
+        assert control.sections["Quality"]["Validation loss at the end"] == "4.1000"
+        rows = compare_runs([run, control]).sections.get("Configuration", ())
+        assert sum(row.values == ("listed", "-") for row in rows) == differing
 
 
 def test_hyperparameters_of_other_projects_are_compared(make_run):

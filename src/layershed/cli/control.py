@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import pydoc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from layershed.integration.measurements import logged_quality
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import run_directory
 from layershed.reporting.control import (
-    CONTROL_FILE,
     CONTROL_FOLDER,
     differences,
     read_control,
 )
+from layershed.reporting.control_file import CONTROL_FILE
 from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.metrics_file import METRICS_FILE
 from layershed.reporting.record import RunRecord
@@ -115,7 +116,8 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
     config = cli.config.clone()
     options = config[config.subcommand]
     options.ckpt_path = None if kept.path is None else str(kept.path)
-    options.model.distillation = None
+    options.model.distillation, options.control = None, False
+    options.trainer.callbacks = without_left_out(options.trainer.callbacks)
 
     class ControlCLI(type(cli)):  # type: ignore[misc]
         """The same command line, with a Trainer that does not drop."""
@@ -179,6 +181,19 @@ def settings_of_control(options: dict[str, Any], folder: Path, end: EndControl) 
         "enable_model_summary": False,
         "max_time": None,
     }
+
+
+def without_left_out(given: Any) -> Any:
+    """The callbacks of a config that a control keeps, so that the config that it saves tells what ran."""
+    if isinstance(given, Mapping) and "class_path" not in given:
+        return {name: entry for name, entry in given.items() if not _left_out(entry)}
+    entries = given if isinstance(given, list) else [given]
+    return [entry for entry in entries if not _left_out(entry)]
+
+
+def _left_out(entry: Any) -> bool:
+    kind = None if entry is None else pydoc.locate(entry["class_path"])
+    return entry is None or (isinstance(kind, type) and issubclass(kind, _LEFT_OUT))
 
 
 @contextmanager
