@@ -212,6 +212,13 @@ class Report(Callback):
         _tell(rows_table("", cost_rows(record)), path)
         return True
 
+    def tell_no_control(self) -> None:
+        """After the run: let the page say that the control did not end."""
+        if self._page is not None:
+            record, path = self._page
+            self._page = replace(record, control_pending=False, control_failed=True), path
+            write_report(*self._page)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the hooks of a module that is in its original state, after an error too."""
         leave_structure(pl_module)
