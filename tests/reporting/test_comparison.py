@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -196,7 +197,7 @@ def test_runs_of_other_kinds_stand_beside_a_fit(kind, make_run, tmp_path, capsys
     for name, content in KINDS[kind].items():
         (folder / name).write_text(content)
     make_run("runs/version_0")
-    found = compare([str(tmp_path / "runs")])
+    found = compare([str(tmp_path / "runs" / f"version_{number}") for number in range(2)])
     assert (found.names, found.kinds) == (("version_0", "version_1"), ("fit", kind))
     told = capsys.readouterr().out
     assert kind in told
@@ -215,6 +216,31 @@ def test_control_of_a_run_is_finished_and_differs_in_the_drop(make_run):
         assert control.sections["Quality"]["Validation loss at the end"] == "4.1000"
         rows = compare_runs([run, control]).sections.get("Configuration", ())
         assert sum(row.values == ("listed", "-") for row in rows) == differing
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "unknown", "prune"])
+def test_folder_of_runs_is_compared_without_those_that_only_evaluate(kind, make_run, tmp_path, capsys):
+    for number in (0, 2):
+        make_run(f"runs/version_{number}")
+    (tmp_path / "runs" / "version_1").mkdir()
+    for name, content in KINDS[kind].items():
+        (tmp_path / "runs" / "version_1" / name).write_text(content)
+    found = compare([str(tmp_path / "runs")])
+    assert found.kinds == (("fit", "prune", "fit") if kind == "prune" else ("fit", "fit"))
+    assert ("version_1 is left out" in capsys.readouterr().out) == (kind != "prune")
+    shutil.rmtree(tmp_path / "runs" / "version_2")
+    if kind != "prune":
+        with pytest.raises(ResultError, match="is one run"):
+            compare([str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(-0.0004, "0.00"), (-0.014, "-0.01"), (0.126, "0.13"), (None, "undefined")]
+)
+def test_sdr_has_the_digits_of_the_report_and_no_negative_zero(make_run, ratio, shown):
+    content = {"before": {"loss": 1, "accuracy": 0.5}, "after": {"loss": 2, "accuracy": 0.25}, "sdr": {"value": ratio}}
+    run = read_run(make_run("run", quality__json=json.dumps(content)))
+    assert run.sections["SDR"]["SDR right after the drop"] == shown
 
 
 def test_hyperparameters_of_other_projects_are_compared(make_run):

@@ -269,7 +269,7 @@ def _prediction(run: RunFiles, path: Path) -> None:
 
 
 def _ratio(value: float | None) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else f"{value:.3f}"
+    return "undefined" if value is None or not math.isfinite(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
 _READERS: dict[str, Callable[[RunFiles, Path], None]] = {
