@@ -179,6 +179,13 @@ def test_unfinished_or_damaged_run_is_shown_with_what_it_has(case, make_run):
     assert table.without_config == ((table.names[0],) if "config" in case else ())
 
 
+def test_config_of_billions_of_values_is_not_expanded(make_run):
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    run = read_run(make_run("run", config__yaml=bomb))
+    assert any("config.yaml cannot be read (ConfigError" in note for note in run.notes)
+    assert not compare_runs([run, run]).sections.get("Configuration")
+
+
 KINDS = {
     "fit": {"metrics.csv": "step,train_loss\n1,2\n"},
     "evaluation": {"metrics.csv": "step,test_loss\n0,2\n"},

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from layershed.errors import ControlError
+from layershed.errors import ConfigError, ControlError
+from layershed.files.run_config import CONFIG_FILE, read_config
 from layershed.planning.plan import PLAN_FILE
 from layershed.reporting.control_file import CONTROL_FILE, read_result
 from layershed.reporting.metrics_file import METRICS_FILE, read_metrics
@@ -96,12 +97,12 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
     """
     path = find_control(folder)
     places = [path, path.parent] if path.name == CONTROL_FOLDER else [path]
-    file = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    file = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
     if file is None:
         return [f"the control has no config.yaml, so nothing tells whether its options are those of this run ({path})"]
     try:
-        other = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        other = dict(_flat(read_config(file)))
+    except (OSError, ConfigError, yaml.YAMLError, RecursionError) as error:
         raise ControlError(f"control={str(folder)!r}: {file} cannot be read ({error}).") from None
     mine = dict(_flat(own))
     names = [name for name in {**mine, **other} if not any(_within(name, free) for free in _FREE)]

@@ -15,13 +15,15 @@ from typing import Any
 import yaml
 
 from layershed.errors import LayershedError, ResultError
+from layershed.files.run_config import CONFIG_FILE as CONFIG
+from layershed.files.run_config import read_config
 from layershed.formatting import counts_of, short_bytes, short_count, short_number
 from layershed.planning.plan import PLAN_FILE, DropPlan
 from layershed.reporting.control_file import CONTROL_FILE, read_result
 from layershed.reporting.metrics_file import METRICS_FILE as METRICS
 from layershed.reporting.metrics_file import Curve, read_metrics
 
-CONFIG, HPARAMS, SPEED, QUALITY = "config.yaml", "hparams.yaml", "speed.json", "quality.json"
+HPARAMS, SPEED, QUALITY = "hparams.yaml", "speed.json", "quality.json"
 BENCHMARK, PREDICTION, IMPORTANCE, REPORT = "benchmark.json", "prediction.json", "importance.csv", "report.html"
 _FILES = (METRICS, SPEED, QUALITY, BENCHMARK, PREDICTION, IMPORTANCE, PLAN_FILE, CONFIG)
 # By callback, the file that a finished run of it has.
@@ -76,8 +78,7 @@ def read_run(folder: Path) -> RunFiles:
     # a project without our command line has the hyperparameters of its module at most
     name = HPARAMS if (folder / HPARAMS).is_file() and not (folder / CONFIG).exists() else CONFIG
     with _noting(run, name):
-        content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        run.config = content if isinstance(content, Mapping) else {}
+        run.config = read_config(folder / name)
     for name, read in _READERS.items():
         if (folder / name).is_file():
             with _noting(run, name):
