@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from layershed.arguments import check_number
-from layershed.discovery.find import find_transformer
 from layershed.errors import ScheduleError
 from layershed.integration.course import Course
 from layershed.integration.facts import config_of, facts_of, usage_of
@@ -19,6 +18,7 @@ from layershed.integration.gathered import (
     changes_of,
     lora_events,
     loss_label,
+    model_name,
     rounds_of,
     scores_of,
     sdr_of,
@@ -212,6 +212,12 @@ class Report(Callback):
         _tell(rows_table("", cost_rows(record)), path)
         return True
 
+    def tell_no_control(self) -> None:
+        """After the run: let the page say that the control did not end."""
+        if self._page is not None:
+            record = replace(self._page[0], control_pending=False, control_failed=True)
+            self._page = record, write_report(record, self._page[1])
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the hooks of a module that is in its original state, after an error too."""
         leave_structure(pl_module)
@@ -292,7 +298,7 @@ class Report(Callback):
                 control = read_control(self.control, self.train_loss, self.val_loss)
                 control = replace(control, doubts=self.control_doubts)
         return RunRecord(
-            model=self.title or _model_name(pl_module),
+            model=self.title or model_name(pl_module),
             importance=importance,
             losses=self._course.losses(),
             plan=plan,
@@ -332,12 +338,3 @@ def _files(directory: Path) -> dict[str, int]:
     """The other callbacks' files in the run directory, with the times of their last changes."""
     paths = (directory / name for name in (IMPORTANCE_FILE, SPEED_FILE))
     return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
-
-
-def _model_name(pl_module: LightningModule) -> str:
-    try:
-        transformer = find_transformer(pl_module)
-    except ValueError:
-        return type(pl_module).__name__
-    source: str = getattr(getattr(transformer, "config", None), "name_or_path", "")
-    return (Path(source).stem if source.endswith(".gguf") else source) or type(transformer).__name__

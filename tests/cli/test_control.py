@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 
+from layershed.cli.control import without_left_out
+from layershed.reporting.drop_cost import FAILED
 from tests.support.command_line import FIT, callbacks, run
 from tests.support.runs import same
 from tests.support.small_world import TEXT
@@ -45,11 +49,16 @@ class Weights(pl.Callback):
 
 
 class StopsTheControl(pl.Callback):
-    """Ctrl-C in the control's sixth step."""
+    """Ctrl-C, or the given signal, in the control's sixth step."""
+
+    def __init__(self, signum: int = 0):
+        self.signum = signum
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if Path(trainer.default_root_dir).name == "control" and batch_idx == 5:
-            raise KeyboardInterrupt
+            if not self.signum:
+                raise KeyboardInterrupt
+            signal.raise_signal(self.signum)
 
 
 WEIGHTS = {"class_path": f"{__name__}.Weights"}
@@ -75,6 +84,13 @@ def flat(text):
 
 
 ONE_SHOT, ROUNDS, AT_ONCE = drop(scope="attention"), drop(start=2, count=1, every_n_steps=2, rounds=3), drop(start=1)
+
+
+@pytest.mark.parametrize("given", ["listed", "named", "one"])
+def test_saved_config_of_a_control_is_without_what_it_left_out(given):
+    entries = {"listed": [ONE_SHOT, WEIGHTS, None], "named": {"drop": ONE_SHOT, "w": WEIGHTS}, "one": WEIGHTS}
+    kept = {"named": {"w": WEIGHTS}}.get(given, [WEIGHTS])
+    assert without_left_out(entries[given]) == kept
 
 
 RUNS = {"dense": [], "one_shot": [ONE_SHOT], "rounds": [ROUNDS, SPEED], "at_once": [AT_ONCE]}
@@ -113,6 +129,9 @@ def test_control_equals_the_run_without_a_drop_bit_for_bit(there, root, start):
     assert f"Control: steps {start + 1} to 8 again without SublayerDrop" in printed
     assert f"({8 - start} of 8, about {100 * (8 - start) / 8:.0f} % more time)" in printed
     assert not list(control.rglob("*.ckpt"))
+    saved = yaml.safe_load((control / "config.yaml").read_text())
+    assert [entry["class_path"] for entry in saved["trainer"]["callbacks"]] == [WEIGHTS["class_path"]]
+    assert saved["control"] is False
 
 
 def test_report_tells_the_cost_against_the_control(there):
@@ -216,21 +235,31 @@ def test_control_of_a_run_that_stopped_early_ends_at_its_last_step(there):
     assert json.loads(Path("early/version_0/control/control.json").read_text())["end"] == 2
 
 
-@pytest.mark.slow
-def test_stopped_control_leaves_the_run_and_names_the_command(there, capsys):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("signum", "name"),
+    [(signal.SIGINT, "Ctrl-C"), pytest.param(signal.SIGTERM, "SIGTERM", marks=pytest.mark.slow)],
+)
+def test_stopped_control_leaves_the_run_and_names_the_command(there, signum, name, capsys):
+    before, root = signal.getsignal(signal.SIGINT), f"stopped {name}"
+    options = {"signum": int(signum)} if signum == signal.SIGTERM else {}
+    stops = {"class_path": f"{__name__}.StopsTheControl", "init_args": options}
+    last = Path(root, "version_0/checkpoints/last.ckpt")
+    saves = [of("BestCheckpoint")] if signum == signal.SIGINT else []  # after last.ckpt
     try:
-        assert run(words(ONE_SHOT, {"class_path": f"{__name__}.StopsTheControl"}, root="stopped", control="true")) != 0
+        assert run(words(ONE_SHOT, stops, *saves, root=root, control="true")) == 128 + signum
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning ignores Ctrl-C from then on
-    out = flat(capsys.readouterr().out)
-    last = Path("stopped/version_0/checkpoints/last.ckpt")
-    assert f"The run itself is complete, the same command and --ckpt_path {last} run it again." in out
-    assert last.is_file()
-    page = (last.parents[1] / "report.html").read_text()
-    assert "not known yet: the control has not ended" in page
-    assert run([*words(ONE_SHOT, root="stopped", control="true"), f"--ckpt_path={last}"]) == 0
-    assert "has not ended" not in Path("stopped/version_1/report.html").read_text()
+    assert last.with_name("best.ckpt").is_file() == bool(saves)
+    told, again = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert told == f"The control was stopped by {name}. Its run is complete. To run only the control:"
+    assert shlex.split(again)[-2:] == ["--ckpt_path", str(last)]
+    assert FAILED in (last.parents[1] / "report.html").read_text()
+    if signum == signal.SIGINT:
+        return
+    Path(f"{root}.yaml").write_text(callbacks(ONE_SHOT, KEEP, REPORT))
+    assert run(shlex.split(again)[2:]) == 0
+    assert "Cost of the drop +" in flat(capsys.readouterr().out).replace("-", "+")
+    assert FAILED not in Path(root, "version_1/report.html").read_text()
 
 
 @pytest.mark.parametrize("command", one_of(["validate", "score"]))

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -153,6 +154,7 @@ UNFINISHED = {
         {"metrics": ROWS + "0,5,,,,,,,,\n", "report__html": None},
         ["has no report.html", "was interrupted: its last row is of step 1 of 10"],
     ),
+    "stopped after its last step": ({"report__html": None}, ["has no report.html"]),
     "stopped early": ({"metrics": ROWS + "3,5,,,,,,,,\n"}, ["ended early: its last row is of step 4 of 10"]),
     "without speed": ({"speed__json": None}, ["has no speed.json"]),
     "damaged speed": ({"speed__json": "{"}, ["speed.json cannot be read (JSONDecodeError"]),
@@ -171,9 +173,17 @@ def test_unfinished_or_damaged_run_is_shown_with_what_it_has(case, make_run):
     assert run.kind == "fit"
     assert len([note for note in run.notes if note.startswith(notes[0])]) == 1
     assert all(any(note.startswith(each) for note in run.notes) for each in notes)
+    assert not any("of step 10 of 10" in note for note in run.notes)
     table = compare_runs([run, read_run(make_run("other"))])
     assert table.notes[table.names[0]] == tuple(run.notes)
     assert table.without_config == ((table.names[0],) if "config" in case else ())
+
+
+def test_config_of_billions_of_values_is_not_expanded(make_run):
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    run = read_run(make_run("run", config__yaml=bomb))
+    assert any("config.yaml cannot be read (ConfigError" in note for note in run.notes)
+    assert not compare_runs([run, run]).sections.get("Configuration")
 
 
 KINDS = {
@@ -194,11 +204,50 @@ def test_runs_of_other_kinds_stand_beside_a_fit(kind, make_run, tmp_path, capsys
     for name, content in KINDS[kind].items():
         (folder / name).write_text(content)
     make_run("runs/version_0")
-    found = compare([str(tmp_path / "runs")])
+    found = compare([str(tmp_path / "runs" / f"version_{number}") for number in range(2)])
     assert (found.names, found.kinds) == (("version_0", "version_1"), ("fit", kind))
     told = capsys.readouterr().out
     assert kind in told
     assert told.splitlines()[-1].endswith("runs/comparison.html")
+
+
+def test_control_of_a_run_is_finished_and_differs_in_the_drop(make_run):
+    """Its config is without what it left out; older ones still list it."""
+    result = {"start": 4, "end": 10, "quality": {"loss": 4.1, "accuracy": 0.2}, "without": ["SublayerDrop"]}
+    files = {"drop_plan__json": None, "speed__json": None, "report__html": None, "control__json": json.dumps(result)}
+    run = read_run(make_run("run"))
+    for name, own, differing in (("run/control", config(), 3), ("run/older", config(DROP, SPEED, REPORT), 0)):
+        control = read_run(make_run(name, own=own, metrics="step,train_loss\n9,4\n", **files))
+        assert (control.kind, control.notes) == ("control", [])
+        assert control.sections["Drop"] == {"Control": "steps 5 to 10 without SublayerDrop"}
+        assert control.sections["Quality"]["Validation loss at the end"] == "4.1000"
+        rows = compare_runs([run, control]).sections.get("Configuration", ())
+        assert sum(row.values == ("listed", "-") for row in rows) == differing
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "unknown", "prune"])
+def test_folder_of_runs_is_compared_without_those_that_only_evaluate(kind, make_run, tmp_path, capsys):
+    for number in (0, 2):
+        make_run(f"runs/version_{number}")
+    (tmp_path / "runs" / "version_1").mkdir()
+    for name, content in KINDS[kind].items():
+        (tmp_path / "runs" / "version_1" / name).write_text(content)
+    found = compare([str(tmp_path / "runs")])
+    assert found.kinds == (("fit", "prune", "fit") if kind == "prune" else ("fit", "fit"))
+    assert ("version_1 is left out" in capsys.readouterr().out) == (kind != "prune")
+    shutil.rmtree(tmp_path / "runs" / "version_2")
+    if kind != "prune":
+        with pytest.raises(ResultError, match="is one run"):
+            compare([str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(-0.0004, "0.00"), (-0.014, "-0.01"), (0.126, "0.13"), (None, "undefined")]
+)
+def test_sdr_has_the_digits_of_the_report_and_no_negative_zero(make_run, ratio, shown):
+    content = {"before": {"loss": 1, "accuracy": 0.5}, "after": {"loss": 2, "accuracy": 0.25}, "sdr": {"value": ratio}}
+    run = read_run(make_run("run", quality__json=json.dumps(content)))
+    assert run.sections["SDR"]["SDR right after the drop"] == shown
 
 
 def test_hyperparameters_of_other_projects_are_compared(make_run):

@@ -11,7 +11,7 @@ from layershed.performance.degradation import Degradation
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.control import differences, find_control, read_control
-from layershed.reporting.drop_cost import PENDING, UNKNOWN, cost_rows
+from layershed.reporting.drop_cost import FAILED, PENDING, UNKNOWN, cost_rows
 from layershed.reporting.record import Control, LossPoint, MetricPoint, RunRecord
 from layershed.reporting.summary import summary_rows
 from tests.support.measured import SPEED
@@ -55,6 +55,7 @@ def test_no_change_has_no_sign_of_a_loss():
 def test_without_a_control_the_sentence_says_what_is_not_known():
     assert rows() == {"Cost of the drop": UNKNOWN}
     assert rows(control_pending=True) == {"Cost of the drop": PENDING}
+    assert rows(control_failed=True) == {"Cost of the drop": FAILED}
 
 
 @pytest.mark.parametrize("changes", [{"plan": None}, {"plan": DropPlan()}, {"quality": {}}, {"steps": 120}])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pydoc
+import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,24 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelSummary,
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from layershed.callbacks import Export, LoRARecovery, Quantization, RedundancyMonitor, SpeedMonitor, SublayerDrop
 from layershed.callbacks.report import Report
 from layershed.cli.control_callbacks import BEFORE_DROP, EndControl, KeepBeforeDrop
 from layershed.cli.stop_on_signal import StopOnSignal
+from layershed.cli.stopped import StoppedControl
 from layershed.errors import ControlError
 from layershed.integration.measurements import logged_quality
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import run_directory
 from layershed.reporting.control import (
-    CONTROL_FILE,
     CONTROL_FOLDER,
     differences,
     read_control,
 )
+from layershed.reporting.control_file import CONTROL_FILE
 from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.metrics_file import METRICS_FILE
 from layershed.reporting.record import RunRecord
@@ -101,6 +105,9 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
 
     Returns:
         The control's Trainer; None if the run ended before the drop.
+
+    Raises:
+        StoppedControl: After Ctrl-C or SIGTERM in the control.
     """
     trainer: pl.Trainer = cli.trainer
     callbacks, drop = callbacks_of(trainer), dropping(trainer)
@@ -115,7 +122,8 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
     config = cli.config.clone()
     options = config[config.subcommand]
     options.ckpt_path = None if kept.path is None else str(kept.path)
-    options.model.distillation = None
+    options.model.distillation, options.control = None, False
+    options.trainer.callbacks = without_left_out(options.trainer.callbacks)
 
     class ControlCLI(type(cli)):  # type: ignore[misc]
         """The same command line, with a Trainer that does not drop."""
@@ -143,7 +151,7 @@ def run_control(cli: LightningCLI, start: Callable[[type[LightningCLI], Any], Li
 
     time_needed = "" if kept.seconds is None else f", about {math.ceil(kept.seconds * (last - first)):,} s"
     _say(f"Control: steps {first + 1:,} to {last:,} again without {' and '.join(without)}{time_needed}.")
-    with _told_if_stopped(folder), _alone(folder):
+    with _told_if_stopped(trainer), _alone(folder):
         done = start(ControlCLI, config)
     if trainer.is_global_zero:
         _tell(trainer, folder)
@@ -181,6 +189,19 @@ def settings_of_control(options: dict[str, Any], folder: Path, end: EndControl) 
     }
 
 
+def without_left_out(given: Any) -> Any:
+    """The callbacks of a config that a control keeps, so that the config that it saves tells what ran."""
+    if isinstance(given, Mapping) and "class_path" not in given:
+        return {name: entry for name, entry in given.items() if not _left_out(entry)}
+    entries = given if isinstance(given, list) else [given]
+    return [entry for entry in entries if not _left_out(entry)]
+
+
+def _left_out(entry: Any) -> bool:
+    kind = None if entry is None else pydoc.locate(entry["class_path"])
+    return entry is None or (isinstance(kind, type) and issubclass(kind, _LEFT_OUT))
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Remove what a stopped control left in its folder, and silence what Lightning says of the absent callbacks."""
@@ -194,15 +215,38 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told_if_stopped(folder: Path) -> Iterator[None]:
+def _told_if_stopped(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the report say that the control did not end; after Ctrl-C or SIGTERM also name the command that runs it.
+
+    Raises:
+        StoppedControl: Instead of Lightning's exit, which says neither.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        saved = [path for path in (folder.parent / "checkpoints").glob("*.ckpt") if path.name != BEFORE_DROP]
-        newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-        how = "" if newest is None else f", the same command and --ckpt_path {newest} run it again"
-        _say(f"The control was stopped, so it tells nothing. The run itself is complete{how}.")
-        raise
+    except BaseException as error:
+        for report in callbacks_of(trainer) if trainer.is_global_zero else ():
+            if isinstance(report, Report):
+                report.tell_no_control()
+        signum = _signal_of(error)
+        if signum is None:
+            raise
+        raise StoppedControl(signum, trainer.global_step, _last_checkpoint(trainer)) from None
+
+
+def _signal_of(error: BaseException | None) -> signal.Signals | None:
+    """The signal that stopped a run; Lightning makes an exit of it."""
+    if isinstance(error, SIGTERMException):
+        return signal.SIGTERM
+    if isinstance(error, SystemExit):
+        error = error.__context__
+    return signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+
+
+def _last_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The run's checkpoint from which the least is left to do."""
+    folder = run_directory(trainer) / "checkpoints"
+    saved = [path for path in folder.glob("*.ckpt") if path.name != BEFORE_DROP]
+    return max(saved, key=lambda path: (path.stem == "last", path.stat().st_mtime), default=None)
 
 
 @rank_zero_only

@@ -18,7 +18,7 @@ from layershed.files.atomic import write_text
 from layershed.integration.measurements import validation_quality
 from layershed.integration.run import run_directory
 from layershed.integration.watching import Watcher
-from layershed.reporting.control import CONTROL_FILE, ControlResult
+from layershed.reporting.control_file import CONTROL_FILE, ControlResult
 
 BEFORE_DROP = "before_drop.ckpt"
 _KEY = "layershed_control"

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from layershed.cli.config_check import check_configs
 from layershed.discovery.find import find_sublayers
 from layershed.errors import LayershedError
 from layershed.files.checkpoint_file import read_checkpoint
+from layershed.files.run_config import config_in
 from layershed.formatting import counts_of
 from layershed.surgery import dropped_sublayers
 
@@ -133,15 +132,8 @@ def config_of_run(checkpoint: Path) -> Mapping[str, Any] | None:
     Raises:
         ConfigError: If it is no text, or expands to billions of values.
     """
-    path = checkpoint.parent.parent / "config.yaml"
-    if not path.is_file():
-        return None
-    check_configs([str(path)])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError, OSError):
-        return None
-    parts = isinstance(content, Mapping) and (content.get("data"), content.get("trainer"))
+    content = config_in(checkpoint.parent.parent)
+    parts = content is not None and (content.get("data"), content.get("trainer"))
     return content if parts and all(isinstance(part, Mapping) for part in parts) else None
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from layershed.cli.prompts import read_prompts
 from layershed.cli.sampling import check_sampling
 from layershed.errors import GenerationError
+from layershed.files.run_config import config_in
 
 _WORDS = ("last", "best")
 _OPTIONS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
@@ -45,9 +45,6 @@ def check_generation(config: Any) -> None:
 
 def _tokenizer_of_run(checkpoint: Path) -> str | None:
     """The tokenizer of the run that wrote a checkpoint: its config lies in the folder above."""
-    path = checkpoint.absolute().parents[1] / "config.yaml"
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["tokenizer"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
-        return None
+    data = (config_in(checkpoint.absolute().parents[1]) or {}).get("data")
+    found = data.get("tokenizer") if isinstance(data, Mapping) else None
     return found if isinstance(found, str) else None

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from layershed.cli.commands import PROGRAM
 from layershed.errors import DataError, PlanError, ResultError
+from layershed.files.run_config import config_in
 from layershed.formatting import printable
 from layershed.planning.plan import KINDS, PLAN_FILE, SCOPES, DropPlan, Scope
 from layershed.planning.recommendation import (
@@ -249,9 +249,9 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _model_words(path: Path) -> list[str]:
     """The options that name model and text as the run's own config does; those at their defaults are left out."""
     try:
-        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+        config = config_in(path.parent) or {}
         model, data = dict(config["model"]), dict(config["data"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return ["--model.pretrained", _UNKNOWN]
     if data.get("tokenizer") == model.get("pretrained"):
         data.pop("tokenizer", None)

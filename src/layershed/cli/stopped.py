@@ -36,8 +36,33 @@ class Stopped(BaseException):
         Args:
             words: The command line that was stopped.
         """
-        again = shlex.join(["python", PROGRAM, *_without_checkpoint(words), "--ckpt_path", str(self.checkpoint)])
-        return f"Stopped by {SIGNALS[signal.Signals(self.signum)]} after step {self.step}. To go on:\n{again}"
+        told = f"Stopped by {SIGNALS[signal.Signals(self.signum)]} after step {self.step}. To go on:"
+        return f"{told}\n{_again(words, self.checkpoint)}"
+
+
+class StoppedControl(Stopped):
+    """The control was stopped by a signal; its run is complete.
+
+    Args:
+        signum: The signal.
+        step: Optimizer steps of the run.
+        checkpoint: The run's last checkpoint; None if it has none.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
+        BaseException.__init__(self, signum, step, checkpoint)
+        self.signum, self.step, self.last = signum, step, checkpoint
+
+    def told(self, words: Sequence[str]) -> str:
+        """What happened, and the command that runs the control."""
+        told = f"The control was stopped by {SIGNALS[signal.Signals(self.signum)]}. Its run is complete."
+        if self.last is None:
+            return f"{told} It has no checkpoint, so only the whole command runs the control again."
+        return f"{told} To run only the control:\n{_again(words, self.last)}"
+
+
+def _again(words: Sequence[str], checkpoint: Path) -> str:
+    return shlex.join(["python", PROGRAM, *_without_checkpoint(words), "--ckpt_path", str(checkpoint)])
 
 
 def _without_checkpoint(words: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a report takes from other callbacks: rounds, SDR, the module's own metrics, changes of the model."""
+"""What a report takes from other callbacks and the model: rounds, SDR, own metrics, changes, its name."""
 
 from __future__ import annotations
 
@@ -148,3 +148,13 @@ def loss_label(pl_module: LightningModule) -> str:
     except LayershedError:
         causal = False
     return "loss (nats per token)" if causal else "loss"
+
+
+def model_name(pl_module: LightningModule) -> str:
+    """The name of the transformer, or of the class if it has none."""
+    try:
+        transformer = find_transformer(pl_module)
+    except ValueError:
+        return type(pl_module).__name__
+    source: str = getattr(getattr(transformer, "config", None), "name_or_path", "")
+    return (Path(source).stem if source.endswith(".gguf") else source) or type(transformer).__name__

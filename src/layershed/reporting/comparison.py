@@ -51,7 +51,8 @@ def compare_runs(runs: Sequence[RunFiles]) -> Comparison:
     """
     names = short_names([run.folder for run in runs])
     kinds = [run.kind for run in runs]
-    sections = {"Configuration": tuple(differences([run.config for run in runs], kinds))}
+    commands = ["fit" if kind == "control" else kind for kind in kinds]
+    sections = {"Configuration": tuple(differences([run.config for run in runs], commands))}
     for section in SECTIONS:
         labels = dict.fromkeys(label for run in runs for label in run.sections.get(section, {}))
         rows = (
@@ -76,7 +77,7 @@ def differences(configs: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> I
 
     Args:
         configs: The configurations.
-        kinds: The kind of each run.
+        kinds: The kind of each run, which says what options its command has.
     """
     known = [config for config in configs if config]
     flat = [_flat(config) for config in configs]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from layershed.errors import ControlError
+from layershed.errors import ConfigError, ControlError
+from layershed.files.run_config import CONFIG_FILE, read_config
 from layershed.planning.plan import PLAN_FILE
+from layershed.reporting.control_file import CONTROL_FILE, read_result
 from layershed.reporting.metrics_file import METRICS_FILE, read_metrics
 from layershed.reporting.record import Control, LossPoint
 
 CONTROL_FOLDER = "control"
-CONTROL_FILE = "control.json"
 # What must be equal in both runs: else the difference is not the drop's.
 _EQUAL = (
     *("seed_everything", "data", "model"),
@@ -28,23 +27,6 @@ _FREE = (
     *("trainer.callbacks", "trainer.default_root_dir", "trainer.logger"),
     *("ckpt_path", "control", "model.distillation"),
 )
-
-
-@dataclass(frozen=True)
-class ControlResult:
-    """What a control of ``train.py fit --control true`` measures at its end.
-
-    Args:
-        start: The step of the checkpoint that it began from.
-        end: Its last step.
-        quality: The quality on SublayerDrop's batches, by name.
-        without: The callbacks that it left out.
-    """
-
-    start: int
-    end: int
-    quality: Mapping[str, float] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
 
 
 def find_control(folder: str | Path) -> Path:
@@ -81,7 +63,7 @@ def read_control(folder: str | Path, train_loss: str = "train_loss", val_loss: s
     """
     path = find_control(folder)
     try:
-        result = _result(path)
+        result = read_result(path / CONTROL_FILE) if (path / CONTROL_FILE).is_file() else None
         curves = read_metrics(path / METRICS_FILE)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ControlError(
@@ -115,12 +97,12 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
     """
     path = find_control(folder)
     places = [path, path.parent] if path.name == CONTROL_FOLDER else [path]
-    file = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    file = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
     if file is None:
         return [f"the control has no config.yaml, so nothing tells whether its options are those of this run ({path})"]
     try:
-        other = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        other = dict(_flat(read_config(file)))
+    except (OSError, ConfigError, yaml.YAMLError, RecursionError) as error:
         raise ControlError(f"control={str(folder)!r}: {file} cannot be read ({error}).") from None
     mine = dict(_flat(own))
     names = [name for name in {**mine, **other} if not any(_within(name, free) for free in _FREE)]
@@ -135,15 +117,6 @@ def differences(own: Mapping[str, Any], folder: str | Path) -> list[str]:
             "with the same seed, data, model, optimizer and steps, or --control true."
         )
     return list(told.values())
-
-
-def _result(path: Path) -> ControlResult | None:
-    file = path / CONTROL_FILE
-    if not file.is_file():
-        return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    quality = {str(name): float(value) for name, value in content["quality"].items()}
-    return ControlResult(int(content["start"]), int(content["end"]), quality, tuple(map(str, content["without"])))
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

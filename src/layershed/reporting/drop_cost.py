@@ -10,6 +10,7 @@ from layershed.reporting.record import Control, RunRecord, drop_steps
 
 LABEL = "Cost of the drop"
 UNKNOWN = "not known: the figures at the end include the training since the drop. A control tells it"
+FAILED = "not known: the control was stopped or failed before its end"
 PENDING = "not known yet: the control has not ended"
 
 
@@ -23,8 +24,8 @@ def cost_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield from _control_rows(record, control)
     elif not steps or record.steps == steps[-1] or "end" not in record.quality:
         return
-    elif record.control_pending:
-        yield LABEL, PENDING
+    elif record.control_pending or record.control_failed:
+        yield LABEL, PENDING if record.control_pending else FAILED
     else:
         yield LABEL, UNKNOWN
 

@@ -136,6 +136,7 @@ class RunRecord:
         validations: Step and loss of the module's own validations.
         control: The same steps without the drop.
         control_pending: Whether a control is meant, but has not ended.
+        control_failed: Whether a control was meant, but was stopped or failed.
         curves: What else was noted over training, by its name: points of step and value.
         events: What changed the model beside the drops: step and words.
         scores: The importances by which the last round was chosen.
@@ -161,6 +162,7 @@ class RunRecord:
     validations: tuple[tuple[int, float], ...] = ()
     control: Control | None = None
     control_pending: bool = False
+    control_failed: bool = False
     curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     events: tuple[tuple[int, str], ...] = ()
     scores: tuple[ImportancePoint, ...] = ()

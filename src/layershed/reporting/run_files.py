@@ -15,12 +15,15 @@ from typing import Any
 import yaml
 
 from layershed.errors import LayershedError, ResultError
+from layershed.files.run_config import CONFIG_FILE as CONFIG
+from layershed.files.run_config import read_config
 from layershed.formatting import counts_of, short_bytes, short_count, short_number
 from layershed.planning.plan import PLAN_FILE, DropPlan
+from layershed.reporting.control_file import CONTROL_FILE, read_result
 from layershed.reporting.metrics_file import METRICS_FILE as METRICS
 from layershed.reporting.metrics_file import Curve, read_metrics
 
-CONFIG, HPARAMS, SPEED, QUALITY = "config.yaml", "hparams.yaml", "speed.json", "quality.json"
+HPARAMS, SPEED, QUALITY = "hparams.yaml", "speed.json", "quality.json"
 BENCHMARK, PREDICTION, IMPORTANCE, REPORT = "benchmark.json", "prediction.json", "importance.csv", "report.html"
 _FILES = (METRICS, SPEED, QUALITY, BENCHMARK, PREDICTION, IMPORTANCE, PLAN_FILE, CONFIG)
 # By callback, the file that a finished run of it has.
@@ -35,7 +38,7 @@ class RunFiles:
 
     Args:
         folder: The folder.
-        kind: ``fit``, ``evaluation``, ``prune``, ``benchmark``, ``score``, ``plan`` or ``unknown``.
+        kind: ``fit``, ``control``, ``evaluation``, ``prune``, ``benchmark``, ``score``, ``plan`` or ``unknown``.
         config: The content of ``config.yaml``, else of ``hparams.yaml``; empty if there is none.
         sections: Figures as texts: by section, then by label.
         curves: Logged values by name.
@@ -75,8 +78,7 @@ def read_run(folder: Path) -> RunFiles:
     # a project without our command line has the hyperparameters of its module at most
     name = HPARAMS if (folder / HPARAMS).is_file() and not (folder / CONFIG).exists() else CONFIG
     with _noting(run, name):
-        content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        run.config = content if isinstance(content, Mapping) else {}
+        run.config = read_config(folder / name)
     for name, read in _READERS.items():
         if (folder / name).is_file():
             with _noting(run, name):
@@ -120,6 +122,8 @@ def _noting(run: RunFiles, name: str) -> Iterator[None]:
 
 
 def _kind(folder: Path) -> str:
+    if (folder / CONTROL_FILE).is_file():
+        return "control"
     has = {name for name in _FILES if (folder / name).is_file()}
     if METRICS in has:
         with (folder / METRICS).open("rb") as file:
@@ -155,8 +159,8 @@ def _note_end(run: RunFiles, *, interrupted: bool) -> None:
         if interrupted:
             run.notes.append("did not finish")
         return
-    # the last steps may have no row
-    if max(steps) + (every if isinstance(every, int) else 50) <= wanted or interrupted:
+    # the last steps may have no row, and a run that took all of them stopped after them
+    if max(steps) + (every if isinstance(every, int) else 50) <= wanted or (interrupted and max(steps) < wanted):
         how = "was interrupted" if interrupted else "ended early"
         run.notes.append(f"{how}: its last row is of step {max(steps):,} of {wanted:,}")
 
@@ -193,6 +197,14 @@ def _note_quality(run: RunFiles, first: Mapping[str, float], last: Mapping[str, 
     for name in ("train_loss", "val_loss", "test_loss"):
         if name in last:
             run.note("Quality", f"Last {name}", f"{last[name]:.4f}")
+
+
+def _control(run: RunFiles, path: Path) -> None:
+    result = read_result(path)
+    run.note("Drop", "Control", f"steps {result.start + 1:,} to {result.end:,} without {' and '.join(result.without)}")
+    for what in ("loss", "accuracy"):
+        if what in result.quality:
+            run.note("Quality", f"Validation {what} at the end", f"{result.quality[what]:.4f}")
 
 
 def _plan(run: RunFiles, path: Path) -> None:
@@ -258,11 +270,12 @@ def _prediction(run: RunFiles, path: Path) -> None:
 
 
 def _ratio(value: float | None) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else f"{value:.3f}"
+    return "undefined" if value is None or not math.isfinite(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
 _READERS: dict[str, Callable[[RunFiles, Path], None]] = {
     METRICS: _metrics,
+    CONTROL_FILE: _control,
     PLAN_FILE: _plan,
     SPEED: _speed,
     QUALITY: _quality,
