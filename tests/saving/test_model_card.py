@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_
 import layershed as ls
 from layershed.callbacks import Export, LoRARecovery, SublayerDrop
 from layershed.errors import ExportError
+from layershed.integration.facts import usage_of
 from layershed.saving import model_card
 from layershed.saving.model_card import MARK, base_of, licence_of
 from tests.support.runs import Foreign, fit_foreign
@@ -159,7 +160,13 @@ def test_exported_standalone_folder_loads_by_transformers_and_its_card_says_how(
     alone = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.equal(alone(tokens).logits, ls.load_pretrained(folder)(tokens).logits)
+        logits = ls.load_pretrained(folder)(tokens).logits
+        assert torch.equal(alone(tokens).logits, logits)
+        label, code = usage_of(trainer, folder.parent)[1]  # of the report
+        assert "standalone=True" not in code
+        assert "modeling_dropped.py" in label
+        exec(code, namespace := {})
+        assert torch.equal(namespace["model"].eval()(tokens).logits, logits)
 
 
 class Own(LlamaForCausalLM):
