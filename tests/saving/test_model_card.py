@@ -89,6 +89,21 @@ def test_users_own_card_survives_a_save_and_ours_is_written_anew(drops, llama, t
 BROKEN = ["license: [", "license: {a: 1}", "- 1\n- 2", "license: ", "x: &a [*a]"]
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (None, "Unknown: this model was trained from scratch, and its config names no"),
+        ("mit", "mit, as the config says"),
+    ],
+)
+def test_licence_of_a_model_from_scratch_is_not_that_of_a_base(given, text, llama, tmp_path):
+    dropped(llama)
+    llama.config.name_or_path, llama.config.license = "", given
+    card = card_of(ls.save_pretrained(llama, tmp_path / "out")).text
+    assert text in card
+    assert "base" not in card.partition("## Licence")[2]
+
+
 @pytest.mark.parametrize("header", BROKEN)
 def test_unreadable_or_empty_licence_is_unknown(header, tmp_path):
     assert licence_of(write_card(tmp_path / "base", header)) == "unknown"
