@@ -276,7 +276,7 @@ def test_bad_prompts_are_refused_by_name(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: it must be above 0.*--do_sample false"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 1.5}, r"top_p=1.5: it must be in \(0, 1\]"),
         ({"top_k": 0}, "top_k=0"),
@@ -329,6 +329,19 @@ def test_impossible_generation_is_one_sentence(case, place, capsys):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ")
     assert message in said
+
+
+def test_dense_of_a_folder_from_scratch_is_advised_from_the_checkpoint_of_its_run(place, capsys):
+    model = build_model("llama", vocab_size=300)
+    ls.bypass(model, ls.find_sublayers(model)[:1])
+    ls.save_pretrained(model, "scratch", tokenizer=AutoTokenizer.from_pretrained("base_tokenizer"))
+    words = ["--model.pretrained=scratch", "--prompt=a", "--dense"]
+    assert run(["generate", "--trainer.accelerator=cpu", *words]) == 1
+    said = capsys.readouterr().err
+    assert "It was trained from scratch" in said
+    assert said.strip().endswith("--model.pretrained last --dense")
+    # and the advice works
+    assert "dense: " in told("--model.pretrained=last", "--prompt=a", "--dense", "--max_new_tokens=2")
 
 
 def test_bad_prompts_and_options_are_refused_before_the_model_is_loaded(place, monkeypatch, capsys):

@@ -111,6 +111,10 @@ def test_list_of_callbacks_still_takes_one_more(config_of):
         ([QUICKSTART, "--trainer.callbacks.dorp=null"], ["no callback", "'dorp'", "did you mean drop?"]),
         ([QUICKSTART, "--trainer.callbacks.start=4"], ["'start'", "it names resume, checkpoint, best, monitor, drop"]),
         ([QUICKSTART, "--trainer.callbacks.drop.strat=4"], ["SublayerDrop", "'strat'", "did you mean start?"]),
+        (
+            [QUICKSTART, "--trainer.callbacks.best.every_n_train_steps=50"],
+            ["BestCheckpoint", "'every_n_train_steps' is not accepted; it takes monitor, mode, filename\n"],
+        ),
         ([QUICKSTART, "--trainer.callbacks.drop.start=x"], ["SublayerDrop", "start", "x"]),
         ([QUICKSTART, "--trainer.callbacks.more=SublayerDorp"], ["SublayerDorp", "did you mean SublayerDrop?"]),
         ([QUICKSTART, "--trainer.callbacks+=EarlyStopping"], ["have names", "--trainer.callbacks.NAME EarlyStopping"]),

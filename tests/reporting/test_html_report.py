@@ -35,7 +35,8 @@ from layershed.reporting.summary import summary_rows, summary_table
 STEPS = range(40, 201, 40)
 UNKNOWN_COST = (
     "Cost of the drop",
-    "not known: the figures at the end include the training since the drop. A control tells it",
+    "not known: the figures at the end include the training since the drop. Compare with a run without the drop: "
+    "--control true, or Report(control=RUN)",
 )
 DROPPED = {("attention", 1): 120, ("attention", 2): 120, ("mlp", 2): 120}
 HOSTILE = "/models/<script>document.title='pwned'</script>\"><img src=x onerror=\"document.title='pwned'\">&amp;"

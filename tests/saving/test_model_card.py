@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_
 import layershed as ls
 from layershed.callbacks import Export, LoRARecovery, SublayerDrop
 from layershed.errors import ExportError
+from layershed.integration.facts import usage_of
 from layershed.saving import model_card
 from layershed.saving.model_card import MARK, base_of, licence_of
 from tests.support.runs import Foreign, fit_foreign
@@ -88,6 +89,21 @@ def test_users_own_card_survives_a_save_and_ours_is_written_anew(drops, llama, t
 BROKEN = ["license: [", "license: {a: 1}", "- 1\n- 2", "license: ", "x: &a [*a]"]
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (None, "Unknown: this model was trained from scratch, and its config names no"),
+        ("mit", "mit, as the config says"),
+    ],
+)
+def test_licence_of_a_model_from_scratch_is_not_that_of_a_base(given, text, llama, tmp_path):
+    dropped(llama)
+    llama.config.name_or_path, llama.config.license = "", given
+    card = card_of(ls.save_pretrained(llama, tmp_path / "out")).text
+    assert text in card
+    assert "base" not in card.partition("## Licence")[2]
+
+
 @pytest.mark.parametrize("header", BROKEN)
 def test_unreadable_or_empty_licence_is_unknown(header, tmp_path):
     assert licence_of(write_card(tmp_path / "base", header)) == "unknown"
@@ -159,7 +175,13 @@ def test_exported_standalone_folder_loads_by_transformers_and_its_card_says_how(
     alone = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.equal(alone(tokens).logits, ls.load_pretrained(folder)(tokens).logits)
+        logits = ls.load_pretrained(folder)(tokens).logits
+        assert torch.equal(alone(tokens).logits, logits)
+        label, code = usage_of(trainer, folder.parent)[1]  # of the report
+        assert "standalone=True" not in code
+        assert "modeling_dropped.py" in label
+        exec(code, namespace := {})
+        assert torch.equal(namespace["model"].eval()(tokens).logits, logits)
 
 
 class Own(LlamaForCausalLM):

@@ -141,10 +141,15 @@ def _voices(trainer: pl.Trainer, model: CausalLM, data: TextData, dense: bool | 
     elif dense:
         if gone := removed_sublayers(transformer):
             source = base_of(str(transformer.config.name_or_path))
-            known = "BASE" if source == str(model.hparams.get("pretrained")) else source or "BASE"
+            known = "BASE" if source == str(model.hparams.get("pretrained")) else source
+            advice = f"Give the model before the drop: --dense {known}"
+            if not known:
+                advice = (
+                    "It was trained from scratch. A checkpoint of its run has them: --model.pretrained last --dense"
+                )
             raise GenerationError(
                 f"generate: there is no dense model beside it, as the weights of {counts_of(gone)} sublayers were "
-                f"removed. Give the model before the drop: --dense {known}"
+                f"removed. {advice}"
             )
         if not dropped:
             raise GenerationError("generate: nothing is dropped from this model, so it is dense. Leave out --dense.")

@@ -10,7 +10,18 @@ from collections.abc import Iterable, Iterator
 # The key or the class in which something is wrong. jsonargparse puts it only into its text.
 _PLACE = re.compile(r"""(?:Parser key "|Problem with given class_path ')([\w.]+)""")
 # A name that jsonargparse does not know: an option or a class. It, too, is only in the text.
+_TAKES = "; it takes "
 _UNKNOWN = re.compile(r"(?:[Oo]ption '|unrecognized arguments: (?:--)?|dot import path string: )([^\s=']+)")
+
+
+def options_of(reason: str, options: Iterable[str]) -> str:
+    """The end of a sentence that lists the options of a class, if the text refuses another one and suggests none."""
+    return "" if "is not accepted" not in reason or advises(reason) else f"{_TAKES}{', '.join(options)}"
+
+
+def advises(reason: str) -> bool:
+    """Whether a text already says what to write instead."""
+    return "did you mean" in reason or _TAKES in reason
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -36,7 +47,7 @@ def hint(reason: str, error: BaseException | None, known: Iterable[str]) -> str:
     name = found[1] if found else ""
     if isinstance(root, AttributeError) and root.name:  # a module that has no such class
         name, known = root.name, dir(root.obj)
-    if not name or "did you mean" in reason:
+    if not name or advises(reason):
         return ""
     if name.endswith((".yaml", ".yml")):
         return f"; did you mean --config {name}?"

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from layershed import callbacks
 from layershed.cli.commands import PROGRAM, PURPOSES, USAGE
-from layershed.cli.messages import hint, in_short
+from layershed.cli.messages import advises, hint, in_short, options_of
 from layershed.cli.named_callbacks import by_name
 from layershed.performance.roofline import ACCELERATORS
 
@@ -63,11 +63,14 @@ class CommandParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with one sentence. The parser of a class inside a config raises, and the outer parser exits."""
         if not self.exit_on_error:
-            super().error(message + hint(message, ex, self._names()), ex)
+            own = [
+                action.dest for action in self._actions if action.help != argparse.SUPPRESS and action.dest != "help"
+            ]
+            super().error(message + (hint(message, ex, own) or options_of(message, own)), ex)
         reason = in_short(message, ex)
         if "subcommand" in message:
             self.print_usage(sys.stderr)
-        advice = hint(reason, ex, self._names()) or ("" if "did you mean" in reason else SEE_HELP)
+        advice = hint(reason, ex, self._names()) or ("" if advises(reason) else SEE_HELP)
         self.exit(2, f"error: {reason}{advice}\n")
 
     def _names(self) -> set[str]:

@@ -41,7 +41,12 @@ def check_sampling(options: Mapping[str, Any]) -> None:
         if value is None or holds is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-            raise GenerationError(f"generate: {name}={value!r}: it must be {words}.")
+            greedy = (
+                ". Without it, --do_sample false takes the likeliest token"
+                if (name, value) == ("temperature", 0)
+                else ""
+            )
+            raise GenerationError(f"generate: {name}={value!r}: it must be {words}{greedy}.")
     sampled = [name for name in _SAMPLING if options.get(name) is not None]
     if sampled and options.get("do_sample") is False:
         raise GenerationError(f"generate: {sampled[0]} has no effect with do_sample=False. Leave out one of both.")

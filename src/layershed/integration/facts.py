@@ -16,6 +16,7 @@ from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.protocols import Exports
 from layershed.performance.stopwatch import describe_device
+from layershed.saving.standalone import MODULE, auto_class_of
 
 _PACKAGES = ("layershed", "torch", "lightning", "pytorch-lightning", "transformers", "peft", "bitsandbytes")
 _LONGEST = 500
@@ -107,15 +108,18 @@ def usage_of(trainer: Trainer, directory: Path) -> tuple[tuple[str, str], ...]:
             'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
             "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))",
         ]
-    alone = (
-        'ls.save_pretrained(model, "standalone", standalone=True)\n\n'
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("standalone", trust_remote_code=True)'
-    )
-    return (
-        ("In Python, with layershed:", "\n".join(lines)),
-        ("For programs that have transformers but not layershed, save it with its modelling code:", alone),
-    )
+    return (("In Python, with layershed:", "\n".join(lines)), _without_layershed(folder))
+
+
+def _without_layershed(folder: Path) -> tuple[str, str]:
+    auto = auto_class_of(folder)
+    name, path = auto or "AutoModelForCausalLM", str(folder) if auto else "standalone"
+    load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({path!r}, trust_remote_code=True)"
+    if auto:
+        return f"By transformers alone, which runs {MODULE}.py of the folder:", load
+    save = 'ls.save_pretrained(model, "standalone", standalone=True)'
+    label = "For programs that have transformers but not layershed, save it with its modelling code:"
+    return label, f"{save}\n\n{load}"
 
 
 def _short(value: Any) -> str:

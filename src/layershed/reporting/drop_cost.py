@@ -9,7 +9,10 @@ from layershed.performance.degradation import AROUND_THE_DROP, Degradation, degr
 from layershed.reporting.record import Control, RunRecord, drop_steps
 
 LABEL = "Cost of the drop"
-UNKNOWN = "not known: the figures at the end include the training since the drop. A control tells it"
+UNKNOWN = (
+    "not known: the figures at the end include the training since the drop. Compare "
+    "with a run without the drop: --control true, or Report(control=RUN)"
+)
 FAILED = "not known: the control was stopped or failed before its end"
 PENDING = "not known yet: the control has not ended"
 

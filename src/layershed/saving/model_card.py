@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from layershed.performance.model_size import weight_sizes
 from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import quantization_of
 from layershed.recovery.lora import adapted_modules
-from layershed.saving.standalone import MODULE
+from layershed.saving.standalone import auto_class_of
 from layershed.spellings import PreTrainedConfig
 from layershed.surgery import dropped_sublayers
 
@@ -56,7 +55,7 @@ def add_card(
         shutil.copyfile(theirs, folder / CARD_FILE)
     elif dropped := dropped_sublayers(transformer):
         drops = plan.drops if plan else tuple(Drop(sublayer) for sublayer in dropped)
-        text = model_card(transformer, drops, plan, figures or {}, _auto_class(folder, type(transformer).__name__))
+        text = model_card(transformer, drops, plan, figures or {}, auto_class_of(folder))
         (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -168,13 +167,6 @@ def _gguf_licence(source: str) -> str | None:
         return None if field is None else str(field.contents())
     except Exception:  # a stranger's file: its errors are of many kinds, and the model was read from it already
         return None
-
-
-def _auto_class(folder: Path, base: str) -> str | None:
-    """The auto class that gives the whole model of a standalone folder."""
-    given = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
-    loads = [auto for auto, name in given.items() if name == f"{MODULE}.Dropped{base}"]
-    return next((auto for auto in loads if auto == "AutoModelForCausalLM"), next(iter(loads), None))
 
 
 def _text(path: Path) -> str:

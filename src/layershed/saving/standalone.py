@@ -63,6 +63,14 @@ def check_standalone(transformer: PreTrainedModel) -> None:
         )
 
 
+def auto_class_of(folder: Path) -> str | None:
+    """The auto class of transformers that gives the whole model of a standalone folder; None of another one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wholes = [f"{MODULE}.Dropped{base}" for base in config.get("architectures") or ()]
+    loads = [auto for auto, name in (config.get("auto_map") or {}).items() if name in wholes]
+    return next((auto for auto in loads if auto == "AutoModelForCausalLM"), next(iter(loads), None))
+
+
 def _sources() -> str:
     """The text of the three files, and of the error that they raise, as one that imports nothing of layershed."""
     sources: tuple[Any, ...] = (spellings, LayershedError, StandInError, stand_in, watching)
