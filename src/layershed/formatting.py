@@ -35,11 +35,6 @@ def short_number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def short_importance(value: float | None) -> str:
-    """An importance with three significant digits, such as ``0.0123`` or ``2.96e-05``; the notation everywhere."""
-    return "-" if value is None else f"{value:#.3g}"
-
-
 def change_of(before: float, after: float) -> str:
     """The change in percent, such as ``-13.5 %``; nothing where there is nothing to compare with."""
     return f"{(after / before - 1) * 100:+.1f} %" if before else ""

@@ -29,9 +29,9 @@ def test_printed_scores_have_a_row_for_each_block_and_a_bar_for_each_sublayer(ca
     assert title == "importance (cosine) of 4 sublayers, over 2,048 tokens; #1 would be dropped first"
     assert head.split() == ["block", "attention", "mlp"]
     assert [row.split() for row in rows] == [
-        ["0", "=" * 12, "0.400000", "#3"],
-        ["1", "=" * 3, "0.100000", "#1", "=" * 12, "0.800000", "#4"],
-        ["10", "=" * 3, "0.200000", "#2"],
+        ["0", "=" * 12, "0.400", "#3"],
+        ["1", "=" * 3, "0.100", "#1", "=" * 12, "0.800", "#4"],
+        ["10", "=" * 3, "0.200", "#2"],
     ]
     assert rows[2].index("=") == head.index("mlp"), "columns line up"
 
@@ -42,8 +42,8 @@ def test_printed_plan_has_a_row_for_each_drop_in_order(capsys):
     assert title == "drop plan (joint, by cosine): 1 attention, 1 mlp"
     assert head.split() == ["order", "sublayer", "importance", "step"]
     assert [row.split() for row in rows] == [
-        ["1", "mlp.10", "=" * 6, "0.020000", "200"],
-        ["2", "attention.0", "=" * 12, "0.040000", "300"],
+        ["1", "mlp.10", "=" * 6, "0.0200", "200"],
+        ["2", "attention.0", "=" * 12, "0.0400", "300"],
     ]
 
 

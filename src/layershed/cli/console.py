@@ -20,13 +20,13 @@ from layershed.formatting import (
     printable,
     short_bytes,
     short_count,
-    short_importance,
     short_number,
 )
 from layershed.performance.benchmark import LIFTED, Benchmark, Measurement, shown_quality
 from layershed.performance.prediction import PredictedPhase, Prediction
 from layershed.performance.roofline import ACCELERATORS
 from layershed.performance.speed_report import PhaseSpeed, shown_speedup
+from layershed.planning.notation import short_importance
 from layershed.planning.plan import ImportanceScores, count_by_kind
 from layershed.quality import Quality
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from layershed.planning.notation import short_importance
+
 _LETTERS = 12  # of the longest bar; ASCII, so that any terminal can show it
 
 
@@ -78,7 +80,10 @@ def scores_table(values: Mapping[tuple[int, str], float], kinds: Sequence[str], 
     there = [kind for kind in kinds if any(kind == other for _, other in values)]
     longest = {kind: max(value for (_, other), value in values.items() if other == kind) for kind in there}
     ranks = {cell: rank for rank, cell in enumerate(sorted(values, key=lambda cell: (values[cell], cell)), start=1)}
-    bars = {cell: Bar(value, longest[cell[1]], f"{value:.6f} #{ranks[cell]}") for cell, value in values.items()}
+    bars = {
+        cell: Bar(value, longest[cell[1]], f"{short_importance(value)} #{ranks[cell]}")
+        for cell, value in values.items()
+    }
     blocks = sorted({block for block, _ in values})
     measured = f"over {tokens:,} tokens; " if tokens else ""
     title = f"importance ({metric}) of {len(values)} sublayers, {measured}#1 would be dropped first"
@@ -96,7 +101,7 @@ def plan_table(title: str, drops: Sequence[tuple[str, float | None, int | None]]
     longest = max((score for _, score, _ in drops if score is not None), default=0.0)
     rows: list[list[str | Bar]] = []
     for place, (name, score, step) in enumerate(drops, start=1):
-        bar = "" if score is None else Bar(score, longest, f"{score:.6f}")
+        bar = "" if score is None else Bar(score, longest, short_importance(score))
         rows.append([f"{place:5}", name, bar, "" if step is None else f"{step:4}"])
     kept = [i for i in range(4) if i < 2 or any(row[i] != "" for row in rows)]
     columns = ["order", "sublayer", "importance", "step"]

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from layershed.errors import DataError
-from layershed.formatting import short_importance
 from layershed.performance.speed_report import MeasuredSpeed
+from layershed.planning.notation import short_importance
 from layershed.reporting.plot_style import (
     DROPPED,
     INK,

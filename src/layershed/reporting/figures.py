@@ -16,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from layershed.errors import DataError
-from layershed.formatting import short_importance
+from layershed.planning.notation import short_importance
 from layershed.planning.plan import DropPlan
 from layershed.reporting.downsampling import shown_steps
 from layershed.reporting.marks import mark_steps

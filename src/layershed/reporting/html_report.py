@@ -11,8 +11,9 @@ from pathlib import Path
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from layershed.formatting import counts_of, printable, short_importance, short_number
+from layershed.formatting import counts_of, printable, short_number
 from layershed.performance.speed_report import MeasuredSpeed
+from layershed.planning.notation import short_importance
 from layershed.planning.plan import DropPlan
 from layershed.reporting.bars import importance_bars, speed_figure
 from layershed.reporting.curves import course_figure

@@ -15,8 +15,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 
-from layershed.formatting import counts_of, printable, short_count, short_number
+from layershed.formatting import counts_of, printable, short_count
 from layershed.performance.model_size import weight_sizes
+from layershed.planning.notation import short_importance
 from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import quantization_of
 from layershed.recovery.lora import adapted_modules
@@ -91,7 +92,7 @@ def model_card(
     environment = Environment(
         loader=PackageLoader("layershed.saving"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(plain=_plain, number=short_number)
+    environment.filters.update(plain=_plain, importance=short_importance)
     return environment.get_template("model_card.md.jinja").render(
         header=data.to_yaml().strip(),
         mark=MARK,
