@@ -11,8 +11,8 @@ from matplotlib.colors import LogNorm, to_hex
 
 from layershed import reporting
 from layershed.errors import DataError
-from layershed.formatting import short_importance
 from layershed.performance.speed import Interval, PhaseSpeed
+from layershed.planning.notation import short_importance
 from layershed.planning.plan import Drop, DropPlan, Sublayer
 from layershed.reporting.bars import importance_bars, speed_figure
 from layershed.reporting.curves import course_figure
