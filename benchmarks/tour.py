@@ -66,7 +66,7 @@ STOPS = (
     ),
     Stop("Two runs side by side", "python train.py compare runs/quickstart/version_0 runs/quickstart/version_1"),
     Stop("How redundant is each sublayer?", f"python train.py score --model.pretrained {RUN}/pruned"),
-    Stop("How many to drop?", "python train.py recommend runs/version_0"),
+    Stop("How many to drop?", f"python train.py recommend {RUN}"),
     Stop("What would a drop gain?", "python train.py plan --model.pretrained configs/models/llama-2-70b --count 32"),
     Stop("Recover a chat model", "python train.py fit --config configs/chat_recovery.yaml"),
 )
