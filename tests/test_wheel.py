@@ -63,7 +63,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     found = {name for name in names_in(wheel) if ".dist-info/" not in name}
     assert found == wanted
     assert {"layershed/py.typed", "layershed/callbacks/__init__.py"} <= found
-    assert sum("/templates/" in name for name in found) == 6
+    assert sum("/templates/" in name for name in found) == 7
 
 
 def test_wheel_in_a_fresh_environment_imports_every_module(wheel, tmp_path):

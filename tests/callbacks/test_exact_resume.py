@@ -105,6 +105,7 @@ def test_row_validation_and_epoch_end_due_at_the_checkpoint_are_done_once(interr
     assert resumed["hooks"] == [seen for seen in whole["hooks"] if seen[1] >= step]
 
 
+@pytest.mark.slow
 def test_run_that_ends_within_an_epoch_ends_the_epoch_when_resumed(interrupted):
     whole, resumed, rows, again = interrupted(EPOCH + 2, steps=EPOCH + 2)
     assert again == rows

@@ -425,6 +425,7 @@ def test_monitor_does_not_copy_history_named_by_a_foreign_checkpoint(run_twice, 
     assert resumed.splitlines()[1].startswith(b"5,")
 
 
+@pytest.mark.slow
 def test_resumed_run_in_the_directory_of_another_keeps_no_rows_of_it(run_twice, tmp_path):
     path = tmp_path / "4.ckpt"
     whole = run_twice("run", Save(path, 4))
@@ -434,6 +435,7 @@ def test_resumed_run_in_the_directory_of_another_keeps_no_rows_of_it(run_twice, 
     assert run_twice("old", ckpt_path=path) == whole
 
 
+@pytest.mark.slow
 def test_monitor_new_in_a_resumed_run_keeps_the_rows_of_the_others(make_trainer, text_data, run_twice, tmp_path):
     path = tmp_path / "run" / "4.ckpt"
     run_twice("run", Save(path, 4))

@@ -265,6 +265,7 @@ def test_report_shows_every_round_and_the_sdr_that_speed_monitor_logged(make_tra
         assert table["SDR at the end"] == re.sub("^-", "\N{MINUS SIGN}", str(speed.degradations["end"]))
 
 
+@pytest.mark.slow
 def test_report_and_rounds_of_an_earlier_versions_checkpoint(make_trainer, tmp_path, text_data, unpainted):
     """Without the fields that this version added: the run goes on, with fewer rows."""
 

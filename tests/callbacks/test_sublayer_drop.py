@@ -456,6 +456,7 @@ def test_drop_run_resumed_in_mid_epoch_equals_uninterrupted(make_trainer, tmp_pa
         assert {step for step, _ in rows} == {step for step in (*steps, whole[0]["step"]) if step > at}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(("start", "cuts"), one_of([(12, (1, 2)), (15, (2,)), (8, (2,))]))
 def test_foreign_module_resumed_at_an_epochs_end_equals_uninterrupted(make_trainer, tmp_path, start, cuts):

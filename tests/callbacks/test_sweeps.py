@@ -69,6 +69,7 @@ def test_callbacks_of_a_run_that_broke_off_leave_nothing_to_the_next_run(make_tr
     assert all(same(shared[part], alone[part]) for part in alone)
 
 
+@pytest.mark.slow
 def test_callbacks_used_before_resume_a_checkpoint_as_new_ones_do(make_trainer, tmp_path):
     path, used = tmp_path / "at.ckpt", swept(quality=None)
     fit_foreign(make_trainer(*used, Save(path, 6), name="first", max_steps=7))

@@ -179,6 +179,7 @@ def test_target_speedup_round_with_nothing_left_to_drop_is_no_error(make_trainer
     assert trainer.callback_metrics["drop/speedup"].item() == pytest.approx(target)
 
 
+@pytest.mark.slow
 def test_target_speedup_counts_and_keeps_an_earlier_bypass(make_trainer, clock):
     """Enough of it, and nothing goes; too little, and the rest goes."""
     for factor, more in ((1.0, 0), (1.01, 1)):

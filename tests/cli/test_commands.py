@@ -954,6 +954,7 @@ def test_benchmark_compares_a_checkpoint_with_its_bypass_lifted(adapted, capsys,
     check_measurement(measured, before, after, sizes, (2, 1), comparable=adapted)
 
 
+@pytest.mark.slow
 def test_benchmark_takes_the_model_from_the_checkpoint_and_compares_with_another_base(saved, made_up):
     Path("run.yaml").write_text(callbacks(DROPPING, KEEP))
     fit = ["fit", f"--model.pretrained={saved}", *DATA, *TRAINER, "--trainer.max_steps=4", "--config=run.yaml"]

@@ -17,7 +17,7 @@ from layershed.cli.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 QUICKSTART = f"--config={Path(__file__).parents[2] / 'configs' / 'quickstart.yaml'}"
-ORDER = ["resume", "checkpoint", "best", "monitor", "drop", "speed", "export", "report"]
+ORDER = ["resume", "best", "checkpoint", "monitor", "drop", "speed", "export", "report"]
 DROP = {"class_path": "layershed.callbacks.SublayerDrop", "init_args": {"start": 2, "count": 1}}
 
 
@@ -109,7 +109,7 @@ def test_list_of_callbacks_still_takes_one_more(config_of):
     [
         ([QUICKSTART, "--trainer.callbacks.dorp.start=4"], ["no callback", "'dorp'", "did you mean drop?"]),
         ([QUICKSTART, "--trainer.callbacks.dorp=null"], ["no callback", "'dorp'", "did you mean drop?"]),
-        ([QUICKSTART, "--trainer.callbacks.start=4"], ["'start'", "it names resume, checkpoint, best, monitor, drop"]),
+        ([QUICKSTART, "--trainer.callbacks.start=4"], ["'start'", "it names resume, best, checkpoint, monitor, drop"]),
         ([QUICKSTART, "--trainer.callbacks.drop.strat=4"], ["SublayerDrop", "'strat'", "did you mean start?"]),
         (
             [QUICKSTART, "--trainer.callbacks.best.every_n_train_steps=50"],

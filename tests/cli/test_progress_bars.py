@@ -72,5 +72,5 @@ def test_bar_of_fit_shows_the_work_of_callbacks(terminal, capsys):
     assert run([*FIT, *drop, "--trainer.callbacks.drop.calibrate_on=train", *speed]) == 0
     told = plain(capsys.readouterr().out)
     assert re.search(r"Scoring +[━╸╺ ]+16/16", told)
-    assert re.search(r"Measuring speed +[━╸╺ ]+3/3", told)
-    assert "Measuring speed" not in told.splitlines()[-1]
+    assert re.search(r"Speed +[━╸╺ ]+3/3", told)
+    assert "Speed" not in told.splitlines()[-1]

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 import layershed
-from layershed.callbacks import report
 from layershed.discovery import registry as adapters
 from layershed.discovery.find import dissect, find_sublayers, find_transformer
 from layershed.discovery.registry import SublayerAdapter, register_adapter, registered_adapter
 from layershed.errors import AdapterError, NoSublayersFoundError
+from layershed.integration.gathered import model_name
 from layershed.planning.plan import Sublayer
 from layershed.spellings import cache_name
 from layershed.surgery import bypass, bypassed_sublayers, removed_sublayers, restore
@@ -268,4 +268,4 @@ def test_report_of_a_model_without_a_config_names_its_class(monkeypatch):
             super().__init__()
             self.gpt = GPT()
 
-    assert report._model_name(Task()) == "GPT"
+    assert model_name(Task()) == "GPT"

@@ -18,6 +18,11 @@ from layershed.formatting import counts_of
 from layershed.surgery import dropped_sublayers
 
 COMMANDS = ("validate", "test", "predict")
+_BATCHES = {
+    "val": ("limit_val_batches", "num_val_batches", "val_dataloaders"),
+    "test": ("limit_test_batches", "num_test_batches", "test_dataloaders"),
+    "predict": ("limit_predict_batches", "num_predict_batches", "predict_dataloaders"),
+}
 _OF_TRAINER = ("limit_val_batches", "precision")  # what decides the figure
 _OF_TRAINING = ("max_tokens", "num_workers", "shuffle_rows")  # options of the text that do not touch what is held out
 
@@ -63,10 +68,9 @@ class EvaluatedModel(Callback):
         noted = {} if self.checkpoint is None else read_checkpoint(self.checkpoint, mmap=True)
         where = f" ({self.checkpoint})" if self.checkpoint else ""
         print(f"evaluating {evaluated(pl_module, noted)}{where}")
-        option = f"limit_{stage}_batches"
-        number, given = sum(getattr(trainer, f"num_{stage}_batches")), getattr(trainer, option)
+        option, numbers, loaders = _BATCHES[stage]
+        number, given, loader = sum(getattr(trainer, numbers)), getattr(trainer, option), getattr(trainer, loaders)
         limit = "" if isinstance(given, float) and given == 1 else f" (trainer.{option}={given})"
-        loader = getattr(trainer, f"{stage}_dataloaders")
         compared = "" if stage == "predict" else self._as_reported(number, len(loader), noted.get("global_step", 0))
         print(f"on {number} batch{'es' * (number != 1)} of the held-out text{limit}{compared}")
 
