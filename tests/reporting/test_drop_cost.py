@@ -208,3 +208,12 @@ def test_control_that_trained_otherwise_is_refused(run, section, option, own, th
     (run / "config.yaml").write_text(yaml.safe_dump({section: {option: theirs}}))
     with pytest.raises(ControlError, match=told):
         differences({section: {option: own}}, run)
+
+
+def test_control_that_is_too_short_to_log_a_row_is_read_from_its_result(tmp_path):
+    (tmp_path / "control").mkdir()
+    result = {"start": 119, "end": 200, "quality": {"loss": 2.8801, "accuracy": 0.4436}, "without": ["SublayerDrop"]}
+    (tmp_path / "control" / "control.json").write_text(json.dumps(result))
+    control = read_control(tmp_path)
+    assert control.losses == ()
+    assert rows(control=control) == rows(control=CONTROL)

@@ -37,7 +37,7 @@ def find_control(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     for path in (folder / CONTROL_FOLDER, folder):
-        if (path / METRICS_FILE).is_file():
+        if (path / METRICS_FILE).is_file() or (path / CONTROL_FILE).is_file():  # a short one logs no row
             if (path / PLAN_FILE).is_file():
                 raise ControlError(
                     f"control={str(folder)!r}: this run drops sublayers itself ({PLAN_FILE}), so it is no control. "
@@ -64,7 +64,7 @@ def read_control(folder: str | Path, train_loss: str = "train_loss", val_loss: s
     path = find_control(folder)
     try:
         result = read_result(path / CONTROL_FILE) if (path / CONTROL_FILE).is_file() else None
-        curves = read_metrics(path / METRICS_FILE)
+        curves = read_metrics(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else {}
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ControlError(
             f"control={str(folder)!r}: {path} cannot be read ({error}). Run the control again."
