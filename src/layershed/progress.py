@@ -15,7 +15,7 @@ _LISTENERS: list[Listener] = []
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the context, tell the listener how far work is. The innermost of several listeners is told."""
+    """Within the context, report progress to the listener. Of several, the innermost gets the reports."""
     _LISTENERS.append(listener)
     try:
         yield

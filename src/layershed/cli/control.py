@@ -26,6 +26,7 @@ from layershed.cli.control_callbacks import BEFORE_DROP, EndControl, KeepBeforeD
 from layershed.cli.stop_on_signal import StopOnSignal
 from layershed.cli.stopped import StoppedControl
 from layershed.errors import ControlError
+from layershed.files.run_config import named_entries
 from layershed.integration.measurements import logged_quality
 from layershed.integration.preflight import callbacks_of
 from layershed.integration.run import run_directory
@@ -191,10 +192,9 @@ def settings_of_control(options: dict[str, Any], folder: Path, end: EndControl) 
 
 def without_left_out(given: Any) -> Any:
     """The callbacks of a config that a control keeps, so that the config that it saves tells what ran."""
-    if isinstance(given, Mapping) and "class_path" not in given:
-        return {name: entry for name, entry in given.items() if not _left_out(entry)}
-    entries = given if isinstance(given, list) else [given]
-    return [entry for entry in entries if not _left_out(entry)]
+    kept = [(name, entry) for name, entry in named_entries(given) if not _left_out(entry)]
+    by_name = isinstance(given, Mapping) and "class_path" not in given
+    return dict(kept) if by_name else [entry for _, entry in kept]
 
 
 def _left_out(entry: Any) -> bool:

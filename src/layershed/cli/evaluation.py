@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from layershed.discovery.find import find_sublayers
 from layershed.errors import LayershedError
 from layershed.files.checkpoint_file import read_checkpoint
-from layershed.files.run_config import config_in
+from layershed.files.run_config import config_in, named_entries
 from layershed.formatting import counts_of
 from layershed.surgery import dropped_sublayers
 
@@ -81,7 +81,7 @@ class EvaluatedModel(Callback):
             return ""
         if other := other_options(config, self.options):
             return f"; the losses in the report of the run have another {', another '.join(other)}, so they differ"
-        reported = min(reported, available)  # a run measures on what there is
+        reported = min(reported, available)  # a run measures on no more batches than exist
         if reported == number:
             steps = config["trainer"].get("max_steps")
             earlier = isinstance(steps, int) and 0 < step < steps
@@ -156,11 +156,7 @@ def options_of_run(checkpoint: Path) -> str | None:
 def reported_batches(config: Mapping[str, Any] | None) -> int | None:
     """The number of validation batches on which a run measured the quality around its drop."""
     trainer = {} if config is None else config["trainer"]
-    callbacks = trainer.get("callbacks")
-    entries = (
-        list(callbacks.values()) if isinstance(callbacks, Mapping) and "class_path" not in callbacks else callbacks
-    )
-    for entry in entries if isinstance(entries, list) else [entries]:
+    for _, entry in named_entries(trainer.get("callbacks")):
         if isinstance(entry, Mapping) and str(entry.get("class_path")).endswith(".SublayerDrop"):
             number, limit = (entry.get("init_args") or {}).get("quality_batches"), trainer.get("limit_val_batches")
             return min(number, limit) if isinstance(number, int) and isinstance(limit, int) else number

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from layershed.errors import CheckpointError
 from layershed.files.checkpoint_file import UNREADABLE, damage_of
+from layershed.files.run_config import named_entries
 
 
 def resolve_last(command: str, trainer: Any, word: str = "last", *, below: bool = False) -> Path | None:
@@ -156,10 +157,7 @@ def _logged(trainer: Any) -> Iterator[Path]:
 
 def _entries(value: Any) -> list[Any]:
     """The classes in a config value: by name, one, several or none."""
-    if isinstance(value, dict) and not value.get("class_path"):
-        value = list(value.values())
-    entries = value if isinstance(value, list) else [value]
-    return [entry for entry in entries if hasattr(entry, "get") and entry.get("class_path")]
+    return [entry for _, entry in named_entries(value) if hasattr(entry, "get") and entry.get("class_path")]
 
 
 @rank_zero_only

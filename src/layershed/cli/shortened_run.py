@@ -9,6 +9,7 @@ from typing import Any
 
 from layershed.cli.named_callbacks import OPTION
 from layershed.errors import ScheduleError
+from layershed.files.run_config import named_entries
 
 _SHARE = 0.6  # of the run, after which the last change of the model is suggested
 
@@ -81,11 +82,7 @@ def check_steps(trainer: Any) -> list[str]:
 
 
 def _acting(callbacks: Any) -> Iterator[_Acting]:
-    entries = callbacks if isinstance(callbacks, list) else [callbacks]
-    named: list[tuple[str | None, Any]] = [(None, entry) for entry in entries]
-    if isinstance(callbacks, dict) and "class_path" not in callbacks:
-        named = list(callbacks.items())
-    for name, entry in named:
+    for name, entry in named_entries(callbacks):
         kind = pydoc.locate(entry.class_path) if entry is not None else None
         given = entry.get("init_args") or {} if kind is not None else {}
         options = {key: given[key] for key in ("start", "every_n_steps", "rounds") if type(given.get(key)) is int}

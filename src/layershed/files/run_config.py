@@ -39,7 +39,7 @@ def config_in(folder: str | Path) -> Mapping[str, Any] | None:
 
 
 def checked_text(path: str | Path) -> str:
-    """The text of a config whose aliases expand to few values; whoever parses it reports what is no YAML.
+    """The text of a config whose aliases expand to few values; the caller's parser reports what is no YAML.
 
     Raises:
         OSError: If the file cannot be read.
@@ -69,3 +69,10 @@ def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
             inner = [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_nodes(part, known) for part in inner)
     return known[id(node)]
+
+
+def named_entries(given: Any) -> list[tuple[str | None, Any]]:
+    """The callbacks of a config with their names; None where one stands alone or they are listed."""
+    if isinstance(given, Mapping) and "class_path" not in given:
+        return list(given.items())
+    return [(None, entry) for entry in (given if isinstance(given, list) else [given])]

@@ -16,7 +16,7 @@ import yaml
 
 from layershed.errors import LayershedError, ResultError
 from layershed.files.run_config import CONFIG_FILE as CONFIG
-from layershed.files.run_config import read_config
+from layershed.files.run_config import named_entries, read_config
 from layershed.formatting import counts_of, short_bytes, short_count, short_number
 from layershed.planning.plan import PLAN_FILE, DropPlan
 from layershed.reporting.control_file import CONTROL_FILE, read_result
@@ -91,13 +91,14 @@ def callbacks_in(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[
     """Class, own name and options of each callback in a config, which lists them or names them."""
     trainer = config.get("trainer")
     given = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
-    single = isinstance(given, Mapping) and "class_path" in given
-    named = given.items() if isinstance(given, Mapping) and not single else ()
-    entries = [("", each) for each in given] if isinstance(given, list) else [("", given)] if single else list(named)
-    for name, entry in entries:
+    for name, entry in named_entries(given):
         if isinstance(entry, Mapping) and isinstance(entry.get("class_path"), str):
             options = entry.get("init_args")
-            yield entry["class_path"].rpartition(".")[2], str(name), options if isinstance(options, Mapping) else {}
+            yield (
+                entry["class_path"].rpartition(".")[2],
+                str(name or ""),
+                options if isinstance(options, Mapping) else {},
+            )
 
 
 @contextmanager
