@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from layershed.discovery.branch_kinds import Make, is_attention, is_zero
-from layershed.discovery.branches import Branch, LeftAlone, Tap, branches_of
+from layershed.discovery.branches import Branch, LeftAlone, LinearPlace, Tap, branches_of
 from layershed.discovery.recording import Tape
 from layershed.discovery.registry import registered_adapter
 from layershed.discovery.residual_stream import BlockFlow, follow_block
@@ -55,7 +55,13 @@ class Anatomy:
         def own(stand_ins: tuple[tuple[str, StandIn], ...]) -> tuple[tuple[str, StandIn], ...]:
             return tuple((path, replace(stand_in, own={}, **fields.get(path, {}))) for path, stand_in in stand_ins)
 
-        branches = (replace(b, stand_ins=own(b.stand_ins), support=own(b.support), parts=()) for b in self.branches)
+        def place(linear: LinearPlace | None) -> LinearPlace | None:
+            return None if linear is None else replace(linear, stand_ins=own(linear.stand_ins))
+
+        branches = (
+            replace(b, stand_ins=own(b.stand_ins), support=own(b.support), linear=place(b.linear), parts=())
+            for b in self.branches
+        )
         return replace(self, branches=tuple(branches))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from layershed.discovery.branch_kinds import Make, kind_of
 from layershed.discovery.captured import Captures
+from layershed.discovery.linear_place import LinearReplacement, find_linear
 from layershed.discovery.recording import Call, Key
 from layershed.discovery.replacement import Modules, Replacement, Unfit, outermost
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
@@ -34,6 +35,20 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class LinearPlace:
+    """Where a linear map can run in place of a sublayer.
+
+    Args:
+        reads: Where h, the output of the sublayer's own norm, can be read in the dense model.
+        stand_ins: By module path, the stand-ins of the modules that stop running. Exactly one is a core; it takes the
+            map.
+    """
+
+    reads: Tap
+    stand_ins: tuple[tuple[str, StandIn], ...]
+
+
+@dataclass(frozen=True)
 class Branch:
     """A sublayer with the facts that surgery and importance need.
 
@@ -49,6 +64,7 @@ class Branch:
             them is dropped.
         parts: Its terms in the data flow.
         overwritten: Whether its block writes over the stream that it reads, ``x += f(x)``.
+        linear: Where a linear map can run in its place; None if that could not be proven.
     """
 
     sublayer: Sublayer
@@ -60,6 +76,7 @@ class Branch:
     support: tuple[tuple[str, StandIn], ...] = ()
     parts: tuple[BranchFlow, ...] = field(default=(), compare=False, repr=False)
     overwritten: bool = False
+    linear: LinearPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +195,27 @@ class _Block:
         topology: Topology = "parallel" if beside else "sequential"
         stand_ins, support = tuple(own.items()), tuple(around.items())
         return Branch(
-            sublayer, topology, entry, *read, stand_ins, support, parts=tuple(parts), overwritten=self._overwritten
+            sublayer,
+            topology,
+            entry,
+            *read,
+            stand_ins,
+            support,
+            parts=tuple(parts),
+            overwritten=self._overwritten,
+            linear=self._linear(sublayer, parts, fit),
         )
+
+    def _linear(self, sublayer: Sublayer, parts: list[BranchFlow], fit: list[Replacement]) -> LinearPlace | None:
+        """Where a linear map can run; of several terms the first one holds it, and the others give zeros."""
+        found = find_linear(self.modules, sublayer.kind, parts[0], fit[0])
+        if not isinstance(found, LinearReplacement) or (len(parts) > 1 and found.around):
+            return None
+        core = replace(self.modules.stand_in(sublayer, found.core, core=True), source=found.source)
+        around = [(each.call.path, self.modules.stand_in(sublayer, each, core=False)) for each in found.around]
+        others = [(each.core.call.path, self.modules.stand_in(sublayer, each.core, core=False)) for each in fit[1:]]
+        call, key = found.reads
+        return LinearPlace(Tap(call.path, key), ((found.core.call.path, core), *around, *others))
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""
@@ -190,7 +226,11 @@ class _Block:
             for path, stand_in in branch.support
             if self.modules.is_spare(path, dropped)
         )
-        return replace(branch, sublayer=sublayer, stand_ins=own, support=support)
+        linear = branch.linear
+        if linear is not None:
+            placed = tuple((path, replace(stand_in, sublayer=sublayer)) for path, stand_in in linear.stand_ins)
+            linear = replace(linear, stand_ins=placed)
+        return replace(branch, sublayer=sublayer, stand_ins=own, support=support, linear=linear)
 
     def _entry(self, branch: BranchFlow) -> Tap | Unfit:
         for call in self._called_once():

@@ -79,7 +79,7 @@ class Modules:
     def path(self, branch: BranchFlow) -> str:
         """Path of the last module with products in it."""
         calls = self.own_calls(branch)
-        heavy = [call for call in calls if self._is_heavy("mlp", branch, call)]
+        heavy = [call for call in calls if self.is_heavy("mlp", branch, call)]
         return next((call.path for call in reversed(heavy or calls)), self.flow.call.path)
 
     def own_calls(self, branch: BranchFlow) -> list[Call]:
@@ -102,7 +102,7 @@ class Modules:
 
     def _apart_from_stream(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | Unfit:
         """As :meth:`find`, if the block adds the core's result."""
-        heavy = [call for call in calls if self._is_heavy(kind, branch, call)]
+        heavy = [call for call in calls if self.is_heavy(kind, branch, call)]
         if not heavy or not self._covers(kind, branch, calls):
             return Unfit("it is not computed by modules of its own")
         core = heavy[-1]
@@ -110,11 +110,11 @@ class Modules:
         # a short convolution after the core goes along with it
         if any(self.tape.is_product(i) and self.tape.operations[i].name != "convolution" for i in later):
             return Unfit(f"{core.path} is not all of it")
-        support = self._support(branch, [call for call in calls if call is not core])
+        support = self.support(branch, [call for call in calls if call is not core])
         problem = self._by_products(branch, calls, core.output) or self._tail(branch, core, support)
         if problem is not None:
             return problem
-        key = self._hidden_key(branch, core)
+        key = self.hidden_key(branch, core)
         return key if isinstance(key, Unfit) else Replacement(Replaced(core, key, zero=True), support)
 
     def _adding_itself(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> Replacement | None:
@@ -128,14 +128,15 @@ class Modules:
             return None
         if self._by_products(branch, [core, *around], core.output) is not None:
             return None
-        support = tuple(each for each in self._support(branch, around) if not core.contains(each.call))
+        support = tuple(each for each in self.support(branch, around) if not core.contains(each.call))
         return Replacement(Replaced(core, key, zero=False), support)
 
     def _covers(self, kind: Kind, branch: BranchFlow, calls: list[Call]) -> bool:
         """Whether all products (or all attention) of a branch happen inside some calls."""
         return all(any(i in call for call in calls) for i in branch.cone if self._counts(kind, i))
 
-    def _is_heavy(self, kind: Kind, branch: BranchFlow, call: Call) -> bool:
+    def is_heavy(self, kind: Kind, branch: BranchFlow, call: Call) -> bool:
+        """Whether a call computes products of the branch, or its attention."""
         return any(
             self._counts(kind, operation) for operation in range(call.start, call.stop) if operation in branch.cone
         )
@@ -214,11 +215,11 @@ class Modules:
                     return Unfit("other modules read its intermediate values, too")
         return None
 
-    def _support(self, branch: BranchFlow, calls: Iterable[Call]) -> tuple[Replaced, ...]:
+    def support(self, branch: BranchFlow, calls: Iterable[Call]) -> tuple[Replaced, ...]:
         """The calls that can return their input while the branch does not run."""
         found: list[tuple[Call, Key]] = []
         for call in calls:
-            keys = [key for key in call.arguments if self._moves(call.arguments[key], branch)]
+            keys = [key for key in call.arguments if self.moves(call.arguments[key], branch)]
             once = len(self.tape.calls_of(call.path)) == 1
             if once and len(keys) == 1 and call.container is None and call.output is not None:
                 found.append((call, keys[0]))
@@ -227,14 +228,19 @@ class Modules:
             found += [(branch.norm, key) for key in moving[:1]]
         return tuple(Replaced(call, key, zero=False) for call, key in found)
 
-    def _moves(self, value: int, branch: BranchFlow) -> bool:
+    def moving_key(self, branch: BranchFlow, call: Call) -> Key | None:
+        """The first argument of a call that is the stream, or computed by the branch."""
+        return next((key for key, value in call.arguments.items() if self.moves(value, branch)), None)
+
+    def moves(self, value: int, branch: BranchFlow) -> bool:
+        """Whether a value is the stream, or computed by the branch."""
         return value in self.flow.stream or self.tape.producer.get(value) in branch.cone
 
-    def _hidden_key(self, branch: BranchFlow, core: Call) -> Key | Unfit:
+    def hidden_key(self, branch: BranchFlow, core: Call) -> Key | Unfit:
         """Which argument has the shape of the branch."""
         assert core.output is not None
         shape = tuple(self.tape.tensors[core.output].shape)
-        moving = [key for key, value in core.arguments.items() if self._moves(value, branch)]
+        moving = [key for key, value in core.arguments.items() if self.moves(value, branch)]
         same = [key for key in moving if core.shapes[key] == shape]
         if not moving:
             return Unfit(f"{core.path} takes nothing of the stream")

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from layershed.discovery.branch_kinds import is_symbolic
-from layershed.discovery.branches import Branch, Tap
+from layershed.discovery.branches import Branch, LinearPlace, Tap
 from layershed.discovery.recompute import replay
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
 from layershed.stand_ins.contexts import standing_in
+from layershed.stand_ins.linear_map import LinearMap
 from layershed.stand_ins.stand_in import StandIn
 
 
@@ -68,30 +69,47 @@ def sift(
     # a norm that a kept branch also reads must keep running
     needed = {path for branch in bad for path, _ in branch.support}
     good = [replace(b, support=tuple(pair for pair in b.support if pair[0] not in needed)) for b in good]
-    return good, bad
+    return [_with_proven_map(model, flow, branch, exact) for branch in good], bad
+
+
+def _with_proven_map(model: nn.Module, flow: BlockFlow, branch: Branch, exact: dict[Trial, bool]) -> Branch:
+    """The branch, without its place for a linear map if a map there would not give what joins the stream."""
+    if branch.linear is None:
+        return branch
+    trial = Trial(*_block_of(model, flow), ("linear", *_make(flow, branch, branch.linear.stand_ins)), ())
+    if trial not in exact:
+        exact[trial] = _maps_exactly(model, flow, branch, branch.linear)
+    return branch if exact[trial] else replace(branch, linear=None)
 
 
 def _stands(
     model: nn.Module, flow: BlockFlow, dropped: list[Branch], kept: list[Branch], exact: dict[Trial, bool]
 ) -> bool:
     """The result of :func:`is_exact`, from an equal trial if there was one."""
-    names = tuple(o.name for o in flow.tape.operations[flow.call.start : flow.call.stop])
-    block = type(model.get_submodule(flow.call.path))
-    trial = Trial(block, names, tuple(_makes(flow, dropped)), tuple(_makes(flow, kept)))
+    trial = Trial(*_block_of(model, flow), tuple(_makes(flow, dropped)), tuple(_makes(flow, kept)))
     if trial not in exact:
         exact[trial] = is_exact(model, flow, dropped, kept)
     return exact[trial]
 
 
+def _block_of(model: nn.Module, flow: BlockFlow) -> tuple[type, tuple[str, ...]]:
+    names = tuple(o.name for o in flow.tape.operations[flow.call.start : flow.call.stop])
+    return type(model.get_submodule(flow.call.path)), names
+
+
 def _makes(flow: BlockFlow, branches: Iterable[Branch]) -> Iterator[tuple[object, ...]]:
-    """Everything that a branch's trial depends on, with paths and operations relative to its block."""
     for branch in branches:
-        places = tuple((part.join - flow.call.start, len(part.before)) for part in branch.parts)
-        parts = tuple(
-            (path.removeprefix(f"{flow.call.path}."), s.zero, s.argument, s.echoes, s.materialize)
-            for path, s in (*branch.stand_ins, *branch.support)
-        )
-        yield branch.sublayer.kind, branch.scale, branch.topology, places, parts
+        yield _make(flow, branch, (*branch.stand_ins, *branch.support))
+
+
+def _make(flow: BlockFlow, branch: Branch, stand_ins: Iterable[tuple[str, StandIn]]) -> tuple[object, ...]:
+    """Everything that a branch's trial depends on, with paths and operations relative to its block."""
+    places = tuple((part.join - flow.call.start, len(part.before)) for part in branch.parts)
+    parts = tuple(
+        (path.removeprefix(f"{flow.call.path}."), s.zero, s.argument, s.source, s.echoes, s.materialize)
+        for path, s in stand_ins
+    )
+    return branch.sublayer.kind, branch.scale, branch.topology, places, parts
 
 
 def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept: Iterable[Branch]) -> bool:
@@ -116,17 +134,48 @@ def is_exact(model: nn.Module, flow: BlockFlow, dropped: Iterable[Branch], kept:
     for branch in dropped:
         stand_ins |= dict(branch.stand_ins)
         stand_ins |= {path: stand_in for path, stand_in in branch.support if path not in shared}
-    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, call.given)
     parts = [part for branch in dropped for part in branch.parts]
+    return _runs_as(model, flow, stand_ins, parts, _without(flow, parts))
+
+
+def _maps_exactly(model: nn.Module, flow: BlockFlow, branch: Branch, place: LinearPlace) -> bool:
+    """Whether a block with a random linear map gives the same output as with the map's result for the branch."""
+    value, *others = branch.parts
+    expected = flow.tape.tensors[value.value]
+    if is_symbolic(expected):
+        return True
+    assert place.reads.key is not None
+    h = flow.tape.tensors[flow.tape.calls_of(place.reads.path)[0].arguments[place.reads.key]]
+    if h.shape[-1] != expected.shape[-1] or h.numel() != expected.numel():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(h.shape[-1], h.shape[-1], generator=generator) / h.shape[-1]
+    trial_map = LinearMap.of(weight.to(h), torch.linspace(-1, 1, h.shape[-1]).to(h))
+    stand_ins = {path: replace(s, map=trial_map if s.core else None) for path, s in place.stand_ins}
+    with torch.no_grad():
+        values = {value.value: trial_map(h).view(expected.shape)}
+    values |= {other.value: torch.zeros_like(flow.tape.tensors[other.value]) for other in others}
+    return _runs_as(model, flow, stand_ins, list(branch.parts), values)
+
+
+def _runs_as(
+    model: nn.Module,
+    flow: BlockFlow,
+    stand_ins: Mapping[str, StandIn],
+    parts: list[BranchFlow],
+    values: Mapping[int, Tensor],
+) -> bool:
+    """Whether a block with stand-ins gives what its recording gives with these values of the branches."""
+    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, flow.call.given)
     point = _check_point(flow, parts)
     try:
         with standing_in(model, stand_ins), _shapes_kept(model, flow, stand_ins), _reading(model, point) as seen:
-            model.get_submodule(call.path)(*args, **kwargs)
+            model.get_submodule(flow.call.path)(*args, **kwargs)
     except Exception:  # the dropped model would raise it, too
         return False
     if point is None:
         return True
-    return bool(seen) and _equal(seen[0], replay(flow.tape, point[1], _without(flow, parts)))
+    return bool(seen) and _equal(seen[0], replay(flow.tape, point[1], values))
 
 
 def _check_point(flow: BlockFlow, parts: list[BranchFlow]) -> tuple[Tap, int] | None:

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.stand_in import LINEAR_MAP, StandIn
 from layershed.stand_ins.wrappers import is_wrapped, override_of
 
 
@@ -115,7 +115,9 @@ def put_on(module: nn.Module, override: StandIn) -> None:
         override.own = {n: before[n] for n in _HIDDEN if n in before and not isinstance(before[n], _Note)}
         # through __dict__: nn.Module's own __setattr__ is slow, and mypy rightly forbids assigning a method
         module.__dict__["forward"] = override
-    module.__dict__["extra_repr"] = _Note("bypassed")
+    module.__dict__["extra_repr"] = _Note("bypassed" if override.map is None else "bypassed, linear")
+    if override.map is not None:
+        module._modules[LINEAR_MAP] = override.map
     if override.core:
         # one number, because transformers takes empty tensors for shared ones; floating, because averages are
         dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
@@ -125,6 +127,8 @@ def put_on(module: nn.Module, override: StandIn) -> None:
 def take_off(module: nn.Module, override: StandIn) -> None:
     """Undo :func:`put_on`. Inside the wrapper of another library, the stand-in stays and calls the original forward."""
     module.__dict__.pop(MARK, None)
+    if override.map is not None:
+        module._modules.pop(LINEAR_MAP, None)
     del module.__dict__["extra_repr"]
     if is_wrapped(module, override):
         original = override.own.get("forward") or MethodType(type(module).forward, module)

@@ -1,5 +1,7 @@
 """The stand-in that runs instead of a dropped module. It imports torch, transformers, our spellings and one error.
 
+It returns what a branch of zeros would give, or, if it has a linear map, what the map gives.
+
 The text of this file is copied into folders that load without layershed.
 """
 
@@ -17,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from layershed.errors import StandInError
 from layershed.spellings import DummyLayer, cache_in, collected_outputs, place_in
+from layershed.stand_ins.linear_map import LinearMap
 
 UNKNOWN_SLOT = -1
 
@@ -52,6 +55,8 @@ class StandIn:
         frozen: Names of the module's parameters that were trainable before.
         own: Attributes of the instance that the stand-in hides, such as a forward that accelerate put there.
         original: The forward to call instead, while the module runs and another library still wraps this stand-in.
+        map: The linear map that computes the branch; None for a branch of zeros.
+        source: Position or name of the argument that the map reads; None for the hidden states.
     """
 
     sublayer: Any
@@ -71,6 +76,8 @@ class StandIn:
     frozen: tuple[str, ...] = ()
     own: dict[str, Any] = field(default_factory=dict)
     original: Callable[..., Any] | None = None
+    map: LinearMap | None = None
+    source: int | str | None = None
 
     @property
     def label(self) -> str:
@@ -78,7 +85,7 @@ class StandIn:
         return str(getattr(self.sublayer, "name", self.sublayer))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module would return if its branch contributed nothing, and advance the KV cache."""
+        """Return what the module would return if its branch were zeros, or the map's; advance the KV cache."""
         if self.original is not None:
             return self.original(*args, **kwargs)
         hidden = _argument(self.argument, args, kwargs)
@@ -96,7 +103,7 @@ class StandIn:
                 advance_cache(cache, self.layer_idx, hidden, hidden.shape[1] // self.stride)
         if self.captures:
             self._hold_places()
-        hidden = self._result(hidden)
+        hidden = self._result(hidden, args, kwargs)
         asked = self.asked_by is not None and bool(_argument(self.asked_by, args, kwargs))
         if self.echoes is None and not asked:
             return hidden
@@ -107,7 +114,11 @@ class StandIn:
             returned[place] = hidden.new_empty((0,) * ndim)
         return returned if self.as_list else tuple(returned)
 
-    def _result(self, hidden: Tensor) -> Tensor:
+    def _result(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.map is not None:
+            read = hidden if self.source is None else _argument(self.source, args, kwargs)
+            branch = self.map(read).view(hidden.shape)
+            return branch if self.zero else hidden + branch
         listening = torch_module._global_forward_hooks or torch_module._global_backward_hooks
         if listening:  # torch's global hooks run before those of a module
             return zeros_after(hidden) if self.zero else hidden.clone()
@@ -134,8 +145,12 @@ class StandIn:
                 )
 
 
+LINEAR_MAP = "linear_stand_in"
+"""Name of the map below the module that it replaces, and so a part of its parameters' names."""
+
+
 class RemovedModule(nn.Module):
-    """Takes the place of a removed module: no parameters, the same call, the same plain attributes.
+    """Takes the place of a removed module: its linear map if it has one, the same call, the same plain attributes.
 
     Args:
         stand_in: Runs when it is called.
@@ -146,6 +161,8 @@ class RemovedModule(nn.Module):
     def __init__(self, stand_in: StandIn, module: nn.Module | None = None) -> None:
         super().__init__()
         self.stand_in = stand_in
+        if stand_in.map is not None:
+            self.add_module(LINEAR_MAP, stand_in.map)
         self._stubs: dict[str, Tensor] = {}
         for name, value in vars(module).items() if module is not None else ():
             if isinstance(value, bool | int | float | str) and name != "training":
@@ -154,12 +171,12 @@ class RemovedModule(nn.Module):
             self._stubs[name] = torch.empty(0, dtype=parameter.dtype, device="cpu")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Contribute nothing to the residual stream."""
+        """Contribute nothing to the residual stream, or what the map gives."""
         return self.stand_in(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Which sublayer was removed."""
-        return f"{self.stand_in.label}, removed"
+        return f"{self.stand_in.label}, removed{'' if self.stand_in.map is None else ', linear'}"
 
     def __getattr__(self, name: str) -> Any:
         stubs = self.__dict__.get("_stubs", {})
