@@ -26,7 +26,7 @@ import layershed as ls
 from layershed.integration.trained_parameters import TrainsWatch
 from layershed.performance.intervals import bootstrap_interval
 from layershed.recovery.frozen import StaysFrozen
-from layershed.recovery.optimizer_groups import dropped_parameters
+from layershed.stand_ins.carried import dropped_parameters
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 576,

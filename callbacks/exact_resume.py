@@ -22,7 +22,7 @@ from layershed.integration.namespaces import Callback, ExperimentWriter, Lightni
 from layershed.integration.pending_work import fits, give_back_loops, note_progress, take_up_progress
 from layershed.integration.preflight import callbacks_of
 from layershed.recovery.frozen import StaysFrozen
-from layershed.recovery.optimizer_groups import dropped_parameters
+from layershed.stand_ins.carried import dropped_parameters
 
 
 class ExactResume(Callback):

@@ -51,7 +51,7 @@ from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
 from layershed.quality import AnyQuality, RoundQuality
 from layershed.recovery.frozen import StaysFrozen
-from layershed.recovery.optimizer_groups import dropped_parameters
+from layershed.stand_ins.carried import dropped_parameters
 from layershed.surgery import bypass
 
 

@@ -24,6 +24,7 @@ ROOMS = [
     "formatting",
     "discovery",
     "dropped_config",
+    "map_checks",
     "surgery",
     "quality",
     "continuation",

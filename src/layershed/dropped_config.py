@@ -19,7 +19,11 @@ from layershed.errors import PlanError
 from layershed.planning.plan import Sublayer, sublayer_from
 from layershed.spellings import layer_overrides
 from layershed.stand_ins.contexts import DROPPED_MODULES
+from layershed.stand_ins.linear_map import LinearMap
 from layershed.stand_ins.stand_in import Capture, StandIn
+
+_LINEAR = "linear"
+"""The field of a description that holds width and rank of the linear map."""
 
 
 class _Note(dict[str, Any]):
@@ -77,6 +81,12 @@ def noted_sublayers(config: Any) -> dict[str, Sublayer]:
     return {path: sublayer_from(fields.get("sublayer")) for path, fields in noted.items()}
 
 
+def noted_maps(config: Any) -> set[str]:
+    """Names of the sublayers that a config describes as replaced by linear maps."""
+    noted = getattr(config, "__dict__", {}).get(DROPPED_MODULES) or {}
+    return {sublayer.name for path, sublayer in noted_sublayers(config).items() if noted[path].get(_LINEAR) is not None}
+
+
 def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn], owner: nn.Module | None = None) -> None:
     """Write into a config which sublayers are dropped; its other fields stay.
 
@@ -100,8 +110,10 @@ def mark_dropped(config: Any, stand_ins: Mapping[str, StandIn], owner: nn.Module
 def _as_primitives(stand_in: StandIn) -> dict[str, Any]:
     """The fields that differ from their defaults, for JSON."""
     default = StandIn(stand_in.sublayer, stand_in.zero)
-    left_out = {"sublayer", "zero", "frozen", "own", "original"}
+    left_out = {"sublayer", "zero", "frozen", "own", "original", "map"}
     fields = {f: v for f, v in vars(stand_in).items() if f not in left_out and v != getattr(default, f)}
+    if stand_in.map is not None:
+        fields[_LINEAR] = [stand_in.map.width, stand_in.map.rank]
     return {"sublayer": asdict(stand_in.sublayer), "zero": stand_in.zero, **fields}
 
 
@@ -121,11 +133,12 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         "stride": int,
         "materialize": bool,
         "as_list": bool,
+        "source": int | str,
     }
     given = {
         name: value
         for name, value in fields.items()
-        if name not in ("sublayer", "echoes", "given", "captures", "aliases", "asked")
+        if name not in ("sublayer", "echoes", "given", "captures", "aliases", "asked", _LINEAR)
     }
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]):
@@ -148,8 +161,25 @@ def stand_in_from(fields: Mapping[str, Any]) -> StandIn:
         aliases=tuple(aliases),
         captures=captures,
         asked=asked,
+        map=_map_from(fields.get(_LINEAR)),
         **given,
     )
+
+
+def _map_from(value: Any) -> LinearMap | None:
+    """The map that a description gives the size of, without memory; its weights are loaded later."""
+    if value is None:
+        return None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{_LINEAR}: {value!r} is no width and rank of a linear map")
+    width, rank = value
+    if not _is_size(width) or not (rank is None or _is_size(rank)):
+        raise TypeError(f"{_LINEAR}: {value!r} is no width and rank of a linear map")
+    return LinearMap(width, rank, device="meta")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
 
 
 def _capture_from(value: Any) -> Capture:

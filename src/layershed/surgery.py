@@ -4,12 +4,13 @@
 - A removed sublayer has no weights left.
 
 Both give the same logits: those of the model whose branch contributes zero. A norm used by this branch alone goes too.
+With the action ``linear``, a linear map of the norm's output runs in place of the branch, and the norm stays.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,20 +21,33 @@ from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.branches import Branch
 from layershed.discovery.find import check_module, dissect, find_transformer, transformers_in
 from layershed.discovery.model_record import check_plan, keep_model_record, kept_model_record, take_model_record
-from layershed.dropped_config import mark_dropped, note_dropped, note_owner, noted_sublayers, resolved
+from layershed.dropped_config import mark_dropped, note_dropped, note_owner, noted_maps, noted_sublayers, resolved
 from layershed.errors import PlanError, RevivedSublayerError
+from layershed.map_checks import checked_maps
 from layershed.planning.arguments import sublayer_set
 from layershed.planning.plan import Sublayer
+from layershed.stand_ins.carried import maps_of, stand_ins_of
 from layershed.stand_ins.contexts import lifted
 from layershed.stand_ins.install import install, keep_out, uninstall
+from layershed.stand_ins.linear_map import LinearMap
 from layershed.stand_ins.record import check_records, forget_foreign, overridden, write_record
 from layershed.stand_ins.stand_in import RemovedModule, StandIn, removed_in
 from layershed.stand_ins.watching import watch
 from layershed.stand_ins.wrappers import override_of
 
 
-def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None = None, strict: bool = True) -> None:
+def bypass(
+    model: nn.Module,
+    sublayers: Iterable[Sublayer],
+    *,
+    maps: Mapping[Sublayer, LinearMap] | None = None,
+    name: str | None = None,
+    strict: bool = True,
+) -> None:
     """Take sublayers out of the forward pass and keep their weights; state-dict keys do not change.
+
+    A sublayer with a linear map is replaced by the map: ``Y = X + W norm(X) + c``. The map becomes a part of the model,
+    with trainable parameters below the sublayer's own module (``linear_stand_in``).
 
     Their parameters are frozen and their gradients cleared, so that no optimizer moves them. Sublayers that are already
     bypassed stay so. Extra outputs (attention weights, router logits) stay in place, with None for what does not run; a
@@ -42,23 +56,31 @@ def bypass(model: nn.Module, sublayers: Iterable[Sublayer], *, name: str | None 
     Args:
         model: A transformer, or a module that holds one.
         sublayers: A drop plan, or any sublayers that :func:`find_sublayers` returned.
+        maps: Linear maps by sublayer, such as of :func:`fit_linear_maps`. Sublayers without one contribute nothing;
+            those that were replaced before keep their map. The model takes the maps themselves, not copies, on its
+            device and in its dtype.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
         strict: Whether to refuse a plan that is recorded for another model; else there is a warning.
 
     Raises:
-        PlanError: If no sublayer is given, one is not in the model, or the plan is for another model.
+        PlanError: If no sublayer is given, one is not in the model, the plan is for another model, its action is
+            ``linear`` and there is no map, or a map does not fit.
     """
     transformer = find_transformer(model, name=name)
     anatomy = dissect(transformer)
     wanted = _check("bypass", transformer, sublayers, anatomy, strict)
+    all_maps = {**maps_of(transformer), **checked_maps(maps or {}, sublayers, anatomy.branches, transformer)}
     if lost := _lost(transformer) - wanted:
         _warn_of(lost)
-    _bypass(transformer, anatomy.branches, {*wanted, *lost, *_carried(transformer)})
+        _refuse_lost_maps(transformer, lost - all_maps.keys())
+    _bypass(transformer, anatomy.branches, {*wanted, *lost, *_carried(transformer)}, all_maps)
     _note(model)
 
 
-def _bypass(transformer: nn.Module, branches: tuple[Branch, ...], dropped: set[Sublayer]) -> None:
-    for path, stand_in in stopped_by(branches, dropped):
+def _bypass(
+    transformer: nn.Module, branches: tuple[Branch, ...], dropped: set[Sublayer], maps: Mapping[Sublayer, LinearMap]
+) -> None:
+    for path, stand_in in stopped_by(branches, dropped, maps):
         module = transformer.get_submodule(path)
         uninstall(module)
         install(module, stand_in)
@@ -87,6 +109,7 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     transformer = find_transformer(model, name=name)
     before = bypassed_sublayers(transformer)
     wanted = sublayer_set(before if sublayers is None else sublayers, "restore")
+    maps = maps_of(transformer)
     for sublayer in sorted(wanted.difference(before)):
         raise PlanError(f"restore: {sublayer.name} is not bypassed. Bypassed are: {_names(before)}.")
     for module, _ in list(overridden(transformer)):
@@ -95,12 +118,12 @@ def restore(model: nn.Module, sublayers: Iterable[Sublayer] | None = None, *, na
     # a norm shared by two sublayers must run again for the restored one: bypass the others again
     remaining = [sublayer for sublayer in before if sublayer not in wanted]
     if remaining:
-        bypass(transformer, remaining)
+        bypass(transformer, remaining, maps={s: maps[s] for s in remaining if s in maps})
 
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is dense: bypassed sublayers run. Afterwards they are bypassed as before.
+    """Within the context the model is dense: bypassed sublayers run, and no maps. Afterwards it is as before.
 
     Use it for evaluation and for a teacher: parameters stay frozen. Removed sublayers cannot run again.
 
@@ -124,7 +147,7 @@ def remove(
     name: str | None = None,
     strict: bool = True,
 ) -> None:
-    """Delete sublayers with their weights and note it in the config (:func:`mark_dropped`).
+    """Delete sublayers with their weights and note it in the config (:func:`mark_dropped`). Linear maps stay.
 
     Args:
         model: A transformer, or a module that holds one.
@@ -142,8 +165,9 @@ def remove(
     wanted = _check("remove", transformer, kept_bypassed if sublayers is None else sublayers, anatomy, strict)
     gone = wanted | set(removed_sublayers(transformer))
     record = kept_model_record(transformer)
+    maps = maps_of(transformer)
     restore(transformer)
-    for path, stand_in in stopped_by(branches, gone):
+    for path, stand_in in stopped_by(branches, gone, maps):
         removed = RemovedModule(stand_in, transformer.get_submodule(path))
         transformer.set_submodule(path, removed)
         if not isinstance(transformer, PreTrainedModel):
@@ -155,7 +179,7 @@ def remove(
     keep_model_record(transformer, record)
     still_bypassed = [sublayer for sublayer in kept_bypassed if sublayer not in wanted]
     if still_bypassed:
-        bypass(transformer, still_bypassed)
+        bypass(transformer, still_bypassed, maps={s: maps[s] for s in still_bypassed if s in maps})
 
 
 def bypassed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
@@ -212,7 +236,9 @@ def _put_back(transformer: nn.Module, lost: set[Sublayer]) -> None:
             "model has no such sublayer now. Call layershed.restore(model) if the record is out of date."
         )
     _warn_of(lost)
-    _bypass(transformer, branches, {*lost, *_carried(transformer)})
+    maps = maps_of(transformer)
+    _refuse_lost_maps(transformer, lost - maps.keys())
+    _bypass(transformer, branches, {*lost, *_carried(transformer)}, maps)
     _note(transformer)
 
 
@@ -224,6 +250,22 @@ def _warn_of(lost: set[Sublayer]) -> None:
     )
 
 
+def _refuse_lost_maps(transformer: nn.Module, lost: set[Sublayer]) -> None:
+    """Refuse to put back sublayers whose linear maps are gone: deleting them would be another model."""
+    noted = noted_maps(getattr(transformer, "config", None))
+    if without := sorted(sublayer for sublayer in lost if sublayer.name in noted):
+        raise RevivedSublayerError(
+            f"{_names(without)}: replaced by a linear map in the config of {type(transformer).__name__}, but the "
+            "module that held the map is gone. Load the model anew, or call layershed.restore(model) for the dense one."
+        )
+
+
+def linear_maps(model: nn.Module) -> dict[Sublayer, LinearMap]:
+    """The linear maps that run in place of sublayers, by sublayer. They are modules of the model, not copies."""
+    check_module(model)
+    return {sublayer: maps[sublayer] for maps in [maps_of(model)] for sublayer in sorted(maps)}
+
+
 def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that were removed, in forward order."""
     check_module(model)
@@ -233,27 +275,6 @@ def removed_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
 def dropped_sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers that do not run: bypassed or removed, in forward order."""
     return tuple(sorted({*bypassed_sublayers(model), *removed_sublayers(model)}))
-
-
-def dropped_parameter_names(transformer: nn.Module) -> set[str]:
-    """Names of the parameters and buffers that bypassed sublayers, and the norms only they use, hold."""
-    carriers = {id(module) for module, _ in overridden(transformer)}
-    return {
-        f"{path}.{name}"
-        for path, module in transformer.named_modules()
-        if id(module) in carriers
-        for name in module.state_dict()
-    }
-
-
-def stand_ins_of(transformer: nn.Module) -> dict[str, StandIn]:
-    """The stand-ins of bypassed and removed modules, by path."""
-    found: dict[str, StandIn] = {}
-    for path, module in transformer.named_modules():
-        stand_in = module.stand_in if isinstance(module, RemovedModule) else override_of(module)
-        if stand_in is not None:
-            found[path] = stand_in
-    return found
 
 
 def _note(model: nn.Module) -> None:
@@ -272,11 +293,18 @@ def _note(model: nn.Module) -> None:
                 note_dropped(transformer.config, stand_ins, transformer)
 
 
-def stopped_by(branches: tuple[Branch, ...], dropped: Collection[Sublayer]) -> Iterator[tuple[str, StandIn]]:
-    """Path and stand-in of every module that stops running once ``dropped`` are dropped."""
-    kept = {path for branch in branches if branch.sublayer not in dropped for path, _ in branch.support}
+def stopped_by(
+    branches: tuple[Branch, ...], dropped: Collection[Sublayer], maps: Mapping[Sublayer, LinearMap] | None = None
+) -> Iterator[tuple[str, StandIn]]:
+    """Path and stand-in of every module that stops running once ``dropped`` are dropped, some for a linear map."""
+    maps = maps or {}
+    deleted = {sublayer for sublayer in dropped if sublayer not in maps}
+    kept = {path for branch in branches if branch.sublayer not in deleted for path, _ in branch.support}
     for branch in branches:
-        if branch.sublayer in dropped:
+        if branch.sublayer in maps and branch.sublayer in dropped and branch.linear is not None:
+            for path, stand_in in branch.linear.stand_ins:
+                yield path, replace(stand_in, own={}, map=maps[branch.sublayer] if stand_in.core else None)
+        elif branch.sublayer in dropped:
             shared = [(path, stand_in) for path, stand_in in branch.support if path not in kept]
             for path, stand_in in (*branch.stand_ins, *shared):
                 yield path, replace(stand_in, own={})

@@ -16,7 +16,7 @@ from layershed.discovery.recording import Call, Key
 from layershed.discovery.replacement import Modules, Replacement, Unfit, outermost
 from layershed.discovery.residual_stream import BlockFlow, BranchFlow
 from layershed.planning.plan import Kind, Sublayer
-from layershed.stand_ins.stand_in import StandIn
+from layershed.stand_ins.stand_in import RemovedModule, StandIn
 
 Topology = Literal["sequential", "parallel"]
 
@@ -40,11 +40,13 @@ class LinearPlace:
 
     Args:
         reads: Where h, the output of the sublayer's own norm, can be read in the dense model.
+        width: Size of h, and of what the map gives.
         stand_ins: By module path, the stand-ins of the modules that stop running. Exactly one is a core; it takes the
             map.
     """
 
     reads: Tap
+    width: int
     stand_ins: tuple[tuple[str, StandIn], ...]
 
 
@@ -134,6 +136,8 @@ class _Block:
         self._overwritten = any(not flow.stream.keys().isdisjoint(operation.renews) for operation in operations)
         self.names = {key: positions.get(key, "") if isinstance(key, int) else key for key in flow.call.arguments}
         self.left_alone: list[LeftAlone] = []
+        removed = [call for call in self.calls if isinstance(model.get_submodule(call.path), RemovedModule)]
+        self._maps = [call for call in removed if any(map(self.tape.is_product, range(call.start, call.stop)))]
 
     def assemble(self) -> tuple[list[list[Branch]], list[LeftAlone]]:
         found: list[tuple[Branch, list[BranchFlow]]] = []
@@ -159,12 +163,20 @@ class _Block:
         """The terms of each sublayer; parallel MLPs, such as experts and a shared expert, are one."""
         groups: dict[tuple[Kind, object], list[BranchFlow]] = {}
         for branch in self.flow.branches:
+            if self._is_map(branch):
+                self.flow.plain = False
+                continue
             kind, reason = kind_of(self.flow, branch, self.names, self.tokenwise)
             if kind is None:
                 self._leave_alone(branch, reason)
             else:
                 groups.setdefault((kind, branch.before if kind == "mlp" else branch.value), []).append(branch)
         return [(kind, side) for (kind, _), parts in groups.items() for side in self._side_by_side(parts)]
+
+    def _is_map(self, branch: BranchFlow) -> bool:
+        """Whether a linear map in place of a removed sublayer computes it."""
+        products = [operation for operation in branch.cone if self.tape.is_product(operation)]
+        return bool(products) and all(any(i in call for call in self._maps) for i in products)
 
     def _side_by_side(self, parts: list[BranchFlow]) -> list[list[BranchFlow]]:
         """The terms as one group, unless another term joins the stream between them."""
@@ -215,7 +227,7 @@ class _Block:
         around = [(each.call.path, self.modules.stand_in(sublayer, each, core=False)) for each in found.around]
         others = [(each.core.call.path, self.modules.stand_in(sublayer, each.core, core=False)) for each in fit[1:]]
         call, key = found.reads
-        return LinearPlace(Tap(call.path, key), ((found.core.call.path, core), *around, *others))
+        return LinearPlace(Tap(call.path, key), call.shapes[key][-1], ((found.core.call.path, core), *around, *others))
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""

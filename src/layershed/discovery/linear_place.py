@@ -61,7 +61,8 @@ def find_linear(modules: Modules, kind: Kind, branch: BranchFlow, known: Replace
     if isinstance(key, Unfit) or begin is None:
         return Unfit(f"{core.path} takes nothing of the stream")
     source = begin if core is calls[first] else modules.moving_key(branch, core)
-    return LinearReplacement(Replaced(core, key, zero=True), key if source is None else source, around, (calls[first], begin))
+    replaced = Replaced(core, key, zero=True)
+    return LinearReplacement(replaced, key if source is None else source, around, (calls[first], begin))
 
 
 def _inside_core(modules: Modules, branch: BranchFlow, known: Replacement) -> LinearReplacement | Unfit:

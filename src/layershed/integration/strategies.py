@@ -20,7 +20,7 @@ from layershed.integration.namespaces import (
     XLAStrategy,
 )
 from layershed.recovery.lora import set_enabled
-from layershed.stand_ins.record import overridden
+from layershed.stand_ins.carried import dropped_parameters
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -75,7 +75,7 @@ def refuse_sharded_speed(trainer: Trainer, what: str) -> None:
 
 def train_adapters(transformer: nn.Module) -> None:
     """Switch on the adapters that are in the model from the start; freeze the rest of the transformer."""
-    resting = {id(parameter) for module, _ in overridden(transformer) for parameter in module.parameters()}
+    resting = {id(parameter) for parameter in dropped_parameters(transformer)}
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name and id(parameter) not in resting)
         parameter.grad = None

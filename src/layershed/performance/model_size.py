@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from layershed.recovery.lora import adapted_modules
+from layershed.stand_ins.carried import dropped_parameter_names
 from layershed.stand_ins.install import MARK
-from layershed.surgery import dropped_parameter_names
 
 
 @dataclass(frozen=True)

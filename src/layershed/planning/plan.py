@@ -17,11 +17,14 @@ from layershed.planning.model_record import ModelRecord
 
 Kind = Literal["attention", "cross_attention", "mlp"]
 Scope = Literal["attention", "cross_attention", "mlp", "block", "joint"]
+Action = Literal["bypass", "linear"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+ACTIONS: tuple[Action, ...] = get_args(Action)
 PLAN_FILE = "drop_plan.json"  # its name in run directories and saved folders
 _FORMAT = "layershed.drop_plan.v1"
+_ACTION_NAMES = ", ".join(ACTIONS)
 
 
 @dataclass(frozen=True, order=True)
@@ -113,11 +116,13 @@ class Drop:
         sublayer: The sublayer to drop.
         score: The importance that it was chosen by. With scope ``"block"`` this is the importance of the block.
         step: The optimizer step of the drop; None outside training.
+        action: ``"bypass"``: nothing runs in its place. ``"linear"``: a linear map of its norm's output does.
     """
 
     sublayer: Sublayer
     score: float | None = None
     step: int | None = None
+    action: Action = "bypass"
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ class DropPlan:
             check_kind(drop, Drop, "DropPlan: each of drops", PlanError)
             sublayer = drop.sublayer
             check_kind(sublayer, Sublayer, "DropPlan: the sublayer of a drop", PlanError)
+            if drop.action not in ACTIONS:
+                raise PlanError(f"DropPlan: action {drop.action!r} of {sublayer.name} must be one of {_ACTION_NAMES}.")
             if sublayer.kind not in KINDS:
                 kinds = ", ".join(KINDS)
                 raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
@@ -178,7 +185,7 @@ class DropPlan:
     def _table(self) -> BarTable:
         counts = ", ".join(f"{number} {kind}" for kind, number in count_by_kind(self).items() if number)
         by = f", by {self.metric}" if self.metric else ""
-        drops = [(drop.sublayer.name, drop.score, drop.step) for drop in self.drops]
+        drops = [(_label(drop), drop.score, drop.step) for drop in self.drops]
         return plan_table(f"drop plan ({self.scope}{by}): {counts or 'nothing'}", drops)
 
     def __add__(self, later: DropPlan) -> DropPlan:
@@ -193,8 +200,17 @@ class DropPlan:
 
     def at_step(self, step: int) -> DropPlan:
         """Copy the plan and set the optimizer step of every entry."""
-        stamped = tuple(Drop(drop.sublayer, drop.score, step) for drop in self.drops)
-        return replace(self, drops=stamped)
+        return replace(self, drops=tuple(replace(drop, step=step) for drop in self.drops))
+
+    def with_action(self, action: Action, sublayers: Iterable[Sublayer] | None = None) -> DropPlan:
+        """Copy the plan and set the action of some entries, or of all.
+
+        Raises:
+            PlanError: If there is no such action.
+        """
+        chosen = set(self if sublayers is None else sublayers)
+        drops = (replace(drop, action=action) if drop.sublayer in chosen else drop for drop in self.drops)
+        return replace(self, drops=tuple(drops))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the plan to plain primitives, for JSON and for checkpoints."""
@@ -203,7 +219,7 @@ class DropPlan:
             "scope": self.scope,
             "metric": self.metric,
             **({} if self.model is None else {"model": self.model.to_dict()}),
-            "drops": [{**asdict(drop.sublayer), "score": drop.score, "step": drop.step} for drop in self.drops],
+            "drops": [_drop_to(drop) for drop in self.drops],
         }
 
     @classmethod
@@ -307,8 +323,19 @@ def _drop_from(entry: object) -> Drop:
     score, step = fields.get("score"), fields.get("step")
     if step is not None and _typed(step, int, "step") < 0:
         raise PlanError(f"Drop plan: step must not be negative, got {step}.")
+    action = _typed(fields.get("action", "bypass"), str, "action")
     return Drop(
         sublayer_from(fields),
         None if score is None else _number(score, "score"),
         step,
+        cast(Action, action),
     )
+
+
+def _drop_to(drop: Drop) -> dict[str, Any]:
+    action = {} if drop.action == "bypass" else {"action": drop.action}
+    return {**asdict(drop.sublayer), "score": drop.score, "step": drop.step, **action}
+
+
+def _label(drop: Drop) -> str:
+    return drop.sublayer.name if drop.action == "bypass" else f"{drop.sublayer.name}, {drop.action}"

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layershed.recovery.lora import remember_trainable
-from layershed.recovery.optimizer_groups import dropped_parameters, take_out
+from layershed.recovery.optimizer_groups import take_out
+from layershed.stand_ins.carried import dropped_parameters
 
 
 class StaysFrozen:

@@ -21,7 +21,7 @@ from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.fused_layers import allow_fusing, keep_from_fusing
 from layershed.recovery.lora_options import as_targets, check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, refuse_computed, targets_of
-from layershed.stand_ins.install import take_over_hooks
+from layershed.stand_ins.install import hidden_parameters, take_over_hooks
 from layershed.stand_ins.record import exchange, overridden
 from layershed.stand_ins.stand_in import StandIn
 
@@ -144,7 +144,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
     keep_from_fusing(transformer, {transformer.get_submodule(path) for path in wanted})
     for module, override in overridden(transformer):
         # peft has made all adapters trainable; a sublayer restored later is frozen but for its adapters
-        dropped = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        dropped = [(name, parameter) for name, parameter in hidden_parameters(module) if parameter.requires_grad]
         override.frozen = tuple(
             dict.fromkeys((*(n for n in override.frozen if "lora_" in n), *(n for n, _ in dropped)))
         )
@@ -289,7 +289,7 @@ def remember_trainable(transformer: nn.Module, parameters: Iterable[nn.Parameter
         transformer.__dict__[_TRAINABLE].update(name.replace(".base_layer.", ".") for name in names)
         return
     for module, override in overridden(transformer):
-        own = [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
+        own = [name for name, parameter in hidden_parameters(module) if id(parameter) in wanted]
         override.frozen = tuple(dict.fromkeys((*override.frozen, *own)))
 
 
@@ -297,7 +297,7 @@ def _dropped_names(transformer: nn.Module) -> Iterator[tuple[StandIn, dict[str, 
     """Every stand-in, with the names of the parameters that it hides: in its module, and in the transformer."""
     paths = {id(module): path for path, module in transformer.named_modules()}
     for module, override in overridden(transformer):
-        yield override, {name: f"{paths[id(module)]}.{name}" for name, _ in module.named_parameters()}
+        yield override, {name: f"{paths[id(module)]}.{name}" for name, _ in hidden_parameters(module)}
 
 
 def _adapted(transformer: nn.Module, what: str) -> dict[str, Any]:

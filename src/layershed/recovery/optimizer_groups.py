@@ -16,15 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from layershed.errors import CheckpointError
 from layershed.recovery.lora import adapted_modules
-from layershed.stand_ins.record import overridden
+from layershed.stand_ins.carried import dropped_parameters
 
 Layout = list[list[list[str]]]
 """Names of the parameters in every group of every optimizer."""
-
-
-def dropped_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of bypassed sublayers."""
-    return [parameter for module, _ in overridden(transformer) for parameter in module.parameters()]
 
 
 def forget_parameters(optimizers: Iterable[Optimizer], transformer: nn.Module) -> None:

@@ -15,17 +15,20 @@ from layershed.discovery.model_record import check_plan, model_record, recorded
 from layershed.errors import AmbiguousModelError, CheckpointError, LayershedError, PlanError
 from layershed.files.checkpoint_file import read_checkpoint
 from layershed.files.checkpoint_shards import keys_of, mend, read_notes, read_shards
+from layershed.map_checks import empty_maps, map_sizes, map_sizes_from
 from layershed.planning.plan import Drop, DropPlan
 from layershed.quantization import Quantized, dequantize, quantization_of, quantize_as
 from layershed.recovery.lora import inject_at, lora_settings, remove_lora
 from layershed.recovery.lora_options import checked_settings
 from layershed.saving.prefix import misfit, prefix_of
+from layershed.stand_ins.carried import maps_of
 from layershed.stand_ins.contexts import withheld
 from layershed.stand_ins.install import MARK, WITHHELD
 from layershed.surgery import bypass, bypassed_sublayers, restore
 
 CHECKPOINT_KEY = "layershed"
 _PARTS = {"dropped", "quantized", "adapters"}
+_LINEAR = "linear"  # width and rank of linear maps, by sublayer; only where there are some
 _MARK = "layershed: "
 
 
@@ -127,11 +130,13 @@ def write_structure(
     drops = tuple(Drop(sublayer) for sublayer in bypassed_sublayers(model))
     transformer = transformer_or_none(model, name)
     quantized = None if transformer is None else quantization_of(transformer)
-    noted = {
+    noted: dict[str, Any] = {
         "dropped": _plan_of(drops, transformer).to_dict() if drops else None,
         "quantized": None if quantized is None else quantized.to_dict(),
         "adapters": None if transformer is None else lora_settings(transformer),
     }
+    if transformer is not None and (maps := maps_of(transformer)):
+        noted[_LINEAR] = {name: list(size) for name, size in map_sizes(maps).items()}
     if any(noted.values()):
         checkpoint[CHECKPOINT_KEY] = noted
         if "state_dict" in checkpoint:
@@ -153,7 +158,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         CheckpointError: If this model cannot get the recorded structure.
     """
     noted = checkpoint.get(CHECKPOINT_KEY) or dict.fromkeys(_PARTS)
-    if not isinstance(noted, Mapping) or noted.keys() != _PARTS:
+    if not isinstance(noted, Mapping) or noted.keys() - {_LINEAR} != _PARTS:
         raise CheckpointError("What the checkpoint says under 'layershed' is of another version; train anew.")
     if not any(noted.values()) and not has_structure(model, name=name):
         return
@@ -167,7 +172,7 @@ def apply_structure(checkpoint: Mapping[str, Any], model: nn.Module, *, name: st
         if present is not None and (present != adapters or quantized != quantization_of(transformer)):
             remove_lora(transformer)
         _quantize_as(transformer, quantized)
-        _drop(transformer, wanted)
+        _drop(transformer, wanted, map_sizes_from(noted.get(_LINEAR)))
         if wanted_adapters is not None:
             inject_at(transformer, *wanted_adapters)
     except PlanError as error:
@@ -262,10 +267,13 @@ def _plan_of(drops: tuple[Drop, ...], transformer: nn.Module | None) -> DropPlan
     return DropPlan(drops) if transformer is None else recorded(DropPlan(drops), transformer)
 
 
-def _drop(transformer: nn.Module, wanted: DropPlan) -> None:
+def _drop(transformer: nn.Module, wanted: DropPlan, sizes: Mapping[str, tuple[int, int | None]]) -> None:
     present = set(bypassed_sublayers(transformer))
-    if set(wanted) - present:
+    running = map_sizes(maps_of(transformer))
+    other = {sublayer for sublayer in present if running.get(sublayer.name) != sizes.get(sublayer.name)}
+    if gone := (present - set(wanted)) | other:
+        restore(transformer, gone)
+    missing = set(wanted) - (present - other)
+    if missing:
         check_plan("checkpoint", wanted, transformer, model_record(transformer))
-        bypass(transformer, tuple(wanted))
-    if present - set(wanted):
-        restore(transformer, present - set(wanted))
+        bypass(transformer, missing, maps=empty_maps(sizes, missing, transformer))

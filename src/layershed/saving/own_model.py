@@ -27,8 +27,9 @@ from layershed.planning.plan import PLAN_FILE, Drop, DropPlan
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import load_adapter, save_adapter
 from layershed.saving.savable import holds_shards, refuse_packed, whole
+from layershed.stand_ins.carried import dropped_parameter_names
 from layershed.stand_ins.install import MARK
-from layershed.surgery import dropped_parameter_names, dropped_sublayers, remove
+from layershed.surgery import dropped_sublayers, remove
 
 OWN_FILE, WEIGHTS_FILE, LORA_FOLDER = "layershed.json", "model.safetensors", "adapter"
 

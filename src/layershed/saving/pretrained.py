@@ -33,8 +33,9 @@ from layershed.saving.model_card import add_card
 from layershed.saving.savable import check_savable, holds_shards, whole
 from layershed.saving.skeleton import as_source, first_line, load_config, model_class_of, skipping, skips_sublayers
 from layershed.saving.standalone import add_modelling_file
+from layershed.stand_ins.carried import dropped_parameter_names, stand_ins_of
 from layershed.stand_ins.install import MARK
-from layershed.surgery import dropped_parameter_names, dropped_sublayers, removed_sublayers, stand_ins_of
+from layershed.surgery import dropped_sublayers, removed_sublayers
 
 LORA_FOLDER = "adapter"
 

@@ -10,7 +10,7 @@ from layershed.discovery.find import find_transformer, refuse_strangers
 from layershed.errors import ExportError
 from layershed.recovery.lora import ADAPTER, adapted_modules
 from layershed.saving.standalone import check_standalone
-from layershed.surgery import dropped_parameter_names
+from layershed.stand_ins.carried import dropped_parameter_names
 
 
 def check_savable(model: nn.Module, *, standalone: bool = False, name: str | None = None) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from layershed.discovery.find import find_sublayers
 from layershed.dropped_config import resolved, stand_in_from
 from layershed.errors import ExportError
 from layershed.files.untrusted import vet_folder
+from layershed.map_checks import empty_maps, map_sizes
 from layershed.planning.plan import Sublayer
 from layershed.spellings import PreTrainedConfig, layer_overrides
 from layershed.stand_ins.contexts import DROPPED_MODULES
@@ -39,12 +40,16 @@ def load_skeleton(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = load_config(source)
     model: PreTrainedModel = model_class_of(config)._from_config(config, dtype=dtype)
+    maps = {}
     if getattr(config, DROPPED_MODULES, None):
-        gone = {stand_in.sublayer for stand_in in _stand_ins_in(config).values() if stand_in.core}
+        cores = [stand_in for stand_in in _stand_ins_in(config).values() if stand_in.core]
+        gone = {stand_in.sublayer for stand_in in cores}
+        sizes = map_sizes({stand_in.sublayer: stand_in.map for stand_in in cores if stand_in.map is not None})
+        maps = empty_maps(sizes, gone, model)
     else:
         gone = set(_skipped_sublayers(model, config))
     if gone:
-        bypass(model, gone)
+        bypass(model, gone, maps=maps)
     return model.eval()
 
 

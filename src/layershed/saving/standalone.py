@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from layershed import spellings
 from layershed.errors import ExportError, LayershedError, StandInError
-from layershed.stand_ins import stand_in, watching
+from layershed.stand_ins import linear_map, stand_in, watching
 
 MODULE = "modeling_dropped"
 
@@ -72,8 +72,8 @@ def auto_class_of(folder: Path) -> str | None:
 
 
 def _sources() -> str:
-    """The text of the three files, and of the error that they raise, as one that imports nothing of layershed."""
-    sources: tuple[Any, ...] = (spellings, LayershedError, StandInError, stand_in, watching)
+    """The text of the four files, and of the error that they raise, as one that imports nothing of layershed."""
+    sources: tuple[Any, ...] = (spellings, LayershedError, StandInError, linear_map, stand_in, watching)
     first, *others = (inspect.getsource(source) for source in sources)
     lines = [line for text in others for line in f"\n\n{text}".splitlines(keepends=True)]
     return first + "".join(line for line in lines if not line.startswith(("from __future__", "from layershed")))

@@ -10,6 +10,7 @@ into a dense model fails on it, whatever prefix is cut off the names.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -59,7 +60,7 @@ _HOOKS = (
 def install(module: nn.Module, override: StandIn) -> None:
     """Bypass one module: override its forward, freeze its parameters and forget their gradients."""
     frozen = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in hidden_parameters(module):
         if parameter.requires_grad:
             frozen.append(name)
             # False first: a frozen parameter must not be moved by the next optimizer step
@@ -71,6 +72,11 @@ def install(module: nn.Module, override: StandIn) -> None:
         module.register_state_dict_post_hook(_add_mark)
         module.register_load_state_dict_pre_hook(_take_mark)
     put_on(module, override)
+
+
+def hidden_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module, by name, without those of a linear map that runs in its place."""
+    return ((n, parameter) for n, parameter in module.named_parameters() if not n.startswith(f"{LINEAR_MAP}."))
 
 
 def uninstall(module: nn.Module) -> None:
@@ -120,7 +126,7 @@ def put_on(module: nn.Module, override: StandIn) -> None:
         module._modules[LINEAR_MAP] = override.map
     if override.core:
         # one number, because transformers takes empty tensors for shared ones; floating, because averages are
-        dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+        dtypes = [p.dtype for _, p in hidden_parameters(module) if p.is_floating_point()]
         module.__dict__[MARK] = torch.ones(1, dtype=next(iter(dtypes), torch.float32), device="cpu")
 
 

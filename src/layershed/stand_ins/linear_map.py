@@ -65,11 +65,15 @@ class LinearMap(nn.Module):
     @classmethod
     def _filled(cls, down: Tensor | None, up: Tensor, bias: Tensor) -> LinearMap:
         found = cls(up.shape[0], None if down is None else down.shape[0], device="meta", dtype=up.dtype)
-        found.up.weight, found.up.bias = nn.Parameter(up.detach().contiguous()), nn.Parameter(bias.detach().contiguous())
+        found.up.weight, found.up.bias = _parameter(up), _parameter(bias)
         if down is not None and found.down is not None:
-            found.down.weight = nn.Parameter(down.detach().contiguous())
+            found.down.weight = _parameter(down)
         return found
 
     def extra_repr(self) -> str:
         """Its size."""
         return f"width={self.width}" if self.rank is None else f"width={self.width}, rank={self.rank}"
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().contiguous())
