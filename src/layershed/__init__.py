@@ -42,11 +42,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.saving.lora_folder import load_adapter, save_adapter
     from layershed.saving.own_model import load_weights, save_weights
     from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
+    from layershed.stand_ins.linear_map import LinearMap
     from layershed.surgery import (
         bypass,
         bypassed_sublayers,
         dense,
         dropped_sublayers,
+        linear_maps,
         remove,
         removed_sublayers,
         restore,
@@ -72,6 +74,7 @@ __all__ = [
     "Latency",
     "LayershedError",
     "LeftAlone",
+    "LinearMap",
     "ModelRecord",
     "PassCosts",
     "PhaseSpeed",
@@ -98,6 +101,7 @@ __all__ = [
     "find_sublayers",
     "find_transformer",
     "inject_lora",
+    "linear_maps",
     "load_adapter",
     "load_checkpoint",
     "load_plan",
@@ -154,7 +158,17 @@ _NAMES = {
     "saving.lora_folder": ("load_adapter", "save_adapter"),
     "saving.own_model": ("load_weights", "save_weights"),
     "saving.pretrained": ("load_plan", "load_pretrained", "save_pretrained"),
-    "surgery": ("bypass", "bypassed_sublayers", "dense", "dropped_sublayers", "remove", "removed_sublayers", "restore"),
+    "stand_ins.linear_map": ("LinearMap",),
+    "surgery": (
+        "bypass",
+        "bypassed_sublayers",
+        "dense",
+        "dropped_sublayers",
+        "linear_maps",
+        "remove",
+        "removed_sublayers",
+        "restore",
+    ),
 }
 _MODULES = {name: f"layershed.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -67,6 +67,14 @@ def empty_maps(
     }
 
 
+def planned_maps(plan: DropPlan, branches: Iterable[Branch], transformer: nn.Module) -> dict[Sublayer, LinearMap]:
+    """Maps of the sizes that a plan asks for, with random weights: for what depends on shapes alone."""
+    widths = {branch.sublayer: branch.linear.width for branch in branches if branch.linear is not None}
+    linear = [drop for drop in plan.drops if drop.action == "linear" and drop.sublayer in widths]
+    sizes = {drop.sublayer.name: (widths[drop.sublayer], drop.rank) for drop in linear}
+    return empty_maps(sizes, [drop.sublayer for drop in linear], transformer)
+
+
 def map_sizes(maps: Mapping[Any, LinearMap]) -> dict[str, tuple[int, int | None]]:
     """Width and rank of maps by name of the sublayer, for files."""
     return {sublayer.name: (each.width, each.rank) for sublayer, each in sorted(maps.items())}

@@ -71,8 +71,8 @@ def bypass(
     wanted = _check("bypass", transformer, sublayers, anatomy, strict)
     all_maps = {**maps_of(transformer), **checked_maps(maps or {}, sublayers, anatomy.branches, transformer)}
     if lost := _lost(transformer) - wanted:
-        _warn_of(lost)
         _refuse_lost_maps(transformer, lost - all_maps.keys())
+        _warn_of(lost)
     _bypass(transformer, anatomy.branches, {*wanted, *lost, *_carried(transformer)}, all_maps)
     _note(model)
 
@@ -235,9 +235,9 @@ def _put_back(transformer: nn.Module, lost: set[Sublayer]) -> None:
             f"{_names(sorted(unknown))}: recorded as dropped in the config of {type(transformer).__name__}, but the "
             "model has no such sublayer now. Call layershed.restore(model) if the record is out of date."
         )
-    _warn_of(lost)
     maps = maps_of(transformer)
     _refuse_lost_maps(transformer, lost - maps.keys())
+    _warn_of(lost)
     _bypass(transformer, branches, {*lost, *_carried(transformer)}, maps)
     _note(transformer)
 

@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import layershed as ls
 from layershed.discovery import registry
 from layershed.errors import RevivedSublayerError
-from layershed.stand_ins.install import MARK
 from layershed.stand_ins.carried import stand_ins_of
+from layershed.stand_ins.install import MARK
 from tests.support.hand_written import GPT
 from tests.support.models import build_model
 

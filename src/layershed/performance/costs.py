@@ -35,6 +35,7 @@ from layershed.performance.model_size import adapter_parameters, weight_shape
 from layershed.performance.roofline import Ceilings, Cost
 from layershed.performance.stopwatch import SpeedSettings
 from layershed.planning.plan import Sublayer
+from layershed.stand_ins.carried import maps_of
 from layershed.stand_ins.stand_in import RemovedModule
 from layershed.surgery import bypassed_sublayers, stopped_by
 
@@ -52,14 +53,17 @@ class PassCosts:
     Args:
         sublayers: Cost of every sublayer as if it ran, bypassed ones included.
         rest: Cost of everything else: embeddings, head and all modules outside the sublayers.
+        maps: Cost of the linear maps that run in place of sublayers, by sublayer.
     """
 
     sublayers: Mapping[Sublayer, Cost]
     rest: Cost
+    maps: Mapping[Sublayer, Cost] = field(default_factory=dict)
 
     def without(self, dropped: Collection[Sublayer]) -> list[Cost]:
-        """Return the costs that remain after ``dropped`` are dropped."""
-        return [*(cost for sublayer, cost in self.sublayers.items() if sublayer not in dropped), self.rest]
+        """Return the costs that remain after ``dropped`` are dropped, with their linear maps."""
+        kept = (cost for sublayer, cost in self.sublayers.items() if sublayer not in dropped)
+        return [*kept, *(cost for sublayer, cost in self.maps.items() if sublayer in dropped), self.rest]
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,12 @@ class CostModel:
                 slots.pop(module.stand_in.layer_idx, None)  # a placeholder
         # ids of counted parameters, so that shared weights count once
         seen = {id(parameter) for parameter in adapter_parameters(transformer)}
+        maps = {sublayer: each for sublayer, each in maps_of(transformer).items() if sublayer in self.dropped}
+        self._maps = {sublayer: self._part(each, seen) for sublayer, each in maps.items()}
         self._head = self._part(transformer.get_output_embeddings(), seen)
         self._parts: dict[Sublayer, _Part] = {}
         for branch in branches:
-            stopped = [path for path, _ in stopped_by(branches, {branch.sublayer})]
+            stopped = [path for path, _ in stopped_by(branches, {branch.sublayer}, maps)]
             part = self._part(nn.ModuleList(transformer.get_submodule(path) for path in stopped), seen)
             if branch.sublayer.kind == "attention":
                 part.attentions = [slots.pop(self._slot(branch, slots))]
@@ -155,7 +161,8 @@ class CostModel:
         sizes = (batch_size, tokens, context, self._element)
         head = self._head.cost(batch_size, tokens if self._all_logits else 1, 0, self._element)
         sublayers = {sublayer: part.cost(*sizes) for sublayer, part in self._parts.items()}
-        return PassCosts(sublayers, self._rest.cost(*sizes) + head)
+        maps = {sublayer: part.cost(*sizes) for sublayer, part in self._maps.items()}
+        return PassCosts(sublayers, self._rest.cost(*sizes) + head, maps)
 
     def seconds(
         self, ceilings: Ceilings, settings: SpeedSettings, *, dropped: Collection[Sublayer] | None = None

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from layershed.recovery.lora import adapted_modules
-from layershed.stand_ins.carried import dropped_parameter_names
+from layershed.stand_ins.carried import dropped_parameter_names, stand_ins_of
 from layershed.stand_ins.install import MARK
+from layershed.stand_ins.stand_in import LINEAR_MAP, RemovedModule
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes
 
     Args:
         transformer: The transformer itself.
-        lifted: Also count bypassed sublayers.
+        lifted: Count bypassed sublayers, and not the linear maps in their place.
     """
-    gone = set() if lifted else dropped_parameter_names(transformer)
+    gone = _names_of_maps(transformer) if lifted else dropped_parameter_names(transformer)
     adapters = {id(parameter) for parameter in adapter_parameters(transformer)}
     every = dict(transformer.named_parameters(remove_duplicate=False))
     kept = {
@@ -48,6 +49,14 @@ def weight_sizes(transformer: nn.Module, *, lifted: bool = False) -> WeightSizes
         sum(math.prod(weight_shape(parameter)) for parameter in kept.values()),
         sum(tensor.numel() * tensor.element_size() for tensor in (*kept.values(), *beside)),
     )
+
+
+def _names_of_maps(transformer: nn.Module) -> set[str]:
+    """Names of the weights of linear maps in place of bypassed sublayers."""
+    places = {path for path, stand_in in stand_ins_of(transformer).items() if stand_in.map is not None}
+    bypassed = {path for path in places if not isinstance(transformer.get_submodule(path), RemovedModule)}
+    prefixes = tuple(f"{path}.{LINEAR_MAP}." for path in bypassed)
+    return {name for name in transformer.state_dict() if prefixes and name.startswith(prefixes)}
 
 
 def weight_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layershed.devices import module_of
-from layershed.discovery.find import find_transformer
+from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.model_record import recorded
 from layershed.errors import SelectionError, UnknownNameError
+from layershed.map_checks import planned_maps
 from layershed.performance.costs import CostModel, PassCosts
 from layershed.performance.model_size import WeightSizes, weight_sizes
 from layershed.performance.roofline import ACCELERATORS, Ceilings, Cost, accelerator, measure_ceilings
@@ -144,13 +145,13 @@ def predict(
     if plan is None:
         plan = plan_of(before)
     elif plan:
-        bypass(transformer, plan)
+        bypass(transformer, plan, maps=planned_maps(plan, dissect(transformer).branches, transformer))
     plan = recorded(plan, transformer)
     gone = bypassed_sublayers(transformer)
     left = weight_sizes(transformer)
+    costs = CostModel(transformer)
     if added := set(gone) - set(before):
         restore(transformer, added)
-    costs = CostModel(transformer)
     return Prediction(
         _side(costs, dense, (), ceilings, settings),
         _side(costs, left, gone, ceilings, settings),

@@ -117,12 +117,14 @@ class Drop:
         score: The importance that it was chosen by. With scope ``"block"`` this is the importance of the block.
         step: The optimizer step of the drop; None outside training.
         action: ``"bypass"``: nothing runs in its place. ``"linear"``: a linear map of its norm's output does.
+        rank: Rank of the linear map; None for a full matrix.
     """
 
     sublayer: Sublayer
     score: float | None = None
     step: int | None = None
     action: Action = "bypass"
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class DropPlan:
             check_kind(sublayer, Sublayer, "DropPlan: the sublayer of a drop", PlanError)
             if drop.action not in ACTIONS:
                 raise PlanError(f"DropPlan: action {drop.action!r} of {sublayer.name} must be one of {_ACTION_NAMES}.")
+            if drop.rank is not None and (drop.rank < 1 or drop.action != "linear"):
+                raise PlanError(f"DropPlan: rank {drop.rank} of {sublayer.name}: only a linear map has one, from 1 on.")
             if sublayer.kind not in KINDS:
                 kinds = ", ".join(KINDS)
                 raise PlanError(f"DropPlan: {sublayer} has the kind {sublayer.kind!r}; it must be one of {kinds}.")
@@ -202,14 +206,16 @@ class DropPlan:
         """Copy the plan and set the optimizer step of every entry."""
         return replace(self, drops=tuple(replace(drop, step=step) for drop in self.drops))
 
-    def with_action(self, action: Action, sublayers: Iterable[Sublayer] | None = None) -> DropPlan:
+    def with_action(
+        self, action: Action, sublayers: Iterable[Sublayer] | None = None, *, rank: int | None = None
+    ) -> DropPlan:
         """Copy the plan and set the action of some entries, or of all.
 
         Raises:
             PlanError: If there is no such action.
         """
         chosen = set(self if sublayers is None else sublayers)
-        drops = (replace(drop, action=action) if drop.sublayer in chosen else drop for drop in self.drops)
+        drops = (replace(d, action=action, rank=rank) if d.sublayer in chosen else d for d in self.drops)
         return replace(self, drops=tuple(drops))
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,13 +335,15 @@ def _drop_from(entry: object) -> Drop:
         None if score is None else _number(score, "score"),
         step,
         cast(Action, action),
+        None if fields.get("rank") is None else _typed(fields["rank"], int, "rank"),
     )
 
 
 def _drop_to(drop: Drop) -> dict[str, Any]:
-    action = {} if drop.action == "bypass" else {"action": drop.action}
+    action: dict[str, Any] = {} if drop.action == "bypass" else {"action": drop.action, "rank": drop.rank}
     return {**asdict(drop.sublayer), "score": drop.score, "step": drop.step, **action}
 
 
 def _label(drop: Drop) -> str:
-    return drop.sublayer.name if drop.action == "bypass" else f"{drop.sublayer.name}, {drop.action}"
+    size = "" if drop.rank is None else f" of rank {drop.rank}"
+    return drop.sublayer.name if drop.action == "bypass" else f"{drop.sublayer.name}, {drop.action}{size}"
