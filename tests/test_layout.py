@@ -29,6 +29,7 @@ ROOMS = [
     "quality",
     "continuation",
     "importance",
+    "compensation",
     "recovery",
     "drop",
     "quantization",

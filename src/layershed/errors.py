@@ -111,6 +111,10 @@ class NotFiniteError(CalibrationError):
         )
 
 
+class CompensationError(LayershedError, ValueError):
+    """What was dropped cannot be compensated for: no linear map can be fitted, or nothing can be folded in."""
+
+
 class MeasurementError(LayershedError, ValueError):
     """Speed or quality could not be measured on the given model."""
 

@@ -40,12 +40,16 @@ class LinearPlace:
 
     Args:
         reads: Where h, the output of the sublayer's own norm, can be read in the dense model.
+        writes: Where b can be read there; None if only X and Y can be.
+        scale: Y = X + scale * b, before the norm that follows in a post-LN block.
         width: Size of h, and of what the map gives.
         stand_ins: By module path, the stand-ins of the modules that stop running. Exactly one is a core; it takes the
             map.
     """
 
     reads: Tap
+    writes: Tap | None
+    scale: float
     width: int
     stand_ins: tuple[tuple[str, StandIn], ...]
 
@@ -223,11 +227,17 @@ class _Block:
         found = find_linear(self.modules, sublayer.kind, parts[0], fit[0])
         if not isinstance(found, LinearReplacement) or (len(parts) > 1 and found.around):
             return None
+        scales, writer = {part.scale for part in parts}, self.modules.writer(parts[0])
+        if len(scales) > 1 or None in scales or (parts[-1].norm is not None and writer is None):
+            return None
         core = replace(self.modules.stand_in(sublayer, found.core, core=True), source=found.source)
         around = [(each.call.path, self.modules.stand_in(sublayer, each, core=False)) for each in found.around]
         others = [(each.core.call.path, self.modules.stand_in(sublayer, each.core, core=False)) for each in fit[1:]]
         call, key = found.reads
-        return LinearPlace(Tap(call.path, key), call.shapes[key][-1], ((found.core.call.path, core), *around, *others))
+        writes = None if writer is None or len(parts) > 1 else Tap(writer.path)
+        scale = parts[0].scale or 1.0
+        reads = Tap(call.path, key)
+        return LinearPlace(reads, writes, scale, call.shapes[key][-1], ((found.core.call.path, core), *around, *others))
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""

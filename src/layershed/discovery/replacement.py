@@ -82,6 +82,11 @@ class Modules:
         heavy = [call for call in calls if self.is_heavy("mlp", branch, call)]
         return next((call.path for call in reversed(heavy or calls)), self.flow.call.path)
 
+    def writer(self, branch: BranchFlow) -> Call | None:
+        """The last module that returns the branch and ran once, if there is one."""
+        once = [call for call in self.own_calls(branch) if len(self.tape.calls_of(call.path)) == 1]
+        return next((call for call in reversed(once) if call.output == branch.value), None)
+
     def own_calls(self, branch: BranchFlow) -> list[Call]:
         """The outermost calls that compute only the branch, not the stream."""
         fit = [

@@ -106,10 +106,10 @@ class Taps:
         """Pass a tensor to ``take`` whenever the model computes it."""
         module = self._transformer.get_submodule(tap.path)
         if tap.key is None:
-            self._handles.append(module.register_forward_hook(self._while_on(partial(_take_output, take))))
+            self._handles.append(module.register_forward_hook(self._while_on(partial(take_output, take))))
         else:
             names = list(inspect.signature(module.forward).parameters)
-            hook = self._while_on(partial(_take_argument, take, tap.key, names))
+            hook = self._while_on(partial(take_argument, take, tap.key, names))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _while_on(self, hook: Callable[..., None], switch: Callable[..., None] | None = None) -> Callable[..., None]:
@@ -233,11 +233,12 @@ def _leave_if_on(taps: Taps, hook: Callable[..., None], module: nn.Module, args:
         hook(module, args, output)
 
 
-def _take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
+def take_output(take: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
+    """Pass on what a module returns first."""
     take(output[0] if isinstance(output, tuple | list) else output)
 
 
-def _take_argument(
+def take_argument(
     take: Callable[[Tensor], None], key: Key, names: Sequence[str], _module: nn.Module, args: Any, kwargs: Any
 ) -> None:
     """Take an argument by its position or its name, however the caller passes it."""

@@ -1,0 +1,1 @@
+"""Compensation: closed-form repair of what a drop changes, without training."""
