@@ -31,6 +31,7 @@ ROOMS = [
     "importance",
     "compensation",
     "recovery",
+    "search",
     "drop",
     "quantization",
     "performance",

@@ -108,7 +108,7 @@ def evaluate_quality(
     ids, sums = TokenIdRange(transformer), _Sums(device_of(transformer))
     with evaluating(transformer), torch.no_grad():
         for batch in track(iterate(batches, max_batches), "Measuring quality", least(batches, max_batches)):
-            sums.update(*_predictions(transformer, batch, ids))
+            sums.update(*predictions_of(transformer, *read_batch(transformer, batch, ids)))
     loss, hits, tokens = sums.read(ids)
     if tokens == 0:
         raise MeasurementError(
@@ -142,8 +142,12 @@ def reads_as_text(batch: Any, transformer: nn.Module) -> bool:
     return shapes <= {inputs["input_ids"].shape}
 
 
-def _predictions(transformer: nn.Module, batch: Any, ids: TokenIdRange) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, targets and which of them count, all of shape (batch, tokens - 1, ...)."""
+def read_batch(transformer: nn.Module, batch: Any, ids: TokenIdRange) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs of a batch that a causal language model reads, and its labels if it has some, on its device.
+
+    Raises:
+        BatchError: If the batch does not fit the model.
+    """
     inputs = text_inputs(batch, transformer, ids=ids)
     for name in ("labels", "attention_mask"):
         same_shape(inputs, name)
@@ -151,7 +155,13 @@ def _predictions(transformer: nn.Module, batch: Any, ids: TokenIdRange) -> tuple
     labels = select(inputs, ["labels"], device)
     # packed sequences say by their positions where one ends
     known = {"position_ids"} & set(inspect.signature(transformer.forward).parameters)
-    inputs = select(inputs, ["input_ids", "attention_mask", *known], device)
+    return select(inputs, ["input_ids", "attention_mask", *known], device), labels
+
+
+def predictions_of(
+    transformer: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, targets and which of them count, all of shape (batch, tokens - 1, ...)."""
     output = transformer(**inputs, use_cache=False)
     targets = labels.get("labels", inputs["input_ids"])[:, 1:].long()
     counted = targets != -100
@@ -182,7 +192,7 @@ class _Sums(Metric):
         self._labels = 0
 
     def update(self, logits: Tensor, targets: Tensor, counted: Tensor) -> None:
-        """Add a batch; shapes as of :func:`_predictions`."""
+        """Add a batch; shapes as of :func:`predictions_of`."""
         if not targets.numel():
             return
         self._labels, far = logits.shape[-1], torch.iinfo(torch.int32).max

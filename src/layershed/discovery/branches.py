@@ -42,6 +42,7 @@ class LinearPlace:
         reads: Where h, the output of the sublayer's own norm, can be read in the dense model.
         writes: Where b can be read there; None if only X and Y can be.
         scale: Y = X + scale * b, before the norm that follows in a post-LN block.
+        in_post_norm: Whether a norm in the stream follows it (post-LN).
         width: Size of h, and of what the map gives.
         stand_ins: By module path, the stand-ins of the modules that stop running. Exactly one is a core; it takes the
             map.
@@ -50,6 +51,7 @@ class LinearPlace:
     reads: Tap
     writes: Tap | None
     scale: float
+    in_post_norm: bool
     width: int
     stand_ins: tuple[tuple[str, StandIn], ...]
 
@@ -235,9 +237,11 @@ class _Block:
         others = [(each.core.call.path, self.modules.stand_in(sublayer, each.core, core=False)) for each in fit[1:]]
         call, key = found.reads
         writes = None if writer is None or len(parts) > 1 else Tap(writer.path)
-        scale = parts[0].scale or 1.0
         reads = Tap(call.path, key)
-        return LinearPlace(reads, writes, scale, call.shapes[key][-1], ((found.core.call.path, core), *around, *others))
+        post_norm = parts[-1].norm is not None
+        return LinearPlace(
+            reads, writes, scale, post_norm, call.shapes[key][-1], ((found.core.call.path, core), *around, *others)
+        )
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
         """The same branch in the block of its final index, with the support that goes once all its users go."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -97,13 +97,32 @@ METRICS: dict[str, type[ImportanceMetric]] = {
 }
 """Importance metrics by name; add your own subclass of :class:`ImportanceMetric` here."""
 
+DamageMetric = Literal["kl", "loss"]
+DAMAGE_METRICS: tuple[DamageMetric, ...] = get_args(DamageMetric)
+"""Metrics that are measured on the model without a sublayer: see :func:`~layershed.importance.damage.leave_one_out`."""
+
 
 def get_metric(name: str) -> type[ImportanceMetric]:
-    """The importance metric of a name.
+    """The importance metric of a name, measured while the model runs.
 
     Raises:
         UnknownNameError: If there is none; suggests the nearest name.
+        CalibrationError: If it is a damage metric, which takes passes of its own.
     """
-    if not isinstance(name, str) or name not in METRICS:
-        raise UnknownNameError("importance metric", name, METRICS)
+    check_metric(name)
+    if name in DAMAGE_METRICS:
+        raise CalibrationError(
+            f"metric={name!r} takes forward passes without each sublayer, so it cannot be measured in the passes of a "
+            f"training step. Choose one of {', '.join(METRICS)}, or calibrate_on='val' in SublayerDrop."
+        )
     return METRICS[name]
+
+
+def check_metric(name: str) -> None:
+    """Refuse a name that is neither an importance metric nor a damage metric.
+
+    Raises:
+        UnknownNameError: If it is neither; suggests the nearest name.
+    """
+    if not isinstance(name, str) or name not in (*METRICS, *DAMAGE_METRICS):
+        raise UnknownNameError("importance metric", name, (*METRICS, *DAMAGE_METRICS))

@@ -17,13 +17,15 @@ from layershed.discovery.model_record import take_model_record
 from layershed.discovery.probe import evaluating
 from layershed.discovery.uneven import warn_uneven
 from layershed.errors import CalibrationError, LayershedError, NotFiniteError
+from layershed.importance.damage import leave_one_out
 from layershed.importance.masks import UnreadableMasks
-from layershed.importance.metrics import get_metric
+from layershed.importance.metrics import DAMAGE_METRICS, check_metric, get_metric
 from layershed.importance.padding import Padding
 from layershed.importance.running_sums import LeftOut, RunningSums, Skipped
 from layershed.importance.taps import Taps, body_of
 from layershed.planning.plan import ImportanceScores, Sublayer
 from layershed.progress import least, track
+from layershed.stand_ins.linear_map import LinearMap
 from layershed.surgery import bypassed_sublayers
 
 
@@ -32,6 +34,7 @@ def estimate_importance(
     batches: Iterable[Any],
     metric: str = "cosine",
     *,
+    maps: Mapping[Sublayer, LinearMap] | None = None,
     max_batches: int | None = None,
     name: str | None = None,
 ) -> ImportanceScores:
@@ -49,6 +52,8 @@ def estimate_importance(
             also with ``attention_mask`` of shape (batch, tokens) or (batch, 1, queries, keys). For a model that reads
             no text: mappings with its own input (``pixel_values``), or that tensor alone.
         metric: ``"cosine"`` (the paper's), ``"relative_magnitude"``, ``"angular"`` or one of your own in ``METRICS``.
+            Of a causal language model also ``"kl"`` and ``"loss"``: see :func:`leave_one_out`, which takes more passes.
+        maps: For ``"kl"`` and ``"loss"``: the linear maps that will replace sublayers.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
@@ -60,7 +65,9 @@ def estimate_importance(
         CalibrationError: If ``max_batches`` is below 1, there is no batch, a batch has no ``input_ids``, every token is
             padding, the mask does not say what is padding, or no batch is left.
     """
-    check_scoring(metric, max_batches)
+    check_scoring(metric, max_batches, maps)
+    if metric in DAMAGE_METRICS:
+        return leave_one_out(model, batches, metric, maps=maps, max_batches=max_batches, name=name)
     transformer = find_transformer(model, name=name)
     tracker = ImportanceTracker(transformer, metric)
     body = body_of(transformer)
@@ -76,14 +83,18 @@ def estimate_importance(
     return scores
 
 
-def check_scoring(metric: str, max_batches: int | None) -> None:
+def check_scoring(metric: str, max_batches: int | None, maps: object = None) -> None:
     """Refuse arguments of :func:`estimate_importance` that fit no model.
 
     Raises:
         UnknownNameError: If there is no such metric.
-        CalibrationError: If ``max_batches`` is below 1.
+        CalibrationError: If ``max_batches`` is below 1, or maps are given for a metric that does not see them.
     """
-    get_metric(metric)
+    check_metric(metric)
+    if maps and metric not in DAMAGE_METRICS:
+        raise CalibrationError(
+            f"metric={metric!r} does not depend on linear maps. Leave maps out, or choose kl or loss."
+        )
     check_most(max_batches, "max_batches", CalibrationError)
 
 
