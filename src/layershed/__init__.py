@@ -14,11 +14,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares them with the table below
+    from layershed.compensation.fit import LinearMaps, fit_linear_maps
     from layershed.discovery.branches import LeftAlone
     from layershed.discovery.find import find_left_alone, find_sublayers, find_transformer
     from layershed.discovery.registry import SublayerAdapter, register_adapter
-    from layershed.drop import drop_sublayers
+    from layershed.drop import DropMethod, drop_sublayers
     from layershed.errors import LayershedError
+    from layershed.importance.damage import leave_one_out
     from layershed.importance.functional import angular, cosine_importance, relative_magnitude
     from layershed.importance.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
     from layershed.importance.tracker import ImportanceTracker, estimate_importance
@@ -42,6 +44,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.saving.lora_folder import load_adapter, save_adapter
     from layershed.saving.own_model import load_weights, save_weights
     from layershed.saving.pretrained import load_plan, load_pretrained, save_pretrained
+    from layershed.search.greedy import greedy_search
     from layershed.stand_ins.linear_map import LinearMap
     from layershed.surgery import (
         bypass,
@@ -64,6 +67,7 @@ __all__ = [
     "CostModel",
     "Distillation",
     "Drop",
+    "DropMethod",
     "DropPlan",
     "DropSchedule",
     "ForwardReport",
@@ -75,6 +79,7 @@ __all__ = [
     "LayershedError",
     "LeftAlone",
     "LinearMap",
+    "LinearMaps",
     "ModelRecord",
     "PassCosts",
     "PhaseSpeed",
@@ -100,7 +105,10 @@ __all__ = [
     "find_left_alone",
     "find_sublayers",
     "find_transformer",
+    "fit_linear_maps",
+    "greedy_search",
     "inject_lora",
+    "leave_one_out",
     "linear_maps",
     "load_adapter",
     "load_checkpoint",
@@ -133,8 +141,10 @@ _NAMES = {
     "discovery.branches": ("LeftAlone",),
     "discovery.find": ("find_left_alone", "find_sublayers", "find_transformer"),
     "discovery.registry": ("SublayerAdapter", "register_adapter"),
-    "drop": ("drop_sublayers",),
+    "compensation.fit": ("LinearMaps", "fit_linear_maps"),
+    "drop": ("DropMethod", "drop_sublayers"),
     "errors": ("LayershedError",),
+    "importance.damage": ("leave_one_out",),
     "importance.functional": ("angular", "cosine_importance", "relative_magnitude"),
     "importance.metrics": ("METRICS", "Angular", "CosineImportance", "ImportanceMetric", "RelativeMagnitude"),
     "importance.tracker": ("ImportanceTracker", "estimate_importance"),
@@ -158,6 +168,7 @@ _NAMES = {
     "saving.lora_folder": ("load_adapter", "save_adapter"),
     "saving.own_model": ("load_weights", "save_weights"),
     "saving.pretrained": ("load_plan", "load_pretrained", "save_pretrained"),
+    "search.greedy": ("greedy_search",),
     "stand_ins.linear_map": ("LinearMap",),
     "surgery": (
         "bypass",

@@ -1,19 +1,71 @@
-"""Score, select and bypass in one call, without training."""
+"""One call: choose sublayers, fit what runs in their place, and bypass them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from layershed.batches import iterate
+from layershed.compensation.fit import LinearMaps, check_fit, fit_linear_maps, mappable
 from layershed.discovery.find import find_sublayers, find_transformer
 from layershed.discovery.uneven import explaining_empty_scope
+from layershed.errors import SelectionError, UnknownNameError
+from layershed.importance.metrics import DAMAGE_METRICS
 from layershed.importance.tracker import check_scoring, estimate_importance
 from layershed.planning.arguments import as_protected
-from layershed.planning.plan import DropPlan, Scope, Sublayer
+from layershed.planning.plan import Action, DropPlan, Scope, Sublayer
 from layershed.planning.selection import check_selection, equal_scores, select_sublayers
+from layershed.search.greedy import greedy_search
 from layershed.surgery import bypass, bypassed_sublayers
+
+Search = Literal["one-shot", "greedy"]
+SEARCHES: tuple[Search, ...] = get_args(Search)
+_FEW = 8  # sequences of the batches on which a search measures damage
+
+
+@dataclass(frozen=True)
+class DropMethod:
+    """How sublayers are chosen, and what runs in their place.
+
+    Args:
+        metric: Name of the importance metric.
+        search: ``"one-shot"``: those of least importance, measured once (the paper's). ``"greedy"``: one after the
+            other, by the damage of the set (:func:`greedy_search`); the metric is then ``kl`` or ``loss``.
+        replace: What runs in place of a sublayer: None for nothing (the paper's), ``"linear"`` for a linear map of its
+            norm's output (:func:`fit_linear_maps`).
+        rank: Rank of the maps; None for full matrices.
+
+    Raises:
+        LayershedError: If an argument is unknown, or contradicts another one.
+    """
+
+    metric: str = "cosine"
+    search: Search = "one-shot"
+    replace: Action | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_scoring(self.metric, None)
+        if self.search not in SEARCHES:
+            raise UnknownNameError("search", self.search, SEARCHES)
+        if self.replace not in (None, "linear"):
+            raise UnknownNameError("replacement", str(self.replace), ["linear"])
+        if self.search == "greedy" and self.metric not in DAMAGE_METRICS:
+            raise SelectionError(
+                f"search='greedy', metric={self.metric!r}: a search measures sets of sublayers, and this one measures "
+                f"single sublayers. Choose {' or '.join(DAMAGE_METRICS)}."
+            )
+        if self.rank is not None and self.replace is None:
+            raise SelectionError(f"rank={self.rank}: it is that of linear maps. Set replace='linear', or leave it out.")
+        check_fit(self.rank)
+
+
+PAPER = DropMethod()
+BEST = DropMethod(metric="kl", search="greedy", replace="linear")
+"""The best method without training that we know: docs/quality.md has the figures."""
 
 
 def drop_sublayers(
@@ -24,11 +76,14 @@ def drop_sublayers(
     count: int | None = None,
     ratio: float | None = None,
     metric: str = "cosine",
+    search: Search = "one-shot",
+    replace: Action | None = None,
+    rank: int | None = None,
     protect: Iterable[Sublayer | int] = (),
     max_batches: int | None = None,
     name: str | None = None,
 ) -> DropPlan:
-    """Measure importance on the batches, choose the least important sublayers and bypass them.
+    """Choose sublayers on the batches, and bypass them: nothing, or a linear map, runs in their place.
 
     Args:
         model: A transformer, or a module that holds one.
@@ -37,8 +92,11 @@ def drop_sublayers(
         count: How many to drop. Give count or ratio.
         ratio: Share of the candidates to drop, in (0, 1).
         metric: Name of the importance metric.
+        search: As of :class:`DropMethod`, and so are replace and rank.
+        replace: ``"linear"`` for linear maps, fitted to the batches; None for nothing.
+        rank: Rank of the maps.
         protect: Sublayers, or indices of blocks, that are not dropped.
-        max_batches: Stop scoring after that many batches.
+        max_batches: Stop scoring and fitting after that many batches.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
     Returns:
@@ -47,6 +105,7 @@ def drop_sublayers(
     Raises:
         LayershedError: As the functions that it calls; the model is then unchanged.
     """
+    method = DropMethod(metric, search, replace, rank)
     check_selection(scope, count=count, ratio=ratio)
     check_scoring(metric, max_batches)
     protect = as_protected(protect)
@@ -55,7 +114,69 @@ def drop_sublayers(
     if running:  # a count that cannot be met is refused before any batch is read
         with explaining_empty_scope(model, scope, name=name):
             select_sublayers(equal_scores(running), scope, count=count, ratio=ratio, protect=protect)
-    scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
-    plan = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect)
-    bypass(model, plan, name=name)
+    if method == PAPER or method == DropMethod(metric):
+        scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
+        plan, maps = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect), LinearMaps()
+    else:
+        given = list(iterate(batches, max_batches))
+        plan, maps = choose(model, given, method, scope, count=count, ratio=ratio, protect=protect, name=name)
+    bypass(model, plan, maps=maps, name=name)
     return plan
+
+
+def choose(
+    model: nn.Module,
+    batches: list[Any],
+    method: DropMethod,
+    scope: Scope,
+    *,
+    count: int | None = None,
+    ratio: float | None = None,
+    protect: Iterable[Sublayer | int] = (),
+    name: str | None = None,
+) -> tuple[DropPlan, LinearMaps]:
+    """The plan of a method, and the maps that it needs. The model is not changed. Arguments: :func:`drop_sublayers`."""
+    amounts: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
+    candidates = LinearMaps()
+    if method.replace and method.metric in DAMAGE_METRICS:  # the score must match what will be done
+        places = [s for s in mappable(model, name=name) if scope in ("joint", "block", s.kind)]
+        if places:
+            candidates = fit_linear_maps(model, batches, places, rank=method.rank, refits=0, name=name)
+    if method.search == "greedy":
+        gone = bypassed_sublayers(find_transformer(model, name=name))
+        running = equal_scores([s for s in find_sublayers(model, name=name) if s not in gone])
+        number = select_sublayers(running, scope, **amounts)
+        plan = greedy_search(
+            model,
+            few(batches),
+            scope,
+            count=len({s.block for s in number}) if scope == "block" else len(number),
+            metric=method.metric,  # type: ignore[arg-type]
+            maps=candidates,
+            protect=tuple(protect),
+            name=name,
+        )
+    else:
+        damage: dict[str, Any] = {"maps": candidates} if candidates else {}
+        measured = few(batches) if method.metric in DAMAGE_METRICS else batches
+        scores = estimate_importance(model, measured, method.metric, name=name, **damage)
+        plan = select_sublayers(scores, scope, **amounts)
+    return _with_maps(model, batches, plan, method, name)
+
+
+def few(batches: list[Any]) -> list[Any]:
+    """A few batches spread over all: enough to measure damage, which takes many passes."""
+    return batches[:: max(1, len(batches) // _FEW)][:_FEW]
+
+
+def _with_maps(
+    model: nn.Module, batches: list[Any], plan: DropPlan, method: DropMethod, name: str | None
+) -> tuple[DropPlan, LinearMaps]:
+    """The plan with its actions, and the maps fitted for exactly this plan."""
+    if not method.replace:
+        return plan, LinearMaps()
+    places = set(mappable(model, name=name))
+    plan = plan.with_action("linear", [s for s in plan if s in places], rank=method.rank)
+    if not places & set(plan):
+        return plan, LinearMaps()
+    return plan, fit_linear_maps(model, batches, plan, rank=method.rank, name=name)

@@ -1,31 +1,34 @@
-"""Fits linear maps to sublayers in closed form, from one pass of the dense model. No weight changes.
+"""Fits linear maps to sublayers in closed form. No weight of the model changes.
 
 The map of a sublayer reads h, the output of its own norm, and aims at what it adds to the stream:
 
     W h + c  ~  b
 
 Tokens count by 1 / |Y|^2, because the norms that read the stream divide by its length: what counts is the error
-relative to the stream. Relative: Neural Block Linearization (arXiv 2505.21077), which replaces attention and keeps activations
-on disk; here sums of ``2 width**2`` numbers are kept for each map.
+relative to the stream. A relative is Neural Block Linearization (arXiv 2505.21077), which replaces attention and keeps
+activations on disk; here sums of ``2 width**2`` numbers are kept for each map.
 
-Maps fitted to the stream of the dropped model, so that each makes up for what was lost before it, were tried and gave a
-higher loss on text that they were not fitted to.
+A refit reads h in the dropped model, in which the maps of the fit before run, and aims at the same b: each map then
+gets the inputs that it will get. Maps that aim at the dense stream itself, to make up for what was lost before them,
+were tried, too: their loss is higher on text that they were not fitted to (docs/quality.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layershed.arguments import check_most, check_number
 from layershed.batches import TokenIdRange, iterate, model_inputs
-from layershed.compensation.normal_equations import DEFAULT_RIDGE, NormalEquations, fitted_map
-from layershed.compensation.readings import Reading, Readings
+from layershed.compensation.map_sums import MapSums, sums_for
+from layershed.compensation.normal_equations import DEFAULT_RIDGE
+from layershed.compensation.readings import Readings
 from layershed.discovery.anatomy import Anatomy
-from layershed.discovery.branches import Branch, LinearPlace
 from layershed.discovery.find import dissect, find_transformer
 from layershed.discovery.probe import evaluating
 from layershed.errors import CompensationError
@@ -33,9 +36,9 @@ from layershed.importance.taps import body_of
 from layershed.planning.plan import DropPlan, Sublayer
 from layershed.progress import least, track
 from layershed.stand_ins.carried import weights_like
-from layershed.stand_ins.contexts import lifted
+from layershed.stand_ins.contexts import lifted, standing_in
 from layershed.stand_ins.linear_map import LinearMap
-from layershed.surgery import bypassed_sublayers
+from layershed.surgery import bypassed_sublayers, stopped_by
 
 _HELD_OUT = 4  # every fourth batch checks the maps before they are fitted to it, too
 
@@ -61,12 +64,14 @@ def fit_linear_maps(
     *,
     rank: int | None = None,
     ridge: float = DEFAULT_RIDGE,
+    refits: int = 1,
     max_batches: int | None = None,
     name: str | None = None,
 ) -> LinearMaps:
     """Fit a linear map ``b = W norm(X) + c`` to each of some sublayers, for :func:`bypass`. The model is not changed.
 
-    One pass of the dense model over the batches, also if some of its sublayers are bypassed.
+    One pass of the dense model over the batches, also if some of its sublayers are bypassed. Each refit takes one pass
+    of the dense and one of the dropped model.
 
     Args:
         model: A transformer, or a module that holds one.
@@ -77,6 +82,8 @@ def fit_linear_maps(
             with a map, and its MLP bypassed, are a map in place of the whole block.
         rank: Rank of W, which costs ``2 rank width`` numbers; None for a full matrix.
         ridge: Strength of the ridge, as a share of the mean variance of h. 1e-3 to 1e-1 make little difference.
+        refits: How often the maps are fitted again, to the h of the model in which they run. 0 for candidates of a
+            search, of which only some will run.
         max_batches: Stop after that many batches; None takes all.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
@@ -86,29 +93,32 @@ def fit_linear_maps(
     Raises:
         CompensationError: If a sublayer cannot be replaced by a map, no token is seen, or values are not finite.
     """
+    check_fit(rank, ridge, refits)
     check_most(max_batches, "max_batches", CompensationError)
+    transformer = find_transformer(model, name=name)
+    fit = _Fit(transformer, dissect(transformer), sublayers, rank, ridge)
+    given = list(iterate(batches, max_batches)) if refits else iterate(batches, max_batches)
+    with evaluating(transformer), torch.no_grad():
+        maps = fit.run(given, LinearMaps(), least(batches, max_batches))
+        for _ in range(refits):
+            maps = fit.run(given, maps, least(given, None))
+    return maps
+
+
+def check_fit(rank: int | None, ridge: float = DEFAULT_RIDGE, refits: int = 0) -> None:
+    """Refuse arguments of :func:`fit_linear_maps` that fit no model.
+
+    Raises:
+        CompensationError: If one is out of range.
+    """
     check_number(ridge, "ridge", CompensationError)
+    check_number(refits, "refits", CompensationError, whole=True)
     if rank is not None:
         check_number(rank, "rank", CompensationError, whole=True)
     if ridge <= 0 or (rank is not None and rank < 1):
         raise CompensationError(f"ridge={ridge}, rank={rank}: both must be positive.")
-    transformer = find_transformer(model, name=name)
-    anatomy = dissect(transformer)
-    fits = _fits(sublayers, anatomy)
-    readings, body, ids = Readings(transformer, anatomy), body_of(transformer), TokenIdRange(transformer)
-    read = {branch.sublayer: branch for fit in fits for branch in (fit.branch, *fit.beside)}
-    with evaluating(transformer), torch.no_grad(), lifted(transformer), readings.of(read.values()) as found:
-        for number, batch in enumerate(
-            track(iterate(batches, max_batches), "Fitting linear maps", least(batches, max_batches))
-        ):
-            body(**model_inputs(batch, transformer, ids))
-            for fit in fits:
-                fit.add(found, held_out=number % _HELD_OUT == _HELD_OUT - 1)
-    ids.read()
-    maps = LinearMaps()
-    for fit in track(fits, "Solving linear maps", len(fits)):
-        maps[fit.sublayer], maps.residual[fit.sublayer] = fit.solve(ridge, rank, transformer)
-    return maps
+    if refits < 0:
+        raise CompensationError(f"refits={refits}: it must be at least 0.")
 
 
 def mappable(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ...]:
@@ -119,97 +129,77 @@ def mappable(model: nn.Module, *, name: str | None = None) -> tuple[Sublayer, ..
     return tuple(b.sublayer for b in branches if b.linear is not None and b.sublayer not in gone)
 
 
-def check_mappable(sublayers: Iterable[Sublayer], anatomy: Anatomy) -> None:
-    """Refuse sublayers that no linear map can replace.
+@dataclass
+class _Fit:
+    """Fits the maps of some sublayers of one model."""
 
-    Raises:
-        CompensationError: If there is one.
-    """
+    transformer: nn.Module
+    anatomy: Anatomy
+    sublayers: Iterable[Sublayer]
+    rank: int | None
+    ridge: float
+
+    def __post_init__(self) -> None:
+        drops = self.sublayers.drops if isinstance(self.sublayers, DropPlan) else ()
+        self.dropped = set(self.sublayers)
+        self.replaced = {drop.sublayer for drop in drops if drop.action == "linear"} or self.dropped
+        if not self.replaced:
+            raise CompensationError(
+                "fit_linear_maps: no sublayer is given. Give a drop plan, or at least one sublayer."
+            )
+        _check_places(self.replaced, self.anatomy)
+        self.readings = Readings(self.transformer, self.anatomy)
+        self.body = body_of(self.transformer)
+
+    def run(self, batches: Iterable[Any], maps: LinearMaps, number: int | None) -> LinearMaps:
+        """One fit: to the h of the dense model, or with maps to the h of the model in which they run."""
+        sums = sums_for(self.anatomy.branches, self.replaced, self.dropped)
+        ids = TokenIdRange(self.transformer)
+        for place, batch in enumerate(track(batches, "Refitting maps" if maps else "Fitting maps", number)):
+            self._add(sums, model_inputs(batch, self.transformer, ids), maps, place % _HELD_OUT == _HELD_OUT - 1)
+        ids.read()
+        found = LinearMaps()
+        for each in track(sums, "Solving maps", len(sums)):
+            sublayer = each.branch.sublayer
+            linear_map, found.residual[sublayer] = each.solve(self.ridge, self.rank)
+            like = weights_like(self.transformer.get_submodule(sublayer.path), self.transformer)
+            found[sublayer] = linear_map.to(**like)
+        return found
+
+    def _add(self, sums: list[MapSums], inputs: dict[str, Any], maps: LinearMaps, held_out: bool) -> None:
+        read = {branch.sublayer: branch for each in sums for branch in (each.branch, *each.beside)}
+        with lifted(self.transformer), self.readings.of(read.values()) as dense:
+            self.body(**inputs)
+        if not maps:
+            dropped = None
+        else:
+            branches = [each.branch for each in sums]
+            with self._standing(maps), self.readings.of(branches, only_h=True) as dropped:
+                self.body(**inputs)
+        for each in sums:
+            each.add(dense, dropped, held_out=held_out)
+
+    def _standing(self, maps: LinearMaps) -> ExitStack:
+        """Within the context the maps run, and what is bypassed beside them does not."""
+        stack = ExitStack()
+        now = set(bypassed_sublayers(self.transformer))
+        before = dict(stopped_by(self.anatomy.branches, now - self.dropped))
+        if now & self.dropped:
+            stack.enter_context(lifted(self.transformer))
+            before = {}
+        out = dict(stopped_by(self.anatomy.branches, now | self.dropped, maps))
+        stack.enter_context(standing_in(self.transformer, {p: s for p, s in out.items() if p not in before}))
+        return stack
+
+
+def _check_places(sublayers: Collection[Sublayer], anatomy: Anatomy) -> None:
+    """Refuse sublayers that no linear map can replace."""
     known = {branch.sublayer: branch for branch in anatomy.branches}
     for sublayer in sorted(sublayers):
         if sublayer not in known:
-            raise CompensationError(f"There is no sublayer {sublayer.name} with weights in the model, so none to fit.")
+            raise CompensationError(f"No map can be fitted to {sublayer.name}: the model has no such sublayer to run.")
         if known[sublayer].linear is None:
             raise CompensationError(
                 f"{sublayer.name} cannot be replaced by a linear map: no place was proven where a map of its norm's "
                 "output gives what it adds to the stream. Drop it without a map."
             )
-
-
-class _Fit:
-    """The sums for one map.
-
-    Args:
-        branch: The sublayer that it replaces.
-        beside: Sublayers after it in its block that it makes up for.
-    """
-
-    def __init__(self, branch: Branch, beside: list[Branch]) -> None:
-        assert branch.linear is not None
-        self.branch, self.beside, self.sublayer = branch, beside, branch.sublayer
-        self._place: LinearPlace = branch.linear
-        self._sums: dict[bool, NormalEquations] = {}
-
-    def add(self, found: Mapping[Sublayer, Reading], *, held_out: bool) -> None:
-        """Add one pass; a sublayer that did not run in it adds nothing."""
-        own = found.get(self.sublayer)
-        if own is None:
-            return
-        target = own.b
-        for branch in self.beside:
-            if branch.linear is not None and branch.sublayer in found:
-                target = target + branch.linear.scale / self._place.scale * found[branch.sublayer].b
-        if held_out not in self._sums:
-            self._sums[held_out] = NormalEquations(self._place.width, self._place.width, own.x.device)
-        y = own.x.float() + self._place.scale * own.b.float()
-        self._sums[held_out].add(own.h, target, _weights(y, own.counts))
-
-    def solve(self, ridge: float, rank: int | None, transformer: nn.Module) -> tuple[LinearMap, float]:
-        """The map, and the share of the energy that it misses."""
-        if False not in self._sums:
-            raise CompensationError(f"No linear map can be fitted to {self.sublayer.name}: it ran in no batch.")
-        fitted = self._sums[False]
-        checking = self._sums.setdefault(True, NormalEquations(*fitted.ht.shape, device=fitted.hh.device))
-        for sums in (fitted, checking):
-            sums.reduce()
-        found, judge = fitted_map(fitted, ridge, rank), fitted
-        if checking.total > 0:
-            judge = checking
-        missed = judge.residual(_matrix(found).to(judge.hh), found.up.bias.detach().to(judge.hh))
-        if judge is checking:
-            found = fitted_map(fitted + checking, ridge, rank)
-        return found.to(**weights_like(transformer.get_submodule(self.sublayer.path), transformer)), missed
-
-
-def _fits(sublayers: Iterable[Sublayer], anatomy: Anatomy) -> list[_Fit]:
-    wanted = set(sublayers)
-    linear = {d.sublayer for d in sublayers.drops if d.action == "linear"} if isinstance(sublayers, DropPlan) else set()
-    replaced = linear or wanted
-    if not replaced:
-        raise CompensationError("fit_linear_maps: no sublayer was given. Give a drop plan, or at least one sublayer.")
-    check_mappable(replaced, anatomy)
-    chosen = [branch for branch in anatomy.branches if branch.sublayer in wanted]
-    return [_Fit(b, _made_up_for(b, chosen, replaced)) for b in chosen if b.sublayer in replaced]
-
-
-def _made_up_for(branch: Branch, chosen: list[Branch], replaced: set[Sublayer]) -> list[Branch]:
-    """The bypassed sublayers after a map in its block, up to the next map; only where branches just add up."""
-    found: list[Branch] = []
-    for other in chosen:
-        if other.sublayer.block != branch.sublayer.block or other.sublayer <= branch.sublayer:
-            continue
-        if other.sublayer in replaced or other.linear is None or other.linear.in_post_norm:
-            break
-        found.append(other)
-    return [] if branch.linear is None or branch.linear.in_post_norm else found
-
-
-def _matrix(linear_map: LinearMap) -> Tensor:
-    up = linear_map.up.weight.detach()
-    return up if linear_map.down is None else up @ linear_map.down.weight.detach()
-
-
-def _weights(y: Tensor, counts: Tensor) -> Tensor:
-    """1 / |Y|^2 for tokens that count, and 0 for the others."""
-    energy = y.double().square().sum(-1) if y.device.type != "mps" else y.square().sum(-1)
-    return torch.where(counts & (energy > 0), 1 / energy, 0)

@@ -1,4 +1,4 @@
-"""Reads X, h and b of sublayers while a model runs, with the tokens that count."""
+"""Reads h, or X, h and b, of sublayers while a model runs, with the tokens that count."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Reading:
     """What one forward pass gave at one sublayer.
 
     Args:
-        x: Its input X, shape (tokens, width).
-        h: The output of its own norm, of the same shape.
-        b: What it added to the stream, before it was scaled, of the same shape.
+        h: The output of its own norm, shape (tokens, width).
         counts: True where a token is no padding, shape (tokens,).
+        x: Its input X, of the same shape as h; None if only h was read.
+        b: What it added to the stream, before it was scaled, of the same shape; None if only h was read.
     """
 
-    x: Tensor
     h: Tensor
-    b: Tensor
     counts: Tensor
+    x: Tensor | None = None
+    b: Tensor | None = None
 
 
 class Readings:
@@ -51,11 +51,12 @@ class Readings:
         self._padding = Padding(transformer, anatomy.tokens_first)
 
     @contextmanager
-    def of(self, branches: Iterable[Branch]) -> Iterator[dict[Sublayer, Reading]]:
+    def of(self, branches: Iterable[Branch], *, only_h: bool = False) -> Iterator[dict[Sublayer, Reading]]:
         """Yield a mapping that holds the reading of every branch after a forward pass, and is renewed by the next one.
 
         Args:
-            branches: Sublayers that run, with a place for a linear map.
+            branches: Sublayers that run, or that a linear map replaces, with a place for a map.
+            only_h: Whether to read h alone; nothing else can be read while a map runs.
         """
         found: dict[Sublayer, Reading] = {}
         with ExitStack() as stack:
@@ -67,6 +68,9 @@ class Readings:
             for branch in branches:
                 assert branch.linear is not None
                 reader = _Reader(branch, branch.linear, self._padding, found)
+                if only_h:
+                    self._tap(stack, branch.linear.reads, reader.take_only_h)
+                    continue
                 self._tap(stack, branch.entry, reader.take_x)
                 self._tap(stack, branch.linear.reads, reader.take_h)
                 self._tap(stack, branch.linear.writes or branch.exit, reader.take_b)
@@ -104,6 +108,10 @@ class _Reader:
     def take_h(self, h: Tensor) -> None:
         self._h = h.detach()
 
+    def take_only_h(self, h: Tensor) -> None:
+        aligned, _, mask = self._padding.align(h.detach(), h.detach(), self._branch.sublayer.path)
+        self._found[self._branch.sublayer] = Reading(_flat(aligned), _counts(aligned, mask))
+
     def take_b(self, b: Tensor) -> None:
         if self._x is None or self._h is None:
             return
@@ -112,10 +120,17 @@ class _Reader:
             b = (b.view_as(x).float() - x.float()) / self._place.scale
         h, _, _ = self._padding.align(self._h, self._h, path)
         x, b, mask = self._padding.align(x, b.view_as(x), path)
-        width = x.shape[-1]
-        counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        flat = (values.reshape(-1, width) for values in (x, h, b))
-        self._found[self._branch.sublayer] = Reading(*flat, counts.reshape(-1))
+        self._found[self._branch.sublayer] = Reading(_flat(h), _counts(x, mask), _flat(x), _flat(b))
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _counts(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.ones(values.shape[:-1].numel(), dtype=torch.bool, device=values.device)
+    return mask.bool().reshape(-1)
 
 
 def _nothing() -> None:

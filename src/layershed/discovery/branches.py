@@ -237,10 +237,13 @@ class _Block:
         others = [(each.core.call.path, self.modules.stand_in(sublayer, each.core, core=False)) for each in fit[1:]]
         call, key = found.reads
         writes = None if writer is None or len(parts) > 1 else Tap(writer.path)
-        reads = Tap(call.path, key)
-        post_norm = parts[-1].norm is not None
         return LinearPlace(
-            reads, writes, scale, post_norm, call.shapes[key][-1], ((found.core.call.path, core), *around, *others)
+            Tap(call.path, key),
+            writes,
+            parts[0].scale or 1.0,
+            parts[-1].norm is not None,
+            call.shapes[key][-1],
+            ((found.core.call.path, core), *around, *others),
         )
 
     def _in_block(self, branch: Branch, block: int, dropped: list[BranchFlow]) -> Branch:
