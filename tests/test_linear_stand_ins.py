@@ -5,36 +5,15 @@ import io
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM
 
 import layershed as ls
 from layershed.errors import PlanError, RevivedSublayerError
 from layershed.performance.model_size import weight_sizes
 from layershed.saving.checkpoint import apply_structure, write_structure
 from layershed.stand_ins.linear_map import LinearMap
-from tests.support.linear_maps import PLACES, hooked, random_maps
-from tests.support.models import SIZES, build_model
-
-IDS = torch.arange(3, 25).view(2, 11)
-
-
-def model_and_inputs(model_type):
-    if model_type == "bert":
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        torch.manual_seed(0)
-        return BertForMaskedLM(BertConfig(**{name: SIZES[name] for name in names})).eval(), {"input_ids": IDS}
-    if model_type == "vit":
-        torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=32,
-            patch_size=16,
-        )
-        return ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 32, 32)}
-    return build_model(model_type), {"input_ids": IDS}
+from tests.support.linear_maps import IDS, PLACES, hooked, model_and_inputs, random_maps
+from tests.support.models import build_model
 
 
 def some_of(sublayers):

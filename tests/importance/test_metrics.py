@@ -165,9 +165,9 @@ def test_unknown_metric_name_is_refused_with_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"Unknown importance metric 'cosin'\. Did you mean 'cosine'") as caught:
         get_metric("cosin")
     assert caught.value.name == "cosin"
-    assert caught.value.available == ("angular", "cosine", "relative_magnitude")
+    assert caught.value.available == ("angular", "cosine", "kl", "loss", "relative_magnitude")
     assert isinstance(caught.value, LayershedError)
-    with pytest.raises(UnknownNameError, match="Available: angular, cosine, relative_magnitude") as caught:
+    with pytest.raises(UnknownNameError, match="Available: angular, cosine, kl, loss, relative_magnitude") as caught:
         get_metric("zzz")
     assert "Did you mean" not in str(caught.value)
 

@@ -9,7 +9,7 @@ import torch
 import layershed as ls
 from layershed.errors import SelectionError
 from layershed.search.greedy import greedy_search
-from tests.importance.test_damage import damage, make_batches
+from tests.support.damage import damage, make_batches
 from tests.support.linear_maps import random_maps
 from tests.support.models import build_model
 
