@@ -16,13 +16,15 @@ from layershed.errors import SelectionError, UnknownNameError
 from layershed.importance.metrics import DAMAGE_METRICS
 from layershed.importance.tracker import check_scoring, estimate_importance
 from layershed.planning.arguments import as_protected
-from layershed.planning.plan import Action, DropPlan, Scope, Sublayer
+from layershed.planning.plan import DropPlan, Scope, Sublayer
 from layershed.planning.selection import check_selection, equal_scores, select_sublayers
 from layershed.search.greedy import greedy_search
 from layershed.surgery import bypass, bypassed_sublayers
 
 Search = Literal["one-shot", "greedy"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
+Replacement = Literal["linear"]
+REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 _FEW = 8  # sequences of the batches on which a search measures damage
 
 
@@ -44,15 +46,15 @@ class DropMethod:
 
     metric: str = "cosine"
     search: Search = "one-shot"
-    replace: Action | None = None
+    replace: Replacement | None = None
     rank: int | None = None
 
     def __post_init__(self) -> None:
         check_scoring(self.metric, None)
         if self.search not in SEARCHES:
             raise UnknownNameError("search", self.search, SEARCHES)
-        if self.replace not in (None, "linear"):
-            raise UnknownNameError("replacement", str(self.replace), ["linear"])
+        if self.replace not in (None, *REPLACEMENTS):
+            raise UnknownNameError("replacement", str(self.replace), REPLACEMENTS)
         if self.search == "greedy" and self.metric not in DAMAGE_METRICS:
             raise SelectionError(
                 f"search='greedy', metric={self.metric!r}: a search measures sets of sublayers, and this one measures "
@@ -63,9 +65,41 @@ class DropMethod:
         check_fit(self.rank)
 
 
-PAPER = DropMethod()
-BEST = DropMethod(metric="kl", search="greedy", replace="linear")
-"""The best method without training that we know: docs/quality.md has the figures."""
+MethodName = Literal["paper", "best"]
+METHODS: dict[MethodName, DropMethod] = {
+    "paper": DropMethod(),
+    "best": DropMethod(metric="kl", search="greedy", replace="linear"),
+}
+"""Methods by name. ``paper``: that of arXiv 2406.15786. ``best``: the best one without training that we know
+(docs/quality.md)."""
+
+
+def method_of(
+    name: MethodName | None, metric: str, search: Search, replace: Replacement | None, rank: int | None
+) -> DropMethod:
+    """The method of a name, or of its parts.
+
+    Raises:
+        LayershedError: If the name is unknown, it contradicts one of the parts, or they contradict each other.
+    """
+    parts = DropMethod(metric, search, replace, rank)
+    if name is None:
+        return parts
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    default = DropMethod()
+    for what in ("metric", "search", "replace"):
+        value = getattr(parts, what)
+        if value not in (getattr(default, what), getattr(METHODS[name], what)):
+            raise SelectionError(
+                f"method={name!r}, {what}={value!r}: the method sets {what} itself. Leave one of them out."
+            )
+    return replace_rank(METHODS[name], rank)
+
+
+def replace_rank(method: DropMethod, rank: int | None) -> DropMethod:
+    """The method with maps of a rank."""
+    return method if rank is None else DropMethod(method.metric, method.search, method.replace, rank)
 
 
 def drop_sublayers(
@@ -77,7 +111,7 @@ def drop_sublayers(
     ratio: float | None = None,
     metric: str = "cosine",
     search: Search = "one-shot",
-    replace: Action | None = None,
+    replace: Replacement | None = None,
     rank: int | None = None,
     protect: Iterable[Sublayer | int] = (),
     max_batches: int | None = None,
@@ -114,7 +148,7 @@ def drop_sublayers(
     if running:  # a count that cannot be met is refused before any batch is read
         with explaining_empty_scope(model, scope, name=name):
             select_sublayers(equal_scores(running), scope, count=count, ratio=ratio, protect=protect)
-    if method == PAPER or method == DropMethod(metric):
+    if method == DropMethod(metric):
         scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
         plan, maps = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect), LinearMaps()
     else:

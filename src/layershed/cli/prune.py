@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 
+from layershed.batches import iterate
 from layershed.cli.console import tell_files
 from layershed.cli.run_folder import (
     check_output,
@@ -21,7 +22,9 @@ from layershed.cli.run_folder import (
     score_sublayers,
 )
 from layershed.cli.score import importance_points
+from layershed.compensation.fit import LinearMaps
 from layershed.discovery.find import find_sublayers
+from layershed.drop import DropMethod, choose
 from layershed.errors import SelectionError
 from layershed.files.atomic import write_text
 from layershed.integration.gathered import exported
@@ -50,7 +53,7 @@ def prune(
     scope: Scope,
     count: int | None,
     ratio: float | None,
-    metric: str,
+    method: DropMethod,
     objective: Objective,
     protect: Sequence[int],
     batches: int,
@@ -65,7 +68,8 @@ def prune(
         LayershedError: Before measuring, if the sublayers cannot be dropped, or the model cannot be measured or saved.
     """
     check_selection(scope, count=count, ratio=ratio)
-    check_scoring(metric, batches, quality_batches)
+    check_scoring(method.metric, batches, quality_batches)
+    check_objective_of(method, objective)
     speed.check(model.model)
     lengths: dict[str, Any] = {"prompt_tokens": speed.prompt_tokens, "new_tokens": speed.new_tokens, "runs": speed.runs}
     if gone := dropped_sublayers(model):
@@ -78,15 +82,20 @@ def prune(
     check_output(trainer, output, model)
 
     console, folder = Console(), prepare(trainer, model, data)
-    scores = score_sublayers(trainer, model, data, metric, batches, folder)
-    latency = None
-    if objective == "speed":
-        with trainer.precision_plugin.forward_context():
-            latency = measure_latency(model, **lengths).sublayers
     wanted: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
-    plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
+    scores, maps = None, LinearMaps()
+    if method == DropMethod(method.metric):
+        scores = score_sublayers(trainer, model, data, method.metric, batches, folder)
+        latency = None
+        if objective == "speed":
+            with trainer.precision_plugin.forward_context():
+                latency = measure_latency(model, **lengths).sublayers
+        plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
+    else:
+        with trainer.precision_plugin.forward_context():
+            plan, maps = choose(model, list(iterate(data.train_dataloader(), batches)), method, scope, **wanted)
     quality = {"before": held_out_quality(trainer, model, data, quality_batches)}
-    bypass(model, plan)
+    bypass(model, plan, maps=maps)
     quality["after"] = held_out_quality(trainer, model, data, quality_batches)
     with trainer.precision_plugin.forward_context():
         report = measure_speed(model, **lengths)
@@ -96,10 +105,11 @@ def prune(
     noted: dict[str, Any] = {when: {**own.values, "tokens": own.tokens} for when, own in quality.items()}
     noted |= {} if sdr is None else {"sdr": {"value": None if math.isnan(sdr.ratio) else sdr.ratio, "text": str(sdr)}}
     write_text(folder / QUALITY_FILE, json.dumps(noted, indent=2) + "\n")
+    points = () if scores is None else importance_points(scores)
     record = RunRecord(
         name_of(model),
-        importance=importance_points(scores),
-        scores=importance_points(scores),
+        importance=points,
+        scores=points,
         plan=plan,
         quality=quality,
         speed=report,
@@ -113,3 +123,16 @@ def prune(
     console.print(summary_table(record))
     tell_files(console, Model=saved, Report=page)
     return plan
+
+
+def check_objective_of(method: DropMethod, objective: Objective) -> None:
+    """Refuse an objective that the method does not see.
+
+    Raises:
+        SelectionError: If the order of speed is asked for, and a search or a fit decides.
+    """
+    if objective == "speed" and method != DropMethod(method.metric):
+        raise SelectionError(
+            "objective='speed': it orders importances that are measured once, without linear maps. Leave search, "
+            "replace and method out, or leave objective out."
+        )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from layershed.errors import CalibrationError, DataError, ExportError, LayershedError, ModelError
 from layershed.files.atomic import refuse_source, write_text
-from layershed.importance.metrics import get_metric
+from layershed.importance.metrics import check_metric
 from layershed.importance.tracker import estimate_importance
 from layershed.planning.plan import ImportanceScores
 from layershed.quality import Quality, evaluate_quality
@@ -98,7 +98,7 @@ def check_scoring(metric: str, batches: int, quality_batches: int = 1) -> None:
     Raises:
         LayershedError: If the metric is unknown or a number is below 1.
     """
-    get_metric(metric)
+    check_metric(metric)
     for name, number in (("batches", batches), ("quality_batches", quality_batches)):
         if number < 1:
             raise CalibrationError(f"{name}={number}: it must be at least 1.")

@@ -16,6 +16,7 @@ from layershed.cli.prune import prune
 from layershed.cli.run_trainer import RunTrainer
 from layershed.cli.sampling import check_sampling
 from layershed.cli.score import score
+from layershed.drop import MethodName, Replacement, Search, method_of
 from layershed.performance.benchmark import Benchmark, QualityName
 from layershed.performance.prediction import Prediction
 from layershed.performance.stopwatch import SpeedSettings
@@ -38,7 +39,7 @@ class Trainer(RunTrainer):
         Args:
             model: The model to score.
             datamodule: The text; the training split is scored.
-            metric: cosine, relative_magnitude or angular.
+            metric: cosine, relative_magnitude or angular; or, with passes without each sublayer, kl or loss.
             batches: Number of batches to score.
 
         Returns:
@@ -57,6 +58,10 @@ class Trainer(RunTrainer):
         count: int | None = None,
         ratio: float | None = None,
         metric: str = "cosine",
+        search: Search = "one-shot",
+        replace: Replacement | None = None,
+        rank: int | None = None,
+        method: MethodName | None = None,
         objective: Objective = "importance",
         protect: Sequence[int] = (),
         batches: int = 16,
@@ -78,7 +83,13 @@ class Trainer(RunTrainer):
             scope: What to rank and drop: attention, mlp, block, or joint (attention and MLP in one ranking).
             count: Number to drop: blocks with scope block, else sublayers. Give this or ratio.
             ratio: Share to drop, in (0, 1): of the blocks with scope block, else of the sublayers. Give this or count.
-            metric: cosine, relative_magnitude or angular.
+            metric: cosine, relative_magnitude or angular; or, with passes without each sublayer, kl or loss.
+            search: one-shot (the least important, measured once) or greedy (one after the other, by the damage of the
+                set; metric kl or loss).
+            replace: linear, for a linear map of its norm's output in place of each sublayer; left out, nothing runs.
+            rank: Rank of the linear maps; left out, they are full matrices.
+            method: paper (cosine, one-shot, nothing in their place) or best (kl, greedy, linear: the best we know
+                without training). It sets metric, search and replace.
             objective: importance (drop the least important first) or speed (drop the least importance per measured
                 millisecond of decoding first).
             protect: Indices of blocks to keep whole, such as [0, -1]; negative indices count from the end.
@@ -104,7 +115,7 @@ class Trainer(RunTrainer):
             scope=scope,
             count=count,
             ratio=ratio,
-            metric=metric,
+            method=method_of(method, metric, search, replace, rank),
             objective=objective,
             protect=protect,
             batches=batches,

@@ -23,6 +23,7 @@ from layershed.quantization import quantization_of
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.standalone import auto_class_of
 from layershed.spellings import PreTrainedConfig
+from layershed.stand_ins.carried import maps_of
 from layershed.surgery import dropped_sublayers
 
 CARD_FILE = "README.md"
@@ -55,7 +56,9 @@ def add_card(
     if theirs is not None and theirs.is_file() and MARK not in _text(theirs):
         shutil.copyfile(theirs, folder / CARD_FILE)
     elif dropped := dropped_sublayers(transformer):
-        drops = plan.drops if plan else tuple(Drop(sublayer) for sublayer in dropped)
+        maps = maps_of(transformer)
+        unplanned = (Drop(sublayer, action="linear" if sublayer in maps else "bypass") for sublayer in dropped)
+        drops = plan.drops if plan else tuple(unplanned)
         text = model_card(transformer, drops, plan, figures or {}, auto_class_of(folder))
         (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
@@ -102,6 +105,7 @@ def model_card(
         parameters=short_count(weight_sizes(transformer).parameters),
         quantized=None if quantized is None else quantized.mode,
         drops=drops,
+        maps=len(maps_of(transformer)),
         plan=plan,
         figures=dict(figures),
         adapters=bool(adapted_modules(transformer)),
