@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from layershed.discovery.find import find_transformer
 from layershed.discovery.model_record import kept_model_record
-from layershed.importance.metrics import get_metric
+from layershed.drop import MethodName, Replacement, Search, method_of
 from layershed.importance.tracker import ImportanceTracker
+from layershed.integration.drop_action import DropAction
 from layershed.integration.drop_rule import DropRule, resolve_protected
 from layershed.integration.fsdp_checkpoints import give_back_strategy, reshard
 from layershed.integration.measurements import (
@@ -21,11 +22,9 @@ from layershed.integration.measurements import (
     check_batches,
     check_calibration,
     drop_metrics,
-    importance_in_a_pass,
     qualities_from,
     qualities_state,
     quality_metrics,
-    running_importance,
     validation_quality,
 )
 from layershed.integration.module_hooks import carry_structure, follow_training, leave_structure
@@ -46,13 +45,12 @@ from layershed.integration.watching import Watcher
 from layershed.performance.speedup_target import DEFAULT_SETTINGS
 from layershed.performance.stopwatch import Phase, SpeedSettings
 from layershed.planning.arguments import as_protected
-from layershed.planning.plan import DropPlan, ImportanceScores, Scope, Sublayer
+from layershed.planning.plan import DropPlan, Scope, Sublayer
 from layershed.planning.schedule import DropSchedule
 from layershed.planning.selection import Objective
 from layershed.quality import AnyQuality, RoundQuality
 from layershed.recovery.frozen import StaysFrozen
 from layershed.stand_ins.carried import dropped_parameters
-from layershed.surgery import bypass
 
 
 class SublayerDrop(Callback):
@@ -82,7 +80,8 @@ class SublayerDrop(Callback):
         ratio: Share of the candidates to drop, in (0, 1); one-shot only.
         every_n_steps: Steps between the rounds of an iterative schedule; None for one-shot.
         rounds: Number of rounds of an iterative schedule; importance is measured anew for each.
-        metric: ``cosine``, ``relative_magnitude`` or ``angular``.
+        metric: ``cosine``, ``relative_magnitude`` or ``angular``; or ``kl`` or ``loss``, the damage without a sublayer,
+            in passes over the first batches of the train loader, or of the val loader, at the drop.
         protect: Indices of blocks that stay whole; negative ones count from the end.
         calibrate_on: Batches on which importance is measured: ``running``, the training batches of the last steps
             before the drop, without an extra forward pass; ``train`` or ``val``, a pass over that loader's batches.
@@ -102,6 +101,11 @@ class SublayerDrop(Callback):
             the loss.
         plan: Path of a drop plan, such as the ``drop_plan.json`` of another run. It is dropped at ``start``, and no
             importance is measured. Options that would choose otherwise are refused.
+        search: ``one-shot``, or ``greedy``: one after the other, by the damage of the set.
+        replace: ``linear``: a linear map of its norm's output, fitted at the drop, runs in place of a sublayer and
+            trains on; None: nothing does.
+        rank: Rank of the maps; None for full matrices.
+        method: ``paper`` or ``best``, which set metric, search and replace; see docs/quality.md.
 
     Raises:
         PlanError: Before training, if the given plan cannot be read, or is for another model.
@@ -141,14 +145,19 @@ class SublayerDrop(Callback):
         speed: SpeedSettings = DEFAULT_SETTINGS,
         quality: str | None = None,
         plan: str | Path | None = None,
+        search: Search = "one-shot",
+        replace: Replacement | None = None,
+        rank: int | None = None,
+        method: MethodName | None = None,
     ) -> None:
         self.schedule = DropSchedule(start, every_n_steps, rounds)
         self.rule = DropRule(
             self.schedule, scope, count, ratio, target_speedup, phase, objective, speed, transformer, plan
         )
         check_calibration(calibrate_on, calibration_batches, quality_batches, plan)
-        get_metric(metric)
-        self.metric, self.protect = metric, as_protected(protect)
+        self.method = method_of(method, metric, search, replace, rank)
+        self.action = DropAction(self.method, self.rule, calibrate_on, calibration_batches, transformer)
+        self.metric, self.protect = self.method.metric, as_protected(protect)
         self._protected: tuple[Sublayer, ...] = ()  # the sublayers of ``protect`` in this run's model
         self.calibrate_on, self.transformer = calibrate_on, transformer
         self.calibration_batches, self.quality_batches = calibration_batches, quality_batches
@@ -198,13 +207,14 @@ class SublayerDrop(Callback):
         check_optimizers(trainer, self)
         if self.rule.measures_speed:
             refuse_sharded_speed(trainer, "SublayerDrop(target_speedup=..., objective='speed')")
+        self.action.check(trainer, pl_module)
         self._protected = resolve_protected(pl_module, self.protect, self.transformer)
         self.rule.check(pl_module, self._protected)
         if self.plan is None:
             self._given = self.rule.given_plan(pl_module, self._protected, self.metric)
         follow_training(trainer, pl_module)
         self._hold(pl_module)
-        if self.calibrate_on == "running" and self.rule.plan is None:
+        if self.action.runs_along:
             self._tracker = ImportanceTracker(pl_module, self.metric, name=self.transformer, strict=False)
             self._tracker.attach()
 
@@ -212,7 +222,7 @@ class SublayerDrop(Callback):
         """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
         tried_out = check_schedule(trainer, self, self.schedule)
-        check_batches(trainer, pl_module, self.calibrate_on if self._given is None else "running", self.transformer)
+        check_batches(trainer, pl_module, self.action.source if self._given is None else "running", self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
         self._steps.start(trainer, self._stride or several)
@@ -295,16 +305,14 @@ class SublayerDrop(Callback):
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = self._quality_now(trainer, pl_module)
-        scores = None if self._given is not None else self._scores(trainer, pl_module)
-        self.scored = [] if scores is None else list(scores.rows())
-        chosen, self.speedup = self.rule.choose(trainer, pl_module, scores, self._protected, self._given)
-        round_plan = chosen.at_step(trainer.global_step)
+        chosen = self.action.choose(trainer, pl_module, self._tracker, self._protected, self._given)
+        self.scored = [] if chosen.scores is None else list(chosen.scores.rows())
+        self.speedup, round_plan = chosen.speedup, chosen.plan.at_step(trainer.global_step)
         reshard(pl_module)
-        if round_plan.drops:
-            bypass(pl_module, tuple(round_plan), name=self.transformer)
+        self.action.carry_out(trainer, pl_module, chosen)
         record = kept_model_record(find_transformer(pl_module, name=self.transformer)) or round_plan.model
         earlier = () if self.plan is None else self.plan.drops
-        self.plan = replace(round_plan, drops=(*earlier, *round_plan.drops), model=record)
+        self.plan = dataclasses.replace(round_plan, drops=(*earlier, *round_plan.drops), model=record)
         self._hold(pl_module)
         rewrap(trainer, pl_module)
         save_plan(trainer, self.plan)
@@ -315,13 +323,6 @@ class SublayerDrop(Callback):
             after = self._note(trainer, "after", self._quality_now(trainer, pl_module))
             self.rounds.append(RoundQuality(trainer.global_step, before, after))
         say(trainer, drop_line(trainer.global_step, round_plan, before, after))
-
-    def _scores(self, trainer: Trainer, pl_module: LightningModule) -> ImportanceScores:
-        if self._tracker is not None:
-            return running_importance(trainer, self._tracker)
-        return importance_in_a_pass(
-            trainer, pl_module, self.calibrate_on, self.metric, self.calibration_batches, self.transformer
-        )
 
     def _quality_now(self, trainer: Trainer, pl_module: LightningModule) -> AnyQuality | None:
         wanted = self.quality_batches, self.quality_metric, self.transformer

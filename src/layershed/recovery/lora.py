@@ -21,6 +21,7 @@ from layershed.errors import QuantizationError, RecoveryError
 from layershed.recovery.fused_layers import allow_fusing, keep_from_fusing
 from layershed.recovery.lora_options import as_targets, check_lora, lora_arguments, settings_of
 from layershed.recovery.lora_targets import Placement, no_target, refuse_computed, targets_of
+from layershed.stand_ins.carried import maps_of
 from layershed.stand_ins.install import hidden_parameters, take_over_hooks
 from layershed.stand_ins.record import exchange, overridden
 from layershed.stand_ins.stand_in import StandIn
@@ -127,6 +128,7 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
             "remove them first."
         )
     wanted = sorted(targets - adapted_modules(transformer).keys())
+    maps = _training_maps(transformer)
     _refuse_strangers(transformer, wanted)
     for transposed in (False, True):  # GPT-2's Conv1D keeps its weight transposed
         paths = [path for path in wanted if isinstance(transformer.get_submodule(path), Conv1D) == transposed]
@@ -141,6 +143,8 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         wrapper = transformer.get_submodule(path)
         wrapper.train(wrapper.base_layer.training)
         take_over_hooks(wrapper.base_layer, wrapper)
+    for parameter in maps:
+        parameter.requires_grad_(True)  # they train on beside the adapters
     keep_from_fusing(transformer, {transformer.get_submodule(path) for path in wanted})
     for module, override in overridden(transformer):
         # peft has made all adapters trainable; a sublayer restored later is frozen but for its adapters
@@ -150,12 +154,21 @@ def inject_at(transformer: nn.Module, targets: set[str], settings: dict[str, Any
         )
         for _, parameter in dropped:
             parameter.requires_grad_(False)
-    for parameter in transformer.parameters():
-        if not parameter.requires_grad:
-            parameter.grad = None  # no optimizer would zero it any more, and clipping by norm would count it
+    _forget_gradients(transformer)
     config = peft_config_of(transformer)
     config.target_modules = set(targets)
     return config
+
+
+def _forget_gradients(transformer: nn.Module) -> None:
+    for parameter in transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # no optimizer would zero it any more, and clipping by norm would count it
+
+
+def _training_maps(transformer: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of linear maps."""
+    return [p for each in maps_of(transformer).values() for p in each.parameters() if p.requires_grad]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:

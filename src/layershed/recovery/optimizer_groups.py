@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from layershed.errors import CheckpointError
 from layershed.recovery.lora import adapted_modules
-from layershed.stand_ins.carried import dropped_parameters
+from layershed.stand_ins.carried import dropped_parameters, stand_ins_of
+from layershed.stand_ins.install import hidden_parameters
 
 Layout = list[list[list[str]]]
 """Names of the parameters in every group of every optimizer."""
@@ -85,6 +86,41 @@ def hand_over(
     _forget(optimizers, lambda parameter: id(parameter) in own and not parameter.requires_grad)
     for optimizer in optimizers:
         _begin_anew(optimizer)
+    _in_order(groups, module)
+
+
+def adopt_maps(optimizers: Sequence[Optimizer], module: nn.Module, transformer: nn.Module) -> None:
+    """Make optimizers train the linear maps of a transformer that none of them holds yet.
+
+    A map joins the group that holds, or held before, a weight of the sublayer that it replaces; call it before these
+    weights leave. If no group holds one, the map joins the first group that holds a parameter of the transformer.
+
+    Args:
+        optimizers: The run's optimizers.
+        module: The LightningModule.
+        transformer: The transformer in it.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    home = {id(parameter): group for group in groups for parameter in group["params"]}
+    own = {id(parameter) for parameter in transformer.parameters()}
+    default = next((group for group in groups if any(id(p) in own for p in group["params"])), next(iter(groups), None))
+    changed = False
+    for path, stand_in in stand_ins_of(transformer).items():
+        joining = [p for p in (stand_in.map.parameters() if stand_in.map is not None else ()) if id(p) not in home]
+        if not joining or default is None:
+            continue
+        hidden = (home.get(id(p)) for _, p in hidden_parameters(transformer.get_submodule(path)))
+        group = next((group for group in hidden if group is not None), default)
+        group["params"].extend(joining)
+        changed = True
+    if changed:
+        _in_order(groups, module)
+        for optimizer in optimizers:
+            _begin_anew(optimizer)
+
+
+def _in_order(groups: Iterable[dict[str, Any]], module: nn.Module) -> None:
+    """Sort the parameters of groups as the module orders them, which identifies their states after a resume."""
     place = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     for group in groups:
         group["params"].sort(key=lambda parameter: place.get(id(parameter), -1))
