@@ -138,3 +138,33 @@ def test_damage_of_a_model_without_a_head_is_refused_before_training(make_traine
         "does not predict the next token",
         module=Body(),
     )
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_recovery_of_stand_ins_trains_the_maps_alone_and_resumes_exactly(make_trainer, tmp_path):
+    def run(name, ckpt_path=None):
+        drop, module = drop_of(), Foreign(steps=24)
+        every = ModelCheckpoint(
+            tmp_path / f"{name}-ckpt", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True
+        )
+        recovery = LoRARecovery(mode="stand_ins")
+        trainer = make_trainer(drop, recovery, every, name=name, csv=True, enable_checkpointing=True, max_steps=15)
+        trainer.fit(module, loader(), val_loader(), ckpt_path=ckpt_path)
+        return trainer, module, outcome(trainer, module, drop)
+
+    trainer, module, whole = run("whole")
+    maps = {id(p) for each in ls.linear_maps(module.net).values() for p in each.parameters()}
+    assert {id(p) for p in module.parameters() if p.requires_grad} == maps
+    assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == maps
+    at_the_drop = torch.load(tmp_path / "whole-ckpt" / "step=6.ckpt", weights_only=True)["state_dict"]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, at_the_drop[name]) == (id(parameter) not in maps)
+    _, _, resumed = run("resumed", ckpt_path=tmp_path / "whole-ckpt" / "step=12.ckpt")
+    assert same(resumed, whole)
+
+
+def test_recovery_of_stand_ins_without_maps_is_refused_before_training(make_trainer):
+    trainer = make_trainer(SublayerDrop(3, count=1, quality_batches=0), LoRARecovery(mode="stand_ins"))
+    with pytest.raises(ls.LayershedError, match="there is no linear map to train"):
+        fit_foreign(trainer)
+    assert trainer.global_step == 0
