@@ -15,6 +15,7 @@ from layershed.callbacks.quantization import Quantization
 from layershed.callbacks.redundancy_monitor import RedundancyMonitor
 from layershed.callbacks.speed_monitor import SpeedMonitor
 from layershed.callbacks.sublayer_drop import SublayerDrop
+from layershed.callbacks.task_evaluation import TaskEvaluation
 from layershed.extras import needs
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "SpeedMonitor",
     "SublayerDrop",
+    "TaskEvaluation",
 ]
 
 

@@ -27,6 +27,7 @@ ROOMS = [
     "map_checks",
     "surgery",
     "quality",
+    "evaluation",
     "continuation",
     "importance",
     "compensation",

@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from layershed.discovery.registry import SublayerAdapter, register_adapter
     from layershed.drop import DropMethod, drop_sublayers
     from layershed.errors import LayershedError
+    from layershed.evaluation.long_context import loss_by_position, passkey_retrieval
+    from layershed.evaluation.results import TaskResults, TaskScore
+    from layershed.evaluation.tasks import evaluate_tasks
     from layershed.importance.damage import leave_one_out
     from layershed.importance.functional import angular, cosine_importance, relative_magnitude
     from layershed.importance.metrics import METRICS, Angular, CosineImportance, ImportanceMetric, RelativeMagnitude
@@ -89,6 +92,8 @@ __all__ = [
     "SpeedSettings",
     "Sublayer",
     "SublayerAdapter",
+    "TaskResults",
+    "TaskScore",
     "accelerator",
     "adapters_off",
     "angular",
@@ -102,6 +107,7 @@ __all__ = [
     "dropped_sublayers",
     "estimate_importance",
     "evaluate_quality",
+    "evaluate_tasks",
     "find_left_alone",
     "find_sublayers",
     "find_transformer",
@@ -115,11 +121,13 @@ __all__ = [
     "load_plan",
     "load_pretrained",
     "load_weights",
+    "loss_by_position",
     "measure_ceilings",
     "measure_forward",
     "measure_latency",
     "measure_speed",
     "merge_lora",
+    "passkey_retrieval",
     "quantization_of",
     "quantize",
     "register_adapter",
@@ -144,6 +152,9 @@ _NAMES = {
     "compensation.fit": ("LinearMaps", "fit_linear_maps"),
     "drop": ("DropMethod", "drop_sublayers"),
     "errors": ("LayershedError",),
+    "evaluation.long_context": ("loss_by_position", "passkey_retrieval"),
+    "evaluation.results": ("TaskResults", "TaskScore"),
+    "evaluation.tasks": ("evaluate_tasks",),
     "importance.damage": ("leave_one_out",),
     "importance.functional": ("angular", "cosine_importance", "relative_magnitude"),
     "importance.metrics": ("METRICS", "Angular", "CosineImportance", "ImportanceMetric", "RelativeMagnitude"),

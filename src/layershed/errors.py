@@ -115,6 +115,10 @@ class CompensationError(LayershedError, ValueError):
     """What was dropped cannot be compensated for: no linear map can be fitted, or nothing can be folded in."""
 
 
+class TaskError(LayershedError, ValueError):
+    """A task is unknown, cannot be read or cannot be evaluated."""
+
+
 class MeasurementError(LayershedError, ValueError):
     """Speed or quality could not be measured on the given model."""
 

@@ -11,6 +11,7 @@ EXTRAS = {
     "data": ("datasets", "torchdata", "jinja2"),
     "report": ("matplotlib", "jinja2", "rich"),
     "quantization": ("bitsandbytes",),
+    "eval": ("lm_eval", "datasets"),
     "cli": ("jsonargparse", "docstring_parser", "typeshed_client", "tensorboard"),
 }
 """By extra of pyproject.toml, the packages that it brings; ``cli`` brings those of ``data`` and ``report``, too."""

@@ -19,6 +19,7 @@ PURPOSES = {
     "score": "Measure the importance of every sublayer of a pretrained model: a table and bars, no training.",
     "prune": "Drop sublayers of a pretrained model without training: score, drop, measure, save.",
     "benchmark": "Measure a dropped model against its dense base, or sweep over drops of a dense one.",
+    "evaluate": "Score a dropped model on tasks and long contexts, with the dense one beside it if asked.",
     "generate": "Continue or answer prompts by a dropped model, with the dense one beside it if asked.",
     "plan": "Predict size and speed after a drop on a device. Needs the model's config only: no weights, no text.",
     "compare": "Put runs side by side: what differs in their configurations, their figures, their curves on one axis.",
@@ -35,6 +36,7 @@ USAGE = {
     "prune": "--model.pretrained MODEL (--ratio SHARE | --count NUMBER) [--OPTION VALUE ...]",
     "benchmark": "(--model.pretrained DROPPED --base DENSE | --ckpt_path FILE | --model.pretrained DENSE --counts LIST)"
     " [...]",
+    "evaluate": "--model.pretrained MODEL [--tasks LIST] [--passkey LIST] [--dense] [--OPTION VALUE ...]",
     "generate": "--model.pretrained MODEL (--prompt TEXT | --prompts FILE | --chat) [--dense] [--OPTION VALUE ...]",
     "plan": "--model.pretrained MODEL [--scope SCOPE --count NUMBER | --plan FILE] [--device NAME] [...]",
 }

@@ -30,7 +30,7 @@ from layershed.training.text_data import TextData
 
 
 @dataclass(frozen=True)
-class _Voice:
+class Voice:
     """One of the models that answer: its title, the model, and the context in which it runs."""
 
     title: str
@@ -82,7 +82,7 @@ def generate(
         )
     trainer.precision_plugin.convert_module(model)
     model.to(trainer.strategy.root_device).eval()
-    voices = list(_voices(trainer, model, data, dense))
+    voices = list(voices_of(trainer, model, data, dense))
     answers: list[dict[str, str]] = []
     told = prompts or _conversation(system, answers)
     torch_seed = torch.initial_seed()
@@ -126,7 +126,7 @@ def _answer(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, Any], o
     return text
 
 
-def _voices(trainer: pl.Trainer, model: CausalLM, data: TextData, dense: bool | str) -> Iterator[_Voice]:
+def voices_of(trainer: pl.Trainer, model: CausalLM, data: TextData, dense: bool | str) -> Iterator[Voice]:
     """The models that answer: first the given one, then the dense one.
 
     Raises:
@@ -134,10 +134,10 @@ def _voices(trainer: pl.Trainer, model: CausalLM, data: TextData, dense: bool | 
     """
     transformer = model.model
     dropped = dropped_sublayers(transformer)
-    yield _Voice(f"dropped: without {counts_of(dropped)}" if dropped else f"model: {name_of(model)}", transformer)
+    yield Voice(f"dropped: without {counts_of(dropped)}" if dropped else f"model: {name_of(model)}", transformer)
     if isinstance(dense, str):
         base = load_base(trainer, dense, model, data, option="dense")
-        yield _Voice(f"dense: {dense}", base.eval())
+        yield Voice(f"dense: {dense}", base.eval())
     elif dense:
         if gone := removed_sublayers(transformer):
             source = base_of(str(transformer.config.name_or_path))
@@ -160,7 +160,7 @@ def _voices(trainer: pl.Trainer, model: CausalLM, data: TextData, dense: bool | 
             stack.enter_context(adapters_off(transformer))  # they were trained for the dropped model
             return stack
 
-        yield _Voice(f"dense: {lifted_base(model)}", transformer, without_drops)
+        yield Voice(f"dense: {lifted_base(model)}", transformer, without_drops)
 
 
 def _conversation(system: str | None, answers: list[dict[str, str]]) -> Iterator[Prompt]:

@@ -39,6 +39,7 @@ from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
 _CHECKPOINT_WORDS = ("hpc", "registry")
+_TOKENIZER_ALONE = ("generate", "evaluate")  # commands that need a tokenizer and no text
 _LIMITS = {"test": "limit_test_batches", "predict": "limit_predict_batches"}
 
 
@@ -74,7 +75,7 @@ class LayershedCLI(LightningCLI):
         command = self.config.subcommand
         config = self.config[command]
         check_seed(config.seed_everything)
-        if command == "generate":
+        if command in _TOKENIZER_ALONE:
             model_from_checkpoint(config)
         path = str(config.get("ckpt_path") or "")
         if config.get("ckpt_path") is None and (asked := _asked_checkpoint(args)):
@@ -83,7 +84,7 @@ class LayershedCLI(LightningCLI):
             )
         alone = command in COMMANDS and args[:1] == [command] and not config.get("config")
         if path in ("last", "best"):
-            found = resolve_last(command, config.trainer, path, below=alone or command == "generate")
+            found = resolve_last(command, config.trainer, path, below=alone or command in _TOKENIZER_ALONE)
             config.ckpt_path = None if found is None else str(found)
         elif path and path.split(":")[0] not in _CHECKPOINT_WORDS and "://" not in path:
             try:
@@ -140,7 +141,7 @@ class LayershedCLI(LightningCLI):
         if data is not None:
             if data.is_local:
                 data.check()
-            check_before_loading(data, config.model, packed=self.subcommand != "generate")
+            check_before_loading(data, config.model, packed=self.subcommand not in _TOKENIZER_ALONE)
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
         self.datamodule = data or self.datamodule  # with the rows and the tokenizer that were read
@@ -166,7 +167,7 @@ class LayershedCLI(LightningCLI):
         """Refuse text for which the model has too few embeddings or positions."""
         if self.subcommand == "plan":
             return
-        check_fit(self.datamodule, self.model.model.config, packed=self.subcommand != "generate")
+        check_fit(self.datamodule, self.model.model.config, packed=self.subcommand not in _TOKENIZER_ALONE)
 
 
 def _asked_checkpoint(words: Sequence[str]) -> str | None:

@@ -45,7 +45,7 @@ _TRAINING_FREE = {
 _OF_FIT = ("ckpt_path", "weights_only")
 _TOKENIZER = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator", "precision"}, "data": {"tokenizer"}}
 _WITHOUT_TEXT: dict[str, set[str]] = {**_TRAINING_FREE, "trainer": {"default_root_dir", "accelerator"}, "data": set()}
-_LISTED = {"plan": _WITHOUT_TEXT, "generate": _TOKENIZER}
+_LISTED = {"plan": _WITHOUT_TEXT, "generate": _TOKENIZER, "evaluate": _TOKENIZER}
 SEE_HELP = f"; see {PROGRAM} COMMAND --help"
 
 

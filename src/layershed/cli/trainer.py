@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layershed.cli.benchmark import benchmark
+from layershed.cli.evaluate import evaluate
 from layershed.cli.generate import generate
 from layershed.cli.plan import predict_plan
 from layershed.cli.prompts import read_prompts
@@ -17,6 +18,7 @@ from layershed.cli.run_trainer import RunTrainer
 from layershed.cli.sampling import check_sampling
 from layershed.cli.score import score
 from layershed.drop import MethodName, Replacement, Search, method_of
+from layershed.evaluation.results import TaskResults
 from layershed.performance.benchmark import Benchmark, QualityName
 from layershed.performance.prediction import Prediction
 from layershed.performance.stopwatch import SpeedSettings
@@ -187,6 +189,46 @@ class Trainer(RunTrainer):
             quality=quality,
             speed=SpeedSettings(prompt_tokens, new_tokens, batch_size, runs),
         )
+
+    def evaluate(
+        self,
+        model: CausalLM,
+        datamodule: TextData,
+        tasks: Sequence[str] = (),
+        passkey: Sequence[int] = (),
+        keys: int = 1,
+        limit: int | None = None,
+        shots: int | None = None,
+        batch_size: int = 8,
+        dense: bool | str = False,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+    ) -> dict[str, TaskResults]:
+        """Score a model on tasks of lm-evaluation-harness and on long contexts: a table, no training.
+
+        Args:
+            model: The model.
+            datamodule: Not used, but for its tokenizer.
+            tasks: Names of tasks, YAML files of the harness, files of requests (.jsonl, .jsonl.gz), or the presets
+                paper and generative.
+            passkey: Lengths of contexts, in tokens, in which a pass key must be found again.
+            keys: Number of pass keys in each context, of which one is asked for.
+            limit: Most questions of each task and length; null takes all, and ten of each length.
+            shots: Examples before each question; null takes the task's own.
+            batch_size: Sequences in a forward pass.
+            dense: Score the dense model, too; as of generate.
+            ckpt_path: A checkpoint of fit; the same as model.pretrained FILE.ckpt.
+            output: A file for the results as JSON.
+
+        Returns:
+            The results, by model.
+
+        Raises:
+            LayershedError: Before evaluating, if there is nothing to evaluate, or no dense model.
+        """
+        options: dict[str, Any] = {"limit": limit, "shots": shots, "batch_size": batch_size, "dense": dense}
+        options |= {"ckpt_path": ckpt_path, "output": output}
+        return evaluate(self, model, datamodule, tasks=tasks, passkey=passkey, keys=keys, **options)
 
     def generate(
         self,

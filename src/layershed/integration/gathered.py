@@ -19,9 +19,11 @@ from layershed.integration.protocols import (
     KeepsScores,
     MeasuresDegradation,
     MeasuresRounds,
+    ScoresTasks,
     TrainsLoRA,
 )
 from layershed.integration.run import SPEED_FILE
+from layershed.integration.task_rows import task_rows
 from layershed.performance.degradation import Degradation
 from layershed.performance.speed_report import report_from
 from layershed.planning.plan import DropPlan
@@ -96,7 +98,7 @@ def own_metrics(before: Mapping[str, object], trainer: Trainer, left_out: str) -
 
 
 def changes_of(trainer: Trainer, pl_module: LightningModule, directory: Path) -> tuple[tuple[str, str], ...]:
-    """Rows about quantization, LoRA and the exported folder, as far as the callbacks listed before have done them."""
+    """Rows about quantization, LoRA, the exported folder and tasks, as far as the callbacks listed before did them."""
     rows = []
     try:
         how, transformer = quantization_of(pl_module), find_transformer(pl_module)
@@ -114,6 +116,8 @@ def changes_of(trainer: Trainer, pl_module: LightningModule, directory: Path) ->
             rows.append(("LoRA", f"{what}, from step {other.began:,}, {end}"))
         if isinstance(other, Exports) and (size := exported(directory / other.folder)):
             rows.append(("Exported", size))
+        if isinstance(other, ScoresTasks):
+            rows += task_rows(other.task_results, directory / SPEED_FILE)
     return tuple(rows)
 
 

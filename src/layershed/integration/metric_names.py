@@ -29,6 +29,11 @@ def dropped_name(kind: str) -> str:
     return f"{DROP}{kind}"
 
 
+def task_name(task: str, when: str) -> str:
+    """The score of a task, or of all as ``tasks``, at a moment: before, after, validation or end."""
+    return f"tasks/{task}_{when}"
+
+
 def speed_name(what: str) -> str:
     """A figure of SpeedMonitor, such as ``decode_speedup``."""
     return f"{SPEED}{what}"

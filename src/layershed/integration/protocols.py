@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from layershed.evaluation.results import TaskResults
 from layershed.integration.namespaces import LightningModule, Trainer
 from layershed.performance.degradation import Degradation
 from layershed.planning.schedule import DropSchedule
@@ -43,6 +44,13 @@ class Replaces(Protocol):
     @property
     def places_maps(self) -> bool:
         """Whether it puts linear maps in their place."""
+
+
+@runtime_checkable
+class ScoresTasks(Protocol):
+    """Scores the model on tasks, as TaskEvaluation does."""
+
+    task_results: dict[str, TaskResults]
 
 
 @runtime_checkable
