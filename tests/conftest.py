@@ -49,13 +49,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
-# Rooms whose tests are not about the proof: models of the same structure share one.
-_SHARING = {"callbacks", "cli", "importance", "integration", "performance", "recovery", "reporting"}
+# The rooms whose tests are about the proof; in all others models of the same structure share one.
+_PROVING = {"discovery"}
 
 
 @pytest.fixture(autouse=True)
 def shared_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.parent.name in _SHARING:
+    if request.path.parent.name not in _PROVING:
         from layershed.discovery import find
         from tests.support.shared_proofs import prove_once
 
