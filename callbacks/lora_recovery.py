@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -18,12 +17,14 @@ from layershed.integration.module_hooks import carry_structure, follow_training,
 from layershed.integration.namespaces import Callback, LightningModule, Trainer, rank_zero_warn
 from layershed.integration.preflight import check_optimizers, check_order, check_start, is_trial, refuse_averaging
 from layershed.integration.recovery_checks import (
+    check_rates,
     check_recovery,
     check_resumed_lora,
     check_step,
     inject_before_sharding,
     refuse_lasting_masks,
     train_before_sharded_load,
+    warn_unfrozen,
 )
 from layershed.integration.run import StepCounter, current_drop, plan_of, publish, rewrap, run_directory, show
 from layershed.integration.strategies import fit_strategy, is_sharded, restore_empty_rates, train_adapters
@@ -40,11 +41,12 @@ from layershed.recovery.optimizer_groups import (
     forget_parameters,
     hand_over,
     layout_of,
+    train_only_maps,
 )
 from layershed.saving.lora_folder import check_adapter_folder, save_adapter
 from layershed.surgery import dropped_sublayers
 
-RecoveryMode = Literal["lora", "full", "none"]
+RecoveryMode = Literal["lora", "full", "stand_ins", "none"]
 Finish = Literal["merge", "adapter", "dequantize"]
 
 
@@ -56,8 +58,7 @@ class LoRARecovery(Callback):
     learning-rate schedule continues. If a callback or a hook unfreezes weights of the base, they are frozen again, with
     one warning. Use one per Trainer.
 
-    Hooks: begins in ``on_train_batch_end``, after the configured optimizer step, or in ``on_train_start``; merges or
-    saves in ``on_fit_end``.
+    Hooks: begins in ``on_train_batch_end``, or in ``on_train_start``; merges or saves in ``on_fit_end``.
     Logs: ``recovery/trainable_parameters`` when it begins; ``recovery/lr_factor`` if ``lr_factor`` or ``warmup_steps``
     is set; at the end ``recovery/regained`` if SublayerDrop measured the losses: (loss after the drop - loss at the
     end) / (loss after the drop - loss before it). It includes everything that the model learned after the drop.
@@ -66,7 +67,8 @@ class LoRARecovery(Callback):
 
     Args:
         start: Optimizer steps before recovery begins; None for the drop, or at once if something is already dropped.
-        mode: ``lora`` trains adapters; ``full`` trains all remaining weights; ``none`` ends the run, for comparison.
+        mode: ``lora`` trains adapters, and linear maps if there are some; ``stand_ins`` trains the linear maps alone;
+            ``full`` trains all remaining weights; ``none`` ends the run, for comparison.
         rank: Rank of the adapters.
         alpha: The adapters' scale is alpha / rank.
         dropout: Dropout probability of the adapters' input, in [0, 1).
@@ -120,11 +122,7 @@ class LoRARecovery(Callback):
                 "Leave finish out, or set mode='lora'."
             )
         check_step(start)
-        if not 0 < lr_factor < math.inf or warmup_steps < 0:
-            raise RecoveryError(
-                f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above "
-                "0, and warmup_steps 0 or above."
-            )
+        check_rates(lr_factor, warmup_steps)
         self.start, self.mode, self.finish, self.folder = start, mode, finish, folder
         self.options: dict[str, Any] = {
             "rank": rank,
@@ -198,6 +196,8 @@ class LoRARecovery(Callback):
             check_adapter_folder(directory / self.folder, apart=directory)
         if self._origin is None:
             self._origin = layout_of(trainer.optimizers, pl_module)
+        if self.began is not None and self.mode == "stand_ins":
+            train_only_maps(trainer.optimizers, pl_module, transformer)
         follow_training(trainer, pl_module)  # it restores the layout of a resumed run, too
         if self.began is not None and self.mode != "none":
             if self.mode == "lora":
@@ -295,6 +295,9 @@ class LoRARecovery(Callback):
         self._dropped = current_drop(pl_module)
         if self.mode == "lora":
             self._adapt(trainer, pl_module)
+        if self.mode == "stand_ins":
+            train_only_maps(trainer.optimizers, pl_module, find_transformer(pl_module, name=self.transformer))
+            rewrap(trainer, pl_module)
         self._hold(pl_module)
         self._rates.attach(trainer.optimizers)
         publish(trainer, trainable_parameters(pl_module))
@@ -319,7 +322,8 @@ class LoRARecovery(Callback):
         base = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
 
         def frozen(transformer: nn.Module) -> list[nn.Parameter]:
-            return base if self.mode == "lora" and adapted_modules(transformer) else dropped_parameters(transformer)
+            adapted = self.mode == "lora" and adapted_modules(transformer)
+            return base if adapted or self.mode == "stand_ins" else dropped_parameters(transformer)
 
         self._frozen.hold(transformer, frozen)
         self.refreeze()
@@ -331,11 +335,7 @@ class LoRARecovery(Callback):
         unfrozen = self._frozen.enforce(self._trainer.optimizers)
         if unfrozen and self.mode == "lora" and not self._warned:
             self._warned = True
-            rank_zero_warn(
-                f"LoRARecovery: {len(unfrozen)} frozen parameters were made trainable while it trains adapters, by "
-                "another callback or a hook of the module. They were frozen again and left out of the optimizers. To "
-                "train all weights, set mode='full'."
-            )
+            warn_unfrozen(len(unfrozen))
 
     def _factor(self) -> float:
         """The factor on the learning rate of the next step."""

@@ -85,8 +85,7 @@ class SublayerDrop(Callback):
         protect: Indices of blocks that stay whole; negative ones count from the end.
         calibrate_on: Batches on which importance is measured: ``running``, the training batches of the last steps
             before the drop, without an extra forward pass; ``train`` or ``val``, a pass over that loader's batches.
-        calibration_batches: Number of scored batches, or of optimizer steps if ``running``. A batch in which several
-            optimizers step by hand is scored as a whole.
+        calibration_batches: Number of scored and fitted batches, or of optimizer steps scored if ``running``.
         quality_batches: Validation batches on which the quality is measured around the drop; 0 for none. It is the
             next-token loss and accuracy of a causal language model that can read the batches. Of any other model it is
             the loss of the module's ``validation_step``, in a pass of its own that logs nothing.
@@ -97,8 +96,7 @@ class SublayerDrop(Callback):
         objective: The order of the drops: ``importance`` drops the least important first; ``speed`` drops those first
             that cost least importance per millisecond saved.
         speed: Settings of the speed measurement: prompt_tokens, new_tokens, batch_size, runs, warmup.
-        quality: A metric that the module logs in validation, such as ``val_f1``, to measure beside its loss; None for
-            the loss.
+        quality: A metric that the module logs in validation, such as ``val_f1``, to measure beside its loss.
         plan: Path of a drop plan, such as the ``drop_plan.json`` of another run. It is dropped at ``start``, and no
             importance is measured. Options that would choose otherwise are refused.
         search: ``one-shot``, or ``greedy``: one after the other, by the damage of the set.
@@ -109,12 +107,10 @@ class SublayerDrop(Callback):
 
     Raises:
         PlanError: Before training, if the given plan cannot be read, or is for another model.
-        CalibrationError: At the drop, if every pass had a NaN or infinite importance. If only some passes had one, they
-            are left out with a warning.
+        CalibrationError: At the drop, if every pass had a NaN or infinite importance; some are left out with a warning.
         SelectionError: If not exactly one of count, ratio, target_speedup and plan is given, it is out of range, or an
             option contradicts the plan; before training, if there are too few sublayers.
-        SpeedupError: If the target is out of reach: before training, if dropping every candidate does not reach it;
-            otherwise at the drop.
+        SpeedupError: If the target is out of reach; before training, if dropping every candidate does not reach it.
         MeasurementError: Before training, if speed is needed and cannot be measured.
         ScheduleError: If the schedule is invalid; before training, if its last drop comes too late, a callback monitors
             a metric of the drop before the drop, or a weight average is listed after this callback.
@@ -178,6 +174,11 @@ class SublayerDrop(Callback):
     def first_step(self) -> int:
         """The step of the first drop."""
         return self.schedule.steps[0]
+
+    @property
+    def places_maps(self) -> bool:
+        """Whether linear maps run in place of what it drops."""
+        return self.method.replace is not None
 
     def should_drop(self, step: int) -> bool:
         """Whether to drop after ``step`` optimizer steps; override it for another schedule."""

@@ -256,3 +256,51 @@ def test_half_precision_takes_the_maps_along():
     ls.bypass(model, maps, maps=maps)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_removing_by_a_plan_with_linear_actions_needs_the_maps():
+    model = build_model("llama")
+    sublayer = ls.find_sublayers(model)[0]
+    plan = ls.DropPlan((ls.Drop(sublayer, action="linear"),))
+    with pytest.raises(PlanError, match="no maps are given"):
+        ls.remove(model, plan)
+    ls.bypass(model, plan, maps=random_maps([sublayer], 32))
+    ls.remove(model, plan)
+    assert list(ls.linear_maps(model)) == [sublayer]
+
+
+def test_the_plan_beside_saved_weights_says_what_runs(tmp_path):
+    model, maps = llama_with_maps(rank=3)
+    plan = ls.DropPlan(tuple(map(ls.Drop, maps)))
+    ls.save_pretrained(model, tmp_path / "folder", plan=plan)
+    assert {(d.action, d.rank) for d in ls.load_plan(tmp_path / "folder").drops} == {("linear", 3)}
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_quantized_model_runs_quantized_maps_and_saves_them(tmp_path, mode):
+    model, maps = llama_with_maps()
+    with torch.no_grad():
+        whole = model(IDS).logits
+        ls.quantize(model, mode)
+        quantized = model(IDS).logits
+        assert 0 < (quantized - whole).abs().max() < 0.5 * whole.abs().max()
+        ls.save_pretrained(model, tmp_path / "folder")
+        loaded = ls.load_pretrained(tmp_path / "folder")
+        torch.testing.assert_close(loaded(IDS).logits, quantized)
+        ls.dequantize(loaded)
+    assert set(ls.linear_maps(loaded)) == set(maps)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_maps_survive_peft_that_replaces_the_module_that_holds_them():
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model("opt", ffn_dim=48, word_embed_proj_dim=32)
+    peft = get_peft_model(model, LoraConfig(target_modules=["fc1", "fc2"], init_lora_weights=False))
+    mlp = next(s for s in ls.find_sublayers(model) if s.kind == "mlp")
+    maps = random_maps([mlp], 32)
+    ls.bypass(model, [mlp], maps=maps)
+    expected = model(IDS).logits
+    merged = peft.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert ls.linear_maps(merged) == maps

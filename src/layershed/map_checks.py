@@ -67,6 +67,14 @@ def empty_maps(
     }
 
 
+def as_it_runs(plan: DropPlan, transformer: nn.Module) -> DropPlan:
+    """A plan with the actions that were carried out on a model, for a file beside its weights."""
+    maps = maps_of(transformer)
+    for sublayer, linear_map in maps.items():
+        plan = plan.with_action("linear", [sublayer], rank=linear_map.rank)
+    return plan.with_action("bypass", [sublayer for sublayer in plan if sublayer not in maps])
+
+
 def planned_maps(plan: DropPlan, branches: Iterable[Branch], transformer: nn.Module) -> dict[Sublayer, LinearMap]:
     """Maps of the sizes that a plan asks for, with random weights: for what depends on shapes alone."""
     widths = {branch.sublayer: branch.linear.width for branch in branches if branch.linear is not None}

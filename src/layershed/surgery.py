@@ -163,6 +163,7 @@ def remove(
     anatomy = dissect(transformer)
     branches = anatomy.branches
     wanted = _check("remove", transformer, kept_bypassed if sublayers is None else sublayers, anatomy, strict)
+    checked_maps({}, () if sublayers is None else sublayers, branches, transformer)
     gone = wanted | set(removed_sublayers(transformer))
     record = kept_model_record(transformer)
     maps = maps_of(transformer)

@@ -37,6 +37,15 @@ class Drops(Protocol):
 
 
 @runtime_checkable
+class Replaces(Protocol):
+    """A callback that drops sublayers, and may put linear maps in their place."""
+
+    @property
+    def places_maps(self) -> bool:
+        """Whether it puts linear maps in their place."""
+
+
+@runtime_checkable
 class MeasuresRounds(Protocol):
     """Measures the quality around every round of drops, as SublayerDrop does."""
 

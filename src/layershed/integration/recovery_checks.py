@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ from layershed.arguments import check_number
 from layershed.discovery.find import find_transformer
 from layershed.errors import CheckpointError, QuantizationError, RecoveryError, ScheduleError
 from layershed.integration.lightning_private import lasting_masks
-from layershed.integration.namespaces import LightningModule, ModelPruning, Trainer
+from layershed.integration.namespaces import LightningModule, ModelPruning, Trainer, rank_zero_warn
 from layershed.integration.preflight import callbacks_of, waits_for_nothing
-from layershed.integration.protocols import Quantizes
+from layershed.integration.protocols import Quantizes, Replaces
 from layershed.integration.strategies import is_sharded, train_adapters
 from layershed.quantization import quantization_of
 from layershed.recovery.lora import inject_lora, lora_settings, modules_to_adapt, set_enabled
 from layershed.recovery.lora_options import lora_arguments
+from layershed.surgery import linear_maps
 
 
 def check_step(start: int | None) -> None:
@@ -30,6 +32,15 @@ def check_step(start: int | None) -> None:
         check_number(start, "LoRARecovery: start", ScheduleError, whole=True)
         if start < 0:
             raise ScheduleError(f"LoRARecovery(start={start}): start must be 0 or above.")
+
+
+def check_rates(lr_factor: float, warmup_steps: int) -> None:
+    """Refuse a factor on the learning rate, or a warm-up, that is out of range; arguments are LoRARecovery's."""
+    if not 0 < lr_factor < math.inf or warmup_steps < 0:
+        raise RecoveryError(
+            f"LoRARecovery(lr_factor={lr_factor}, warmup_steps={warmup_steps}): lr_factor must be finite and above 0, "
+            "and warmup_steps 0 or above."
+        )
 
 
 def check_recovery(
@@ -47,7 +58,8 @@ def check_recovery(
 
     Raises:
         ScheduleError: If it waits for a drop that never comes.
-        RecoveryError: If sharded weights would be merged into, or quantized weights trained in full.
+        RecoveryError: If sharded weights would be merged into, quantized weights trained in full, or linear maps
+            trained where there are none.
         QuantizationError: If LoRA would be merged into quantized weights.
     """
     if mode == "lora" and is_sharded(trainer) and finish != "adapter":
@@ -59,6 +71,11 @@ def check_recovery(
         raise ScheduleError(
             "LoRARecovery(start=None): it starts at the drop, but nothing is dropped and no SublayerDrop is listed. "
             "Add one, or set start to an optimizer step."
+        )
+    if mode == "stand_ins" and not linear_maps(pl_module) and not any(map(_replaces, callbacks_of(trainer))):
+        raise RecoveryError(
+            "LoRARecovery(mode='stand_ins'): there is no linear map to train. Set replace='linear' in SublayerDrop, or "
+            "use mode='lora'."
         )
     quantizing = (other for other in callbacks_of(trainer) if isinstance(other, Quantizes))
     before = any(other.quantizes_before_recovery for other in quantizing)
@@ -74,6 +91,19 @@ def check_recovery(
             "LoRARecovery(finish='merge'): merging into quantized weights rounds the recovery away. Use "
             "finish='adapter' to keep both apart, or finish='dequantize' to merge into full precision."
         )
+
+
+def warn_unfrozen(number: int) -> None:
+    """Say that others made parameters trainable that LoRARecovery keeps frozen."""
+    rank_zero_warn(
+        f"LoRARecovery: {number} frozen parameters were made trainable while it trains adapters, by another callback "
+        "or a hook of the module. They were frozen again and left out of the optimizers. To train all weights, set "
+        "mode='full'."
+    )
+
+
+def _replaces(callback: object) -> bool:
+    return isinstance(callback, Replaces) and callback.places_maps
 
 
 def refuse_lasting_masks(

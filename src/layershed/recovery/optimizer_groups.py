@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from layershed.errors import CheckpointError
+from layershed.errors import CheckpointError, RecoveryError
 from layershed.recovery.lora import adapted_modules
-from layershed.stand_ins.carried import dropped_parameters, stand_ins_of
+from layershed.stand_ins.carried import dropped_parameters, maps_of, stand_ins_of
 from layershed.stand_ins.install import hidden_parameters
 
 Layout = list[list[list[str]]]
@@ -117,6 +117,31 @@ def adopt_maps(optimizers: Sequence[Optimizer], module: nn.Module, transformer: 
         _in_order(groups, module)
         for optimizer in optimizers:
             _begin_anew(optimizer)
+
+
+def train_only_maps(optimizers: Sequence[Optimizer], module: nn.Module, transformer: nn.Module) -> None:
+    """Freeze a transformer but for its linear maps, and make the optimizers train these instead.
+
+    Args:
+        optimizers: The run's optimizers.
+        module: The LightningModule; its parameters outside the transformer keep training.
+        transformer: The transformer in it.
+
+    Raises:
+        RecoveryError: If it has no linear map.
+    """
+    maps = {id(p): p for each in maps_of(transformer).values() for p in each.parameters()}
+    if not maps:
+        raise RecoveryError(
+            "LoRARecovery(mode='stand_ins'): there is no linear map to train. Set replace='linear' in SublayerDrop, or "
+            "use mode='lora'."
+        )
+    adopt_maps(optimizers, module, transformer)
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(id(parameter) in maps)
+        parameter.grad = parameter.grad if id(parameter) in maps else None
+    own = {id(parameter) for parameter in transformer.parameters()}
+    _forget(optimizers, lambda parameter: id(parameter) in own - maps.keys())
 
 
 def _in_order(groups: Iterable[dict[str, Any]], module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layershed.formatting import change_of, counts_of, printable, short_bytes, short_count
+from layershed.planning.plan import DropPlan
 from layershed.quality import OwnQuality, Quality
 from layershed.reporting.drop_cost import cost_rows
 from layershed.reporting.record import DropRound, MetricPoint, RunRecord
@@ -43,7 +44,7 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         for name, (before, last) in metrics.items()
     ]
     if record.plan:
-        rows.append(("Sublayers dropped", counts_of(record.plan)))
+        rows.append(("Sublayers dropped", _dropped(record.plan)))
     elif record.speed is None or record.speed.parameters_dense == record.speed.parameters_dropped:
         rows.append(("Sublayers dropped", "nothing was dropped"))
     rows += [(label, printable(value)) for label, value in record.changes]
@@ -81,6 +82,12 @@ def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     for label, value in rows:
         table.add_row(Text(label), Text(value))
     return table
+
+
+def _dropped(plan: DropPlan) -> str:
+    """How many of each kind, and in place of how many a linear map runs."""
+    maps = sum(drop.action == "linear" for drop in plan.drops)
+    return counts_of(plan) + (f"; a linear map runs in place of {maps}" if maps else "")
 
 
 def _quality_around(record: RunRecord) -> Iterator[tuple[str, str]]:

@@ -23,13 +23,14 @@ from layershed.discovery.registry import registered_class
 from layershed.errors import ExportError, PlanError
 from layershed.files.atomic import check_free, replacing
 from layershed.files.untrusted import read_mapping
+from layershed.map_checks import as_it_runs, empty_maps, map_sizes, map_sizes_from
 from layershed.planning.plan import PLAN_FILE, Drop, DropPlan
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import load_adapter, save_adapter
 from layershed.saving.savable import holds_shards, refuse_packed, whole
-from layershed.stand_ins.carried import dropped_parameter_names
+from layershed.stand_ins.carried import dropped_parameter_names, maps_of
 from layershed.stand_ins.install import MARK
-from layershed.surgery import dropped_sublayers, remove
+from layershed.surgery import bypass, dropped_sublayers, remove
 
 OWN_FILE, WEIGHTS_FILE, LORA_FOLDER = "layershed.json", "model.safetensors", "adapter"
 
@@ -69,12 +70,12 @@ def save_weights(
     if plan is None and dropped:
         plan = DropPlan(tuple(Drop(sublayer) for sublayer in dropped))
     weights, aliases = _weights(transformer)
-    noted = {"format": 1, "adapter": _name_of(transformer), "aliases": aliases}
+    noted = {"format": 1, "adapter": _name_of(transformer), "aliases": aliases, "maps": map_sizes(maps_of(transformer))}
     with replacing(folder) as fresh:
         save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         (fresh / OWN_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
         if plan is not None:
-            recorded(plan, transformer).save(fresh / PLAN_FILE)
+            as_it_runs(recorded(plan, transformer), transformer).save(fresh / PLAN_FILE)
         if adapted_modules(transformer):
             save_adapter(transformer, fresh / LORA_FOLDER, plan=plan)
     return folder
@@ -97,6 +98,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = Non
     try:
         noted = read_mapping(folder / OWN_FILE)
         saved, aliases = noted["adapter"], dict(noted["aliases"])
+        sizes = map_sizes_from(noted.get("maps"))
         weights = load_file(folder / WEIGHTS_FILE)
         weights.update({alias: weights[first] for alias, first in aliases.items()})
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -119,6 +121,8 @@ def load_weights(model: nn.Module, folder: str | Path, *, name: str | None = Non
             f"{tuple(own[wrong[0]].shape)}. Build the model with the saved sizes."
         )
     if set(plan) - already:
+        if sizes:
+            bypass(transformer, plan, maps=empty_maps(sizes, plan, transformer))
         remove(transformer, plan)
     report = transformer.load_state_dict(weights, strict=False)
     missing = [key for key in report.missing_keys if not key.endswith(MARK)]

@@ -26,6 +26,7 @@ from layershed.discovery.model_record import check_plan, recorded
 from layershed.dropped_config import mark_dropped, note_dropped, noted_sublayers
 from layershed.errors import ExportError, NoSublayersFoundError, PlanError, UnprovenStructureError
 from layershed.files.atomic import check_free, replacing
+from layershed.map_checks import as_it_runs
 from layershed.planning.plan import PLAN_FILE, DropPlan
 from layershed.recovery.lora import adapted_modules
 from layershed.saving.lora_folder import load_adapter, save_adapter
@@ -98,7 +99,7 @@ def save_pretrained(
     with replacing(folder) as fresh:
         _write(transformer, weights, fresh, standalone)
         if plan is not None:
-            recorded(plan, transformer).save(fresh / PLAN_FILE)
+            as_it_runs(recorded(plan, transformer), transformer).save(fresh / PLAN_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if adapted_modules(transformer):

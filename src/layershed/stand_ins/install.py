@@ -123,7 +123,7 @@ def put_on(module: nn.Module, override: StandIn) -> None:
         module.__dict__["forward"] = override
     module.__dict__["extra_repr"] = _Note("bypassed" if override.map is None else "bypassed, linear")
     if override.map is not None:
-        module._modules[LINEAR_MAP] = override.map
+        module._modules[LINEAR_MAP] = override.map.train(module.training)
     if override.core:
         # one number, because transformers takes empty tensors for shared ones; floating, because averages are
         dtypes = [p.dtype for _, p in hidden_parameters(module) if p.is_floating_point()]

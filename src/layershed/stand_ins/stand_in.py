@@ -162,7 +162,7 @@ class RemovedModule(nn.Module):
         super().__init__()
         self.stand_in = stand_in
         if stand_in.map is not None:
-            self.add_module(LINEAR_MAP, stand_in.map)
+            self.add_module(LINEAR_MAP, stand_in.map.train(module is None or module.training))
         self._stubs: dict[str, Tensor] = {}
         for name, value in vars(module).items() if module is not None else ():
             if isinstance(value, bool | int | float | str) and name != "training":
