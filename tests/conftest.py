@@ -54,13 +54,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
-# The rooms whose tests are about the proof; in all others models of the same structure share one.
-_PROVING = {"discovery"}
+# The tests that are about the proof or change what it finds; in all others models of the same structure share one.
+_PROVING = ("tests/discovery/", "tests/test_surgery.py")
 
 
 @pytest.fixture(autouse=True)
 def shared_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.parent.name not in _PROVING:
+    if not request.node.nodeid.startswith(_PROVING):
         from layershed.discovery import find
         from tests.support.shared_proofs import prove_once
 
