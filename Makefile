@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Python keeps what it compiles: pytest rewrites every test module otherwise, in each process and at each run
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: fit test test-all check matrix corners clean
+.PHONY: fit test test-all check lint types matrix corners clean
 
 fit: $(VENV)/installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
@@ -19,10 +19,14 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pretrained"
 
-# mypy knows no package-dir: it gets the package as it is installed, made of links
-check: $(VENV)/installed-dev
+check: lint types
+
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy knows no package-dir: it gets the package as it is installed, made of links
+types: $(VENV)/installed-dev
 	rm -rf build/types && mkdir -p build/types/layershed
 	ln -s $(CURDIR)/src/layershed/* $(CURDIR)/callbacks build/types/layershed/
 	$(BIN)/mypy

@@ -28,9 +28,14 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return case_name(val, argname)
 
 
+# Their single tests take longest. They begin first: at the end the other process would have nothing to do beside them.
+_LONGEST = ("tests/distributed/", "tests/test_wheel.py", "tests/cli/test_eight_bit_optimizer.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked ``default_cases(n)``, the cases after the n-th are slow; already slow ones do not count."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
     met: dict[str, int] = {}
     for item in items:
         mark = item.get_closest_marker("default_cases")
@@ -49,13 +54,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
-# Rooms whose tests are not about the proof: models of the same structure share one.
-_SHARING = {"callbacks", "cli", "importance", "integration", "performance", "recovery", "reporting"}
+# The tests that are about the proof or change what it finds; in all others models of the same structure share one.
+_PROVING = ("tests/discovery/", "tests/test_surgery.py")
 
 
 @pytest.fixture(autouse=True)
 def shared_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.parent.name in _SHARING:
+    if not request.node.nodeid.startswith(_PROVING):
         from layershed.discovery import find
         from tests.support.shared_proofs import prove_once
 

@@ -11,6 +11,7 @@ import pytest
 
 import layershed as ls
 from layershed.cli.main import main
+from tests.support.forked import run_code
 
 SOURCE = Path(ls.__file__)
 HEAVY = {"torch", "lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets", "transformers"}
@@ -28,10 +29,16 @@ def test_importing_layershed_imports_no_heavy_library():
     assert not HEAVY & loaded
 
 
-def test_finding_sublayers_imports_no_lightning_and_no_optional_library():
-    loaded = set(fresh("import sys, layershed; layershed.find_sublayers; print(*sys.modules)").split())
-    assert {"torch", "transformers"} <= loaded, "the reader of modules sees them"
-    assert not {"lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets"} & loaded
+FIND = "import sys, layershed; layershed.find_sublayers; print(*sys.modules)"
+NOT_TO_FIND = ("lightning", "torchmetrics", "peft", "matplotlib", "bitsandbytes", "datasets")
+
+
+@pytest.mark.parametrize("process", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
+def test_finding_sublayers_imports_no_lightning_and_no_optional_library(process, tmp_path):
+    said = fresh(FIND) if process == "fresh" else run_code(FIND, [], tmp_path / "said.txt", forgotten=NOT_TO_FIND)
+    loaded = set(said.split())
+    assert {"torch", "transformers", "layershed.discovery.find"} <= loaded, "the reader of modules sees them"
+    assert not set(NOT_TO_FIND) & loaded
 
 
 def test_dunder_all_lazy_table_and_type_checking_imports_agree():

@@ -102,6 +102,7 @@ def test_samples_are_the_greedy_text_before_the_drop_and_at_the_end(sampled):
     assert all(sample.dense != sample.dropped for sample in record.samples)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("packing", [True, False])
 def test_samples_of_conversations_go_on_from_one_conversation_each(packing, make_trainer, records, tmp_path):
     """Each prompt is what the template writes before an answer: nothing of another conversation precedes it."""

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
+import layershed as ls
 from layershed.cli.lightning_cli import LayershedCLI
+from layershed.performance import benchmark as benchmarking
 from tests.support.bad_input.trial import make_world
 from tests.support.command_line import FILES
+from tests.support.models import build_model
+from tests.support.small_world import TINY
+from tests.support.ticking import MADE_UP
 
 PARSERS = {}
 
@@ -47,6 +53,41 @@ def one_parser(monkeypatch):
         self.parser._instantiators = None
 
     monkeypatch.setattr(LayershedCLI, "setup_parser", reuse)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with a small model whose branches matter, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    fields = {name: value for name, value in TINY.items() if name != "model_type"}
+    build_model("llama", **{**fields, "head_dim": 8, "num_hidden_layers": 4}).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def without_two(saved, tmp_path_factory):
+    """The same folder without two of its sublayers."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    ls.bypass(model, [s for s in ls.find_sublayers(model) if s.name in ("attention.1", "mlp.2")])
+    folder = tmp_path_factory.mktemp("model") / "dropped"
+    return ls.save_pretrained(model, folder, tokenizer=ByT5Tokenizer.from_pretrained(saved))
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The parsed configs; nothing is built from them."""
+    seen = []
+    monkeypatch.setattr(LayershedCLI, "instantiate_classes", lambda self: seen.append(self.config[self.subcommand]))
+    monkeypatch.setattr(LayershedCLI, "after_instantiate_classes", lambda self: None)
+    monkeypatch.setattr(LayershedCLI, "_run_subcommand", lambda self, subcommand: None)
+    return seen
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Made-up ceilings: measuring them takes a third of a second."""
+    monkeypatch.setattr(benchmarking, "measure_ceilings", lambda *_: MADE_UP)
 
 
 @pytest.fixture(scope="session")

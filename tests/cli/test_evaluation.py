@@ -69,6 +69,7 @@ def told_by(capsys, *words):
     return capsys.readouterr().out, [str(warning.message) for warning in caught]
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_last_without_a_config_gives_the_figure_of_the_report(command, after_fit, capsys):
     told, warned = told_by(capsys, command, "--ckpt_path", "last")
@@ -89,6 +90,7 @@ def test_other_number_of_batches_than_in_the_report_is_said(after_fit, capsys):
     assert f"over the first {BATCHES}, so they differ" in told
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("word", "other"),
     [

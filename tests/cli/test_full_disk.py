@@ -67,6 +67,7 @@ def dropped(model):
 ROOM = [0, 4096, 8192, 12288, 16384, 20480]
 
 
+@pytest.mark.default_cases(3)
 @pytest.mark.parametrize("left", ROOM)
 def test_saving_a_model_on_a_full_disk_keeps_the_former_one(left, disk, small):
     plan = dropped(small)

@@ -36,7 +36,7 @@ def run(monkeypatch):
     return fit
 
 
-@pytest.mark.default_cases(4)
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("path", DROPPING, ids=lambda path: path.stem)
 def test_advice_for_a_shortened_config_makes_it_run(path, run, capsys):
     start = yaml.safe_load(path.read_text())["trainer"]["callbacks"]["drop"]["init_args"]["start"]

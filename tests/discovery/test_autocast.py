@@ -66,8 +66,9 @@ def all_but_embeddings(model):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "autocast around the model"])
-@pytest.mark.parametrize("lower", [half_of_all, blocks, all_but_embeddings])
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("model_type", "lower"), crossed(["llama", "mixtral"], [half_of_all, blocks, all_but_embeddings])
+)
 def test_model_of_mixed_dtypes_that_only_runs_under_autocast_is_proven_and_dropped(model_type, lower, wrapped):
     model, tokens = build_model(model_type), torch.arange(3, 11)[None]
     expected = find_sublayers(model)

@@ -146,6 +146,7 @@ def test_changed_model_is_proven_again(llama, proofs, change):
     assert proven_anew(proofs, llama)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("back", [remove_lora, merge_lora])
 def test_model_that_loses_its_adapters_is_proven_again(llama, proofs, back):
     lora(llama)

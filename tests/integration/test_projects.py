@@ -23,7 +23,7 @@ def adapters(monkeypatch):
     monkeypatch.setattr("layershed.discovery.registry._REGISTERED", {})
 
 
-@pytest.mark.default_cases(2)
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(("name", "namespace"), CASES)
 def test_project_works_with_two_lines_and_with_every_callback(name, namespace, tmp_path, unpainted):
     pytest.importorskip(namespace)

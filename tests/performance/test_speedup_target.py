@@ -74,7 +74,7 @@ def prefixes(case, scope, phase, objective="importance", gone=()):
     return [[s for group in order[:n] for s in group] for n in range(len(order) + 1)]
 
 
-@pytest.mark.default_cases(2)
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize(
     ("scope", "phase", "objective"),
     crossed(("joint", "attention", "mlp", "block"), ("decode", "prefill"), ("importance", "speed")),

@@ -13,6 +13,7 @@ import layershed as ls
 from layershed.errors import ExportError
 from tests.support.architectures import tiny_model
 from tests.support.conformance import Case
+from tests.support.forked import run_code
 
 ALONE = """
 import importlib.util, sys, torch
@@ -26,20 +27,33 @@ for folder in sys.argv[1:]:
     generated = model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     torch.save((logits, generated, sum(p.numel() for p in model.parameters())), folder + "/alone.pt")
 """
+# code of a model's folder is copied to where a fresh process reads it from the environment
+COPIED = "import sys; from transformers import dynamic_module_utils as d; d.HF_MODULES_CACHE = sys.argv.pop(1)\n"
 MODEL_TYPES = ("llama", "gpt2", "bert", "bloom", "opt", "mixtral")
 
 
-@pytest.fixture(scope="module")
-def lonely_python(tmp_path_factory):
-    """A virtual environment that sees every installed package and not layershed, which is installed editable."""
-    folder = tmp_path_factory.mktemp("alone")
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = next(folder.glob("lib/python*/site-packages"))
+def in_a_fork(folders, home):
+    """Load the folders where layershed cannot be imported."""
+    run_code(COPIED + ALONE, [str(home / "modules"), *folders], home / "said.txt", hidden="layershed")
+
+
+def in_an_environment_without_layershed(folders, home):
+    """Load the folders in a virtual environment that sees every installed package but layershed."""
+    venv.create(home, with_pip=False, symlinks=True)
+    packages = next(home.glob("lib/python*/site-packages"))
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
-    return folder / "bin" / "python"
+    done = subprocess.run(
+        [home / "bin" / "python", "-c", ALONE, *folders],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_transformers_alone_gives_the_same_logits_and_cached_text(lonely_python, tmp_path):
+@pytest.mark.parametrize("load", [in_a_fork, pytest.param(in_an_environment_without_layershed, marks=pytest.mark.slow)])
+def test_transformers_alone_gives_the_same_logits_and_cached_text(load, tmp_path):
     expected = {}
     for model_type in MODEL_TYPES:
         case = Case(tiny_model(model_type))
@@ -51,14 +65,8 @@ def test_transformers_alone_gives_the_same_logits_and_cached_text(lonely_python,
         ls.remove(case.model)
         expected[model_type] = case.logits(), text, case.model.num_parameters()
     folders = [str(tmp_path / model_type) for model_type in MODEL_TYPES]
-    done = subprocess.run(
-        [lonely_python, "-c", ALONE, *folders],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "home").mkdir()
+    load(folders, tmp_path / "home")
     for model_type, (logits, text, parameters) in expected.items():
         found = torch.load(tmp_path / model_type / "alone.pt", weights_only=True)
         assert torch.equal(found[0], logits), model_type

@@ -26,6 +26,7 @@ from layershed.surgery import bypass, dense, remove, restore
 from tests.support.architectures import tiny_model
 from tests.support.conformance import Case, reference
 from tests.support.models import build_model
+from tests.support.thinned import crossed
 
 TRUSTED = {"trust_remote_code": True}
 TOKENS = torch.arange(1, 9)[None]
@@ -61,8 +62,9 @@ def assert_equal_but_for(entries, expected, dropped):
         assert entry is None or torch.allclose(entry, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("surgery", [bypass, remove])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "surgery"), crossed(["llama", "gpt2", "mixtral", "phi", "gemma3_text"], [bypass, remove])
+)
 def test_attention_weights_and_hidden_states_stay_in_place(family, surgery):
     model = eager(family)
     sublayer = of_kind(model, "attention")[2]
@@ -246,8 +248,9 @@ def in_place(_module, _args, output):
     (output[0] if isinstance(output, tuple | list) else output).mul_(2.0)
 
 
-@pytest.mark.parametrize("surgery", [bypass, remove])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom", "bert", "opt"])
+@pytest.mark.parametrize(
+    ("family", "surgery"), crossed(["llama", "gpt2", "falcon", "bloom", "bert", "opt"], [bypass, remove])
+)
 def test_hooks_may_write_to_what_dropped_modules_and_their_aliases_return(family, surgery):
     case = Case(tiny_model(family))
     dropped = case.several

@@ -42,10 +42,44 @@ def start_module(
     return process
 
 
-def _run(module: str, words: list[str], environment: dict[str, str], output: Path, anew: bool) -> None:
+def run_code(code: str, words: list[str], output: Path, *, forgotten: tuple[str, ...] = (), hidden: str = "") -> str:
+    """Run ``python -c code words`` as a fork that has imported neither Lightning nor layershed; returns what it prints.
+
+    Modules that others import stay imported, so a fresh process can see more: the tests have one of these as well.
+
+    Args:
+        code: The program.
+        words: Its arguments.
+        output: A file for what it prints.
+        forgotten: More packages that it has not imported.
+        hidden: A package that it cannot import.
+    """
+    process = fork_server().Process(target=_run_code, args=(code, words, output, forgotten, hidden))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
+
+
+def _run_code(code: str, words: list[str], output: Path, forgotten: tuple[str, ...], hidden: str) -> None:
+    _print_to(output)
+    namespaces.forget(*forgotten)
+    if hidden:
+        sys.modules[hidden] = None  # type: ignore[assignment]
+    warnings.simplefilter("ignore")
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
+    sys.stdout.flush()
+
+
+def _print_to(output: Path) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _run(module: str, words: list[str], environment: dict[str, str], output: Path, anew: bool) -> None:
+    _print_to(output)
     os.environ.update(environment)
     if anew:
         namespaces.forget()

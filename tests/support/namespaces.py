@@ -51,9 +51,9 @@ def translate(namespace: Any) -> None:
     builtins.__import__ = translated
 
 
-def forget() -> None:
-    """Make a fork of a process with both Lightnings and layershed one that has imported none of them."""
-    roots = ("layershed", "lightning", "lightning_fabric", "pytorch_lightning", *OURS)
+def forget(*more: str) -> None:
+    """Make a fork of a process with both Lightnings and layershed one that has imported none of them, nor of more."""
+    roots = ("layershed", "lightning", "lightning_fabric", "pytorch_lightning", *OURS, *more)
     kept = {__name__, *PARENTS}
     for name in [name for name in sys.modules if name.partition(".")[0] in roots and name not in kept]:
         del sys.modules[name]

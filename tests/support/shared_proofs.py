@@ -13,6 +13,7 @@ from torch import nn
 from layershed.discovery import find, fingerprint
 from layershed.discovery.anatomy import Anatomy
 from layershed.discovery.probe import outputs_of
+from layershed.importance import taps
 
 _KEPT_ALIVE = (type, types.FunctionType, types.BuiltinFunctionType, partial)
 _known: dict[tuple[Any, ...], Anatomy] = {}
@@ -38,12 +39,17 @@ class _Structure(fingerprint._Walk):
     def _identify(self, value: Any) -> bool:
         first = super()._identify(value)
         if isinstance(value, _KEPT_ALIVE):
-            self.key[-1] = value
+            # a tap only watches, so it does not matter which tracker it passes values to
+            self.key[-1] = value.func if _is_tap(value) else value
         elif isinstance(value, types.MethodType) or self._depth >= fingerprint._DEPTH:
             raise fingerprint._NoFingerprintError
         else:
             self.key[-1] = self._order.setdefault(id(value), len(self._order))
         return first
+
+
+def _is_tap(value: object) -> bool:
+    return isinstance(value, partial) and value.func in (taps._if_on, taps._enter_if_on, taps._leave_if_on)
 
 
 def structure(transformer: nn.Module) -> tuple[Any, ...] | None:

@@ -129,6 +129,7 @@ def test_ranks_share_the_rows_of_a_stream(parquet, ranks):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.default_cases(2)
 @pytest.mark.parametrize("kind", ["parquet", "text"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_interrupted_anywhere_goes_on_with_the_next_batch(request, kind, workers):
@@ -204,6 +205,7 @@ def test_run_without_an_end_is_refused_before_training(parquet, tmp_path):
         run(parquet, tmp_path, steps=-1)
 
 
+@pytest.mark.default_cases(1)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_epochs_of_a_stream_go_on_where_the_last_one_ended(parquet, tmp_path, workers):
     _, _, whole = run(parquet, tmp_path / "one", steps=6, limit_val_batches=0, num_workers=workers)

@@ -548,7 +548,7 @@ def test_training_text_is_shuffled_differently_in_each_epoch(whole):
     assert whole[:6] != whole[6:]
 
 
-@pytest.mark.default_cases(3)
+@pytest.mark.default_cases(1)
 @lightning_is_quiet
 @pytest.mark.parametrize(("cut", "workers"), some_of([*((step, 0) for step in range(1, 12)), (3, 1), (9, 1)], 3))
 def test_interrupted_run_resumes_at_the_next_batch(whole, text_file, tmp_path, cut, workers):
@@ -559,6 +559,7 @@ def test_interrupted_run_resumes_at_the_next_batch(whole, text_file, tmp_path, c
     assert second == whole[cut:]
 
 
+@pytest.mark.default_cases(1)
 @lightning_is_quiet
 @pytest.mark.parametrize("workers", [0, 1])
 def test_run_resumed_at_an_epoch_end_sees_the_next_epoch(whole, text_file, tmp_path, workers):

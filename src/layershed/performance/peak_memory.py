@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from layershed.devices import module_of
 
@@ -55,4 +54,11 @@ class _Allocations(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterator[UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    """Of what an operation takes or returns: tensors, and lists of them. torch's own tree takes twice as long."""
+    if isinstance(values, Tensor):
+        yield values.untyped_storage()
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _storages(value)
+    elif isinstance(values, dict):
+        yield from _storages(list(values.values()))

@@ -318,7 +318,7 @@ def other_adapters_are_refused(shards, found):
 def checks_of_sharded(which):
     """Those for the runs that were made."""
     checks = {}
-    for name, shards, cuts, evaluated in {"every": sharded.EVERY, "some": sharded.SOME}[which]:
+    for name, shards, cuts, evaluated, densely in {"every": sharded.EVERY, "some": sharded.SOME}[which]:
         title = f"FSDP2, {name}, {'shards' if shards else 'one file'}"
         checks[f"{title}: both ranks the same"] = partial(same_on_both_ranks, ("fit", name, shards, None))
         if name == "drop":
@@ -326,7 +326,7 @@ def checks_of_sharded(which):
         if name == "lora":
             checks[f"{title}: weights by hand"] = partial(adapters_by_hand, shards)
             checks[f"{title}: adapter folder holds them"] = partial(adapter_folder_holds_the_weights, shards)
-        for step in (sharded.STEPS, sharded.AFTER):
+        for step in densely:
             check = partial(not_loaded_densely, name, shards, step)
             checks[f"{title}: step {step} not loaded without layershed"] = check
         checks[f"{title}: the strategy has its own methods again"] = partial(strategy_as_before, name, shards)

@@ -189,11 +189,11 @@ def main(folder, combinations):
     """
     torch.set_num_threads(1)
     results = {}
-    for name, shards, cuts, evaluated in combinations:
+    for name, shards, cuts, evaluated, densely in combinations:
         kept = sorted({*cuts, *evaluated, STEPS})
         for cut in (None, *cuts):
             results["fit", name, shards, cut] = fit(folder, name, shards, kept, cut)
-        for step in (STEPS, AFTER):
+        for step in densely:
             results["dense", name, shards, step] = loaded_densely(folder, name, shards, step)
         for cut in evaluated:
             results["evaluate", name, shards, cut] = evaluate(folder, name, shards, cut)
@@ -209,15 +209,18 @@ def main(folder, combinations):
 
 EARLY_AND_LATE = (CUTS[0], STEPS)  # before the drop and after it
 RESUMED_ONLY = ("headed", "exact")
+DROPPED = (STEPS, AFTER)
 EVERY = [
-    (name, shards, CUTS, () if name in RESUMED_ONLY else EARLY_AND_LATE) for name in RUNS for shards in (True, False)
+    (name, shards, CUTS, () if name in RESUMED_ONLY else EARLY_AND_LATE, DROPPED)
+    for name in RUNS
+    for shards in (True, False)
 ]
 SOME = [
-    ("drop", True, (), EARLY_AND_LATE),
-    ("lora", True, (), (STEPS,)),
-    ("headed", True, (START,), ()),
-    ("drop", False, (CUTS[0],), (STEPS,)),
-    ("exact", True, (CUTS[0],), ()),
+    ("drop", True, (), EARLY_AND_LATE, DROPPED),
+    ("lora", True, (), (STEPS,), DROPPED),
+    ("headed", True, (START,), (), ()),
+    ("drop", False, (CUTS[0],), (STEPS,), DROPPED),
+    ("exact", True, (CUTS[0],), (), ()),
 ]
 
 if __name__ == "__main__":
