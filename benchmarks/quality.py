@@ -107,7 +107,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
 
 
 def _share(row: dict[str, Any], base: dict[str, Any], dense: dict[str, Any], key: str) -> float:
-    return (row[key] - dense[key]) / (base[key] - dense[key])
+    return float((row[key] - dense[key]) / (base[key] - dense[key]))
 
 
 def _row(model: PreTrainedModel, row: str, texts: "Texts", searches: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _row(model: PreTrainedModel, row: str, texts: "Texts", searches: Path) -> di
     if row == "dense":
         return {"plan": [], "ready": 0.0}
     scope, number, method, action = row.split()
-    calibration = [{"input_ids": rows} for rows in texts.calibration.split(BATCH)]
+    calibration = [{"input_ids": rows} for rows in texts.calibration.chunk(len(texts.calibration) // BATCH)]
     rank = int(action.partition("-")[2]) if "-" in action else None
     plan = _plan(model, scope, int(number), method, action, rank, calibration, searches)
     if action == "delete":
@@ -161,7 +161,7 @@ def _plan(
 
 def _quality(model: PreTrainedModel, texts: "Texts", questions: int) -> dict[str, float]:
     found = {
-        name: ls.evaluate_quality(model, [{"input_ids": rows} for rows in ids.split(BATCH)]).loss
+        name: ls.evaluate_quality(model, [{"input_ids": rows} for rows in ids.chunk(len(ids) // BATCH)]).loss
         for name, ids in (("passages", texts.passages), ("lambada", texts.lambada))
     }
     if questions:
@@ -191,10 +191,8 @@ def accuracy(model: PreTrainedModel, questions: list[Question]) -> float:
                 logits = model.get_output_embeddings()(hidden[place, len(before) - 1 : len(before) + len(own) - 1])
                 likely = logits.log_softmax(-1).gather(-1, torch.tensor(own)[:, None])
                 scores[q, a] = float(likely.sum()) / characters
-    right = [
-        max(range(len(answers)), key=lambda a, q=q: scores[q, a]) == label
-        for q, (label, answers) in enumerate(questions)
-    ]
+    best = [max(scores[q, a] for a in range(len(answers))) for q, (_, answers) in enumerate(questions)]
+    right = [scores[q, label] == best[q] for q, (label, _) in enumerate(questions)]
     return sum(right) / len(right)
 
 

@@ -37,13 +37,13 @@ from layershed.recovery.lora_targets import Placement
 from layershed.recovery.optimizer_groups import (
     Layout,
     LearningRateFactor,
-    dropped_parameters,
     forget_parameters,
     hand_over,
     layout_of,
     train_only_maps,
 )
 from layershed.saving.lora_folder import check_adapter_folder, save_adapter
+from layershed.stand_ins.carried import dropped_parameters
 from layershed.surgery import dropped_sublayers
 
 RecoveryMode = Literal["lora", "full", "stand_ins", "none"]

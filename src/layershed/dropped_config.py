@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -173,12 +173,16 @@ def _map_from(value: Any) -> LinearMap | None:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{_LINEAR}: {value!r} is no width and rank of a linear map")
     width, rank = value
-    if not _is_size(width) or not (rank is None or _is_size(rank)):
+    if not is_map_size(width) or not (rank is None or is_map_size(rank)):
         raise TypeError(f"{_LINEAR}: {value!r} is no width and rank of a linear map")
     return LinearMap(width, rank, device="meta")
 
 
-def _is_size(value: Any) -> bool:
+def is_map_size(value: Any) -> TypeGuard[int]:
+    """Whether a value from a file may be the width or the rank of a linear map.
+
+    No transformer is wider: a file that says so would take the memory of the machine.
+    """
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
 
 

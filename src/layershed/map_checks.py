@@ -9,12 +9,11 @@ from torch import nn
 
 from layershed.arguments import check_kind
 from layershed.discovery.branches import Branch
+from layershed.dropped_config import is_map_size
 from layershed.errors import PlanError
 from layershed.planning.plan import DropPlan, Sublayer
 from layershed.stand_ins.carried import maps_of, weights_like
 from layershed.stand_ins.linear_map import LinearMap
-
-_LARGEST = 2**20  # no transformer is that wide: a file that says so would take the memory of the machine
 
 
 def checked_maps(
@@ -100,8 +99,7 @@ def map_sizes_from(content: Any) -> dict[str, tuple[int, int | None]]:
 
 def _size_from(size: Any) -> tuple[int, int | None]:
     width, rank = size if isinstance(size, list | tuple) and len(size) == 2 else (None, None)
-    numbers = [width] if rank is None else [width, rank]
-    if not all(isinstance(each, int) and not isinstance(each, bool) and 0 < each < _LARGEST for each in numbers):
+    if not is_map_size(width) or not (rank is None or is_map_size(rank)):
         raise PlanError(f"Linear map: width and rank must be positive integers, got {size!r}.")
     return width, rank
 

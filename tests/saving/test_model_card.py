@@ -46,8 +46,9 @@ def test_card_names_base_plan_figures_licence_and_how_to_load(llama, tmp_path):
     )
     assert card.data.base_model is None, "a folder of this machine is no model of the hub"
     assert tmp_path.name not in card.text, "nor are its paths anybody's business"
-    rows = [line.split("|")[2:5] for line in card.text.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    found = [(int(block), kind.strip(), float(score)) for block, kind, score in rows]
+    rows = [line.split("|")[2:6] for line in card.text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    found = [(int(block), kind.strip(), float(score)) for block, kind, _, score in rows]
+    assert {what.strip() for _, _, what, _ in rows} == {"nothing"}
     assert found == [(drop.sublayer.block, drop.sublayer.kind, pytest.approx(drop.score)) for drop in plan.drops]
     kept = sum(p.numel() for p in ls.load_pretrained(tmp_path / "out").parameters())
     assert f"{kept:,} parameters are left" in card.text

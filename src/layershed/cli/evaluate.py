@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from rich import box
@@ -65,10 +66,10 @@ def evaluate(
         scores: tuple[TaskScore, ...] = ()
         with voice.within(), trainer.precision_plugin.forward_context():
             if tasks:
-                options = {"limit": limit, "shots": shots}
+                options: dict[str, Any] = {"limit": limit, "shots": shots}
                 scores = evaluate_tasks(voice.model, data.tokenizer, tasks, batch_size=batch_size, **options).scores
             if passkey:
-                questions = {} if limit is None else {"questions": limit}
+                questions: dict[str, Any] = {} if limit is None else {"questions": limit}
                 scores += passkey_retrieval(voice.model, data.tokenizer, passkey, keys=keys, **questions).scores
         found[voice.title] = TaskResults(scores)
     if output is not None:

@@ -64,7 +64,8 @@ class MapSums:
         if False not in self._sums:
             raise CompensationError(f"No linear map can be fitted to {self.branch.sublayer.name}: it ran in no batch.")
         fitted = self._sums[False]
-        checking = self._sums.setdefault(True, NormalEquations(*fitted.ht.shape, device=fitted.hh.device))
+        empty = NormalEquations(fitted.ht.shape[0], fitted.ht.shape[1], fitted.hh.device)
+        checking = self._sums.setdefault(True, empty)
         for sums in (fitted, checking):
             sums.reduce()
         found = fitted_map(fitted, ridge, rank)

@@ -13,6 +13,8 @@ with C the weighted covariances and lambda a share of the mean diagonal of C_hh.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class NormalEquations:
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         # Apple's GPUs have no float64
-        options = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
         self.hh, self.ht = torch.zeros(inputs, inputs, **options), torch.zeros(inputs, outputs, **options)
         self.tt = torch.zeros(outputs, **options)
         self.h, self.t = torch.zeros(inputs, **options), torch.zeros(outputs, **options)
@@ -63,7 +65,7 @@ class NormalEquations:
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """The sums over the tokens of both."""
-        found = NormalEquations(*self.ht.shape, device=self.hh.device)
+        found = NormalEquations(self.ht.shape[0], self.ht.shape[1], self.hh.device)
         for name in vars(found):
             setattr(found, name, getattr(self, name) + getattr(other, name))
         return found

@@ -76,7 +76,7 @@ def _with_proven_map(model: nn.Module, flow: BlockFlow, branch: Branch, exact: d
     """The branch, without its place for a linear map if a map there would not give what joins the stream."""
     if branch.linear is None:
         return branch
-    trial = Trial(*_block_of(model, flow), ("linear", *_make(flow, branch, branch.linear.stand_ins)), ())
+    trial = Trial(*_block_of(model, flow), (("linear",), _make(flow, branch, branch.linear.stand_ins)), ())
     if trial not in exact:
         exact[trial] = _maps_exactly(model, flow, branch, branch.linear)
     return branch if exact[trial] else replace(branch, linear=None)

@@ -94,7 +94,13 @@ def greedy_search(
     groups = [tuple(drop.sublayer for drop in group) for group in ranked]
     if len(groups) < count:
         raise SelectionError(f"greedy_search(count={count}): there are only {len(groups)} candidates. Choose fewer.")
-    about = {"search": "greedy", "scope": scope, "metric": metric, "tokens": meter.tokens, "shortlist": shortlist}
+    about: dict[str, Any] = {
+        "search": "greedy",
+        "scope": scope,
+        "metric": metric,
+        "tokens": meter.tokens,
+        "shortlist": shortlist,
+    }
     about["candidates"] = [[sublayer.name for sublayer in group] for group in groups]
     searched = Searched(**load_state(state, about))
     for _ in track(range(len(searched.chosen), count), "Searching", count - len(searched.chosen)):
