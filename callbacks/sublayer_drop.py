@@ -101,7 +101,7 @@ class SublayerDrop(Callback):
             importance is measured. Options that would choose otherwise are refused.
         search: ``one-shot``, or ``greedy``: one after the other, by the damage of the set.
         replace: ``linear``: a linear map of its norm's output, fitted at the drop, runs in place of a sublayer and
-            trains on; None: nothing does.
+            trains on; ``fold``: the weights of the sublayers behind it change to make up for it; None: neither.
         rank: Rank of the maps; None for full matrices.
         method: ``paper`` or ``best``, which set metric, search and replace; see docs/quality.md.
 
@@ -178,7 +178,7 @@ class SublayerDrop(Callback):
     @property
     def places_maps(self) -> bool:
         """Whether linear maps run in place of what it drops."""
-        return self.method.replace is not None
+        return self.method.replace == "linear"
 
     def should_drop(self, step: int) -> bool:
         """Whether to drop after ``step`` optimizer steps; override it for another schedule."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares them with the table below
     from layershed.compensation.fit import LinearMaps, fit_linear_maps
+    from layershed.compensation.fold import Fold, compensate
     from layershed.discovery.branches import LeftAlone
     from layershed.discovery.find import find_left_alone, find_sublayers, find_transformer
     from layershed.discovery.registry import SublayerAdapter, register_adapter
@@ -73,6 +74,7 @@ __all__ = [
     "DropMethod",
     "DropPlan",
     "DropSchedule",
+    "Fold",
     "ForwardReport",
     "ImportanceMetric",
     "ImportanceScores",
@@ -99,6 +101,7 @@ __all__ = [
     "angular",
     "bypass",
     "bypassed_sublayers",
+    "compensate",
     "cosine_importance",
     "dense",
     "dequantize",
@@ -150,6 +153,7 @@ _NAMES = {
     "discovery.find": ("find_left_alone", "find_sublayers", "find_transformer"),
     "discovery.registry": ("SublayerAdapter", "register_adapter"),
     "compensation.fit": ("LinearMaps", "fit_linear_maps"),
+    "compensation.fold": ("Fold", "compensate"),
     "drop": ("DropMethod", "drop_sublayers"),
     "errors": ("LayershedError",),
     "evaluation.long_context": ("loss_by_position", "passkey_retrieval"),

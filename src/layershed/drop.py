@@ -10,6 +10,7 @@ from torch import nn
 
 from layershed.batches import iterate
 from layershed.compensation.fit import LinearMaps, check_fit, fit_linear_maps, mappable
+from layershed.compensation.fold import compensate
 from layershed.discovery.find import find_sublayers, find_transformer
 from layershed.discovery.uneven import explaining_empty_scope
 from layershed.errors import SelectionError, UnknownNameError
@@ -23,7 +24,7 @@ from layershed.surgery import bypass, bypassed_sublayers
 
 Search = Literal["one-shot", "greedy"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
-Replacement = Literal["linear"]
+Replacement = Literal["linear", "fold"]
 REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 _FEW = 8  # sequences of the batches on which a search measures damage
 
@@ -36,8 +37,9 @@ class DropMethod:
         metric: Name of the importance metric.
         search: ``"one-shot"``: those of least importance, measured once (the paper's). ``"greedy"``: one after the
             other, by the damage of the set (:func:`greedy_search`); the metric is then ``kl`` or ``loss``.
-        replace: What runs in place of a sublayer: None for nothing (the paper's), ``"linear"`` for a linear map of its
-            norm's output (:func:`fit_linear_maps`).
+        replace: What makes up for a sublayer: None for nothing (the paper's); ``"linear"`` for a linear map of its
+            norm's output in its place (:func:`fit_linear_maps`); ``"fold"`` for changed weights of the sublayers behind
+            it (:func:`compensate`), which every engine runs.
         rank: Rank of the maps; None for full matrices.
 
     Raises:
@@ -60,7 +62,7 @@ class DropMethod:
                 f"search='greedy', metric={self.metric!r}: a search measures sets of sublayers, and this one measures "
                 f"single sublayers. Choose {' or '.join(DAMAGE_METRICS)}."
             )
-        if self.rank is not None and self.replace is None:
+        if self.rank is not None and self.replace != "linear":
             raise SelectionError(f"rank={self.rank}: it is that of linear maps. Set replace='linear', or leave it out.")
         check_fit(self.rank)
 
@@ -127,7 +129,8 @@ def drop_sublayers(
         ratio: Share of the candidates to drop, in (0, 1).
         metric: Name of the importance metric.
         search: As of :class:`DropMethod`, and so are replace and rank.
-        replace: ``"linear"`` for linear maps, fitted to the batches; None for nothing.
+        replace: ``"linear"`` for linear maps, ``"fold"`` for changed weights behind, both fitted to the batches; None
+            for neither.
         rank: Rank of the maps.
         protect: Sublayers, or indices of blocks, that are not dropped.
         max_batches: Stop scoring and fitting after that many batches.
@@ -151,10 +154,13 @@ def drop_sublayers(
     if method == DropMethod(metric):
         scores = estimate_importance(model, batches, metric, max_batches=max_batches, name=name)
         plan, maps = select_sublayers(scores, scope, count=count, ratio=ratio, protect=protect), LinearMaps()
+        given = []
     else:
         given = list(iterate(batches, max_batches))
         plan, maps = choose(model, given, method, scope, count=count, ratio=ratio, protect=protect, name=name)
     bypass(model, plan, maps=maps, name=name)
+    if method.replace == "fold":
+        compensate(model, given, name=name)
     return plan
 
 
@@ -172,7 +178,7 @@ def choose(
     """The plan of a method, and the maps that it needs. The model is not changed. Arguments: :func:`drop_sublayers`."""
     amounts: dict[str, Any] = {"count": count, "ratio": ratio, "protect": protect}
     candidates = LinearMaps()
-    if method.replace and method.metric in DAMAGE_METRICS:  # the score must match what will be done
+    if method.replace == "linear" and method.metric in DAMAGE_METRICS:  # the score must match what will be done
         places = [s for s in mappable(model, name=name) if scope in ("joint", "block", s.kind)]
         if places:
             candidates = fit_linear_maps(model, batches, places, rank=method.rank, refits=0, name=name)
@@ -207,7 +213,7 @@ def _with_maps(
     model: nn.Module, batches: list[Any], plan: DropPlan, method: DropMethod, name: str | None
 ) -> tuple[DropPlan, LinearMaps]:
     """The plan with its actions, and the maps fitted for exactly this plan."""
-    if not method.replace:
+    if method.replace != "linear":
         return plan, LinearMaps()
     places = set(mappable(model, name=name))
     plan = plan.with_action("linear", [s for s in plan if s in places], rank=method.rank)

@@ -168,3 +168,26 @@ def test_recovery_of_stand_ins_without_maps_is_refused_before_training(make_trai
     with pytest.raises(ls.LayershedError, match="there is no linear map to train"):
         fit_foreign(trainer)
     assert trainer.global_step == 0
+
+
+def test_a_drop_with_folds_is_that_of_the_functions(make_trainer):
+    seen = {}
+
+    class Before(Watch):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 3:
+                seen["model"] = copy.deepcopy(pl_module.net)
+                seen["batches"] = list(calibration_batches(trainer, "train"))[:4]
+
+    class After(Watch):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 3:
+                seen["after"] = copy.deepcopy(pl_module.net.state_dict())
+
+    drop = SublayerDrop(3, count=2, calibration_batches=4, quality_batches=1, replace="fold")
+    fit_foreign(make_trainer(Before(None), drop, After(None), max_steps=4))
+    ls.bypass(seen["model"], drop.plan)
+    ls.compensate(seen["model"], seen["batches"])
+    expected = seen["model"].state_dict()
+    assert all(torch.equal(value, seen["after"][name]) for name, value in expected.items())
+    assert {each.action for each in drop.plan.drops} == {"bypass"}

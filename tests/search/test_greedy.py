@@ -107,3 +107,15 @@ def test_methods_that_contradict_themselves_are_refused():
         ls.drop_sublayers(model, batches, count=1, search="greedy")
     with pytest.raises(SelectionError, match="Set replace='linear'"):
         ls.drop_sublayers(model, batches, count=1, rank=4)
+
+
+def test_dropping_with_folds_changes_what_lies_behind():
+    model = build_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    batches = [{"input_ids": torch.randint(3, 97, (4, 24), generator=generator)} for _ in range(8)]
+    twin = copy.deepcopy(model)
+    plan = ls.drop_sublayers(model, batches, "attention", count=1, replace="fold")
+    ls.bypass(twin, plan)
+    ls.compensate(twin, batches)
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+    assert ls.linear_maps(model) == {}

@@ -23,6 +23,7 @@ from layershed.cli.run_folder import (
 )
 from layershed.cli.score import importance_points
 from layershed.compensation.fit import LinearMaps
+from layershed.compensation.fold import compensate
 from layershed.discovery.find import find_sublayers
 from layershed.drop import DropMethod, choose
 from layershed.errors import SelectionError
@@ -93,9 +94,13 @@ def prune(
         plan = select_sublayers(scores, scope, objective=objective, latency=latency, **wanted)
     else:
         with trainer.precision_plugin.forward_context():
-            plan, maps = choose(model, list(iterate(data.train_dataloader(), batches)), method, scope, **wanted)
+            given = list(iterate(data.train_dataloader(), batches))
+            plan, maps = choose(model, given, method, scope, **wanted)
     quality = {"before": held_out_quality(trainer, model, data, quality_batches)}
     bypass(model, plan, maps=maps)
+    if method.replace == "fold":
+        with trainer.precision_plugin.forward_context():
+            compensate(model, list(iterate(data.train_dataloader(), batches)))
     quality["after"] = held_out_quality(trainer, model, data, quality_batches)
     with trainer.precision_plugin.forward_context():
         report = measure_speed(model, **lengths)

@@ -88,7 +88,8 @@ class Trainer(RunTrainer):
             metric: cosine, relative_magnitude or angular; or, with passes without each sublayer, kl or loss.
             search: one-shot (the least important, measured once) or greedy (one after the other, by the damage of the
                 set; metric kl or loss).
-            replace: linear, for a linear map of its norm's output in place of each sublayer; left out, nothing runs.
+            replace: linear, for a linear map of its norm's output in place of each sublayer; fold, for changed weights
+                of the sublayers behind it; left out, nothing makes up for it.
             rank: Rank of the linear maps; left out, they are full matrices.
             method: paper (cosine, one-shot, nothing in their place) or best (kl, greedy, linear: the best we know
                 without training). It sets metric, search and replace.

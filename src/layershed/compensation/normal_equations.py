@@ -97,6 +97,19 @@ class NormalEquations:
         weight = torch.linalg.solve(hh + strength * identity, ht).mT
         return weight, (self.t - weight @ self.h) / self.total
 
+    def change(self, ridge: float) -> Tensor:
+        """The best W without c: a change of a matrix whose bias stays, shape (outputs, inputs)."""
+        hh, ht = self.hh / self.total, self.ht / self.total
+        strength = (ridge * hh.diagonal().mean()).clamp(min=torch.finfo(hh.dtype).tiny ** 0.5)
+        identity = torch.eye(len(hh), dtype=hh.dtype, device=hh.device)
+        found: Tensor = torch.linalg.solve(hh + strength * identity, ht).mT
+        return found
+
+    def missed(self, weight: Tensor) -> float:
+        """Mean of ``|W h - t|^2`` per weight."""
+        error = self.tt.sum() - 2 * (weight * self.ht.mT).sum() + (weight @ self.hh * weight).sum()
+        return float(error.clamp(min=0) / self.total)
+
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """W of a lower rank, as ``U V`` with U of shape (outputs, rank) and V of shape (rank, inputs).
 

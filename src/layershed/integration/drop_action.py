@@ -8,6 +8,7 @@ from typing import Any
 
 from layershed.batches import iterate
 from layershed.compensation.fit import LinearMaps, fit_linear_maps, mappable
+from layershed.compensation.fold import compensate
 from layershed.discovery.find import find_transformer
 from layershed.drop import DropMethod, choose
 from layershed.errors import SelectionError, StrategyError
@@ -87,8 +88,8 @@ class DropAction:
         if not self.method.replace:
             return
         if is_sharded(trainer):
-            raise StrategyError("SublayerDrop(replace='linear'): linear maps cannot be fitted under FSDP2. Use DDP.")
-        if not mappable(transformer):
+            raise StrategyError(f"SublayerDrop(replace={self.method.replace!r}): not under FSDP2. Use DDP.")
+        if self.method.replace == "linear" and not mappable(transformer):
             raise SelectionError(
                 f"SublayerDrop(replace='linear'): no sublayer of {type(transformer).__name__} can be replaced by a "
                 "linear map. Leave replace out."
@@ -124,10 +125,13 @@ class DropAction:
         """Bypass the sublayers, put the maps in their place, and let the optimizers train the maps."""
         if chosen.plan.drops:
             bypass(pl_module, chosen.plan, maps=chosen.maps, name=self.transformer)
+            if self.method.replace == "fold":
+                with trainer.precision_plugin.forward_context():
+                    compensate(pl_module, self._batches(trainer), name=self.transformer)
             adopt_maps(trainer.optimizers, pl_module, find_transformer(pl_module, name=self.transformer))
 
     def _with_actions(self, pl_module: LightningModule, plan: DropPlan) -> DropPlan:
-        if not self.method.replace:
+        if self.method.replace != "linear":
             return plan
         places = set(mappable(pl_module, name=self.transformer))
         return plan.with_action("linear", [s for s in plan if s in places], rank=self.method.rank)
