@@ -288,7 +288,7 @@ def test_missing_or_unknown_command_prints_the_commands(words, capsys):
     assert run(words) == 2
     told = capsys.readouterr().err.strip().splitlines()
     usage = " ".join(" ".join(told[:-1]).split())
-    names = "fit,validate,test,predict,score,prune,benchmark,generate,plan,compare,recommend"
+    names = "fit,validate,test,predict,score,prune,benchmark,evaluate,generate,plan,compare,recommend"
     assert usage == f"usage: train.py [-c CONFIG] {{{names}}} ..."
     assert told[-1].startswith("error: ")
 
