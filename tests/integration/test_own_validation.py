@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layershed.callbacks import SublayerDrop
+from layershed.progress import listening
 from layershed.quality import OwnQuality
 from layershed.surgery import bypassed_sublayers
 from tests.support.classifier import Ask, Classifier, by_hand, fit, sentences
@@ -24,6 +25,17 @@ def test_own_quality_is_the_mean_over_rows_and_equal_in_every_pass(make_trainer,
     assert ask.found[0].values["loss"] == pytest.approx(loss, rel=1e-5)
     assert ask.found[0].values["val_acc"] == pytest.approx(accuracy, abs=1e-6)
     assert ask.found[0] == ask.found[1]
+
+
+def test_own_quality_tells_how_far_it_is(make_trainer):
+    told = []
+    with listening(lambda *report: told.append(report)):
+        fit(make_trainer, Ask("val_acc", batches=2))
+    one_pass = [("Measuring quality", 0, 2), ("Measuring quality", 1, 2), ("Measuring quality", 2, 2)]
+    assert [report for report in told if report[0] == "Measuring quality"] == [
+        *one_pass,
+        ("Measuring quality", None, 2),
+    ] * 2
 
 
 def test_random_numbers_of_a_validation_are_the_same_in_every_pass(make_trainer):

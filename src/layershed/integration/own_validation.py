@@ -27,6 +27,7 @@ from layershed.integration.namespaces import (
 )
 from layershed.integration.own_record import RETURNED, Record
 from layershed.integration.own_state import state_kept
+from layershed.progress import least, track
 from layershed.quality import OwnQuality
 
 LOSS = "loss"
@@ -54,7 +55,8 @@ def own_quality(
     record = Record(trainer)
     with _without_trace(trainer, pl_module, record), trainer.precision_plugin.forward_context():
         with _agreed(trainer):
-            _run_batches(trainer, pl_module, islice(batches, max_batches), record)
+            taken = track(islice(batches, max_batches), "Measuring quality", least(batches, max_batches))
+            _run_batches(trainer, pl_module, taken, record)
         record.show()
         with _agreed(trainer):
             pl_module.on_validation_epoch_end()
