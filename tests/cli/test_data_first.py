@@ -42,6 +42,7 @@ def test_missing_chat_template_is_said_before_the_model_is_built(monkeypatch, ca
         "--data.source=chats.jsonl",
         "--data.tokenizer=folder",
         "--data.block_size=64",
+        "--data.batch_size=2",
     ]
     built = []
     monkeypatch.setattr("layershed.training.causal_lm.build_model", lambda *_: built.append(1) or pytest.skip("built"))
@@ -63,3 +64,21 @@ def test_rows_that_were_checked_are_not_read_again(monkeypatch):
     assert main([*words, "--batches=2"]) == 0
     assert loads == ["chats.jsonl"]
     assert Path("runs/version_0/importance.csv").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "prune"])
+@pytest.mark.parametrize("chats", [False, True])
+def test_too_few_tokens_for_a_batch_are_said_before_the_model_is_built(no_model, capsys, command, chats):
+    Path("short.txt").write_text("a few words\n\nand some more\n")
+    write([{"messages": chat_of(number)} for number in range(3)])
+    source = "chats.jsonl" if chats else "short.txt"
+    Path("tiny.yaml").write_text(json.dumps({"model": {"config": {**TINY, "vocab_size": 259}}}))
+    words = ["--data.block_size=16", "--data.batch_size=64"]
+    if chats:
+        fast_tokenizer(CHATML).save_pretrained("folder")
+        words.append("--data.tokenizer=folder")
+        Path("tiny.yaml").write_text(json.dumps({"model": {"config": {**TINY, "vocab_size": 260}}}))
+    assert main([command, "--config=tiny.yaml", f"--data.source={source}", *words]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "batch" in said

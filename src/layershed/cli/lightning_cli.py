@@ -142,6 +142,8 @@ class LayershedCLI(LightningCLI):
             if data.is_local:
                 data.check()
             check_before_loading(data, config.model, packed=self.subcommand not in _TOKENIZER_ALONE)
+            if data.is_local and self.subcommand not in _TOKENIZER_ALONE:
+                data.check_amount()
         with torch.device("meta") if self.subcommand == "plan" else nullcontext():
             super().instantiate_classes()
         self.datamodule = data or self.datamodule  # with the rows and the tokenizer that were read

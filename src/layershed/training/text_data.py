@@ -133,6 +133,7 @@ class TextData(InheritedDataModule):
         self.val_dataset: Any = None
         self._source = Source(source, streaming)
         self._checked: tuple[TextRows | ChatRows, Any, Any] | None = None
+        self._made: Any = None  # the sequences of texts, which depend on no model
         self._tokenizer_name, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
 
@@ -181,6 +182,30 @@ class TextData(InheritedDataModule):
             if self._tokenizer is not None:
                 check_chat_template(self._tokenizer, name)
 
+    def check_amount(self) -> None:
+        """Tokenize, and refuse rows that give no batch or no validation sequence, before there is a model.
+
+        A stream is not read. Conversations are tokenized again in ``setup``, where the model says if they are packed.
+
+        Raises:
+            DataError: If they are too few even for one device.
+        """
+        self.check()
+        with suppress(DataError):  # the model's own error is clearer
+            _ = self.tokenizer
+        if self._checked is None or self._tokenizer is None or self.streaming:
+            return
+        rows, train, held_out = self._checked
+        if isinstance(rows, ChatRows):
+            check_chat_template(self.tokenizer, self._tokenizer_name)
+        with no_progress_bars(), warnings.catch_warnings():
+            if isinstance(rows, ChatRows):
+                warnings.simplefilter("ignore")  # setup warns of the same
+            made = rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
+            rows.check_size(*made, self.batch_size, 1)
+        if not isinstance(rows, ChatRows):
+            self._made = made
+
     def prepare_data(self) -> None:
         """Download from the hub. Lightning calls it in one process of each machine.
 
@@ -217,10 +242,10 @@ class TextData(InheritedDataModule):
             if self.streaming:
                 self.train_dataset, self.val_dataset = self._streamed(rows, train, held_out)
             else:
-                made = rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
+                made = self._made or rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
                 rows.check_size(*made, self.batch_size, devices)
                 self.train_dataset, self.val_dataset = made[0].sequences, made[1].sequences
-        self._checked = None  # the text is no longer needed
+        self._checked = self._made = None  # the text is no longer needed
         if stage == "fit" and self.trainer is not None and not self.streaming:
             check_validation(self.trainer, self._source, len(self.train_dataset) // (self.batch_size * devices))
 
