@@ -84,24 +84,17 @@ def method_of(
     Raises:
         LayershedError: If the name is unknown, it contradicts one of the parts, or they contradict each other.
     """
-    parts = DropMethod(metric, search, replace, rank)
     if name is None:
-        return parts
+        return DropMethod(metric, search, replace, rank)
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
-    default = DropMethod()
-    for what in ("metric", "search", "replace"):
-        value = getattr(parts, what)
-        if value not in (getattr(default, what), getattr(METHODS[name], what)):
+    default, named = DropMethod(), METHODS[name]
+    for what, value in (("metric", metric), ("search", search), ("replace", replace)):
+        if value not in (getattr(default, what), getattr(named, what)):
             raise SelectionError(
                 f"method={name!r}, {what}={value!r}: the method sets {what} itself. Leave one of them out."
             )
-    return replace_rank(METHODS[name], rank)
-
-
-def replace_rank(method: DropMethod, rank: int | None) -> DropMethod:
-    """The method with maps of a rank."""
-    return method if rank is None else DropMethod(method.metric, method.search, method.replace, rank)
+    return DropMethod(named.metric, named.search, named.replace, rank)
 
 
 def drop_sublayers(

@@ -5,23 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM
 
 import layershed as ls
+from layershed.drop import method_of
 from tests.support.command_line import DATA, SPEED, run
-from tests.support.models import build_model
-from tests.support.small_world import TINY
 
 pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
-    fields = {name: value for name, value in TINY.items() if name != "model_type"}
-    build_model("llama", **{**fields, "head_dim": 8, "num_hidden_layers": 3}).save_pretrained(folder)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()
@@ -58,3 +48,8 @@ def test_methods_that_contradict_themselves_are_one_sentence(saved, capsys, word
     assert says in " ".join(told.split())
     assert told.count("error:") == 1
     assert not Path("runs").exists()
+
+
+def test_the_best_method_takes_a_rank():
+    assert method_of("best", "cosine", "one-shot", None, 8) == ls.DropMethod("kl", "greedy", "linear", 8)
+    assert method_of("best", "kl", "greedy", "linear", None) == ls.DropMethod("kl", "greedy", "linear")

@@ -12,14 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from layershed.cli.generate import voices_of
+from layershed.cli.generate import make_ready, voices_of
 from layershed.errors import TaskError
 from layershed.evaluation.long_context import passkey_retrieval
 from layershed.evaluation.results import TaskResults, TaskScore
 from layershed.evaluation.tasks import check_harness, evaluate_tasks, expand
 from layershed.files.atomic import write_text
 from layershed.formatting import printable
-from layershed.saving.checkpoint import load_checkpoint
 from layershed.training.causal_lm import CausalLM
 from layershed.training.text_data import TextData
 
@@ -52,15 +51,7 @@ def evaluate(
     if tasks:
         expand(tasks)
         check_harness()
-    if ckpt_path is not None:
-        load_checkpoint(model, ckpt_path)
-    elif model.hparams.get("pretrained") is None:
-        raise TaskError(
-            "evaluate: there is no model, only random weights. Give --model.pretrained: a folder, a checkpoint of fit, "
-            "last, best, a hub id or a .gguf file."
-        )
-    trainer.precision_plugin.convert_module(model)
-    model.to(trainer.strategy.root_device).eval()
+    make_ready(trainer, model, ckpt_path, "evaluate", TaskError)
     found: dict[str, TaskResults] = {}
     for voice in voices_of(trainer, model, data, dense):
         scores: tuple[TaskScore, ...] = ()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TextStreamer
 from layershed.cli.prompts import Message, Prompt, as_chat, check_template, encode
 from layershed.cli.run_folder import load_base, name_of
 from layershed.cli.sampling import generation_config, new_tokens
-from layershed.errors import GenerationError
+from layershed.errors import GenerationError, LayershedError
 from layershed.formatting import counts_of, printable
 from layershed.performance.benchmark import lifted_base
 from layershed.recovery.lora import adapters_off
@@ -73,15 +73,7 @@ def generate(
     tokenizer = data.tokenizer
     if not prompts or any(prompt.messages for prompt in prompts):
         check_template(tokenizer, str(model.hparams.get("pretrained") or "bytes"))
-    if ckpt_path is not None:
-        load_checkpoint(model, ckpt_path)
-    elif model.hparams.get("pretrained") is None:
-        raise GenerationError(
-            "generate: there is no model, only random weights. Give --model.pretrained: a folder, a checkpoint of fit, "
-            "last, best, a hub id or a .gguf file."
-        )
-    trainer.precision_plugin.convert_module(model)
-    model.to(trainer.strategy.root_device).eval()
+    make_ready(trainer, model, ckpt_path, "generate", GenerationError)
     voices = list(voices_of(trainer, model, data, dense))
     answers: list[dict[str, str]] = []
     told = prompts or _conversation(system, answers)
@@ -101,6 +93,25 @@ def generate(
                 texts[voice.title] = _answer(voice.model, tokenizer, inputs, options)
         answers.append(texts)
     return answers
+
+
+def make_ready(
+    trainer: pl.Trainer, model: CausalLM, ckpt_path: str | None, command: str, error: type[LayershedError]
+) -> None:
+    """Load the checkpoint if one is given, and put the model into the Trainer's precision and on its device.
+
+    Raises:
+        LayershedError: If there are only random weights.
+    """
+    if ckpt_path is not None:
+        load_checkpoint(model, ckpt_path)
+    elif model.hparams.get("pretrained") is None:
+        raise error(
+            f"{command}: there is no model, only random weights. Give --model.pretrained: a folder, a checkpoint of "
+            "fit, last, best, a hub id or a .gguf file."
+        )
+    trainer.precision_plugin.convert_module(model)
+    model.to(trainer.strategy.root_device).eval()
 
 
 def _answer(model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:
