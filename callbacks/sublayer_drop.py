@@ -223,7 +223,7 @@ class SublayerDrop(Callback):
         """Refuse what this run cannot do, and restore the plan and the running sums of a resumed run."""
         # not sooner: both set up the train loader, which then would not get its position in a resumed run
         tried_out = check_schedule(trainer, self, self.schedule)
-        check_batches(trainer, pl_module, self.action.source if self._given is None else "running", self.transformer)
+        check_batches(trainer, pl_module, self.action.reads, self.transformer)
         # a guess before the first batch: in manual optimization every optimizer may step
         several = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
         self._steps.start(trainer, self._stride or several)

@@ -191,3 +191,14 @@ def test_a_drop_with_folds_is_that_of_the_functions(make_trainer):
     expected = seen["model"].state_dict()
     assert all(torch.equal(value, seen["after"][name]) for name, value in expected.items())
     assert {each.action for each in drop.plan.drops} == {"bypass"}
+
+
+@pytest.mark.parametrize("options", [{"replace": "linear"}, {"replace": "fold"}, {"method": "best"}])
+def test_a_loader_that_cannot_be_read_twice_is_refused_before_training(make_trainer, options):
+    refused(
+        make_trainer,
+        lambda: SublayerDrop(3, count=1, **options),
+        ls.LayershedError,
+        "needs a DataLoader over a map-style dataset",
+        train=list(loader()),
+    )

@@ -74,6 +74,13 @@ class DropAction:
         """The batches that are scored; damage takes passes of its own, over the train loader's first batches."""
         return "train" if self.calibrate_on == "running" and self.method.metric in DAMAGE_METRICS else self.calibrate_on
 
+    @property
+    def reads(self) -> CalibrateOn:
+        """The loader that is read in passes of its own at the drop; ``running`` if none is."""
+        if self.method.replace or self.method.metric in DAMAGE_METRICS:
+            return "train" if self.calibrate_on == "running" else self.calibrate_on
+        return "running" if self.rule.plan is not None else self.calibrate_on
+
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before training, what this model cannot do.
 
@@ -137,8 +144,7 @@ class DropAction:
         return plan.with_action("linear", [s for s in plan if s in places], rank=self.method.rank)
 
     def _batches(self, trainer: Trainer) -> list[Any]:
-        source = "train" if self.source == "running" else self.source
-        return list(iterate(calibration_batches(trainer, source), self.batches))
+        return list(iterate(calibration_batches(trainer, self.reads), self.batches))
 
     def _scores(
         self, trainer: Trainer, pl_module: LightningModule, tracker: ImportanceTracker | None
