@@ -9,12 +9,13 @@ from layershed.arguments import check_most
 from layershed.discovery.find import find_transformer
 from layershed.errors import TaskError, UnknownNameError
 from layershed.evaluation.results import TaskResults
-from layershed.evaluation.tasks import check_harness, evaluate_tasks, expand
+from layershed.evaluation.tasks import check_code, check_harness, evaluate_tasks, expand
 from layershed.integration.module_hooks import leave_structure, watch_for_bypass
 from layershed.integration.namespaces import Callback, LightningModule, Trainer
 from layershed.integration.run import current_drop, publish, run_directory
 from layershed.integration.task_rows import described, task_metrics, write_tasks
 from layershed.integration.telling import say
+from layershed.integration.watching import Watcher
 from layershed.planning.plan import Sublayer
 from layershed.quality import check_head
 from layershed.surgery import dense
@@ -33,6 +34,7 @@ class TaskEvaluation(Callback):
     Prints: one line for each evaluation.
     Writes: ``tasks.json`` in the run directory. The report shows it, with the SDR of the average.
     Checkpoint: the results so far.
+    An error of an evaluation becomes one warning; it does not end the run.
 
     Args:
         tasks: As of :func:`evaluate_tasks`: names of tasks, YAML files, files of requests, or the presets ``paper`` and
@@ -41,6 +43,7 @@ class TaskEvaluation(Callback):
         shots: Examples before each question; None takes the task's own.
         batch_size: Sequences in a forward pass.
         when: ``drop``, ``validation`` and ``end``, or some of them.
+        run_generated_code: Allow tasks that run the code that the model writes (HumanEval), on this machine.
         transformer: Path of the transformer in the LightningModule; needed only if it holds several.
 
     Raises:
@@ -58,9 +61,10 @@ class TaskEvaluation(Callback):
         shots: int | None = None,
         batch_size: int = 8,
         when: Sequence[When] = ("drop", "end"),
+        run_generated_code: bool = False,
         transformer: str | None = None,
     ) -> None:
-        expand(tasks)
+        check_code(expand(tasks), run_generated_code)
         for what, value in (("limit", limit), ("batch_size", batch_size)):
             check_most(value, what, TaskError)
         for moment in when:
@@ -68,7 +72,9 @@ class TaskEvaluation(Callback):
                 raise UnknownNameError("moment of TaskEvaluation", moment, get_args(When))
         self.tasks, self.limit, self.shots, self.batch_size = tuple(tasks), limit, shots, batch_size
         self.when, self.transformer = tuple(when), transformer
+        self.run_generated_code = run_generated_code
         self.task_results: dict[str, TaskResults] = {}
+        self._watcher = Watcher("TaskEvaluation")
         self._dropped: tuple[Sublayer, ...] = ()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,10 +121,12 @@ class TaskEvaluation(Callback):
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         options: dict[str, Any] = {"limit": self.limit, "shots": self.shots, "batch_size": self.batch_size}
-        with trainer.precision_plugin.forward_context():
-            found = evaluate_tasks(
-                pl_module, _tokenizer_of(trainer, pl_module), self.tasks, name=self.transformer, **options
-            )
+        options |= {"run_generated_code": self.run_generated_code, "name": self.transformer}
+        found = None
+        with self._watcher.leaving_out("the tasks"), trainer.precision_plugin.forward_context():
+            found = evaluate_tasks(pl_module, _tokenizer_of(trainer, pl_module), self.tasks, **options)
+        if found is None:
+            return
         self.task_results[when] = found
         publish(trainer, task_metrics(when, found))
         directory = run_directory(trainer)

@@ -14,8 +14,6 @@ from layershed.evaluation.results import TaskResults, TaskScore
 from layershed.integration.task_rows import task_rows
 from tests.support.runs import Foreign, Watch, fit_foreign
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 
 class Bytes(ByT5Tokenizer):
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):

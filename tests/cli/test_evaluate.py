@@ -12,10 +12,7 @@ from tests.support.command_line import DATA, model_of, run
 from tests.support.models import build_model
 from tests.support.small_world import TINY
 
-pytestmark = [
-    pytest.mark.usefixtures("own_world", "one_parser"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("own_world", "one_parser")
 
 
 @pytest.fixture(scope="module")

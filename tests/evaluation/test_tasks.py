@@ -1,5 +1,6 @@
 """Tasks by lm-evaluation-harness against plain log-likelihoods; calibration against its formula; refusals."""
 
+import dataclasses
 import gzip
 import json
 
@@ -11,9 +12,8 @@ import layershed as ls
 from layershed.errors import MeasurementError, TaskError
 from layershed.evaluation.results import TaskResults, TaskScore, expected_calibration_error
 from layershed.evaluation.tasks import PRESETS, expand, name_of_task
+from layershed.integration.task_rows import described
 from tests.support.models import build_model
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 class Bytes(ByT5Tokenizer):
@@ -117,6 +117,54 @@ def test_results_average_and_go_through_primitives():
     assert results.average == pytest.approx(0.6)
     assert results.stderr == pytest.approx((0.01 + 0.04) ** 0.5 / 2)
     assert TaskResults.from_dict(json.loads(json.dumps(results.to_dict()))) == results
+
+
+def test_a_task_that_fails_is_left_out_with_a_warning(model, requests, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: broken\noutput_type: nothing\n")
+    with pytest.warns(UserWarning, match=r"broken\.yaml' .*left out"):
+        found = ls.evaluate_tasks(model, Bytes(extra_ids=0), [str(broken), requests])
+    assert [score.task for score in found.scores] == ["sums_rc_0shot"]
+    with pytest.raises(TaskError, match=r"broken\.yaml"):
+        ls.evaluate_tasks(model, Bytes(extra_ids=0), [str(broken)])
+
+
+def test_a_task_of_ones_own_yaml_is_that_of_its_requests(model, requests, tmp_path):
+    rows = [{"text": text, "answers": answers, "label": label} for text, answers, label in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"""
+task: own
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path / "rows.jsonl"}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: text
+doc_to_choice: answers
+doc_to_target: label
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+    )
+    (first,) = ls.evaluate_tasks(model, Bytes(extra_ids=0), [str(own)]).scores
+    (second,) = ls.evaluate_tasks(model, Bytes(extra_ids=0), [requests]).scores
+    assert first == dataclasses.replace(second, task="own")
+
+
+def test_perplexities_are_no_part_of_the_average():
+    results = TaskResults((TaskScore("a", "acc", 0.5, 0.1), TaskScore("b", "perplexity", 30.0, None)))
+    assert (results.average, results.stderr) == (0.5, 0.1)
+    assert described(results) == "50.0 % +- 10.0 % (a 50.0 %, b perplexity 30.000)"
+
+
+def test_tasks_that_run_generated_code_need_permission(model):
+    for tasks in ("generative", ["humaneval"]):
+        with pytest.raises(TaskError, match="Set run_generated_code"):
+            ls.evaluate_tasks(model, Bytes(extra_ids=0), tasks)
 
 
 @pytest.mark.slow  # the harness reads thousands of files

@@ -16,7 +16,7 @@ from layershed.cli.generate import make_ready, voices_of
 from layershed.errors import TaskError
 from layershed.evaluation.long_context import passkey_retrieval
 from layershed.evaluation.results import TaskResults, TaskScore
-from layershed.evaluation.tasks import check_harness, evaluate_tasks, expand
+from layershed.evaluation.tasks import check_code, check_harness, evaluate_tasks, expand
 from layershed.files.atomic import write_text
 from layershed.formatting import printable
 from layershed.training.causal_lm import CausalLM
@@ -34,6 +34,7 @@ def evaluate(
     limit: int | None,
     shots: int | None,
     batch_size: int,
+    run_generated_code: bool,
     dense: bool | str,
     ckpt_path: str | None,
     output: str | None,
@@ -49,7 +50,7 @@ def evaluate(
     if not tasks and not passkey:
         raise TaskError("evaluate: there is nothing to evaluate. Give --tasks '[sciq, ...]' or --passkey '[512, ...]'.")
     if tasks:
-        expand(tasks)
+        check_code(expand(tasks), run_generated_code)
         check_harness()
     make_ready(trainer, model, ckpt_path, "evaluate", TaskError)
     found: dict[str, TaskResults] = {}
@@ -57,7 +58,7 @@ def evaluate(
         scores: tuple[TaskScore, ...] = ()
         with voice.within(), trainer.precision_plugin.forward_context():
             if tasks:
-                options: dict[str, Any] = {"limit": limit, "shots": shots}
+                options: dict[str, Any] = {"limit": limit, "shots": shots, "run_generated_code": run_generated_code}
                 scores = evaluate_tasks(voice.model, data.tokenizer, tasks, batch_size=batch_size, **options).scores
             if passkey:
                 questions: dict[str, Any] = {} if limit is None else {"questions": limit}
@@ -87,7 +88,7 @@ def task_table(found: dict[str, TaskResults]) -> Table:
 
 
 def _cell(score: TaskScore) -> str:
-    if score.metric == "perplexity":
+    if not score.is_share:
         return f"{score.value:.3f}"
     calibration = "" if score.calibration_error is None else f", ECE {100 * score.calibration_error:.1f} %"
     return f"{_percent(score.value, score.stderr)}{calibration}"

@@ -201,6 +201,7 @@ class Trainer(RunTrainer):
         limit: int | None = None,
         shots: int | None = None,
         batch_size: int = 8,
+        run_generated_code: bool = False,
         dense: bool | str = False,
         ckpt_path: str | None = None,
         output: str | None = None,
@@ -217,6 +218,7 @@ class Trainer(RunTrainer):
             limit: Most questions of each task and length; null takes all, and ten of each length.
             shots: Examples before each question; null takes the task's own.
             batch_size: Sequences in a forward pass.
+            run_generated_code: Allow tasks that run the code that the model writes (humaneval), on this machine.
             dense: Score the dense model, too; as of generate.
             ckpt_path: A checkpoint of fit; the same as model.pretrained FILE.ckpt.
             output: A file for the results as JSON.
@@ -228,7 +230,7 @@ class Trainer(RunTrainer):
             LayershedError: Before evaluating, if there is nothing to evaluate, or no dense model.
         """
         options: dict[str, Any] = {"limit": limit, "shots": shots, "batch_size": batch_size, "dense": dense}
-        options |= {"ckpt_path": ckpt_path, "output": output}
+        options |= {"ckpt_path": ckpt_path, "output": output, "run_generated_code": run_generated_code}
         return evaluate(self, model, datamodule, tasks=tasks, passkey=passkey, keys=keys, **options)
 
     def generate(

@@ -29,6 +29,11 @@ class TaskScore:
     calibration_error: float | None = None
     questions: int = 0
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the score is a share, of which more is better; a perplexity is none."""
+        return self.metric != "perplexity"
+
 
 @dataclass(frozen=True)
 class TaskResults:
@@ -42,13 +47,14 @@ class TaskResults:
 
     @property
     def average(self) -> float:
-        """Mean of the scores; NaN without any."""
-        return sum(score.value for score in self.scores) / len(self.scores) if self.scores else math.nan
+        """Mean of the scores that are shares, so without perplexities; NaN without any."""
+        shares = [score.value for score in self.scores if score.is_share]
+        return sum(shares) / len(shares) if shares else math.nan
 
     @property
     def stderr(self) -> float | None:
         """Standard error of the average, of independent tasks; None if that of a task is unknown."""
-        errors = [score.stderr for score in self.scores]
+        errors = [score.stderr for score in self.scores if score.is_share]
         if not errors or None in errors:
             return None
         return math.sqrt(sum(error * error for error in errors if error is not None)) / len(errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,7 @@ from layershed.quality import check_head
 
 # Main metrics, the first that a task has; the names are the harness's.
 _MAIN = ("acc_norm", "acc", "exact_match", "pass@1", "prompt_level_strict_acc", "f1", "perplexity")
+_RUN_CODE = ("humaneval", "mbpp")
 _BOOTSTRAPS = 100  # means have an error without them; 0 would leave that out, too
 PRESETS: dict[str, dict[str, int]] = {
     "paper": {
@@ -39,7 +41,7 @@ PRESETS: dict[str, dict[str, int]] = {
     },
     "generative": {"gsm8k": 5, "humaneval": 0, "ifeval": 0},
 }
-"""Tasks with their shots. ``paper``: the suite of arXiv 2406.15786, with the shots that are usual for these tasks.
+"""Tasks with their shots. ``paper``: the suite of arXiv 2406.15786, with the shots of its authors' own script.
 ``generative``: multiple choice hides the damage that generation shows."""
 
 
@@ -51,6 +53,7 @@ def evaluate_tasks(
     limit: int | None = None,
     shots: int | None = None,
     batch_size: int = 8,
+    run_generated_code: bool = False,
     name: str | None = None,
 ) -> TaskResults:
     """Score a causal language model on tasks, in eval mode, as it is now: dropped, with maps, with adapters.
@@ -64,14 +67,19 @@ def evaluate_tasks(
         limit: At most so many questions of each task; None takes all.
         shots: Examples before each question; None takes the preset's or the task's own.
         batch_size: Sequences in a forward pass.
+        run_generated_code: Allow tasks that run the code that the model writes (HumanEval), on this machine.
         name: Path of the transformer inside ``model``, needed where it holds more than one.
 
+    Returns:
+        The scores. Of several tasks, one that fails is left out with a warning.
+
     Raises:
-        TaskError: If a task is unknown, cannot be read, or has no score.
+        TaskError: If a task is unknown, or would run generated code without permission; if none has a score.
         MeasurementError: If the model does not predict the next token.
         MissingExtraError: If lm-evaluation-harness is not installed (extra ``eval``).
     """
     wanted = expand(tasks)
+    check_code(wanted, run_generated_code)
     check_most(limit, "limit", TaskError)
     check_most(batch_size, "batch_size", TaskError)
     transformer: Any = find_transformer(model, name=name)
@@ -80,20 +88,42 @@ def evaluate_tasks(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     found: list[TaskScore] = []
+    failed: list[TaskError] = []
     with evaluating(transformer), torch.no_grad(), _quiet():
         runner = HFLM(pretrained=transformer, tokenizer=tokenizer, batch_size=batch_size, device=_device(transformer))
         for task, own_shots in wanted:
             settings, manager = _settings(task)
             options: dict[str, Any] = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": True}
             options["num_fewshot"] = own_shots if shots is None else shots
+            options["confirm_run_unsafe_code"] = run_generated_code
             if is_request_file(task):
                 options["num_fewshot"] = None
             try:
                 results = lm_eval.simple_evaluate(runner, tasks=[settings], task_manager=manager, **options)
+                found.append(_score(task, results or {}))
+            except TaskError as error:
+                failed.append(error)
             except Exception as error:  # the harness, datasets and hubs raise errors of many kinds
-                raise TaskError(f"tasks: {task!r} could not be evaluated ({_first(error)}).") from error
-            found.append(_score(task, results or {}))
+                failed.append(TaskError(f"tasks: {task!r} could not be evaluated ({_first(error)})."))
+    if failed and not found:
+        raise failed[0]
+    for error in failed:
+        warnings.warn(f"{error} It is left out.", stacklevel=2)
     return TaskResults(tuple(found))
+
+
+def check_code(tasks: Iterable[tuple[str, int | None]], allowed: bool) -> None:
+    """Refuse tasks that run generated code, unless that is allowed.
+
+    Raises:
+        TaskError: If there is one.
+    """
+    runs = [task for task, _ in tasks if task.startswith(_RUN_CODE)]
+    if runs and not allowed:
+        raise TaskError(
+            f"tasks: {runs[0]!r} runs the code that the model writes, on this machine. Set run_generated_code to allow "
+            "it, or leave the task out."
+        )
 
 
 def check_harness() -> None:
@@ -189,12 +219,10 @@ def calibration_error(samples: Iterable[Mapping[str, Any]]) -> float | None:
     """
     confidences, hits = [], []
     for sample in samples:
-        likely = [
-            response[0][0] if isinstance(response[0], list | tuple) else response[0] for response in sample["resps"]
-        ]
+        likely = [_log_likelihood(response) for response in sample["resps"]]
         if len(likely) < 2 or not isinstance(sample.get("target"), int):
             return None
-        shares = torch.tensor([float(value) for value in likely], dtype=torch.float64).softmax(0)
+        shares = torch.tensor(likely, dtype=torch.float64).softmax(0)
         confidences.append(float(shares.max()))
         hits.append(int(shares.argmax()) == sample["target"])
     return expected_calibration_error(confidences, hits) if confidences else None

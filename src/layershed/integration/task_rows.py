@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from layershed.errors import LayershedError
-from layershed.evaluation.results import TaskResults
+from layershed.evaluation.results import TaskResults, TaskScore
 from layershed.files.atomic import write_text
 from layershed.formatting import printable
 from layershed.integration.metric_names import task_name
@@ -57,5 +58,9 @@ def task_rows(found: Mapping[str, TaskResults], speed: Path) -> list[tuple[str, 
 def described(results: TaskResults) -> str:
     """Average and single scores, such as ``49.4 % +- 1.4 % (sciq 70.0 %, piqa 61.0 %)``."""
     error = "" if results.stderr is None else f" +- {100 * results.stderr:.1f} %"
-    parts = ", ".join(f"{printable(score.task)} {100 * score.value:.1f} %" for score in results.scores)
-    return f"{100 * results.average:.1f} %{error} ({parts})"
+    parts = ", ".join(f"{printable(score.task)} {_shown(score)}" for score in results.scores)
+    return parts if math.isnan(results.average) else f"{100 * results.average:.1f} %{error} ({parts})"
+
+
+def _shown(score: TaskScore) -> str:
+    return f"{100 * score.value:.1f} %" if score.is_share else f"{score.metric} {score.value:.3f}"
