@@ -120,11 +120,7 @@ class TaskEvaluation(Callback):
         self.task_results = {when: TaskResults.from_dict(own) for when, own in state_dict["results"].items()}
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
-        options: dict[str, Any] = {"limit": self.limit, "shots": self.shots, "batch_size": self.batch_size}
-        options |= {"run_generated_code": self.run_generated_code, "name": self.transformer}
-        found = None
-        with self._watcher.leaving_out("the tasks"), trainer.precision_plugin.forward_context():
-            found = evaluate_tasks(pl_module, _tokenizer_of(trainer, pl_module), self.tasks, **options)
+        found = self._evaluate(trainer, pl_module)
         if found is None:
             return
         self.task_results[when] = found
@@ -133,6 +129,15 @@ class TaskEvaluation(Callback):
         if trainer.is_global_zero:
             write_tasks(directory, self.task_results)
         say(trainer, f"step {trainer.global_step}: tasks {when}: {described(found)}")
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> TaskResults | None:
+        """The results in the run's precision; None after an error."""
+        options: dict[str, Any] = {"limit": self.limit, "shots": self.shots, "batch_size": self.batch_size}
+        options |= {"run_generated_code": self.run_generated_code, "name": self.transformer}
+        found: TaskResults | None = None
+        with self._watcher.leaving_out("the tasks"), trainer.precision_plugin.forward_context():
+            found = evaluate_tasks(pl_module, _tokenizer_of(trainer, pl_module), self.tasks, **options)
+        return found
 
 
 def _tokenizer_of(trainer: Trainer, pl_module: LightningModule) -> Any:

@@ -107,8 +107,8 @@ def evaluate_tasks(
                 failed.append(TaskError(f"tasks: {task!r} could not be evaluated ({_first(error)})."))
     if failed and not found:
         raise failed[0]
-    for error in failed:
-        warnings.warn(f"{error} It is left out.", stacklevel=2)
+    for why in failed:
+        warnings.warn(f"{why} It is left out.", stacklevel=2)
     return TaskResults(tuple(found))
 
 

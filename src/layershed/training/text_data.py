@@ -242,7 +242,7 @@ class TextData(InheritedDataModule):
             if self.streaming:
                 self.train_dataset, self.val_dataset = self._streamed(rows, train, held_out)
             else:
-                made = self._made or rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
+                made: Any = self._made or rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
                 rows.check_size(*made, self.batch_size, devices)
                 self.train_dataset, self.val_dataset = made[0].sequences, made[1].sequences
         self._checked = self._made = None  # the text is no longer needed
