@@ -134,10 +134,10 @@ class TaskEvaluation(Callback):
         """The results in the run's precision; None after an error."""
         options: dict[str, Any] = {"limit": self.limit, "shots": self.shots, "batch_size": self.batch_size}
         options |= {"run_generated_code": self.run_generated_code, "name": self.transformer}
-        found: TaskResults | None = None
+        found: list[TaskResults] = []
         with self._watcher.leaving_out("the tasks"), trainer.precision_plugin.forward_context():
-            found = evaluate_tasks(pl_module, _tokenizer_of(trainer, pl_module), self.tasks, **options)
-        return found
+            found.append(evaluate_tasks(pl_module, _tokenizer_of(trainer, pl_module), self.tasks, **options))
+        return found[0] if found else None
 
 
 def _tokenizer_of(trainer: Trainer, pl_module: LightningModule) -> Any:

@@ -30,6 +30,7 @@ from layershed.training.data_checks import (
 )
 from layershed.training.epoch_sampler import EpochSampler
 from layershed.training.isolation import packs
+from layershed.training.packing import Made
 from layershed.training.row_kinds import rows_of
 from layershed.training.sources import Source, no_progress_bars
 from layershed.training.stream_loader import StreamLoader
@@ -133,7 +134,7 @@ class TextData(InheritedDataModule):
         self.val_dataset: Any = None
         self._source = Source(source, streaming)
         self._checked: tuple[TextRows | ChatRows, Any, Any] | None = None
-        self._made: Any = None  # the sequences of texts, which depend on no model
+        self._made: tuple[Made, Made] | None = None  # the sequences of texts, which depend on no model
         self._tokenizer_name, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
 
@@ -242,7 +243,7 @@ class TextData(InheritedDataModule):
             if self.streaming:
                 self.train_dataset, self.val_dataset = self._streamed(rows, train, held_out)
             else:
-                made: Any = self._made or rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
+                made = self._made or rows.sequences(self.tokenizer, train, held_out, self.max_tokens)
                 rows.check_size(*made, self.batch_size, devices)
                 self.train_dataset, self.val_dataset = made[0].sequences, made[1].sequences
         self._checked = self._made = None  # the text is no longer needed
