@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
-from layershed.batches import iterate
+from layershed.batches import as_inputs, iterate
 from layershed.compensation.fit import LinearMaps, check_fit, fit_linear_maps, mappable
 from layershed.compensation.fold import compensate
 from layershed.discovery.find import find_sublayers, find_transformer
@@ -26,7 +26,7 @@ Search = Literal["one-shot", "greedy"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
 Replacement = Literal["linear", "fold"]
 REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
-_FEW = 8  # sequences of the batches on which a search measures damage
+_FEW, _TOKENS = 8, 2048  # batches, and tokens of all of them, on which damage is measured
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,20 @@ def choose(
 
 
 def few(batches: list[Any]) -> list[Any]:
-    """A few batches spread over all: enough to measure damage, which takes many passes."""
-    return batches[:: max(1, len(batches) // _FEW)][:_FEW]
+    """Some 2,048 tokens spread over the batches: enough to measure damage, which takes many passes."""
+    spread = batches[:: max(1, len(batches) // _FEW)][:_FEW]
+    return [_first_rows(batch, _TOKENS // len(spread)) for batch in spread]
+
+
+def _first_rows(batch: Any, tokens: int) -> Any:
+    """The first sequences of a batch, at least one."""
+    inputs = as_inputs(batch)
+    if inputs is None or not isinstance(inputs["input_ids"], Tensor):
+        return batch
+    ids = inputs["input_ids"]
+    rows = max(1, tokens // max(1, ids.shape[1]))
+    same = {name: isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] for name, value in inputs.items()}
+    return {name: value[:rows] if same[name] else value for name, value in inputs.items()}
 
 
 def _with_maps(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import layershed as ls
+from layershed.drop import few
 from layershed.errors import SelectionError
 from layershed.search.greedy import greedy_search
 from tests.support.damage import damage, make_batches
@@ -119,3 +120,12 @@ def test_dropping_with_folds_changes_what_lies_behind():
     ls.compensate(twin, batches)
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     assert ls.linear_maps(model) == {}
+
+
+def test_damage_is_measured_on_some_two_thousand_tokens_spread_over_the_batches():
+    batches = [{"input_ids": torch.full((16, 128), n), "attention_mask": torch.ones(16, 128)} for n in range(20)]
+    found = few(batches)
+    assert sum(batch["input_ids"].numel() for batch in found) == 2048
+    assert [int(batch["input_ids"][0, 0]) for batch in found] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert all(batch["attention_mask"].shape == batch["input_ids"].shape for batch in found)
+    assert [len(each) for each in few([torch.ones(3, 4096, dtype=torch.long)])[0].values()] == [1]
