@@ -128,3 +128,32 @@ def test_what_cannot_be_compensated_is_refused():
     ls.bypass(model, ls.find_sublayers(model)[:1])
     with pytest.raises(CompensationError, match="3 batches are too few"):
         ls.compensate(model, make_batches(3))
+
+
+def test_a_stream_that_overflows_changes_no_weight():
+    model = build_model("llama")
+    ls.bypass(model, ls.find_sublayers(model)[:1])
+    last = model.model.layers[3].mlp.down_proj.weight.clone()
+
+    def overflow(_module, args):
+        if ls.bypassed_sublayers(model):  # in the dropped stream alone
+            return (args[0] * torch.inf,)
+        return None
+
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(overflow)
+    folds = ls.compensate(model, make_batches(4))
+    hook.remove()
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert not [each for each in folds if each.sublayer.block >= 1 and each.sublayer.kind == "mlp"]
+    assert torch.equal(model.model.layers[3].mlp.down_proj.weight, last)
+
+
+def test_batches_of_padding_alone_change_no_weight():
+    model = build_model("llama")
+    ls.bypass(model, ls.find_sublayers(model)[:1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = make_batches(4)
+    for place, batch in enumerate(batches):
+        batch["attention_mask"] = torch.full_like(batch["input_ids"], int(place == 3))
+    assert ls.compensate(model, batches) == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

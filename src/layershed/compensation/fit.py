@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from layershed.arguments import check_most, check_number
-from layershed.batches import TokenIdRange, iterate, model_inputs
+from layershed.batches import TokenIdRange, device_of, iterate, model_inputs
 from layershed.compensation.map_sums import MapSums, sums_for
 from layershed.compensation.normal_equations import DEFAULT_RIDGE
 from layershed.compensation.readings import Readings
@@ -161,7 +161,7 @@ class _Fit:
         found = LinearMaps()
         for each in track(sums, "Solving maps", len(sums)):
             sublayer = each.branch.sublayer
-            linear_map, found.residual[sublayer] = each.solve(self.ridge, self.rank)
+            linear_map, found.residual[sublayer] = each.solve(self.ridge, self.rank, device_of(self.transformer))
             like = weights_like(self.transformer.get_submodule(sublayer.path), self.transformer)
             found[sublayer] = linear_map.to(**like)
         return found

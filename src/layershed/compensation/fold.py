@@ -12,6 +12,7 @@ Relatives: ReplaceMe (arXiv 2505.02819), which folds one map into one matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from layershed.importance.taps import body_of
 from layershed.planning.plan import Sublayer
 from layershed.progress import track
 from layershed.stand_ins.contexts import lifted
+from layershed.stand_ins.stand_in import first_tensor
 from layershed.surgery import bypassed_sublayers
 
 _STRENGTHS = (0.1, 1.0, 10.0)  # shares of the mean variance of a
@@ -189,8 +191,8 @@ class _Folding:
             return None
         tried = {strength: fitted.change(strength) for strength in _STRENGTHS}
         left = {strength: judge.missed(change) / nothing for strength, change in tried.items()}
-        best = min(left, key=lambda strength: left[strength])
-        if left[best] > _LEAST:
+        best = min(left, key=lambda strength: (math.isnan(left[strength]), left[strength]))
+        if not left[best] <= _LEAST:  # NaN, too, where a stream overflows
             return None
         weight: Any = writer.weight
         self._originals[writer] = place, weight.detach().clone()
@@ -207,8 +209,8 @@ class _Seen:
         self._outputs: dict[nn.Module, Tensor] = {}
         self.result: Tensor | None = None
 
-    def note(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.inputs[module], self._outputs[module] = args[0], output
+    def note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.inputs[module], self._outputs[module] = first_tensor(args, kwargs), output
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.result = output[0] if isinstance(output, tuple | list) else output
@@ -239,7 +241,7 @@ def _watching(transformer: nn.Module, branch: Branch) -> Iterator[_Seen]:
         for holder in holders:
             for module in holder.modules():
                 if type(module) in (nn.Linear, Conv1D) and held[id(module.weight)] == 1:
-                    stack.callback(module.register_forward_hook(seen.note).remove)
+                    stack.callback(module.register_forward_hook(seen.note, with_kwargs=True).remove)
         end = transformer.get_submodule(branch.linear.writes.path)
         stack.callback(end.register_forward_hook(seen.end).remove)
         yield seen

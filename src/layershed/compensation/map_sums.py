@@ -55,19 +55,28 @@ class MapSums:
             self._sums[held_out] = NormalEquations(self._place.width, self._place.width, x.device)
         self._sums[held_out].add(source.h, target, _weights(y, own.counts))
 
-    def solve(self, ridge: float, rank: int | None) -> tuple[LinearMap, float]:
+    def solve(self, ridge: float, rank: int | None, device: torch.device) -> tuple[LinearMap, float]:
         """The map, in float32, and the share of the energy of its targets that it misses.
+
+        Args:
+            ridge: As of :func:`fit_linear_maps`.
+            rank: As of :func:`fit_linear_maps`.
+            device: Where the model is.
 
         Raises:
             CompensationError: If the sublayer ran in no batch.
         """
-        if False not in self._sums:
-            raise CompensationError(f"No linear map can be fitted to {self.branch.sublayer.name}: it ran in no batch.")
-        fitted = self._sums[False]
-        empty = NormalEquations(fitted.ht.shape[0], fitted.ht.shape[1], fitted.hh.device)
-        checking = self._sums.setdefault(True, empty)
+        width = self._place.width
+        fitted, checking = (
+            self._sums.setdefault(held_out, NormalEquations(width, width, device)) for held_out in (False, True)
+        )
         for sums in (fitted, checking):
-            sums.reduce()
+            sums.reduce()  # on every rank, also where the sublayer did not run
+        if not fitted.total > 0:
+            raise CompensationError(
+                f"No linear map can be fitted to {self.branch.sublayer.name}: it ran in no batch, or every token is "
+                "padding. Check the data."
+            )
         found = fitted_map(fitted, ridge, rank)
         judge = checking if checking.total > 0 else fitted
         missed = judge.residual(_matrix(found).to(judge.hh), found.up.bias.detach().to(judge.hh))
