@@ -172,7 +172,7 @@ def _settings(task: str) -> tuple[Any, Any]:
     if is_request_file(task):
         return request_task(task, name_of_task(task)), TaskManager(include_defaults=False)
     if task.endswith((".yaml", ".yml")):
-        return task, TaskManager(include_path=str(Path(task).parent))
+        return task, TaskManager(include_path=str(Path(task).parent), include_defaults=False)
     manager = _manager()
     if task not in manager.all_tasks:
         raise TaskError(f"tasks: lm-evaluation-harness has no task {task!r}. See `lm-eval ls tasks`.")
